@@ -1,0 +1,1 @@
+"""How gdb reaches Xen. The only importer of gdb."""

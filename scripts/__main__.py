@@ -1,0 +1,5 @@
+import sys
+
+from xencrash.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Real Xen, or a reference guest, in QEMU."""

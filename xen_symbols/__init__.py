@@ -1,0 +1,1 @@
+"""What x86 Xen looks like in memory when it crashes. Never imports gdb."""

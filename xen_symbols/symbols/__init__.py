@@ -1,0 +1,1 @@
+"""Names and addresses of one build of Xen."""

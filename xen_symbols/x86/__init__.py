@@ -1,0 +1,1 @@
+"""Bytes to values, as the processor manuals define them."""

@@ -1,0 +1,1 @@
+"""Xen's own objects, found through a target."""
