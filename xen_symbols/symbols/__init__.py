@@ -1,1 +1,1 @@
-"""Names and addresses of one build of Xen."""
+"""Name ↔ address for one build of Xen, from an ELF symbol table, a `.map`, or the table inside Xen's image."""

@@ -1,0 +1,279 @@
+"""Symbols of one build of Xen: names to addresses and back, whatever they came from.
+
+A name alone does not identify a symbol: until 4.21 `nmi_callback` is both a function of the
+profiler and the variable in traps.c. `file#name` (Xen's own notation) says which, and a bare
+name that stands for several addresses is an error that lists them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+from xen_symbols.absence import Kind, Unreadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+TEXT = "tTwW"
+# Linker-script symbols that mark an end: nothing lies between one of them and the next symbol.
+_END_MARKERS = frozenset({"_etext", "_einittext", "_erodata", "_end"})
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """One symbol. `kind` is nm(1)'s letter (lower case: local to `file`), "?" if unknown."""
+
+    address: int
+    name: str
+    file: str | None  # as the build recorded it: "arch/x86/traps.c", in older builds "traps.c"
+    kind: str
+
+    @property
+    def local(self) -> bool:
+        return self.kind.islower()
+
+    @property
+    def qualified(self) -> str:
+        """`file#name` for a local symbol whose file is known, else the name."""
+        return f"{self.file}#{self.name}" if self.file and self.local else self.name
+
+
+class SymbolNotFound(Unreadable):
+    """The table does not hold the name."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, Kind.NO_SYMBOL)
+
+
+class SymbolAmbiguous(Unreadable):
+    """The name stands for symbols at different addresses."""
+
+    def __init__(self, name: str, candidates: tuple[Symbol, ...]) -> None:
+        self.candidates = candidates
+        listed = ", ".join(f"{s.qualified} ({s.kind}) at {s.address:#x}" for s in candidates)
+        super().__init__(f"{name} is ambiguous: {listed}", Kind.NO_SYMBOL)
+
+
+class Rows(Protocol):
+    """What a source of symbols provides; a row is a position in its table."""
+
+    def names(self) -> Sequence[str]:
+        """The bare name of each row, empty where the row has none."""
+        ...
+
+    def addresses(self) -> Sequence[int]: ...
+
+    def placed(self) -> Iterable[int]:
+        """The rows whose address lies in the image (not absolute, not undefined)."""
+        ...
+
+    def symbol(self, row: int) -> Symbol: ...
+
+    def size(self, row: int) -> int:
+        """The symbol's size in bytes, 0 if the source does not say."""
+        ...
+
+
+class Image(Protocol):
+    """The initialised content of Xen's image, as a file holds it."""
+
+    segments: Sequence[tuple[int, int]]  # (start, end) of each file-backed range, ascending
+
+    def read(self, address: int, size: int) -> bytes:
+        """Raises Unreadable (NOT_HELD) outside `segments`."""
+        ...
+
+
+@dataclass
+class SymbolTable:
+    """The symbols of one build; everything but `rows` is computed when first asked for.
+
+    `ranges` are the (start, end) that symbols describe: the image's sections, or its whole extent.
+    `note_address` is the virtual address of the build-id note. `image` is None for a `.map`.
+    """
+
+    path: str
+    source: str
+    rows: Rows
+    ranges: Sequence[tuple[int, int]]
+    build_id: bytes | None = None
+    note_address: int | None = None
+    image: Image | None = None
+    text_only: bool = False  # the source holds functions and no variables
+
+    # -- by name ------------------------------------------------------------------------------
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[int]]:
+        index: dict[str, list[int]] = {}
+        for row, name in enumerate(self.rows.names()):
+            if name in index:
+                index[name].append(row)
+            else:
+                index[name] = [row]
+        index.pop("", None)
+        return index
+
+    @cached_property
+    def _numbered(self) -> dict[str, list[int]]:
+        """Rows of `name.N`: gcc so renames a variable that is static inside a function."""
+        index: dict[str, list[int]] = {}
+        for name, rows in self._by_name.items():
+            base, dot, number = name.rpartition(".")
+            if dot and number.isdecimal() and "." not in base:
+                index.setdefault(base, []).extend(rows)
+        return index
+
+    def _rows_of(self, name: str) -> list[int]:
+        file, _, bare = name.rpartition("#")
+        rows = self._by_name.get(bare, [])
+        if not file:
+            return rows
+        return self._in_file(rows, file) or self._in_file(self._numbered.get(bare, []), file)
+
+    def _in_file(self, rows: list[int], file: str) -> list[int]:
+        return [row for row in rows if _same_file(self.rows.symbol(row).file, file)]
+
+    def _resolve(self, name: str, kinds: str | None) -> int | None:
+        rows = self._rows_of(name)
+        if kinds is not None:
+            rows = [row for row in rows if self.rows.symbol(row).kind in kinds]
+        addresses = self.rows.addresses()
+        if len({addresses[row] for row in rows}) > 1:
+            raise SymbolAmbiguous(name, tuple(map(self.rows.symbol, rows)))
+        return rows[0] if rows else None
+
+    def _require(self, name: str, kinds: str | None) -> int:
+        row = self._resolve(name, kinds)
+        if row is None:
+            raise SymbolNotFound(self._why_not(name))
+        return row
+
+    def _why_not(self, name: str) -> str:
+        where = f"the {self.source} ({self.path})"
+        others = self._rows_of(name) or self._by_name.get(name.rpartition("#")[2], [])
+        reason = f"{name} is not in {where}"
+        if self.text_only:
+            reason += ", which holds text symbols only"
+        if others:
+            reason += "; it has " + ", ".join(f"{s.qualified} ({s.kind})" for s in map(self.rows.symbol, others))
+        return reason
+
+    def candidates(self, name: str) -> tuple[Symbol, ...]:
+        """Every symbol that `name` or `file#name` stands for.
+
+        `file` may be any tail of the path that the build recorded, or longer than it. Where
+        `file#name` has no exact match, gcc's `name.N` of that file are the candidates.
+        """
+        return tuple(map(self.rows.symbol, self._rows_of(name)))
+
+    def find(self, name: str, kinds: str | None = None) -> Symbol:
+        """The one symbol of that name; `kinds` (nm letters) restricts the candidates.
+
+        Raises SymbolNotFound or SymbolAmbiguous. Aliases at one address are not ambiguous.
+        """
+        return self.rows.symbol(self._require(name, kinds))
+
+    def address(self, name: str, kinds: str | None = None) -> int:
+        return self.rows.addresses()[self._require(name, kinds)]
+
+    def get(self, name: str, kinds: str | None = None) -> int | None:
+        """As `address`, but None for a name that is not there."""
+        row = self._resolve(name, kinds)
+        return None if row is None else self.rows.addresses()[row]
+
+    def has(self, name: str, kinds: str | None = None) -> bool:
+        """Whether any symbol has that name, one or several."""
+        rows = self._rows_of(name)
+        return bool(rows) and (kinds is None or any(self.rows.symbol(row).kind in kinds for row in rows))
+
+    def complete(self, prefix: str) -> list[str]:
+        """The names that begin with `prefix`, sorted."""
+        return sorted(name for name in self._by_name if name.startswith(prefix))
+
+    # -- by address ---------------------------------------------------------------------------
+
+    @cached_property
+    def _by_address(self) -> tuple[list[int], list[int]]:
+        """(addresses ascending, the row at each)."""
+        addresses = self.rows.addresses()
+        rows = sorted(self.rows.placed(), key=addresses.__getitem__)
+        return [addresses[row] for row in rows], rows
+
+    def _range(self, address: int) -> tuple[int, int] | None:
+        return next(((start, end) for start, end in self.ranges if start <= address < end), None)
+
+    def lookup(self, address: int) -> tuple[Symbol, int] | None:
+        """(symbol, offset into it) for an address inside the image; None if no symbol covers it.
+
+        Among aliases the plainest wins: text, then no section or linker-script name, then global.
+        """
+        bounds = self._range(address)
+        if bounds is None:
+            return None
+        addresses, rows = self._by_address
+        after = bisect_right(addresses, address)
+        if after == 0 or addresses[after - 1] < bounds[0]:
+            return None
+        start = addresses[after - 1]
+        first = after
+        while first > 0 and addresses[first - 1] == start:
+            first -= 1
+        # A row without a name is one of the end entries that 4.21+ puts behind functions (d3b637fba3).
+        aliases = [s for s in map(self.rows.symbol, rows[first:after]) if s.name]
+        if start < address:
+            aliases = [s for s in aliases if s.name not in _END_MARKERS]
+        return (min(aliases, key=_plainness), address - start) if aliases else None
+
+    def describe(self, address: int) -> str:
+        """`name`, `name+0x51`, or the address in hex."""
+        found = self.lookup(address)
+        if found is None:
+            return f"{address:#x}"
+        symbol, offset = found
+        return f"{symbol.name}+{offset:#x}" if offset else symbol.name
+
+    def extent(self, name: str) -> tuple[int, int]:
+        """(start, end) of a function: by its size, or else up to the next symbol."""
+        row = self._require(name, TEXT)
+        start = self.rows.addresses()[row]
+        if size := self.rows.size(row):
+            return start, start + size
+        addresses, _ = self._by_address
+        after = bisect_right(addresses, start)
+        bounds = self._range(start)
+        ends = addresses[after : after + 1] + ([bounds[1]] if bounds else [])
+        if not ends:
+            raise SymbolNotFound(f"where {name} ends is not in the {self.source} ({self.path})")
+        return start, min(ends)
+
+
+def _same_file(recorded: str | None, asked: str) -> bool:
+    """Whether one path is the tail of the other: builds record base names or paths."""
+    if recorded is None:
+        return False
+    return recorded == asked or recorded.endswith("/" + asked) or asked.endswith("/" + recorded)
+
+
+def _plainness(symbol: Symbol) -> tuple[bool, bool, bool]:
+    return symbol.kind not in TEXT, symbol.name.startswith(("_", ".")), symbol.local
+
+
+def load_symbols(path: str) -> SymbolTable:
+    """Symbols from xen-syms, a `.map`, or Xen's image; gzip-compressed or not; told apart by content.
+
+    An ELF file without a symbol table gives the table embedded in Xen. Raises Undecidable.
+    """
+    from xen_symbols.symbols.files import open_bytes
+
+    content = open_bytes(path)
+    if content.read(0, min(4, content.size)) == b"\x7fELF":
+        from xen_symbols.symbols.elf import load_elf
+
+        return load_elf(path, content)
+    from xen_symbols.symbols.mapfile import load_map
+
+    return load_map(path, content)
