@@ -1,0 +1,198 @@
+"""What QEMU is given, made from packages: Xen, its symbols, the dom0 kernel and its initramfs.
+
+Everything made is kept in the cache under a key of its inputs, with the SHA-256 of each file, and compared
+with it before each use.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import hashlib
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from xencrash.lab import initramfs
+from xencrash.lab.errors import LabError
+from xencrash.lab.packages import Cache, Package, sha256_of
+from xencrash.lab.rows import BUSYBOX_PACKAGE, KERNEL_PACKAGE, KERNEL_SUITE, XenRow
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class XenImages:
+    """Files for one Xen: what QEMU loads, and the symbols of exactly this build."""
+
+    xen: Path
+    symbols: Path
+    kernel: Path
+    dom0_initramfs: Path
+
+
+def xen_images(cache: Cache, row: XenRow) -> XenImages:
+    """The images of a row, fetched and made where the cache has none that are whole."""
+    with cache.lock():
+        debs = cache.collect(row.suite, lambda at: at.with_libraries(row.suite, ["kexec-tools"]))
+        kexec = list(debs.values())
+        xen = cache.collect(row.suite, lambda at: at.packages(row.suite, row.packages))
+        base = cache.collect(KERNEL_SUITE, _kernel_packages)
+        inputs = [*kexec, *xen.values(), *base.values()]
+
+        def build(folder: Path) -> None:
+            _build_xen(folder, row, list(xen.values()))
+            kernel = next(path for name, path in base.items() if name != BUSYBOX_PACKAGE)
+            _build_dom0(folder, kernel, base[BUSYBOX_PACKAGE], kexec)
+
+        made = _made(cache, f"xen-{row.name}", inputs, build)
+    return XenImages(made / "xen", made / "xen-syms", made / "vmlinuz", made / "dom0.cpio.gz")
+
+
+def _kernel_packages(cache: Cache) -> list[Package]:
+    (meta,) = cache.packages(KERNEL_SUITE, [KERNEL_PACKAGE])
+    kernels = [name for name in meta.depends if name.startswith("linux-image-")]
+    return cache.packages(KERNEL_SUITE, [*kernels, BUSYBOX_PACKAGE])
+
+
+def _made(cache: Cache, kind: str, inputs: Iterable[Path], build: Callable[[Path], None]) -> Path:
+    """The folder that `build` makes from these packages (whose names hold their versions), whole and checked."""
+    recipe = hashlib.sha256()
+    for source in (Path(__file__), Path(initramfs.__file__)):
+        recipe.update(source.read_bytes())
+    for path in inputs:
+        recipe.update(path.name.encode() + b"\0")
+    made = cache.root / "made" / f"{kind}-{recipe.hexdigest()[:16]}"
+    if made.exists():
+        if _whole(made):
+            return made
+        cache.progress(f"{made.name} in the cache is broken: making it again")
+        shutil.rmtree(made)
+    cache.progress(f"unpacking and making {kind}")
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=made.parent, prefix=".tmp-") as name:
+        folder = Path(name) / "made"
+        folder.mkdir()
+        build(folder)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        manifest = {str(path.relative_to(folder)): sha256_of(path) for path in files}
+        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        folder.rename(made)
+    return made
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        return bool(manifest) and all(sha256_of(folder / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _build_xen(folder: Path, row: XenRow, packages: list[Path]) -> None:
+    found = members(packages, (row.image, row.symbols))
+    image = _only(found, row.image)
+    symbols = _only(found, row.symbols)
+    (folder / "xen").write_bytes(gzip.decompress(image) if image[:2] == b"\x1f\x8b" else image)
+    (folder / "xen-syms").write_bytes(gzip.decompress(symbols) if symbols[:2] == b"\x1f\x8b" else symbols)
+
+
+def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path]) -> None:
+    wanted = dict.fromkeys((*initramfs.DOM0_MODULES, *initramfs.CRASH_MODULES))
+    found = members([kernel], ("boot/vmlinuz-*", *(f"*/{name}" for name in wanted)))
+    modules = {name: _only(found, f"*/{name}") for name in wanted}
+    vmlinuz = _only(found, "boot/vmlinuz-*")
+    shell = _only(members([busybox], ("*bin/busybox",)), "*bin/busybox")
+    crash = initramfs.initramfs(
+        initramfs.CRASH_INIT, shell, {name: modules[name] for name in initramfs.CRASH_MODULES}
+    )
+    extra = [
+        *_program(kexec, "kexec"),
+        initramfs.file("boot/vmlinuz", vmlinuz, 0o644),
+        initramfs.file("boot/crash.cpio.gz", crash, 0o644),
+    ]
+    (folder / "vmlinuz").write_bytes(vmlinuz)
+    (folder / "dom0.cpio.gz").write_bytes(
+        initramfs.initramfs(
+            initramfs.DOM0_INIT, shell, {name: modules[name] for name in initramfs.DOM0_MODULES}, extra
+        )
+    )
+
+
+def _program(packages: list[Path], name: str) -> list[initramfs.Entry]:
+    """A program from these packages and the libraries it loads, as its own dynamic loader finds them."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        for package in packages:
+            unpack(package, root)
+        (program,) = (path for path in root.glob(f"**/*bin/{name}") if path.is_file())
+        libraries = loaded_libraries(root, program)
+        loader = _loader(root)
+        return [
+            initramfs.file(f"sbin/{name}", program.read_bytes()),
+            initramfs.file(f"lib64/{loader.name}", loader.read_bytes()),
+            *(initramfs.file(f"lib/x86_64-linux-gnu/{so}", path.read_bytes()) for so, path in libraries.items()),
+        ]
+
+
+def loaded_libraries(root: Path, program: Path) -> dict[str, Path]:
+    """The shared libraries that `program` loads from the packages unpacked in `root`, by the name it asks for."""
+    folders = ":".join(str(root / name) for name in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"))
+    listed = subprocess.run(
+        [_loader(root), "--inhibit-cache", "--library-path", folders, "--list", program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    libraries = {}
+    for line in listed.stdout.splitlines():
+        name, arrow, rest = line.strip().partition(" => ")
+        if "/" in name:  # the loader itself
+            continue
+        if arrow and rest.startswith(str(root)):
+            libraries[name] = Path(rest.split(" (0x")[0])
+        elif arrow:
+            raise LabError(f"making the images: {program.name} needs {name}, which is in none of the fetched packages")
+    if listed.returncode or not libraries:
+        raise LabError(f"making the images: cannot list the libraries of {program.name}: {listed.stderr.strip()}")
+    return libraries
+
+
+def _loader(root: Path) -> Path:
+    return next(path for path in root.glob("**/ld-linux-x86-64.so.2") if path.exists())
+
+
+def unpack(package: Path, root: Path) -> None:
+    done = subprocess.run(["dpkg-deb", "-x", package, root], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LabError(f"unpacking {package.name}: {done.stderr.strip()}; is the disk full?")
+
+
+def members(packages: Iterable[Path], patterns: Iterable[str]) -> dict[str, bytes]:
+    """The regular files of the packages whose path (without a leading `./`) matches a pattern."""
+    wanted = list(patterns)
+    found: dict[str, bytes] = {}
+    for package in packages:
+        with (
+            subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as process,
+            tarfile.open(fileobj=process.stdout, mode="r|") as archive,
+        ):
+            for member in archive:
+                path = member.name.removeprefix("./")
+                if member.isreg() and any(fnmatch.fnmatch(path, pattern) for pattern in wanted):
+                    stream = archive.extractfile(member)
+                    if stream is not None:
+                        found[path] = stream.read()
+    return found
+
+
+def _only(found: dict[str, bytes], pattern: str) -> bytes:
+    matches = fnmatch.filter(found, pattern)
+    if len(matches) != 1:
+        raise LabError(f"making the images: expected one file like {pattern} in the packages, got {matches or 'none'}")
+    return found[matches[0]]

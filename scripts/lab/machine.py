@@ -1,0 +1,594 @@
+"""One machine of the lab: a guest booted in QEMU, its sockets and logs, and what can be done to it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from xen_symbols.target.qmp import Qmp, QmpError
+from xencrash.lab import images
+from xencrash.lab.errors import LabError
+from xencrash.lab.packages import Cache
+from xencrash.lab.qemu import (
+    SOCKET_PATH_LIMIT,
+    Boot,
+    Paths,
+    Program,
+    command_line,
+    cpu_of,
+    end,
+    installed_program,
+    start,
+    start_time,
+)
+from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, QEMUS, XENS
+
+Progress = Callable[[str], None]
+
+CRASH_KERNEL_MIB = 256
+DOM0_MIB = 512
+BOOT_TIMEOUT = 240.0  # 32 vCPUs on two busy host cores boot within this
+
+_KEXEC = (
+    "kexec -p /boot/vmlinuz --initrd=/boot/crash.cpio.gz "
+    '--append="console=ttyS0 irqpoll nr_cpus=1 reset_devices loglevel=5"'
+)
+_TO_XEN = rb"Serial input to Xen"
+_XEN_UP = rb"Brought up \d+ CPUs"
+_DOM0_UP = rb"^@dom0 ready\r?\n"
+_COPIED = rb"^@vmcore (?:copied (?P<size>\d+)|failed: (?P<reason>[^\r\n]*))\r?\n"
+_PHASES = (  # the newest that a log shows is where the machine is
+    ("vmcore copied", "line", rb"^@vmcore copied"),
+    ("crash kernel runs", "line", rb"^@crash kernel"),
+    ("crash kernel loaded", "line", rb"^@crash-kernel-loaded 0\r?$"),
+    ("dom0 runs", "line", _DOM0_UP),
+    ("Xen runs", "serial", _XEN_UP),
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """What `state.json` in the run's folder holds: enough to find the machine again."""
+
+    pid: int
+    started: int
+    symbols: str
+    memory_mib: int
+    cpus: int
+    guest: str  # "Xen 4.17", or the guest's name
+    qemu: str
+
+
+class Lab:
+    """A running machine. Get one from `Lab.up` (a context manager) or `Lab.attach`."""
+
+    def __init__(self, paths: Paths, state: State, owned: bool, temporary: bool, progress: Progress) -> None:
+        self.paths = paths
+        self.state = state
+        self.owned = owned
+        self._temporary = temporary  # the folder is ours to remove
+        self._progress = progress
+        self._lines: dict[Path, _Line] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    # Where things are.
+
+    @property
+    def run_dir(self) -> Path:
+        return self.paths.run_dir
+
+    @property
+    def gdb_socket(self) -> Path:
+        """Of QEMU's gdbstub: `target remote PATH`."""
+        return self.paths.gdb
+
+    @property
+    def qmp_socket(self) -> Path:
+        """For tools; the lab itself uses another one."""
+        return self.paths.qmp
+
+    @property
+    def serial_log(self) -> Path:
+        """Everything that Xen, dom0's kernel and the crash kernel printed."""
+        return self.paths.serial_log
+
+    @property
+    def qemu_log(self) -> Path:
+        return self.paths.qemu_log
+
+    @property
+    def symbols(self) -> Path:
+        """An ELF file with the symbols of exactly this build."""
+        return Path(self.state.symbols)
+
+    @property
+    def qemu_pid(self) -> int:
+        return self.state.pid
+
+    @property
+    def ram_file(self) -> Path:
+        """The guest's RAM as a file that can be mapped: the offset is the physical address (RAM below 2 GiB)."""
+        for link in Path(f"/proc/{self.state.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if "memory-backend-memfd" in str(link.readlink()):
+                    return link
+        raise LabError(f"QEMU (process {self.state.pid}) has no RAM file: {self._logs()}")
+
+    # Starting and stopping.
+
+    @classmethod
+    def up(
+        cls,
+        run_dir: str | Path | None = None,
+        *,
+        xen: str = DEFAULT_XEN,
+        qemu: str = DEFAULT_QEMU,
+        lapic: str | None = None,
+        guest: Boot | None = None,
+        cpus: int = 4,
+        max_cpus: int | None = None,
+        memory_mib: int = 1536,
+        crash_kernel: bool = True,
+        xen_args: str = "",
+        dom0_args: str = "",
+        dom0_vcpus: int = 1,
+        cpu_args: str = "",
+        qemu_args: Sequence[str] = (),
+        wait: str = "dom0",
+        paused: bool = False,
+        progress: Progress = lambda text: None,
+        owned: bool = True,
+    ) -> Lab:
+        """Boot a machine and wait until it is as wished; on failure nothing of it is left but its logs.
+
+        `guest` boots that instead of Xen and dom0. `lapic` is "xapic", "x2apic" or None (what this QEMU does).
+        `wait` is how far: "dom0" (a shell answers, and the crash kernel is loaded unless `crash_kernel` is
+        false), "xen" (all CPUs are up) or "none". `paused` stops before the first instruction, and waits for
+        nothing. `cpu_args` is added to QEMU's -cpu, `qemu_args` to its command line. An owned machine dies
+        with the thread that called this; one that is not is for `Lab.attach` and `down`.
+        Raises LabError.
+        """
+        if wait not in ("dom0", "xen", "none"):
+            raise LabError(f"starting the lab: wait is dom0, xen or none, not {wait!r}")
+        row = _row(QEMUS, qemu, "QEMU")
+        cache = Cache(progress=progress)
+        program = _program(row, lapic, cpu_args)
+        if guest is None:
+            made = images.xen_images(cache, _row(XENS, xen, "Xen"))
+            boot, name = _xen_boot(made, cpus, dom0_vcpus, crash_kernel, xen_args, dom0_args), f"Xen {xen}"
+        else:
+            boot, name, wait = guest, guest.kernel.name, "none"
+        paths, temporary = _run_folder(run_dir)
+        lab = cls._start(
+            paths, temporary, program, boot, name, row.name, owned, progress,
+            cpus=cpus, max_cpus=max_cpus, memory_mib=memory_mib, paused=paused, extra=qemu_args,
+        )
+        try:
+            if not paused:
+                lab._wait_until_up(wait, crash_kernel)
+        except BaseException:
+            lab.down(keep=True)
+            raise
+        return lab
+
+    @classmethod
+    def _start(
+        cls,
+        paths: Paths,
+        temporary: bool,
+        program: Program,
+        boot: Boot,
+        name: str,
+        qemu_name: str,
+        owned: bool,
+        progress: Progress,
+        *,
+        cpus: int,
+        max_cpus: int | None,
+        memory_mib: int,
+        paused: bool,
+        extra: Sequence[str],
+    ) -> Lab:
+        with paths.disk.open("wb") as disk:
+            disk.truncate((memory_mib + 64) << 20)  # a vmcore is a little larger than the memory it holds
+        command = command_line(
+            program, boot, paths, cpus=cpus, max_cpus=max_cpus, memory_mib=memory_mib, paused=paused, extra=extra
+        )
+        progress(f"starting {name} on {cpus} CPUs in QEMU {qemu_name} ({paths.run_dir})")
+        process = start(command, paths, owned)
+        state = State(
+            process.pid, start_time(process.pid) or 0, str(boot.symbols), memory_mib, cpus, name, qemu_name
+        )
+        lab = cls(paths, state, owned, temporary, progress)
+        lab._process = process
+        try:
+            paths.state.write_text(json.dumps(asdict(state), indent=1))
+            lab._until("starting QEMU", 30, lambda: all(path.exists() for path in paths.sockets) or None)
+        except BaseException:
+            lab.down(keep=True)
+            raise
+        return lab
+
+    def _wait_until_up(self, wait: str, crash_kernel: bool) -> None:
+        if wait == "none":
+            return
+        begun = time.monotonic()
+        self.wait_serial(_XEN_UP, BOOT_TIMEOUT, step="booting Xen")
+        if wait == "dom0":
+            self._wait_log(self.paths.line_log, _DOM0_UP, BOOT_TIMEOUT, "booting dom0")
+            self._progress(f"dom0 is up after {time.monotonic() - begun:.1f} s")
+            if crash_kernel:
+                self.load_crash_kernel()
+
+    @classmethod
+    def attach(cls, run_dir: str | Path, progress: Progress = lambda text: None) -> Lab:
+        """The machine that an `up` with owned=False left running in `run_dir`."""
+        paths = Paths(Path(run_dir).absolute())
+        try:
+            state = State(**json.loads(paths.state.read_text()))
+        except FileNotFoundError as error:
+            raise LabError(f"finding the lab: none in {run_dir}: xencrash lab status lists those that run") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise LabError(f"finding the lab: {paths.state} cannot be read ({error}): boot a new one") from error
+        temporary = (paths.run_dir / _TEMPORARY).exists()
+        return cls(paths, state, False, temporary, progress)
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.down(keep=error is not None)
+
+    def down(self, keep: bool = False) -> None:
+        """Stop QEMU and remove what is of no more use; the logs stay if asked for or the folder was given."""
+        for line in self._lines.values():
+            line.close()
+        self._lines.clear()
+        end(self.state.pid, self.state.started)
+        if self._process is not None:
+            self._process.kill()  # no-op once it is gone; makes the wait below end
+            self._process.wait()
+        for path in (*self.paths.sockets, self.paths.disk, self.paths.state):
+            path.unlink(missing_ok=True)
+        if self._temporary and not keep:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+
+    def alive(self) -> bool:
+        return start_time(self.state.pid) == self.state.started
+
+    # The serial lines.
+
+    def serial_send(self, data: bytes) -> None:
+        """Type on Xen's console."""
+        self._line(self.paths.console).send(data)
+
+    def serial_size(self) -> int:
+        """How much has been printed: a `since` for `wait_serial`."""
+        return _size(self.paths.serial_log)
+
+    def wait_serial(
+        self, pattern: str | bytes, timeout: float, since: int = 0, step: str = "waiting for the console"
+    ) -> re.Match[bytes]:
+        """Wait until what was printed from offset `since` on matches; raises LabError after `timeout` seconds."""
+        return self._wait_log(self.paths.serial_log, pattern, timeout, step, since)
+
+    def dom0(self, command: str, timeout: float = 30.0) -> str:
+        """What a shell command printed in dom0 (both streams); LabError if its exit status is not 0."""
+        status, output = self.dom0_status(command, timeout)
+        if status:
+            raise LabError(f"in dom0, {command!r} failed with status {status}: {output.strip()[-200:]}")
+        return output
+
+    def dom0_status(self, command: str, timeout: float = 30.0) -> tuple[int, str]:
+        """The exit status of a shell command in dom0, and what it printed."""
+        since = _size(self.paths.line_log)
+        token = self._send_dom0(command)
+        answer = rb"(?s)\A(.*?)\r?\n@" + token.encode() + rb" (\d+)\r?\n"
+        match = self._wait_log(self.paths.line_log, answer, timeout, f"running {command!r} in dom0", since)
+        return int(match[2]), match[1].decode(errors="replace").replace("\r\n", "\n")
+
+    def _send_dom0(self, command: str) -> str:
+        if not re.search(_DOM0_UP, _read(self.paths.line_log), re.MULTILINE):
+            raise LabError(f"in dom0: no shell answers (yet) to {command!r}: {self._logs()}")
+        token = secrets.token_hex(4)
+        self._line(self.paths.line).send(f"{token} {base64.b64encode(command.encode()).decode()}\n".encode())
+        return token
+
+    def _line(self, path: Path) -> _Line:
+        if path not in self._lines:
+            self._lines[path] = _Line(path)
+        return self._lines[path]
+
+    # Crashing.
+
+    def load_crash_kernel(self) -> None:
+        """Give Xen a crash kernel: without one its crash path returns at once."""
+        status, output = self.dom0_status(f"{_KEXEC}; status=$?; echo @crash-kernel-loaded $status; exit $status", 60)
+        if status:
+            raise LabError(f"loading the crash kernel: kexec failed: {output.strip().splitlines()[0]}: {self._logs()}")
+        self._progress("crash kernel loaded")
+
+    def crash(self, how: str = "key", cpu: int | None = None) -> None:
+        """Crash Xen, and return at once.
+
+        "key" presses Xen's crash key on its console: the CPU that takes the serial interrupt crashes, not always
+        CPU 0. "panic" has dom0's kernel panic; `cpu` chooses the CPU, for which dom0 must have a vCPU for each
+        CPU, pinned to it (`dom0_vcpus=cpus`).
+        """
+        if how not in ("key", "panic") or (how == "key" and cpu is not None):
+            raise LabError(f"crashing Xen: there is no way {how!r}" + (" to choose the CPU" if cpu is not None else ""))
+        status = self.qmp("query-status")["status"]
+        if status != "running":
+            raise LabError(f"crashing Xen: the machine is stopped ({status}), by a debugger perhaps: let it run first")
+        if how == "key":
+            self._console_to_xen()
+            self.serial_send(b"C")
+        else:
+            panic = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
+            self._send_dom0(panic if cpu is None else f"taskset -p {1 << cpu:x} $$ >/dev/null && {{ {panic}; }}")
+
+    def _console_to_xen(self) -> None:
+        for _ in range(2):  # three Ctrl-A switch the input to the next of dom0 and Xen
+            since = self.serial_size()
+            self.serial_send(b"\x01\x01\x01")
+            match = self.wait_serial(rb"\*\*\* Serial input to (\w+)", 20, since, "switching the console to Xen")
+            if match[1] == b"Xen":
+                return
+        raise LabError(f"switching the console to Xen: Ctrl-A three times does not lead there: {self._logs()}")
+
+    def wait_vmcore(self, path: str | Path, timeout: float = 120.0) -> Path:
+        """Wait until the crash kernel has copied /proc/vmcore, and write exactly that file to `path`."""
+        match = self._wait_log(self.paths.line_log, _COPIED, timeout, "waiting for the vmcore")
+        if match["size"] is None:
+            reason = match["reason"].decode(errors="replace")
+            raise LabError(f"taking the vmcore: the crash kernel could not copy it: {reason}: {self._logs()}")
+        size = int(match["size"])
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        try:
+            copy_sparse(self.paths.disk, partial, size)
+            if (described := elf_size(partial)) != size:
+                raise LabError(
+                    f"taking the vmcore: the copy is broken: its headers describe {described} bytes, "
+                    f"/proc/vmcore had {size}: {self._logs()}"
+                )
+            partial.rename(target)
+        except OSError as error:
+            raise LabError(f"taking the vmcore: {target}: {error.strerror}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        self._progress(f"vmcore: {target} ({size / 1e6:.0f} MB)")
+        return target
+
+    def dump_guest_memory(self, path: str | Path, format: str = "elf", paging: bool = False) -> Path:
+        """QEMU's own dump of the whole machine; `format` is one of its `dump-guest-memory` formats."""
+        target = Path(path).absolute()
+        arguments: dict[str, Any] = {} if format == "elf" else {"format": format}
+        self.qmp("dump-guest-memory", timeout=300, protocol=f"file:{target}", paging=paging, **arguments)
+        return target
+
+    def qmp(self, command: str, /, timeout: float = 10.0, **arguments: Any) -> Any:
+        """One QMP command on the lab's own socket."""
+        try:
+            with Qmp(self.paths.own_qmp) as client:
+                return client.execute_for(timeout, command, **arguments)
+        except QmpError as error:
+            if not self.alive():
+                raise LabError(f"QEMU is gone: {self._logs()}") from error
+            raise LabError(f"asking QEMU: {error}: {self._logs()}") from error
+
+    def status(self) -> dict[str, Any]:
+        """What runs, how far it came, and where everything is."""
+        alive = self.alive()
+        logs = {"line": _read(self.paths.line_log), "serial": _read(self.paths.serial_log)}
+        phase = next((name for name, log, seen in _PHASES if re.search(seen, logs[log], re.MULTILINE)), "started")
+        return {
+            "run_dir": str(self.run_dir),
+            "running": alive,
+            "machine": self.qmp("query-status")["status"] if alive else "gone",
+            "phase": phase,
+            "gdb": str(self.gdb_socket),
+            "qmp": str(self.qmp_socket),
+            "serial_log": str(self.serial_log),
+            "qemu_log": str(self.qemu_log),
+            **asdict(self.state),
+        }
+
+    # Waiting.
+
+    def _wait_log(
+        self, log: Path, pattern: str | bytes, timeout: float, step: str, since: int = 0
+    ) -> re.Match[bytes]:
+        wanted = re.compile(pattern.encode() if isinstance(pattern, str) else pattern, re.MULTILINE)
+        return self._until(step, timeout, lambda: wanted.search(_read(log, since)))
+
+    def _until(self, step: str, timeout: float, ready: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + timeout
+        while True:
+            alive = self.alive()  # before looking: what a dying QEMU printed last is seen
+            if (found := ready()) is not None:
+                return found
+            if not alive:
+                raise LabError(f"{step}: QEMU ended: {self._logs()}")
+            if time.monotonic() > deadline:
+                raise LabError(f"{step}: nothing after {timeout:.0f} s: {self._logs()}")
+            time.sleep(0.05)
+
+    def _logs(self) -> str:
+        """Where to look, and the last words of QEMU or of the console."""
+        said = _last_line(self.paths.qemu_log, skip=1)
+        if said:
+            return f"QEMU said {said!r}; see {self.qemu_log} and {self.serial_log}"
+        return f"the console's last line is {_last_line(self.serial_log)!r}; see {self.serial_log}"
+
+
+class _Line:
+    """A serial port's socket, kept open and emptied: a full one would stop the guest's output."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(str(path))
+        except OSError as error:
+            self._socket.close()
+            raise LabError(f"connecting to the serial line {path}: {error.strerror}") from error
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._socket.recv(65536):
+                pass
+
+    def send(self, data: bytes) -> None:
+        try:
+            self._socket.sendall(data)
+        except OSError as error:
+            raise LabError(f"typing on a serial line: {error.strerror}") from error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+def _row(rows: dict[str, Any], name: str, kind: str) -> Any:
+    if name not in rows:
+        raise LabError(f"starting the lab: there is no {kind} {name!r}: the rows are {', '.join(rows)}")
+    return rows[name]
+
+
+def _program(row: Any, lapic: str | None, cpu_args: str) -> Program:
+    cpu = cpu_of(row, lapic)
+    return Program(installed_program(), f"{cpu},{cpu_args}" if cpu_args else cpu)
+
+
+def _xen_boot(
+    made: images.XenImages, cpus: int, dom0_vcpus: int, crash_kernel: bool, xen_args: str, dom0_args: str
+) -> Boot:
+    pinned = "dom0_vcpus_pin " if dom0_vcpus == cpus else ""
+    reserved = f"crashkernel={CRASH_KERNEL_MIB}M " if crash_kernel else ""
+    append = (
+        f"xen com1=115200,8n1 console=com1 loglvl=all noreboot {reserved}"
+        f"dom0_mem={DOM0_MIB}M dom0_max_vcpus={dom0_vcpus} {pinned}{xen_args}"
+    )
+    kernel = f"{made.kernel} console=hvc0 earlyprintk=xen {dom0_args}".rstrip()
+    return Boot(made.xen, made.symbols, append.rstrip(), f"{kernel},{made.dom0_initramfs}")
+
+
+_TEMPORARY = "temporary"
+
+
+def runs_folder() -> Path:
+    """Where runs without a folder of their own live: short, because sockets' paths are limited to 107 bytes."""
+    return Path("/tmp") / f"xencrash-{os.getuid()}"
+
+
+def _run_folder(run_dir: str | Path | None) -> tuple[Paths, bool]:
+    if run_dir is None:
+        parent = runs_folder()
+        parent.mkdir(mode=0o700, exist_ok=True)
+        found = parent.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise LabError(f"starting the lab: {parent} is not a folder of this user: remove it, or give --run-dir")
+        folder = parent / secrets.token_hex(3)
+        folder.mkdir(mode=0o700)
+        (folder / _TEMPORARY).touch()
+        return Paths(folder), True
+    paths = Paths(Path(run_dir).absolute())
+    longest = max(len(os.fsencode(path)) for path in paths.sockets)
+    if longest > SOCKET_PATH_LIMIT:
+        raise LabError(
+            f"starting the lab: {run_dir} is too long for the sockets in it "
+            f"({longest} bytes, at most {SOCKET_PATH_LIMIT}): give a shorter folder"
+        )
+    try:
+        paths.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LabError(f"starting the lab: cannot make {run_dir}: {error.strerror}") from error
+    if paths.state.exists():
+        try:
+            runs = Lab.attach(run_dir).alive()
+        except LabError:  # unreadable: no longer of use
+            runs = False
+        if runs:
+            raise LabError(f"starting the lab: one already runs in {run_dir}: xencrash lab down --run-dir {run_dir}")
+    for path in (*paths.sockets, paths.serial_log, paths.line_log, paths.qemu_log):
+        path.unlink(missing_ok=True)
+    return paths, False
+
+
+def copy_sparse(source: Path, target: Path, size: int) -> None:
+    """Copy the first `size` bytes, leaving holes where the source has holes."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        writer.truncate(size)
+        position = 0
+        while position < size:
+            try:
+                position = os.lseek(reader.fileno(), position, os.SEEK_DATA)
+            except OSError:  # ENXIO: only a hole is left (lseek(2))
+                break
+            stop = min(os.lseek(reader.fileno(), position, os.SEEK_HOLE), size)
+            os.lseek(reader.fileno(), position, os.SEEK_SET)
+            os.lseek(writer.fileno(), position, os.SEEK_SET)
+            while position < stop:
+                moved = os.sendfile(writer.fileno(), reader.fileno(), None, min(stop - position, 1 << 24))
+                if not moved:
+                    raise OSError(5, "the disk ended early")
+                position += moved
+
+
+def elf_size(path: Path) -> int:
+    """Where the last segment of an ELF64 core ends: the size of the whole file. 0 if it is no such file."""
+    with path.open("rb") as stream:
+        header = stream.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+            return 0
+        (offset,) = struct.unpack_from("<Q", header, 32)
+        size, count = struct.unpack_from("<HH", header, 54)
+        ends = [0]
+        for index in range(count):
+            stream.seek(offset + index * size)
+            segment = stream.read(56)
+            if len(segment) == 56:
+                start, _, _, length = struct.unpack_from("<QQQQ", segment, 8)
+                ends.append(start + length)
+    return max(ends)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _read(path: Path, since: int = 0) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            stream.seek(since)
+            return stream.read()
+    except FileNotFoundError:
+        return b""
+
+
+def _last_line(path: Path, skip: int = 0) -> str:
+    lines = [line.strip() for line in _read(path).decode(errors="replace").splitlines()[skip:]]
+    return next((line for line in reversed(lines) if line), "")

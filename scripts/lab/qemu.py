@@ -1,0 +1,187 @@
+"""QEMU's command line, and one QEMU process that does not outlive who owns it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xencrash.lab.errors import LabError
+from xencrash.lab.rows import QemuRow
+
+SOCKET_PATH_LIMIT = 107  # sockaddr_un's sun_path holds 108 bytes with the final NUL (unix(7))
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What QEMU boots: a multiboot or ELF kernel, its command line, and its modules as `-initrd` takes them.
+
+    `symbols` is the ELF file with the symbols of exactly this kernel.
+    """
+
+    kernel: Path
+    symbols: Path
+    append: str = ""
+    initrd: str = ""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The files of one run."""
+
+    run_dir: Path
+
+    @property
+    def gdb(self) -> Path:
+        return self.run_dir / "gdb.sock"
+
+    @property
+    def qmp(self) -> Path:
+        return self.run_dir / "qmp.sock"
+
+    @property
+    def own_qmp(self) -> Path:
+        return self.run_dir / "lab.sock"
+
+    @property
+    def console(self) -> Path:
+        return self.run_dir / "console.sock"
+
+    @property
+    def line(self) -> Path:
+        return self.run_dir / "line.sock"
+
+    @property
+    def sockets(self) -> tuple[Path, ...]:
+        return (self.gdb, self.qmp, self.own_qmp, self.console, self.line)
+
+    @property
+    def serial_log(self) -> Path:
+        return self.run_dir / "serial.log"
+
+    @property
+    def line_log(self) -> Path:
+        return self.run_dir / "line.log"
+
+    @property
+    def qemu_log(self) -> Path:
+        return self.run_dir / "qemu.log"
+
+    @property
+    def disk(self) -> Path:
+        return self.run_dir / "disk.raw"
+
+    @property
+    def state(self) -> Path:
+        return self.run_dir / "state.json"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A QEMU to run: the words before its options, and what `-cpu` is for the wished LAPIC mode."""
+
+    words: tuple[str, ...]
+    cpu: str
+
+
+def cpu_of(row: QemuRow, lapic: str | None) -> str:
+    """`-cpu` for a LAPIC mode ("xapic", "x2apic", or None for what this QEMU does by itself)."""
+    mode = lapic or row.default_lapic
+    if mode not in row.cpu:
+        raise LabError(f"starting QEMU: QEMU {row.name} has no LAPIC mode {mode}, only {', '.join(row.cpu)}: {row.reason}")
+    return row.cpu[mode]
+
+
+def installed_program() -> tuple[str, ...]:
+    found = shutil.which("qemu-system-x86_64")
+    if not found:
+        raise LabError("starting QEMU: qemu-system-x86_64 is not installed: run scripts/setup")
+    return (found,)
+
+
+def command_line(
+    program: Program,
+    boot: Boot,
+    paths: Paths,
+    *,
+    cpus: int,
+    max_cpus: int | None = None,
+    memory_mib: int,
+    paused: bool = False,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """The whole command. RAM is a shared memfd: others can map it, and it is gone when QEMU is."""
+    smp = f"{cpus},maxcpus={max_cpus}" if max_cpus else f"{cpus}"
+    command = [
+        *program.words,
+        *("-name", f"xencrash,process=xencrash-{paths.run_dir.name}"[:60]),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-accel", "tcg", "-cpu", program.cpu, "-smp", smp),
+        *("-object", f"memory-backend-memfd,id=ram,size={memory_mib}M,share=on", "-machine", "q35,memory-backend=ram"),
+        *("-m", str(memory_mib), "-kernel", str(boot.kernel), "-append", boot.append),
+        *(("-initrd", boot.initrd) if boot.initrd else ()),
+        *("-gdb", f"unix:{_escaped(paths.gdb)},server=on,wait=off"),
+        *("-qmp", f"unix:{_escaped(paths.qmp)},server=on,wait=off"),
+        *("-qmp", f"unix:{_escaped(paths.own_qmp)},server=on,wait=off"),
+        *_serial("console", paths.console, paths.serial_log),
+        *_serial("line", paths.line, paths.line_log),
+        # Nothing here must survive the host's own crash, so the host's cache is trusted with every write.
+        *("-drive", f"file={_escaped(paths.disk)},format=raw,if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap"),
+        *(("-S",) if paused else ()),
+        *extra,
+    ]
+    return command
+
+
+def _serial(name: str, socket: Path, log: Path) -> tuple[str, ...]:
+    """A serial port that a client may join, and whose output is logged whether or not one has."""
+    where = f"path={_escaped(socket)},server=on,wait=off,logfile={_escaped(log)}"
+    return ("-chardev", f"socket,id={name},{where}", "-serial", f"chardev:{name}")
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace(",", ",,")
+
+
+def start(command: Sequence[str], paths: Paths, owned: bool) -> subprocess.Popen[bytes]:
+    """Start QEMU in a session of its own (a Ctrl-C is for us to act on).
+
+    An owned QEMU is killed by the kernel when the thread that started it ends, however it ends
+    (PR_SET_PDEATHSIG, prctl(2)): the caller's thread must live as long as the machine is wanted.
+    """
+    words = ["setpriv", "--pdeathsig", "KILL", "--", *command] if owned else list(command)
+    with paths.qemu_log.open("ab") as log:
+        log.write(" ".join(command).encode() + b"\n")
+        log.flush()
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=paths.run_dir
+        )
+    return process
+
+
+def start_time(pid: int) -> int | None:
+    """When the process started, in clock ticks after boot (field 22 of proc(5)'s stat); None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+def end(pid: int, started: int | None, grace: float = 3.0) -> None:
+    """End the process if it is still the one that started then: by asking, then by force."""
+    for sign, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
+        if started is None or start_time(pid) != started:
+            return
+        try:
+            os.kill(pid, sign)
+        except ProcessLookupError:
+            return
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and start_time(pid) == started:
+            time.sleep(0.02)

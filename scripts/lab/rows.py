@@ -1,0 +1,98 @@
+"""What the lab can run: one row for each suite of packages, Xen, QEMU and gdb, with the reason for it.
+
+Another Xen is another row here, and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Where packages come from: pairs of the label in the archive's Release file and the suite."""
+
+    name: str
+    sources: tuple[tuple[str, str], ...]
+    default_release: str | None = None  # for a suite that apt does not prefer by itself (backports)
+
+
+def _stable(codename: str) -> tuple[tuple[str, str], ...]:
+    return (("Debian", codename), ("Debian-Security", f"{codename}-security"))
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("bullseye", _stable("bullseye")),
+        Suite("bookworm", _stable("bookworm")),
+        Suite("bookworm-backports", (*_stable("bookworm"), ("Debian", "bookworm-backports")), "bookworm-backports"),
+        Suite("trixie", _stable("trixie")),
+    )
+}
+
+KERNEL_SUITE = "bookworm"  # one dom0 and crash kernel for every row: only the hypervisor should differ
+KERNEL_PACKAGE = "linux-image-amd64"  # its dependency names the kernel; the -cloud- flavour has no dom0 support
+BUSYBOX_PACKAGE = "busybox-static"
+
+
+@dataclass(frozen=True)
+class XenRow:
+    """One real Xen. Patterns are of paths inside the packages, without a leading slash.
+
+    `suite` also gives kexec: it talks to the hypervisor through the libxenctrl of one Xen version
+    (4.17's library fails on 4.14: "Cannot load /boot/vmlinuz").
+    """
+
+    name: str
+    suite: str
+    packages: tuple[str, ...]
+    image: str
+    symbols: str
+    reason: str
+
+
+XENS = {
+    row.name: row
+    for row in (
+        XenRow(
+            "4.17",
+            "bookworm",
+            ("xen-hypervisor-4.17-amd64", "xen-hypervisor-4.17-amd64-dbg"),
+            "boot/xen-4.17-amd64.gz",
+            "usr/lib/debug/boot/xen-syms-4.17-amd64",
+            "Debian 12's; symbols are a symbol table without DWARF",
+        ),
+    )
+}
+DEFAULT_XEN = "4.17"
+
+
+@dataclass(frozen=True)
+class QemuRow:
+    """One QEMU. `cpu` gives `-cpu` by LAPIC mode; what is not in it this QEMU cannot do.
+
+    Without SMAP: a PV dom0 dies at once in create_bounce_frame when TCG has it (seen with Xen 4.17).
+    `packages` is empty for the QEMU that is installed on the machine.
+    """
+
+    name: str
+    cpu: dict[str, str]
+    default_lapic: str
+    reason: str
+    suite: str = ""
+    packages: tuple[str, ...] = ()
+
+
+QEMUS = {
+    row.name: row
+    for row in (
+        QemuRow(
+            "7.2",
+            {"xapic": "max,-smap"},
+            "xapic",
+            "Debian 12's, as installed; its TCG has no x2APIC (that came with QEMU 9.0, target/i386 and hw/intc/apic)",
+        ),
+    )
+}
+DEFAULT_QEMU = "7.2"
