@@ -48,6 +48,7 @@ class PhysicalCpu:
     nmi_pending: bool | Absent = _UNASKED
     guest_mode: bool | Absent = _UNASKED  # in an SVM/VMX guest: cr3, rip and segments are the guest's
     lapic: Lapic | Absent = _UNASKED
+    current: bool = True  # false when the registers are those that Xen saved in its notes
     source: str = ""
 
 

@@ -1,0 +1,781 @@
+"""The checks: what the crash path promises at each step, one row per invariant.
+
+A row's `judge` says which values are allowed, given how far each CPU has come, and what was observed. Where a CPU may
+be on either side of a step, both values are allowed: a race window is no alarm.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xen_symbols.absence import Absent, Kind, Unreadable
+from xen_symbols.crashpath.generations import TEXT, Generation, Hook
+from xen_symbols.crashpath.stages import CRASHED, CrashStep, OtherStep, Position, Span
+from xen_symbols.report.model import Evidence, Verdict
+from xen_symbols.target import Lapic, PhysicalCpu
+from xen_symbols.x86 import apic
+from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NMI, Gate
+from xen_symbols.xen.state import CpuState, Read, State, absent
+
+HYPERVISOR_CS = 0xE008  # xen/include/asm-x86/config.h, __HYPERVISOR_CS64: every gate that Xen installs
+RFLAGS_IF = 1 << 9
+
+
+@dataclass(frozen=True)
+class IstNumbers:
+    """Which IST entry each exception uses. Told by the #DF gate, which the crash path never touches."""
+
+    df: int
+    nmi: int
+    mc: int
+    source: str
+
+
+IST_NUMBERS = (
+    IstNumbers(df=1, nmi=2, mc=3, source="xen/include/asm-x86/processor.h (4.2 - 4.13)"),
+    IstNumbers(df=4, nmi=2, mc=1, source="6001660473 (4.14.0)"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a judge found. `allowed` and `observed` are JSON values."""
+
+    verdict: Verdict
+    allowed: Any
+    observed: Any
+    evidence: tuple[Evidence, ...] = ()
+    reason: str | None = None
+
+
+def skip(reason: str) -> Outcome:
+    return Outcome(Verdict.SKIP, None, None, reason=reason)
+
+
+def unknown(reason: str, allowed: Any = None, observed: Any = None) -> Outcome:
+    return Outcome(Verdict.UNKNOWN, allowed, observed, reason=reason)
+
+
+def _from_absence(absence: Absent, allowed: Any) -> Outcome:
+    if absence.kind in (Kind.NOT_HELD, Kind.NOT_APPLICABLE):
+        return Outcome(Verdict.SKIP, allowed, None, reason=absence.reason)
+    return Outcome(Verdict.UNKNOWN, allowed, None, reason=absence.reason)
+
+
+def evidence_of(read: Read) -> tuple[Evidence, ...]:
+    if read.address is None:
+        return (Evidence(read.source),) if read.source else ()
+    return (Evidence("memory", read.address, read.raw, read.symbol),)
+
+
+def _expected_json(allowed: Sequence[Any]) -> Any:
+    return allowed[0] if len(allowed) == 1 else {"one_of": list(allowed)}
+
+
+def expect(read: Read, allowed: Sequence[Any], show: Callable[[Any], Any] = lambda value: value) -> Outcome:
+    """Pass when the value read is one of those allowed."""
+    distinct = list(dict.fromkeys(allowed))
+    shown = _expected_json([show(value) for value in distinct])
+    if isinstance(read.value, Absent):
+        return _from_absence(read.value, shown)
+    verdict = Verdict.PASS if read.value in distinct else Verdict.FAIL
+    return Outcome(verdict, shown, show(read.value), evidence_of(read))
+
+
+def timed(span: Span, step: int, before: Any, after: Any) -> tuple[Any, ...]:
+    """What a value may be when it changes at `step`."""
+    if span.before(step):
+        return (before,)
+    if span.reached(step):
+        return (after,)
+    return (before, after)
+
+
+class Context:
+    """One moment, with what the checks need to know about it."""
+
+    def __init__(
+        self,
+        state: State,
+        position: Position,
+        generation: Generation,
+        *,
+        xen_phys_start: int | Absent = Absent("not known"),  # noqa: B008 - a frozen value
+        console_tail: str | Absent = Absent("the console ring was not read"),  # noqa: B008
+        nmi_entries: dict[int, int] | None = None,
+    ) -> None:
+        self.state = state
+        self.position = position
+        self.generation = generation
+        self.symbols = state.symbols
+        self.xen_phys_start = xen_phys_start
+        self.console_tail = console_tail
+        self.nmi_entries = nmi_entries
+        # abe93fc8aa (4.18.0) renamed the entry points.
+        self.nmi = self._entry("entry_NMI", "nmi")
+        self.mc = self._entry("entry_MC", "machine_check")
+        self.trap_nop = self._entry("trap_nop")
+        self.ist = self._ist_numbers()
+
+    def _entry(self, *names: str) -> int | Absent:
+        for name in names:
+            try:
+                address = self.symbols.get(name, TEXT)
+            except Unreadable as error:
+                return error.absent
+            if address is not None:
+                return address
+        return Absent(f"the symbols name none of {', '.join(names)}", Kind.NO_SYMBOL)
+
+    def address(self, name: str, kinds: str = TEXT) -> int | Absent:
+        try:
+            return self.symbols.address(name, kinds)
+        except Unreadable as error:
+            return error.absent
+
+    def _ist_numbers(self) -> IstNumbers | Absent:
+        seen = {
+            cpu.df_gate.value.ist for cpu in self.state.cpus.values() if cpu.df_gate.present and cpu.df_gate.value.ist
+        }
+        rows = [row for row in IST_NUMBERS if row.df in seen]
+        if len(rows) == 1 and len(seen) == 1:
+            return rows[0]
+        return Absent(f"the #DF gates use IST {sorted(seen) or 'none'}, which fits no Xen known here")
+
+    # Where a CPU stands
+
+    def is_crashing(self, cpu: int) -> bool:
+        return cpu == self.position.crashing_cpu
+
+    def is_other(self, cpu: int) -> bool:
+        """Online when the crash began, and not the crashing CPU."""
+        return cpu in self.position.online and not self.is_crashing(cpu)
+
+    def other(self, cpu: int) -> Span:
+        return self.position.others.get(cpu, Span(OtherStep.NOTHING, OtherStep.PARKED))
+
+    @property
+    def crash(self) -> Span:
+        return self.position.crash
+
+    def physical(self, cpu: int) -> PhysicalCpu | Absent:
+        if self.is_crashing(cpu) and self.position.stage is CRASHED:
+            return Absent("the crash kernel runs on it", Kind.NOT_APPLICABLE)
+        return self.state.of(cpu).physical
+
+    def lapic(self, cpu: int) -> Lapic | Absent:
+        physical = self.physical(cpu)
+        return physical if isinstance(physical, Absent) else physical.lapic
+
+    def guest_state_loaded(self, cpu: CpuState) -> bool | None:
+        """Whether an HVM guest's state is loaded there on AMD: svm_ctxt_switch_to clears IST of #DF, NMI and #MC
+        together and loads the guest's TR; None when memory says so and TR says otherwise (XSA-244: cc08c73c8c)."""
+        if not cpu.df_gate.present or cpu.df_gate.value.ist:
+            return False
+        physical = cpu.physical
+        if isinstance(physical, Absent) or isinstance(physical.tr_base, Absent) or isinstance(cpu.tss, Absent):
+            return True
+        return True if physical.tr_base != cpu.tss else None
+
+    def show_code(self, address: int) -> dict[str, Any]:
+        return {"address": hex(address), "symbol": self.symbols.describe(address) if address else None}
+
+
+class Subject(enum.Enum):
+    MACHINE = "the machine"
+    TABLES = "each CPU that has an IDT"
+    ONLINE = "each CPU that was online"
+    OTHERS = "each other CPU that was online"
+    CPUS = "each CPU that exists"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One invariant. `consequence` says what its failure would do to a real crash, `look` where to look."""
+
+    id: str
+    subject: Subject
+    source: str
+    consequence: str
+    judge: Callable[[Context, int], Outcome]
+
+
+MACHINE = -1  # the `cpu` that a judge of the whole machine is called with
+
+
+# Gates
+
+_Expected = tuple[Any, ...] | Absent
+
+
+def _nmi_handler(context: Context, cpu: int) -> _Expected:
+    generation = context.generation
+    plain = context.nmi
+    hooked = plain
+    if context.is_crashing(cpu):
+        hooked = context.trap_nop if generation.own_nmi_gate else plain
+    elif generation.hook is Hook.GATE:
+        hooked = context.address("nmi_crash")
+    if isinstance(plain, Absent):
+        return plain
+    if isinstance(hooked, Absent):
+        return hooked
+    if cpu not in context.position.online and generation.dead_cpus_use_trap_nop:
+        # play_dead() puts trap_nop into its own gate: 73cb1383bf (4.13.0)
+        return (plain,) if isinstance(context.trap_nop, Absent) else (plain, context.trap_nop)
+    return timed(context.crash, CrashStep.ARMED, plain, hooked)
+
+
+def _mc_handler(context: Context, cpu: int) -> _Expected:
+    if isinstance(context.mc, Absent):
+        return context.mc
+    if not context.generation.swaps_mc:
+        return (context.mc,)
+    if isinstance(context.trap_nop, Absent):
+        return context.trap_nop
+    return timed(context.crash, CrashStep.NEUTRALISED, context.mc, context.trap_nop)
+
+
+def _nmi_ist(context: Context, cpu: int) -> _Expected:
+    if isinstance(context.ist, Absent):
+        return context.ist
+    normal = context.ist.nmi
+    generation = context.generation
+    if cpu not in context.position.online:
+        current = context.state.of(cpu).nmi_gate
+        parked = current.present and current.value.handler == context.trap_nop
+        return (0,) if parked else (normal,)
+    cleared = generation.own_nmi_gate if context.is_crashing(cpu) else generation.clears_remote_ist
+    return timed(context.crash, CrashStep.ARMED, normal, 0 if cleared else normal)
+
+
+def _mc_ist(context: Context, cpu: int) -> _Expected:
+    if isinstance(context.ist, Absent):
+        return context.ist
+    normal = context.ist.mc
+    generation = context.generation
+    if not generation.swaps_mc:
+        return (normal,)
+    if generation.clears_remote_ist:
+        # C7 reaches every table; the rewrite of the whole gate at C14 clears IST as well.
+        return timed(context.crash, CrashStep.ARMED, normal, 0)
+    if context.is_crashing(cpu):
+        return timed(context.crash, CrashStep.ARMED, normal, 0)
+    if context.is_other(cpu):
+        return timed(context.other(cpu), OtherStep.MC_IST_CLEARED, normal, 0)
+    return (normal,)
+
+
+_HANDLERS = {VECTOR_NMI: _nmi_handler, VECTOR_MC: _mc_handler}
+_ISTS = {VECTOR_NMI: _nmi_ist, VECTOR_MC: _mc_ist}
+
+
+def _gate_read(context: Context, cpu: int, vector: int) -> Read:
+    fred = context.state.system["fred"]
+    if fred.present and fred.value == 1:
+        return absent("FRED delivers events: the IDT is not used", Kind.NOT_APPLICABLE)
+    state = context.state.of(cpu)
+    return state.nmi_gate if vector == VECTOR_NMI else state.mc_gate
+
+
+def _property(read: Read, of: Callable[[Gate], Any]) -> Read:
+    value = read.value if isinstance(read.value, Absent) else of(read.value)
+    return Read(value, read.address, read.raw, read.symbol, read.source)
+
+
+def _judge_handler(vector: int) -> Callable[[Context, int], Outcome]:
+    def judge(context: Context, cpu: int) -> Outcome:
+        allowed = _HANDLERS[vector](context, cpu)
+        if isinstance(allowed, Absent):
+            return _from_absence(allowed, None)
+        return expect(_property(_gate_read(context, cpu, vector), lambda g: g.handler), allowed, context.show_code)
+
+    return judge
+
+
+def _judge_ist(vector: int) -> Callable[[Context, int], Outcome]:
+    def judge(context: Context, cpu: int) -> Outcome:
+        allowed = _ISTS[vector](context, cpu)
+        if isinstance(allowed, Absent):
+            return _from_absence(allowed, None)
+        read = _property(_gate_read(context, cpu, vector), lambda g: g.ist)
+        if read.value == 0 and 0 not in allowed:
+            loaded = context.guest_state_loaded(context.state.of(cpu))
+            if loaded is None:
+                return unknown(
+                    "IST of #DF is 0 too, as while an AMD CPU holds an HVM guest's state, but TR is Xen's own: an AP "
+                    "brought up by a Xen without the fix of XSA-244 (cc08c73c8c), or a fault",
+                    _expected_json(allowed), 0,
+                )  # fmt: skip
+            if loaded:
+                allowed = (*allowed, 0)
+        return expect(read, allowed)
+
+    return judge
+
+
+def _judge_bits(vector: int, of: Callable[[Gate], Any], allowed: Any) -> Callable[[Context, int], Outcome]:
+    def judge(context: Context, cpu: int) -> Outcome:
+        return expect(_property(_gate_read(context, cpu, vector), of), (allowed,))
+
+    return judge
+
+
+def _gate_checks(prefix: str, vector: int, event: str) -> tuple[Check, ...]:
+    steps = "crash-path steps C7, C14 and O2 (77ad1faa6b and followers)"
+    rows: tuple[tuple[str, str, str, Callable[[Context, int], Outcome]], ...] = (
+        ("present", "SDM vol. 3, 6.14.1", f"{event} raises #NP on that CPU instead of being handled",
+         _judge_bits(vector, lambda g: g.present, True)),
+        ("handler", steps, f"{event} on that CPU runs the wrong code: the shootdown misses it, or the dump is lost",
+         _judge_handler(vector)),
+        ("selector", "__HYPERVISOR_CS", f"{event} loads a wrong CS: #GP, or code runs in the wrong mode",
+         _judge_bits(vector, lambda g: g.selector, HYPERVISOR_CS)),
+        ("type", "SDM vol. 3, 6.14.1", f"{event} is entered with interrupts on, or the gate is no 64-bit gate at all",
+         _judge_bits(vector, lambda g: g.type, INTERRUPT_GATE)),
+        ("dpl", "SDM vol. 3, 6.12.1.1", f"a guest can raise {event} by a software interrupt",
+         _judge_bits(vector, lambda g: g.dpl, 0)),
+        ("ist", steps, f"{event} switches to the wrong stack: a nested one overwrites the frame of the first, "
+         "or it is taken on a stack that is not Xen's", _judge_ist(vector)),
+        ("reserved", "SDM vol. 3, 6.14.1", "the gate's reserved bits are not 0: something other than Xen's helpers "
+         "wrote it", _judge_bits(vector, lambda g: g.reserved == (0, 0), True)),
+    )  # fmt: skip
+    return tuple(
+        Check(f"{prefix}-gate-{name}", Subject.TABLES, source, consequence, judge)
+        for name, source, consequence, judge in rows
+    )
+
+
+# Bookkeeping
+
+
+def _nmi_dispatch(context: Context, _cpu: int) -> Outcome:
+    generation = context.generation
+    if generation.hook is Hook.GATE:
+        return skip("this generation hooks the NMI gates themselves")
+    if generation.hook is Hook.EXCEPTION_TABLE:
+        read = context.state.system["exception_table_nmi"]
+        before: list[int | Absent] = [context.address("do_nmi")]
+        after = context.address("do_nmi_crash")
+    else:
+        read = context.state.system["nmi_callback"]
+        before = [0] if generation.hook is Hook.CALLBACK else []
+        before += [address for name in generation.idle_callbacks if isinstance(address := context.address(name), int)]
+        name = "do_nmi_crash" if generation.hook is Hook.CALLBACK else "crash_nmi_callback"
+        after = context.address(name)
+    if isinstance(after, Absent) or isinstance(before[0] if before else 0, Absent):
+        return _from_absence(
+            after if isinstance(after, Absent) else Absent("do_nmi is not named", Kind.NO_SYMBOL), None
+        )
+    allowed: list[int] = []
+    if not context.crash.reached(CrashStep.ARMED):
+        allowed += [value for value in before if isinstance(value, int)]
+    if not context.crash.before(CrashStep.ARMED):
+        allowed.append(after)
+    return expect(read, allowed, context.show_code)
+
+
+def _membership(read: Read, cpu: int) -> Read:
+    value = read.value if isinstance(read.value, Absent) else cpu in read.value
+    return Read(value, read.address, read.raw, read.symbol, read.source)
+
+
+def _waiting(context: Context, cpu: int) -> Outcome:
+    generation = context.generation
+    if generation.bookkeeping == "count":
+        return skip("this generation counts the CPUs that it waits for") if cpu != MACHINE else _waiting_count(context)
+    if cpu == MACHINE:
+        return skip("this generation keeps a mask, judged per CPU")
+    read = _membership(context.state.system["waiting_mask"], cpu)
+    if not context.is_other(cpu) or context.crash.before(CrashStep.ARMED):
+        return expect(read, (False,))
+    allowed = timed(context.other(cpu), OtherStep.SIGNED_OFF, True, False)
+    return expect(read, allowed if context.crash.reached(CrashStep.ARMED) else (False, *allowed))
+
+
+def _waiting_count(context: Context) -> Outcome:
+    read = context.state.system["waiting_count"]
+    if context.crash.before(CrashStep.ARMED):
+        return expect(read, (0,))
+    others = [context.other(cpu) for cpu in context.position.online if context.is_other(cpu)]
+    most = sum(not span.reached(OtherStep.SIGNED_OFF) for span in others)
+    least = sum(span.before(OtherStep.SIGNED_OFF) for span in others)
+    allowed = tuple(range(least, most + 1))
+    return expect(read, allowed if context.crash.reached(CrashStep.ARMED) else (0, *allowed))
+
+
+def _saved(context: Context, cpu: int) -> Outcome:
+    return expect(_membership(context.state.system["saved"], cpu), _by_role(context, cpu, CrashStep.SAVED,
+                  OtherStep.NOTES_SAVED, before=False, after=True, offline=False))  # fmt: skip
+
+
+def _online(context: Context, cpu: int) -> Outcome:
+    return expect(_membership(context.state.system["online"], cpu), _by_role(context, cpu, CrashStep.STOPPED,
+                  OtherStep.STOPPED, before=True, after=False, offline=False))  # fmt: skip
+
+
+def _by_role(
+    context: Context, cpu: int, crash: CrashStep, other: OtherStep, *, before: Any, after: Any, offline: Any
+) -> tuple[Any, ...]:
+    if context.is_crashing(cpu):
+        return timed(context.crash, crash, before, after)
+    if context.is_other(cpu):
+        return timed(context.other(cpu), other, before, after)
+    return (offline,)
+
+
+def _crash_save_done(context: Context, cpu: int) -> Outcome:
+    if not context.generation.has_save_done:
+        return skip("this generation has no crash_save_done")
+    read = context.state.of(cpu).crash_save_done
+    if read.present is False and read.value.kind is Kind.NOT_APPLICABLE:
+        read = absent("the symbols do not name per_cpu__crash_save_done", Kind.NO_SYMBOL)
+    if context.is_other(cpu):
+        return expect(read, timed(context.other(cpu), OtherStep.DONE, False, True))
+    return expect(read, (False,))
+
+
+def _crash_notes(context: Context, cpu: int) -> Outcome:
+    read = context.state.of(cpu).notes
+    allowed = _by_role(context, cpu, CrashStep.SAVED, OtherStep.NOTES_SAVED, before="empty", after="saved",
+                       offline="empty")  # fmt: skip
+    if isinstance(read.value, Absent):
+        return expect(read, allowed)
+    notes = read.value
+    if isinstance(notes.registers, Absent) and isinstance(notes.control, Absent):
+        observed = "empty"
+    elif isinstance(notes.registers, Absent) or isinstance(notes.control, Absent):
+        observed = "half written"
+    else:
+        observed = "saved" if _plausible(context, notes.registers, notes.control) else "not Xen's registers"
+    return expect(Read(observed, read.address, read.raw, read.symbol), allowed)
+
+
+def _plausible(context: Context, registers: dict[str, int], control: dict[str, int]) -> bool:
+    """Xen's own registers inside kexec_crash_save_cpu: code of Xen's, its code segment, and page tables."""
+    found = context.symbols.lookup(registers["rip"])
+    in_text = found is not None and found[0].kind in TEXT
+    return in_text and registers["cs"] == HYPERVISOR_CS and control["cr3"] != 0
+
+
+def _crash_info_note(context: Context, _cpu: int) -> Outcome:
+    read = context.state.of(0).notes
+    allowed = timed(context.crash, CrashStep.INFO_SAVED, None, context.xen_phys_start)
+    if isinstance(context.xen_phys_start, Absent):
+        return _from_absence(context.xen_phys_start, None)
+    if isinstance(read.value, Absent):
+        return expect(read, allowed)
+    info = read.value.info
+    value = None if isinstance(info, Absent) else info.xen_phys_start
+    return expect(
+        Read(value, read.address, read.raw, read.symbol),
+        allowed,
+        lambda start: "empty" if start is None else {"xen_phys_start": hex(start)},
+    )
+
+
+def _crash_owner(context: Context, _cpu: int) -> Outcome:
+    read = context.state.system["crash_owner"]
+    if isinstance(read.value, Absent) and context.generation.bookkeeping == "count":
+        return skip("this generation may have no owner variable (470f58c159)")
+    owner = -1 if context.position.crashing_cpu is None else context.position.crashing_cpu
+    return expect(read, timed(context.crash, CrashStep.SAVED, -1, owner))
+
+
+def _kexecing(context: Context, _cpu: int) -> Outcome:
+    return expect(context.state.system["kexecing"], timed(context.crash, CrashStep.SAVED, False, True))
+
+
+def _shootdown_report(context: Context, _cpu: int) -> Outcome:
+    if not context.generation.announces:
+        return skip("this generation does not report the shootdown")
+    if not context.crash.reached(CrashStep.WAITED):
+        return skip("the wait is not over")
+    tail = context.console_tail
+    if isinstance(tail, Absent):
+        return _from_absence(tail, "Shot down all CPUs")
+    lines = [line for line in tail.splitlines() if "hot down all CPUs" in line or "o shoot down CPUs" in line]
+    if not lines:
+        return unknown("the end of Xen's console ring does not hold the report", "Shot down all CPUs")
+    verdict = Verdict.PASS if "Shot down all CPUs" in lines[-1] else Verdict.FAIL
+    return Outcome(verdict, "Shot down all CPUs", lines[-1].strip(), (Evidence("Xen's console ring"),))
+
+
+def _nmi_answered(context: Context, cpu: int) -> Outcome:
+    if not context.crash.reached(CrashStep.WAITED):
+        return skip("the wait is not over")
+    state = context.state
+    signs = {
+        "crash_saved_cpus": _membership(state.system["saved"], cpu),
+        "crash_save_done": state.of(cpu).crash_save_done,
+        "cpu_online_map": _membership(state.system["online"], cpu),
+        "waiting_to_crash": _membership(state.system["waiting_mask"], cpu),
+    }
+    read = {name: sign.value for name, sign in signs.items() if sign.present}
+    if not read:
+        return unknown("none of its signs could be read", "answered")
+    answered = any(value == (name.startswith("crash_save") or name == "crash_saved_cpus")
+                   for name, value in read.items())  # fmt: skip
+    evidence = tuple(item for sign in signs.values() if sign.present for item in evidence_of(sign))
+    verdict = Verdict.PASS if answered else Verdict.FAIL
+    return Outcome(verdict, "answered", "answered" if answered else "did not answer", evidence)
+
+
+def _nmi_entries(context: Context, cpu: int) -> Outcome:
+    if context.nmi_entries is None:
+        return skip("only a trace counts entries")
+    if not context.crash.reached(CrashStep.WAITED):
+        return skip("the wait is not over")
+    entries = context.nmi_entries.get(cpu, 0)
+    return expect(Read(entries, source="breakpoint at the NMI handler of the crash path"), (1,))
+
+
+# The local APIC and the CPU itself
+
+_BOOT_MODES = {1: apic.Mode.DISABLED, 2: apic.Mode.XAPIC, 3: apic.Mode.X2APIC}  # ef41e4fb40, enum apic_mode
+
+
+def _boot_mode(context: Context) -> str | Absent:
+    read = context.state.system["apic_boot_mode"]
+    if isinstance(read.value, Absent):
+        return read.value
+    mode = _BOOT_MODES.get(read.value)
+    return Absent(f"apic_boot_mode is {read.value}: not recorded") if mode is None else mode.value
+
+
+def _running_mode(context: Context) -> str | Absent:
+    read = context.state.system["x2apic_enabled"]
+    if isinstance(read.value, Absent):
+        return read.value
+    return (apic.Mode.X2APIC if read.value else apic.Mode.XAPIC).value
+
+
+def _lapic_read(lapic: Lapic | Absent, of: Callable[[Lapic], Any]) -> Read:
+    value = lapic if isinstance(lapic, Absent) else of(lapic)
+    return Read(value, source=None if isinstance(lapic, Absent) else lapic.source)
+
+
+def _lapic_mode(context: Context, cpu: int) -> Outcome:
+    boot, running = _boot_mode(context), _running_mode(context)
+    allowed = _by_role(context, cpu, CrashStep.STOPPED, OtherStep.STOPPED, before=running, after=boot, offline=running)
+    missing = next((value for value in allowed if isinstance(value, Absent)), None)
+    if missing is not None:
+        return _from_absence(missing, None)
+
+    def mode(lapic: Lapic) -> str | Absent:
+        return lapic.apic_base if isinstance(lapic.apic_base, Absent) else apic.mode(lapic.apic_base).value
+
+    return expect(_lapic_read(context.lapic(cpu), mode), allowed)
+
+
+def _lapic_enabled(context: Context, cpu: int) -> Outcome:
+    def enabled(lapic: Lapic) -> bool | Absent:
+        return lapic.spiv if isinstance(lapic.spiv, Absent) else bool(lapic.spiv & apic.SPIV_SOFTWARE_ENABLE)
+
+    read = _lapic_read(context.lapic(cpu), enabled)
+    if context.is_crashing(cpu):
+        # Disabling the IO-APIC leaves the crashing CPU's in virtual-wire mode, software-enabled.
+        return expect(read, (True,))
+    return expect(read, timed(context.other(cpu), OtherStep.STOPPED, True, False))
+
+
+def _lapic_lvt(context: Context, cpu: int) -> Outcome:
+    if context.is_crashing(cpu) or not context.other(cpu).reached(OtherStep.STOPPED):
+        return skip("it is not stopped" if not context.is_crashing(cpu) else "it ends in virtual-wire mode")
+
+    def unmasked(lapic: Lapic) -> tuple[str, ...] | Absent:
+        if isinstance(lapic.lvt, Absent):
+            return lapic.lvt
+        entries = zip(apic.LVT_NAMES, lapic.lvt, strict=True)
+        return tuple(name for name, entry in entries if not entry & apic.LVT_MASKED)
+
+    return expect(_lapic_read(context.lapic(cpu), unmasked), ((),), list)
+
+
+def _on_its_way(context: Context, cpu: int) -> Outcome | None:
+    """What the last steps of another CPU leave can be judged once Xen hands over; None means judge it now."""
+    if not context.crash.reached(CrashStep.NEUTRALISED):
+        return skip("Xen has not handed over")
+    physical = context.physical(cpu)
+    if isinstance(physical, Absent) or context.other(cpu).reached(OtherStep.PARKED):
+        return None
+    awake = physical.halted is False and _in_function(context, physical, context.generation.parks_in)
+    return unknown("it has signed off and is still on its way into the halt loop") if awake else None
+
+
+def _in_function(context: Context, physical: PhysicalCpu, name: str) -> bool:
+    try:
+        start, end = context.symbols.extent(name)
+    except Unreadable:
+        return False
+    return start <= physical.registers.get("rip", 0) < end
+
+
+def _lapic_self_nmi(context: Context, cpu: int) -> Outcome:
+    if not context.generation.has_save_done:
+        return skip("this generation queues no NMI to itself")
+    early = _on_its_way(context, cpu)
+    if early:
+        return early
+
+    def target(lapic: Lapic) -> str | Absent:
+        for part in (lapic.apic_base, lapic.icr_low, lapic.icr_high, lapic.apic_id):
+            if isinstance(part, Absent):
+                return part
+        assert isinstance(lapic.icr_low, int) and isinstance(lapic.icr_high, int) and isinstance(lapic.apic_base, int)
+        low = lapic.icr_low
+        if low & apic.ICR_DELIVERY_MODE != apic.ICR_DELIVERY_NMI:
+            return f"no NMI (ICR {low:#x})"
+        if low & (apic.ICR_SHORTHAND | apic.ICR_DESTINATION_LOGICAL):
+            return f"an NMI by shorthand or logical destination (ICR {low:#x})"
+        destination = apic.icr_destination(lapic.icr_high, apic.mode(lapic.apic_base))
+        return "an NMI to itself" if destination == lapic.apic_id else f"an NMI to APIC id {destination}"
+
+    return expect(_lapic_read(context.lapic(cpu), target), ("an NMI to itself",))
+
+
+def _physical_read(context: Context, cpu: int, of: Callable[[PhysicalCpu], Any]) -> Read:
+    physical = context.physical(cpu)
+    value = physical if isinstance(physical, Absent) else of(physical)
+    return Read(value, source=None if isinstance(physical, Absent) else physical.source)
+
+
+def _nmi_latch(context: Context, cpu: int) -> Outcome:
+    read = _physical_read(context, cpu, lambda physical: physical.nmi_blocked)
+    if context.is_crashing(cpu):
+        if not context.generation.swaps_mc or not context.crash.reached(CrashStep.NEUTRALISED):
+            return skip("NMIs are opened in machine_kexec")
+        return expect(read, ("open",), _latch) if not read.present else expect(_map(read, _latch), ("open",))
+    if not context.other(cpu).reached(OtherStep.NMI_TAKEN):
+        return skip("it has not surely taken the NMI")
+    return expect(_map(read, _latch), ("blocked",))
+
+
+def _latch(blocked: Any) -> Any:
+    return blocked if isinstance(blocked, str) else "blocked" if blocked else "open"
+
+
+def _map(read: Read, function: Callable[[Any], Any]) -> Read:
+    if isinstance(read.value, Absent):
+        return read
+    return Read(function(read.value), read.address, read.raw, read.symbol, read.source)
+
+
+def _nmi_pending(context: Context, cpu: int) -> Outcome:
+    if not context.generation.has_save_done:
+        return skip("this generation queues no NMI to itself")
+    early = _on_its_way(context, cpu)
+    return early or expect(_physical_read(context, cpu, lambda physical: physical.nmi_pending), (True,))
+
+
+def _cpu_parked(context: Context, cpu: int) -> Outcome:
+    early = _on_its_way(context, cpu)
+    if early:
+        return early
+    parked = f"halted in {context.generation.parks_in}, interrupts off"
+
+    def where(physical: PhysicalCpu) -> str | Absent:
+        if not physical.current:
+            return Absent("the registers are those saved in the notes", Kind.NOT_HELD)
+        if "rip" not in physical.registers or "rflags" not in physical.registers:
+            return Absent("its registers could not be read")
+        interrupts = physical.registers["rflags"] & RFLAGS_IF
+        if (
+            _in_function(context, physical, context.generation.parks_in)
+            and not interrupts
+            and physical.halted is not False
+        ):
+            return parked
+        awake = "" if isinstance(physical.halted, Absent) else "halted in " if physical.halted else "awake in "
+        return (
+            f"{awake}{context.symbols.describe(physical.registers['rip'])}, interrupts {'on' if interrupts else 'off'}"
+        )
+
+    return expect(_physical_read(context, cpu, where), (parked,))
+
+
+def _idtr(context: Context, cpu: int) -> Outcome:
+    state = context.state.of(cpu)
+    fred = context.state.system["fred"]
+    if fred.present and fred.value == 1:
+        return skip("FRED delivers events: the IDT is not used")
+
+    def table(physical: PhysicalCpu) -> tuple[int, int] | Absent:
+        if physical.guest_mode is True:
+            return Absent("it is in a guest: IDTR is the guest's", Kind.NOT_APPLICABLE)
+        return physical.idtr
+
+    if not state.idt.present:
+        return _from_absence(state.idt.value, None)
+    return expect(
+        _physical_read(context, cpu, table),
+        ((state.idt.value, 0xFFF),),
+        lambda value: {"base": hex(value[0]), "limit": value[1]},
+    )
+
+
+def _x2apic_enabled(context: Context, _cpu: int) -> Outcome:
+    if not context.crash.reached(CrashStep.STOPPED):
+        return skip("re-evaluated by the crashing CPU after its own stop")
+    boot = _boot_mode(context)
+    if isinstance(boot, Absent):
+        return _from_absence(boot, None)
+    return expect(context.state.system["x2apic_enabled"], (boot == apic.Mode.X2APIC.value,))
+
+
+CHECKS: tuple[Check, ...] = (
+    *_gate_checks("nmi", VECTOR_NMI, "an NMI"),
+    *_gate_checks("mc", VECTOR_MC, "a machine check"),
+    Check("nmi-dispatch", Subject.MACHINE, "cbeeaa7da0, e7f147bf4a",
+          "the shootdown NMI runs the normal handler: no other CPU saves its state or stops", _nmi_dispatch),
+    Check("waiting-cpus", Subject.MACHINE, "77ad1faa6b, review of the RFC by its author",
+          "the crashing CPU waits a full second for CPUs that have already answered, or does not wait for those that "
+          "have not", _waiting),
+    Check("waiting-cpus", Subject.CPUS, "f12c1f0b09",
+          "the crashing CPU waits a full second for it although it answered, or leaves while it still runs", _waiting),
+    Check("nmi-answered", Subject.OTHERS, "77ad1faa6b",
+          "this CPU never took the shootdown NMI: it runs on into the crash kernel's memory, and its registers are lost",
+          _nmi_answered),
+    Check("nmi-entries", Subject.OTHERS, "77ad1faa6b",
+          "it entered the handler more or less than once: something opened NMIs on a parked CPU, or it never came",
+          _nmi_entries),
+    Check("saved-cpus", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
+          "its registers are missing from the dump, or would be saved twice", _saved),
+    Check("online-cpus", Subject.CPUS, "xen/arch/x86/smp.c, __stop_this_cpu",
+          "Xen still counts it as running: later steps are sent to a CPU that is halted, or skip one that is not",
+          _online),
+    Check("crash-save-done", Subject.CPUS, "77ad1faa6b",
+          "a second NMI saves its state again and stops it twice, or its first one saves nothing", _crash_save_done),
+    Check("crash-notes", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
+          "its registers are missing from the dump, or are not its own", _crash_notes),
+    Check("crash-info-note", Subject.MACHINE, "xen/common/kexec.c, kexec_crash_save_info",
+          "tools cannot tell where Xen lies in the dump", _crash_info_note),
+    Check("crash-owner", Subject.MACHINE, "470f58c159",
+          "two CPUs may walk the crash path at once", _crash_owner),
+    Check("kexecing", Subject.MACHINE, "xen/common/kexec.c",
+          "the local APICs are not returned to the mode that the crash kernel expects", _kexecing),
+    Check("shootdown-report", Subject.MACHINE, "f12c1f0b09",
+          "Xen itself said that it could not shoot down every CPU", _shootdown_report),
+    Check("x2apic-enabled", Subject.MACHINE, "xen/arch/x86/crash.c",
+          "Xen goes on to use the LAPIC in the wrong mode", _x2apic_enabled),
+    Check("lapic-mode", Subject.ONLINE, "xen/arch/x86/apic.c, disable_local_APIC",
+          "the crash kernel finds the LAPIC in a mode that it does not expect and hangs or faults", _lapic_mode),
+    Check("lapic-enabled", Subject.ONLINE, "xen/arch/x86/apic.c, disable_local_APIC",
+          "a stopped CPU still takes interrupts, or a running one none", _lapic_enabled),
+    Check("lapic-lvt", Subject.OTHERS, "xen/arch/x86/apic.c, clear_local_APIC",
+          "a local interrupt wakes the parked CPU", _lapic_lvt),
+    Check("lapic-self-nmi", Subject.OTHERS, "77ad1faa6b",
+          "nothing is queued behind the NMI latch: a later iret on this CPU (from a machine check) would let it "
+          "run on", _lapic_self_nmi),
+    Check("nmi-latch", Subject.ONLINE, "77ad1faa6b, enable_nmis",
+          "the crash kernel starts with NMIs blocked and its watchdog is dead, or a parked CPU can be woken",
+          _nmi_latch),
+    Check("nmi-pending", Subject.OTHERS, "77ad1faa6b", "no NMI is queued behind the latch of the parked CPU",
+          _nmi_pending),
+    Check("cpu-parked", Subject.OTHERS, "77ad1faa6b", "it still runs while the crash kernel takes the machine over",
+          _cpu_parked),
+    Check("idtr", Subject.ONLINE, "xen/arch/x86/cpu/common.c, load_system_tables",
+          "the CPU does not use the IDT that Xen writes to: whatever the gates say, it takes other handlers", _idtr),
+)  # fmt: skip

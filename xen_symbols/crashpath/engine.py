@@ -1,0 +1,245 @@
+"""The one engine: a target, its symbols and a position become findings and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xen_symbols import __version__
+from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
+from xen_symbols.crashpath.generations import Generation, Identification, identify
+from xen_symbols.crashpath.position import crashing_cpu, infer
+from xen_symbols.crashpath.stages import CrashStep, Position
+from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
+from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.x86 import apic
+from xen_symbols.xen.console import read_console
+from xen_symbols.xen.memory import XenMemory, image_region
+from xen_symbols.xen.state import CpuState, Read, State, read_state
+
+TOOL: Mapping[str, Any] = {"name": "xencrash", "version": __version__}
+# The report of the shootdown is among the last lines that Xen prints.
+_CONSOLE_TAIL = 2048
+
+
+def judge(context: Context) -> list[Finding]:
+    """Every check, for every CPU that it concerns, at one moment."""
+    findings = []
+    for check in CHECKS:
+        for cpu in _subjects(check.subject, context):
+            outcome = check.judge(context, cpu)
+            findings.append(_finding(check, context.position, cpu, outcome))
+    return _follow(findings)
+
+
+def _subjects(subject: Subject, context: Context) -> list[int]:
+    if subject is Subject.MACHINE:
+        return [MACHINE]
+    existing = [cpu.cpu for cpu in context.state.cpus.values() if cpu.exists]
+    if subject is Subject.TABLES:
+        return [cpu for cpu in existing if _may_have_table(context.state.of(cpu))]
+    if subject is Subject.CPUS:
+        return existing
+    if subject is Subject.OTHERS:
+        if context.position.crashing_cpu is None:
+            return []
+        return sorted(cpu for cpu in context.position.online if context.is_other(cpu))
+    return sorted(context.position.online)
+
+
+def _may_have_table(cpu: CpuState) -> bool:
+    return cpu.idt.present or cpu.idt.value.kind.name != "NOT_APPLICABLE"
+
+
+def _finding(check: Check, position: Position, cpu: int, outcome: Outcome) -> Finding:
+    reason = check.consequence if outcome.verdict is Verdict.FAIL and not outcome.reason else outcome.reason
+    return Finding(
+        check=check.id,
+        stage=position.stage.id,
+        cpu=None if cpu == MACHINE else cpu,
+        verdict=outcome.verdict,
+        expected=outcome.allowed,
+        observed=outcome.observed,
+        source=check.source,
+        evidence=outcome.evidence,
+        reason=reason,
+    )
+
+
+_CAUSE = "nmi-answered"
+# What Xen says, and counts, of the whole machine also follows from one CPU that did not answer.
+_MACHINE_CONSEQUENCES = ("shootdown-report", "waiting-cpus")
+
+
+def _follow(findings: list[Finding]) -> list[Finding]:
+    """Mark the failures that follow from a CPU that never answered."""
+    silent = {f.cpu for f in findings if f.check == _CAUSE and f.verdict is Verdict.FAIL}
+    if not silent:
+        return findings
+    marked = []
+    for finding in findings:
+        explained = finding.cpu in silent or (finding.cpu is None and finding.check in _MACHINE_CONSEQUENCES)
+        if finding.verdict is Verdict.FAIL and finding.check != _CAUSE and explained:
+            finding = Finding(**{**finding.__dict__, "follows": _CAUSE})
+        marked.append(finding)
+    return marked
+
+
+def xen_phys_start(memory: XenMemory) -> int | Absent:
+    """Where Xen's image begins in physical memory: what its page tables map XEN_VIRT_START's image to."""
+    root = memory.symbols.address("idle_pg_table")
+    return memory.root - (root - image_region(root))
+
+
+def context_at(
+    memory: XenMemory, state: State, position: Position, generation: Generation, entries: dict[int, int] | None = None
+) -> Context:
+    """A context for the checks; the end of the console is read only where a check needs it."""
+    tail: str | Absent = Absent("not needed at this stage")
+    if generation.announces and position.crash.reached(CrashStep.WAITED):
+        try:
+            tail = read_console(memory, _CONSOLE_TAIL)
+        except Unreadable as error:
+            tail = error.absent
+    return Context(
+        state, position, generation,
+        xen_phys_start=xen_phys_start(memory), console_tail=tail, nmi_entries=entries,
+    )  # fmt: skip
+
+
+def new_report(memory: XenMemory, identification: Identification | None = None) -> Report:
+    """A report with its context and no findings."""
+    report = Report(tool=TOOL, target=describe_target(memory), symbols=describe_symbols(memory))
+    if identification is not None:
+        report.generation = {
+            "id": identification.generation.id,
+            "introduced": identification.generation.introduced,
+            "evidence": list(identification.evidence),
+        }
+    return report
+
+
+def describe_target(memory: XenMemory) -> dict[str, Any]:
+    target = memory.target
+    return {
+        "kind": target.kind,
+        "format": target.format,
+        "location": target.location,
+        "xen_phys_start": hex(start) if isinstance(start := xen_phys_start(memory), int) else None,
+        "found_by": memory.found_by,
+    }
+
+
+def describe_symbols(memory: XenMemory) -> dict[str, Any]:
+    symbols: SymbolTable = memory.symbols
+    theirs = memory.build_id
+    own = symbols.build_id
+    match = None if own is None or isinstance(theirs, Absent) else own == theirs
+    return {
+        "path": symbols.path,
+        "source": symbols.source,
+        "build_id": own.hex() if own else None,
+        "target_build_id": None if isinstance(theirs, Absent) else theirs.hex(),
+        "match": match,
+    }
+
+
+def evaluate(memory: XenMemory) -> Report:
+    """Judge what is there now. Raises Undecidable when it cannot be told which Xen this is or where it stands."""
+    identification = identify(memory)
+    report = new_report(memory, identification)
+    state = read_state(memory)
+    position = infer(state, identification.generation)
+    add_stage(report, context_at(memory, state, position, identification.generation))
+    if position.crashing_cpu is not None:
+        report.target = {**report.target, "crashing_cpu_by": list(crashing_cpu(state, identification.generation)[1])}
+    return report
+
+
+def add_stage(report: Report, context: Context) -> list[Finding]:
+    """Judge one moment and add it to a report. Returns the new findings."""
+    position = context.position
+    report.crashing_cpu = position.crashing_cpu
+    report.stages.append(_seen(context))
+    findings = judge(context)
+    report.findings += findings
+    report.cpus = [describe_cpu(context, cpu) for cpu in context.state.cpus.values() if cpu.exists]
+    return findings
+
+
+def _seen(context: Context) -> StageSeen:
+    position = context.position
+    if position.subject is None:
+        return StageSeen(position.stage.id, None, None, None)
+    physical = context.state.of(position.subject).physical
+    pc = None if isinstance(physical, Absent) else physical.registers.get("rip")
+    return StageSeen(position.stage.id, position.subject, None if pc is None else context.symbols.describe(pc), pc)
+
+
+def gate_json(context: Context, read: Read) -> dict[str, Any] | None:
+    """A gate as the JSON contract gives it; None when it could not be read."""
+    if not read.present:
+        return None
+    gate = read.value
+    return {
+        "handler": {"address": hex(gate.handler), "symbol": context.symbols.describe(gate.handler)},
+        "selector": hex(gate.selector),
+        "type": gate.type,
+        "dpl": gate.dpl,
+        "present": gate.present,
+        "ist": gate.ist,
+        "raw": gate.raw.hex(),
+    }
+
+
+def describe_cpu(context: Context, cpu: CpuState) -> dict[str, Any]:
+    """One CPU as the JSON contract gives it. What is not known is null, and `absent` says why."""
+    out: dict[str, Any] = {
+        "cpu": cpu.cpu,
+        "role": _role(context, cpu.cpu),
+        "nmi_gate": gate_json(context, cpu.nmi_gate),
+        "mc_gate": gate_json(context, cpu.mc_gate),
+    }
+    absences: dict[str, str] = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, Absent):
+            absences[name] = value.reason
+            value = None
+        out[name] = value
+
+    for name, read in (("nmi_gate", cpu.nmi_gate), ("mc_gate", cpu.mc_gate)):
+        if isinstance(read.value, Absent):
+            absences[name] = read.value.reason
+    put("apic_id", cpu.apic_id.value)
+    put("crash_save_done", cpu.crash_save_done.value)
+    physical = cpu.physical
+    for name in ("halted", "nmi_blocked", "nmi_pending", "guest_mode"):
+        put(name, physical if isinstance(physical, Absent) else getattr(physical, name))
+    if isinstance(physical, Absent):
+        put("lapic", physical)
+        put("at", physical)
+    else:
+        put("lapic", physical.lapic if isinstance(physical.lapic, Absent) else _lapic_json(physical))
+        pc = physical.registers.get("rip")
+        put("at", Absent("no registers") if pc is None else {"symbol": context.symbols.describe(pc), "pc": hex(pc)})
+    if absences:
+        out["absent"] = absences
+    return out
+
+
+def _role(context: Context, cpu: int) -> str:
+    if context.is_crashing(cpu):
+        return "crashing"
+    return "other" if cpu in context.position.online else "offline"
+
+
+def _lapic_json(physical: Any) -> dict[str, Any]:
+    lapic = physical.lapic
+    base = lapic.apic_base
+    out = {"mode": None if isinstance(base, Absent) else apic.mode(base).value, "source": lapic.source}
+    for name in ("apic_base", "spiv", "icr_low", "icr_high"):
+        value = getattr(lapic, name)
+        out[name] = None if isinstance(value, Absent) else hex(value)
+    return out

@@ -1,0 +1,192 @@
+"""Following a crash live: what to break on, what each stop means, and when it is over. No gdb in here.
+
+A driver sets execution breakpoints on `anchors`, continues the machine, and hands each stop to `stop`. Every stop reads
+every gate and every CPU afresh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.crashpath.engine import add_stage, context_at, new_report
+from xen_symbols.crashpath.generations import TEXT, Identification, identify
+from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
+from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Role, Span, Stage
+from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
+from xen_symbols.xen.memory import XenMemory
+from xen_symbols.xen.state import State, read_state
+
+# xen/include/public/kexec.h and xen/common/kexec.c: bit 5 selects which of the crash images, bits 2 and 3, is live.
+_KEXEC_IMAGE_CRASH_BASE = 2
+_KEXEC_FLAG_CRASH_POS = 5
+# Where Xen's C code begins at boot: reached again only after a reset.
+_RESET_ANCHOR = "__start_xen"
+
+
+def crash_image_loaded(kexec_flags: int) -> bool:
+    """Whether kexec_crash() has an image to jump to; without one it returns at once."""
+    position = kexec_flags >> _KEXEC_FLAG_CRASH_POS & 1
+    return bool(kexec_flags >> (_KEXEC_IMAGE_CRASH_BASE + position) & 1)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a stop meant. `stage` is None for one that is none of ours: continue. `finished` ends the trace."""
+
+    stage: StageSeen | None
+    findings: tuple[Finding, ...] = ()
+    finished: bool = False
+
+
+class Follower:
+    """The trace's state machine, for one crash."""
+
+    def __init__(self, memory: XenMemory, identification: Identification | None = None) -> None:
+        """Raises Undecidable for a Xen that has crashed already, or that cannot be told."""
+        self.memory = memory
+        self.identification = identification or identify(memory)
+        self.generation = self.identification.generation
+        self.report: Report = new_report(memory, self.identification)
+        self._anchors = {
+            stage.id: address for stage in STAGES if (address := anchor_address(memory.symbols, stage)) is not None
+        }
+        last = max((s for s in STAGES if s.id in self._anchors and s.role is Role.CRASHING), key=lambda s: s.crash_step)
+        self._last = last.id
+        self._reset_at = memory.symbols.get(_RESET_ANCHOR, TEXT)
+        self._crashing: int | None = None
+        self._online: frozenset[int] = frozenset()
+        self._step = CrashStep.NOTHING
+        self._seen: dict[int, Span] = {}
+        self._entries: dict[int, int] = {}
+        self._start()
+
+    def _start(self) -> None:
+        state = self._read()
+        position = infer(state, self.generation)
+        if position.stage is not NORMAL and position.stage.id != "crash-entry":
+            raise Undecidable(
+                f"Xen has begun to crash already (stage {position.stage.id}): it cannot be followed from its start; "
+                "judge it with check"
+            )
+        if position.stage is NORMAL:
+            self._judge(state, position)
+
+    def _read(self) -> State:
+        self.memory.forget()
+        try:
+            return read_state(self.memory)
+        except Unreadable as error:
+            raise Undecidable(f"Xen's state could not be read: {error}") from None
+
+    @property
+    def anchors(self) -> dict[int, str]:
+        """Addresses to break on, and the names to call them by."""
+        found: dict[int, str] = {}
+        for address in self._anchors.values():
+            found[address] = self.memory.symbols.describe(address)
+        if self._reset_at is not None:
+            found[self._reset_at] = _RESET_ANCHOR
+        return found
+
+    @property
+    def begun(self) -> bool:
+        """Whether the crash has begun: from here on, stops follow each other within a second of the guest's time."""
+        return bool(self.report.stages) and self.report.stages[-1].stage != NORMAL.id
+
+    def stop(self, index: int, pc: int) -> Progress:
+        """The machine stopped with the target's CPU `index` at `pc`. Raises Undecidable when the trace is lost."""
+        if pc == self._reset_at:
+            raise Undecidable("the guest was reset while its crash was followed: the dump is lost; see its console log")
+        if pc not in self._anchors.values():
+            return Progress(None)
+        state = self._read()
+        cpu = next(
+            (c.cpu for c in state.cpus.values() if not isinstance(c.physical, Absent) and c.physical.index == index),
+            None,
+        )
+        if cpu is None:
+            raise Undecidable(f"the machine's CPU {index} stopped on the crash path, and is none of Xen's CPUs")
+        stage = self._stage(cpu, pc)
+        if stage is None:
+            return Progress(None)
+        self._advance(state, stage, cpu)
+        position = at_stage(stage, cpu, self._crashing, self._online, self._spans())
+        if stage.role is Role.OTHER and self._step > stage.crash_step:
+            late = Span(self._step, self._step + 1)
+            position = type(position)(stage, cpu, self._crashing, late, position.others, self._online)
+        seen, findings = self._judge(state, position)
+        if stage.id == "crash-entry":
+            self._require_image(state)
+        finished = stage.id == self._last
+        if finished:
+            findings = (*findings, self._complete(True))
+        return Progress(seen, findings, finished)
+
+    def _stage(self, cpu: int, pc: int) -> Stage | None:
+        """The stage that this CPU has reached at `pc`; an anchor may be another stage's on the crashing CPU."""
+        for stage_id, address in self._anchors.items():
+            stage = BY_ID[stage_id]
+            if address != pc:
+                continue
+            if stage.role is Role.OTHER and self._crashing is not None and cpu != self._crashing:
+                return stage
+            if stage.role is Role.CRASHING and (self._crashing in (None, cpu)) and self._is_next(stage):
+                return stage
+        return None
+
+    def _is_next(self, stage: Stage) -> bool:
+        if stage.id in ("crash-entry", "shutdown-entry"):
+            return self._crashing is None
+        return self._crashing is not None and stage.crash_step > self._step
+
+    def _advance(self, state: State, stage: Stage, cpu: int) -> None:
+        if stage.id == "crash-entry":
+            self._online = online_at_crash(state, None)
+            return
+        if stage.role is Role.CRASHING:
+            if self._crashing is None:
+                self._crashing = cpu
+                self._online = self._online | online_at_crash(state, cpu)
+            self._step = stage.crash_step
+            return
+        assert stage.other_step is not None
+        self._seen[cpu] = Span(stage.other_step, stage.other_step)
+        if stage.other_step is OtherStep.NMI_TAKEN:
+            self._entries[cpu] = self._entries.get(cpu, 0) + 1
+
+    def _spans(self) -> dict[int, Span]:
+        """What is known of each other CPU when one of them stops: at least where it was last seen."""
+        sent = self._step >= CrashStep.ARMED
+        first = Span(OtherStep.NOTHING, OtherStep.PARKED if sent else OtherStep.NOTHING)
+        spans = dict.fromkeys(self._online - {self._crashing}, first)
+        return spans | {cpu: Span(span.low, OtherStep.PARKED) for cpu, span in self._seen.items()}
+
+    def _judge(self, state: State, position: Any) -> tuple[StageSeen, tuple[Finding, ...]]:
+        entries = self._entries if "nmi-taken" in self._anchors else None
+        findings = add_stage(self.report, context_at(self.memory, state, position, self.generation, entries))
+        return self.report.stages[-1], tuple(findings)
+
+    def _require_image(self, state: State) -> None:
+        flags = state.system["kexec_flags"]
+        if flags.present and not crash_image_loaded(flags.value):
+            raise Undecidable(
+                "no crash kernel is loaded: kexec_crash() returns at once and nothing of the crash path runs; "
+                "load one with kexec -p in dom0"
+            )
+
+    def _complete(self, reached: bool, why: str | None = None) -> Finding:
+        last = self.report.stages[-1].stage if self.report.stages else None
+        finding = Finding(
+            check="trace-complete", stage=self._last, cpu=self._crashing,
+            verdict=Verdict.PASS if reached else Verdict.FAIL,
+            expected=self._last, observed=last, source="xen/arch/x86/machine_kexec.c",
+            evidence=(Evidence("breakpoint"),), reason=why,
+        )  # fmt: skip
+        self.report.findings.append(finding)
+        return finding
+
+    def stalled(self, why: str) -> Finding:
+        """The crash began and never reached its end: a failure, named after where it was seen last."""
+        return self._complete(False, f"{why}: no crash kernel starts, and the dump is lost")

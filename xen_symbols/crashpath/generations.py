@@ -1,0 +1,233 @@
+"""Xen's crash path, one row per revision: what it does, which commit made it so, and how to recognise it.
+
+A row is recognised by symbols and by Xen's own code in memory, never by a version number. Every row's evidence is
+tried; exactly one row must hold.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.xen.memory import XenMemory
+
+TEXT = "tTwW"
+DATA = "dDbBrRvV"
+
+
+class Hook(enum.Enum):
+    """Where an NMI is turned into the shootdown on each other CPU."""
+
+    CRASH_CALLBACK = "nmi_callback = crash_nmi_callback"
+    GATE = "nmi_crash in the CPU's own NMI gate"
+    EXCEPTION_TABLE = "exception_table[2] = do_nmi_crash"
+    CALLBACK = "nmi_callback = do_nmi_crash"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One statement about symbols or code that holds, or not, for a build. `test` may raise Unreadable: not decidable."""
+
+    says: str
+    test: Callable[[XenMemory], bool]
+
+
+def has(name: str, kinds: str | None = None) -> Evidence:
+    return Evidence(f"symbol {name}", lambda memory: memory.symbols.has(name, kinds))
+
+
+def lacks(name: str, kinds: str | None = None) -> Evidence:
+    return Evidence(f"no symbol {name}", lambda memory: not memory.symbols.has(name, kinds))
+
+
+def either(first: Evidence, second: Evidence) -> Evidence:
+    return Evidence(f"{first.says} or {second.says}", lambda memory: first.test(memory) or second.test(memory))
+
+
+def function_text(memory: XenMemory, name: str) -> tuple[int, bytes]:
+    """(address, code) of a function. Raises Unreadable."""
+    start, end = memory.symbols.extent(name)
+    return start, memory.read(start, min(end - start, 1 << 16))
+
+
+def references(memory: XenMemory, function: str, symbol: str) -> bool:
+    """Whether a function's code names a symbol's address: RIP-relative (with up to 4 bytes of immediate after the
+    displacement), as a sign-extended 32-bit or as a 64-bit immediate (Intel SDM vol. 2, 2.2.1.6)."""
+    start, code = function_text(memory, function)
+    target = memory.symbols.address(symbol)
+    if target.to_bytes(8, "little") in code:
+        return True
+    for at in range(len(code) - 3):
+        value = int.from_bytes(code[at : at + 4], "little", signed=True)
+        if target - (start + at + 4) - value in (0, 1, 2, 4):
+            return True
+    return False
+
+
+def code_references(function: str, symbol: str, expected: bool = True) -> Evidence:
+    says = f"{function} {'names' if expected else 'does not name'} {symbol}"
+    return Evidence(says, lambda memory: references(memory, function, symbol) is expected)
+
+
+def _decrements(memory: XenMemory) -> bool:
+    """`lock decl waiting_for_crash_ipi(%rip)` in do_nmi_crash: f0 ff 0d, displacement."""
+    start, code = function_text(memory, "do_nmi_crash")
+    counter = memory.symbols.address("waiting_for_crash_ipi", DATA)
+    for match in re.finditer(rb"\xf0\xff\x0d", code):
+        displacement = code[match.end() : match.end() + 4]
+        if start + match.end() + 4 + int.from_bytes(displacement, "little", signed=True) == counter:
+            return True
+    return False
+
+
+def _decrement(expected: bool) -> Evidence:
+    says = f"do_nmi_crash {'has' if expected else 'lacks'} the locked decrement of waiting_for_crash_ipi"
+    return Evidence(says, lambda memory: _decrements(memory) is expected)
+
+
+# The RFC's stub starts with cli; the patch as committed dropped it.
+def _stub_starts_with_cli(expected: bool) -> Evidence:
+    says = f"nmi_crash {'starts' if expected else 'does not start'} with cli"
+
+    def test(memory: XenMemory) -> bool:
+        return (memory.read(memory.symbols.address("nmi_crash", TEXT), 1) == b"\xfa") is expected
+
+    return Evidence(says, test)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One revision of the crash path.
+
+    `own_nmi_gate`: whether the crashing CPU's NMI gate becomes trap_nop. `other_nmi_ist_kept` and `other_mc_ist_by`
+    say how IST is cleared on each other CPU. `signs_off` is how a CPU leaves the shootdown: "count" or "mask".
+    """
+
+    id: str
+    introduced: str
+    releases: str
+    hook: Hook
+    evidence: tuple[Evidence, ...]
+    bookkeeping: str  # "count" (waiting_for_crash_ipi) or "mask" (waiting_to_crash)
+    own_nmi_gate: bool = True
+    swaps_mc: bool = True  # the #MC handlers become trap_nop in machine_kexec, and NMIs are opened
+    clears_remote_ist: bool = False  # the RFC: the crashing CPU clears the others' IST, and the NMI gate's too
+    has_save_done: bool = True  # crash_save_done and the self-NMI
+    announces: bool = True  # "Shot down all CPUs" on the console
+    dead_cpus_use_trap_nop: bool = False  # may a CPU that was offline have trap_nop in its NMI gate?
+    idle_callbacks: tuple[str, ...] = field(default=())  # legitimate values of nmi_callback before the crash
+    parks_in: str = "do_nmi_crash"
+
+
+_DUMMY = ("dummy_nmi_callback", "nmi_int.c#nmi_callback")
+# Callbacks that other parts of Xen install for a while, or leave behind: fatal_trap's dump of all CPUs stays.
+_TRANSIENT = ("nmi_show_execution_state", "mask_nmi_callback", "microcode_nmi_callback", "nmi_apply_alternatives")
+
+GENERATIONS = (
+    Generation(
+        "4.2.0", "before 77ad1faa6b", "4.2.0 - 4.2.5", Hook.CRASH_CALLBACK,
+        (has("crash_nmi_callback", TEXT), lacks("do_nmi_crash", TEXT)),
+        bookkeeping="count", own_nmi_gate=False, swaps_mc=False, has_save_done=False, announces=False,
+        idle_callbacks=_DUMMY, parks_in="crash_nmi_callback",
+    ),
+    Generation(
+        "rfc-v1", "RFC of 2012-12-04, as posted", "never released", Hook.GATE,
+        (has("nmi_crash", TEXT), lacks("waiting_to_crash"), _stub_starts_with_cli(True), _decrement(False)),
+        bookkeeping="count", clears_remote_ist=True, announces=False, idle_callbacks=_DUMMY,
+    ),
+    Generation(
+        "rfc-v1-fixed", "RFC of 2012-12-04 with the missing atomic_dec", "never released", Hook.GATE,
+        (has("nmi_crash", TEXT), lacks("waiting_to_crash"), _stub_starts_with_cli(True), _decrement(True)),
+        bookkeeping="count", clears_remote_ist=True, announces=False, idle_callbacks=_DUMMY,
+    ),
+    Generation(
+        "4.3.0", "77ad1faa6b", "4.3.0, 4.3.1", Hook.GATE,
+        (has("nmi_crash", TEXT), lacks("waiting_to_crash"), has("waiting_for_crash_ipi"), _stub_starts_with_cli(False)),
+        bookkeeping="count", announces=False, idle_callbacks=_DUMMY,
+    ),
+    Generation(
+        "4.3.2", "f12c1f0b09", "4.3.2, 4.3.3, 4.4.0, 4.4.1, 4.5.0", Hook.GATE,
+        (has("nmi_crash", TEXT), has("waiting_to_crash")),
+        bookkeeping="mask", idle_callbacks=_DUMMY,
+    ),
+    Generation(
+        # 8228055568 (4.4.3) writes the same entry through another mapping, which leaves no trace.
+        "4.3.4", "cbeeaa7da0, 8228055568", "4.3.4, 4.4.2 - 4.4.4, 4.5.1 - 4.16", Hook.EXCEPTION_TABLE,
+        (
+            has("do_nmi_crash", TEXT), lacks("nmi_crash", TEXT),
+            either(has("exception_table", DATA), has("dummy_nmi_callback", TEXT)),
+        ),
+        bookkeeping="mask", dead_cpus_use_trap_nop=True, idle_callbacks=(*_DUMMY, *_TRANSIENT),
+    ),
+    Generation(
+        "4.17.0", "e7f147bf4a", "4.17 - 4.20", Hook.CALLBACK,
+        (
+            has("do_nmi_crash", TEXT), lacks("nmi_crash", TEXT), lacks("exception_table", DATA),
+            lacks("dummy_nmi_callback", TEXT), has("idt_tables", DATA),
+        ),
+        bookkeeping="mask", dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
+    ),
+    Generation(
+        "4.21.0", "9c20d3c591", "4.21.0, 4.21.1", Hook.CALLBACK,
+        (
+            has("do_nmi_crash", TEXT), lacks("idt_tables", DATA), has("per_cpu__idt", DATA),
+            code_references("machine_crash_shutdown", "trap_nop"),
+        ),
+        bookkeeping="mask", dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
+    ),
+    Generation(
+        "4.21.2", "ad9c7d86c9, 2c9829a261", "4.21.2, 4.22", Hook.CALLBACK,
+        (
+            has("do_nmi_crash", TEXT), lacks("idt_tables", DATA), has("per_cpu__idt", DATA),
+            code_references("machine_crash_shutdown", "trap_nop", expected=False),
+        ),
+        bookkeeping="mask", own_nmi_gate=False, dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
+    ),
+)  # fmt: skip
+
+BY_ID = {generation.id: generation for generation in GENERATIONS}
+
+
+@dataclass(frozen=True)
+class Identification:
+    """Which generation a Xen is, and the statements that say so."""
+
+    generation: Generation
+    evidence: tuple[str, ...]
+
+
+def identify(memory: XenMemory) -> Identification:
+    """The one generation whose evidence all holds.
+
+    Raises Undecidable for none or several, naming what was found or could not be read.
+    """
+    holding: list[Generation] = []
+    unread: list[str] = []
+    for generation in GENERATIONS:
+        verdicts: list[bool | None] = []
+        reasons = []
+        for evidence in generation.evidence:
+            try:
+                verdicts.append(evidence.test(memory))
+            except Unreadable as error:
+                verdicts.append(None)
+                reasons.append(f"{evidence.says}: {error.absent}")
+        if all(verdicts):
+            holding.append(generation)
+        elif False not in verdicts:
+            unread.append(f"{generation.id} ({'; '.join(reasons)})")
+    if len(holding) == 1 and not unread:
+        return Identification(holding[0], tuple(evidence.says for evidence in holding[0].evidence))
+    names = ", ".join(generation.id for generation in holding)
+    if unread:
+        possible = "; ".join(filter(None, [names, *unread]))
+        raise Undecidable(f"which generation of the crash path this is could not be decided: it may be {possible}")
+    if holding:
+        raise Undecidable(f"the evidence fits several generations of the crash path: {names}; it was not judged")
+    raise Undecidable(
+        f"no generation of the crash path fits {memory.symbols.path}: is it Xen with kexec support? "
+        "A newer Xen needs a row in xen_symbols/crashpath/generations.py"
+    )

@@ -1,0 +1,183 @@
+"""Where on its crash path a Xen is, told from its state alone: for a dump, or a machine that was not followed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.crashpath.generations import TEXT, Generation
+from xen_symbols.crashpath.stages import (
+    CRASHED,
+    CRASHING,
+    NORMAL,
+    STAGES,
+    CrashStep,
+    OtherStep,
+    Position,
+    Role,
+    Span,
+    Stage,
+)
+from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.target import PhysicalCpu
+from xen_symbols.xen.memory import IMAGE_REGION, image_region
+from xen_symbols.xen.state import State
+
+_RUNNING = Span(OtherStep.NOTHING, OtherStep.NOTHING)
+_SHOT = Span(OtherStep.SIGNED_OFF, OtherStep.PARKED)
+_ANYWHERE = Span(OtherStep.NOTHING, OtherStep.PARKED)
+
+
+def anchor_address(symbols: SymbolTable, stage: Stage) -> int | None:
+    """Where a stage begins in this build; None if no symbol of its names is there."""
+    for name in stage.anchors:
+        try:
+            address = symbols.get(name, TEXT)
+        except Unreadable:
+            continue
+        if address is not None:
+            return address
+    return None
+
+
+def at_stage(
+    stage: Stage, subject: int, crashing_cpu: int | None, online: frozenset[int], seen: dict[int, Span] | None = None
+) -> Position:
+    """The position at a stage that `subject` has just reached. `seen` holds what a trace knows of the other CPUs."""
+    others = dict.fromkeys(online - {crashing_cpu}, _RUNNING)
+    if stage.role is Role.CRASHING:
+        crash = Span(stage.crash_step, stage.crash_step)
+        if stage.crash_step >= CrashStep.WAITED:
+            others = dict.fromkeys(others, _SHOT)
+    else:
+        crash = Span(stage.crash_step, stage.crash_step + 1)
+        others = dict.fromkeys(others, _ANYWHERE) | (seen or {})
+        assert stage.other_step is not None
+        others[subject] = Span(stage.other_step, stage.other_step)
+    return Position(stage, subject, crashing_cpu, crash, others, online)
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One piece of evidence for which CPU crashed."""
+
+    says: str
+    cpu: int
+
+
+def votes(state: State, generation: Generation) -> list[Vote]:
+    """Each piece of evidence in memory that names exactly one CPU as the crashing one."""
+    found = []
+    owner = state.system["crash_owner"]
+    if owner.present and owner.value in state.cpus:
+        found.append(Vote("kexec.c's crashing_cpu", owner.value))
+    saved = state.system["saved"]
+    if saved.present and generation.has_save_done:
+        without = [
+            cpu for cpu in saved.value
+            if cpu in state.cpus and state.of(cpu).crash_save_done.present and not state.of(cpu).crash_save_done.value
+        ]  # fmt: skip
+        if len(without) == 1:
+            found.append(Vote("notes saved without crash_save_done", without[0]))
+        trap_nop = state.symbols.get("trap_nop", TEXT)
+        if generation.own_nmi_gate and trap_nop is not None:
+            own = [
+                cpu for cpu in saved.value
+                if cpu in state.cpus and state.of(cpu).nmi_gate.present
+                and state.of(cpu).nmi_gate.value.handler == trap_nop
+            ]  # fmt: skip
+            if len(own) == 1:
+                found.append(Vote("the only NMI gate of an online CPU with trap_nop", own[0]))
+    if saved.present and len(saved.value) == 1:
+        found.append(Vote("the only notes saved", *saved.value))
+    return found
+
+
+def crashing_cpu(state: State, generation: Generation) -> tuple[int, tuple[str, ...]]:
+    """The crashing CPU and the evidence for it. Raises Undecidable without evidence, or when it is divided."""
+    found = votes(state, generation)
+    if not found:
+        raise Undecidable("which CPU crashed could not be told: nothing in memory names exactly one")
+    (cpu, most), *rest = Counter(vote.cpu for vote in found).most_common()
+    if rest and rest[0][1] == most:
+        listed = ", ".join(f"{vote.says}: CPU {vote.cpu}" for vote in found)
+        raise Undecidable(f"which CPU crashed is contradictory: {listed}")
+    return cpu, tuple(vote.says for vote in found if vote.cpu == cpu)
+
+
+def online_at_crash(state: State, crashing: int | None) -> frozenset[int]:
+    """Every CPU that was online when the crash began: cpu_online_map is being emptied, the others tell the rest."""
+    found = set() if crashing is None else {crashing}
+    for name in ("online", "saved", "waiting_mask"):
+        read = state.system[name]
+        if read.present:
+            found |= read.value
+    found |= {cpu.cpu for cpu in state.cpus.values() if cpu.crash_save_done.present and cpu.crash_save_done.value}
+    return frozenset(found & set(state.cpus))
+
+
+def infer(state: State, generation: Generation) -> Position:
+    """Where this machine or dump is. Raises Undecidable when its state does not say."""
+    kexecing = state.system["kexecing"]
+    if isinstance(kexecing.value, Absent):
+        raise Undecidable(f"whether Xen has begun to crash could not be read: {kexecing.value}")
+    saved = state.system["saved"]
+    if not kexecing.value and not (saved.present and saved.value):
+        online = online_at_crash(state, None)
+        stage = _stage_of_any(state)
+        if stage is not None:
+            return at_stage(*stage, crashing_cpu=None, online=online)
+        nothing = Span(CrashStep.NOTHING, CrashStep.NOTHING)
+        return Position(NORMAL, None, None, nothing, dict.fromkeys(online, _RUNNING), online)
+
+    cpu, _ = crashing_cpu(state, generation)
+    online = online_at_crash(state, cpu)
+    physical = state.of(cpu).physical
+    if not isinstance(physical, Absent):
+        stage_here = _stage_at(state.symbols, physical, Role.CRASHING)
+        if stage_here is not None:
+            return at_stage(stage_here, cpu, cpu, online)
+    if _handed_over(state, physical):
+        done = Span(CrashStep.NEUTRALISED, CrashStep.NEUTRALISED)
+        others = dict.fromkeys(online - {cpu}, _SHOT)
+        return Position(CRASHED, None, cpu, done, others, online)
+    other = _stage_of_any(state)
+    if other is not None and other[1] != cpu:
+        position = at_stage(*other, crashing_cpu=cpu, online=online)
+        return Position(position.stage, other[1], cpu, Span(CrashStep.NOTHING, CrashStep.NEUTRALISED),
+                        position.others, online)  # fmt: skip
+    anywhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
+    return Position(CRASHING, None, cpu, anywhere, dict.fromkeys(online - {cpu}, _ANYWHERE), online)
+
+
+def _handed_over(state: State, crashing: PhysicalCpu | Absent) -> bool:
+    """Whether Xen has left the machine to the crash kernel: its CPU runs outside Xen, or the dump is the kernel's."""
+    if isinstance(crashing, Absent):
+        return False
+    if not crashing.current:
+        return True  # only the crash kernel, booted after the jump, writes a dump with Xen's notes
+    rip = crashing.registers.get("rip")
+    if rip is None:
+        return False
+    region = image_region(state.symbols.address("idle_pg_table"))
+    return not region <= rip < region + IMAGE_REGION
+
+
+def _stage_at(symbols: SymbolTable, physical: PhysicalCpu, role: Role) -> Stage | None:
+    if not physical.current:
+        return None
+    rip = physical.registers.get("rip")
+    return next((s for s in STAGES if s.role is role and rip is not None and anchor_address(symbols, s) == rip), None)
+
+
+def _stage_of_any(state: State) -> tuple[Stage, int] | None:
+    for cpu, known in state.cpus.items():
+        if isinstance(known.physical, Absent):
+            continue
+        for stage in STAGES:
+            if stage.id == "crash-entry" or stage.role is Role.OTHER:
+                found = _stage_at(state.symbols, known.physical, stage.role)
+                if found is stage:
+                    return stage, cpu
+    return None

@@ -1,0 +1,149 @@
+"""What was found: findings, and the report that they add up to. Renderers read this; nothing here computes a check."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class Verdict(enum.IntEnum):
+    """Ordered: a report's verdict is the worst of its findings, skips aside."""
+
+    PASS = 0
+    SKIP = 1  # does not apply; `reason` says why
+    UNKNOWN = 2  # could not be read or decided; `reason` says why
+    FAIL = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class ExitStatus(enum.IntEnum):
+    PASSED = 0
+    FAILED = 1
+    USAGE = 2
+    UNDECIDED = 3
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where an observed value was read: memory (address, raw bytes, symbol) or a named source."""
+
+    source: str
+    address: int | None = None
+    raw: bytes | None = None
+    symbol: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"source": self.source}
+        if self.address is not None:
+            out["address"] = hex(self.address)
+        if self.symbol is not None:
+            out["symbol"] = self.symbol
+        if self.raw is not None:
+            out["raw"] = self.raw.hex()
+        return out
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found for one CPU (or, with `cpu` None, for the whole machine) at one stage.
+
+    `expected` and `observed` are JSON values; an absent `observed` is None and `reason` says why.
+    """
+
+    check: str
+    stage: str
+    cpu: int | None
+    verdict: Verdict
+    expected: Any
+    observed: Any
+    source: str
+    evidence: Sequence[Evidence] = ()
+    reason: str | None = None  # why it was skipped or is unknown; for a failure, what it would do to a real crash
+    follows: str | None = None  # the check whose failure for the same CPU explains this one
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "check": self.check,
+            "stage": self.stage,
+            "cpu": self.cpu,
+            "verdict": str(self.verdict),
+            "expected": self.expected,
+            "observed": self.observed,
+            "evidence": [item.to_json() for item in self.evidence],
+            "source": self.source,
+        }
+        if self.reason is not None:
+            out["reason"] = self.reason
+        if self.follows is not None:
+            out["follows"] = self.follows
+        return out
+
+
+@dataclass(frozen=True)
+class StageSeen:
+    """A stage at which the machine was looked at: its subject, and where that CPU was."""
+
+    stage: str
+    cpu: int | None
+    symbol: str | None
+    pc: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        at = None if self.pc is None else {"symbol": self.symbol, "pc": hex(self.pc)}
+        return {"stage": self.stage, "cpu": self.cpu, "at": at}
+
+
+def worst(findings: Iterable[Finding]) -> Verdict:
+    """The verdict of many findings: the worst of them, skips aside; `unknown` when nothing is left."""
+    verdicts = [finding.verdict for finding in findings if finding.verdict is not Verdict.SKIP]
+    return max(verdicts, default=Verdict.UNKNOWN)
+
+
+@dataclass
+class Report:
+    """Context, CPUs, stages and findings of one run."""
+
+    tool: Mapping[str, Any]
+    target: Mapping[str, Any]
+    symbols: Mapping[str, Any]
+    generation: Mapping[str, Any] | None = None
+    crashing_cpu: int | None = None
+    cpus: Sequence[Mapping[str, Any]] = ()
+    stages: list[StageSeen] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    undecided: str | None = None  # why nothing (more) could be decided: target lost, no generation, …
+
+    @property
+    def verdict(self) -> Verdict:
+        verdict = worst(self.findings)
+        return max(verdict, Verdict.UNKNOWN) if self.undecided else verdict
+
+    @property
+    def exit_status(self) -> ExitStatus:
+        return {
+            Verdict.PASS: ExitStatus.PASSED,
+            Verdict.FAIL: ExitStatus.FAILED,
+        }.get(self.verdict, ExitStatus.UNDECIDED)
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "schema": SCHEMA_VERSION,
+            "tool": dict(self.tool),
+            "target": dict(self.target),
+            "symbols": dict(self.symbols),
+            "generation": None if self.generation is None else dict(self.generation),
+            "crashing_cpu": self.crashing_cpu,
+            "cpus": [dict(cpu) for cpu in self.cpus],
+            "stages": [stage.to_json() for stage in self.stages],
+            "findings": [finding.to_json() for finding in self.findings],
+            "verdict": str(self.verdict),
+        }
+        if self.undecided is not None:
+            out["undecided"] = self.undecided
+        return out

@@ -1,0 +1,149 @@
+"""QEMU's device state, as `xen-save-devices-state` writes it: what no gdb register shows.
+
+The stream has section headers and footers and no payload lengths (QEMU migration/savevm.c); all integers are
+big-endian. A payload ends at the footer whose successor is a section header or the end of the file. Sections are
+found by name and instance, never by position, and only in the versions whose layout was verified here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from xen_symbols.absence import Unreadable
+from xen_symbols.target import Lapic, PhysicalCpu
+
+_HEADER = b"QEVM" + (3).to_bytes(4, "big")
+_SECTION_FULL = 0x04
+_FOOTER = 0x7E
+_VERSIONS = {"cpu_common": 1, "cpu": 12, "apic": 3}
+
+# target/i386/cpu.h
+_INTERRUPT_NMI = 0x200
+_HF_GUEST = 1 << 21
+_HF2_NMI = 1 << 2
+
+_REGISTERS = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
+_SEGMENTS = "es cs ss ds fs gs ldt tr gdt idt".split()
+_SEGMENTS_AT, _SEGMENT = 236, struct.Struct(">IQII")  # selector, base, limit, flags
+_APIC = struct.Struct(">I B B B I B B 32x 32x 32x 6I I 2I")
+
+
+@dataclass(frozen=True)
+class Section:
+    name: str
+    instance: int
+    version: int
+    payload: bytes
+
+
+def _section_header(data: bytes, at: int) -> tuple[int, str, int, int, int] | None:
+    """(section id, name, instance, version, payload offset) of a section that starts at `at`, or None if none does."""
+    if at + 6 > len(data) or data[at] != _SECTION_FULL:
+        return None
+    length = data[at + 5]
+    end = at + 6 + length
+    name = data[at + 6 : end]
+    if not length or end + 8 > len(data) or not all(0x20 < byte < 0x7F for byte in name):
+        return None
+    instance, version = struct.unpack_from(">II", data, end)
+    if version > 64:
+        return None
+    return int.from_bytes(data[at + 1 : at + 5], "big"), name.decode(), instance, version, end + 8
+
+
+def sections(data: bytes) -> Iterator[Section]:
+    """Every section of a device-state file. Raises Unreadable where the stream cannot be followed."""
+    if not data.startswith(_HEADER):
+        raise Unreadable("not a QEMU device state of stream version 3")
+    at = len(_HEADER)
+    while data[at : at + 1] != b"\0":
+        header = _section_header(data, at)
+        if header is None:
+            raise Unreadable(f"QEMU's device state has no section at offset {at:#x}")
+        identity, name, instance, version, start = header
+        footer = bytes([_FOOTER]) + identity.to_bytes(4, "big")
+        end = data.find(footer, start)
+        while end >= 0 and not _ends_here(data, end + 5, identity):
+            end = data.find(footer, end + 1)
+        if end < 0:
+            raise Unreadable(f"QEMU's device state ends within section {name}")
+        yield Section(name, instance, version, data[start:end])
+        at = end + 5
+
+
+def _ends_here(data: bytes, at: int, identity: int) -> bool:
+    if at == len(data) - 1:
+        return data[at] == 0
+    following = _section_header(data, at)
+    return following is not None and following[0] != identity
+
+
+def parse_cpus(data: bytes) -> list[PhysicalCpu]:
+    """The CPUs of a device state, by QEMU's cpu_index. `apic_ids` follow from the caller's `query-cpus-fast`.
+
+    The `apic` section is keyed by initial APIC id, the others by cpu_index; both ascend, so they pair up in order.
+    """
+    found: dict[str, dict[int, bytes]] = {name: {} for name in _VERSIONS}
+    for section in sections(data):
+        if section.name not in _VERSIONS:
+            continue
+        if section.version != _VERSIONS[section.name]:
+            raise Unreadable(f"QEMU's {section.name} state is version {section.version}, not {_VERSIONS[section.name]}")
+        found[section.name][section.instance] = section.payload
+    if not found["cpu"]:
+        raise Unreadable("QEMU's device state has no x86 CPU")
+    apics = sorted(found["apic"].items())
+    if not len(found["cpu"]) == len(found["cpu_common"]) == len(apics):
+        raise Unreadable("QEMU's device state does not have one APIC per CPU")
+    return [
+        _cpu(index, found["cpu"][index], found["cpu_common"][index], apic_id, apic)
+        for index, (apic_id, apic) in zip(sorted(found["cpu"]), apics, strict=True)
+    ]
+
+
+def _cpu(index: int, cpu: bytes, common: bytes, apic_id: int, apic: bytes) -> PhysicalCpu:
+    try:
+        registers = dict(zip(_REGISTERS, struct.unpack_from(">18Q", cpu), strict=True))
+        (hflags,) = struct.unpack_from(">I", cpu, 144)
+        segments = {
+            name: _SEGMENT.unpack_from(cpu, _SEGMENTS_AT + _SEGMENT.size * i) for i, name in enumerate(_SEGMENTS)
+        }
+        registers |= {name: segments[name][0] for name in ("cs", "ss", "tr")}
+        registers |= {"fs_base": segments["fs"][1], "gs_base": segments["gs"][1]}
+        registers |= dict(zip(("cr0", "cr2", "cr3", "cr4"), struct.unpack_from(">4Q", cpu, 456), strict=True))
+        (registers["efer"],) = struct.unpack_from(">Q", cpu, 816)
+        (hflags2,) = struct.unpack_from(">I", cpu, 876)
+        halted, interrupts = struct.unpack_from(">II", common)
+        lapic = _lapic(apic)
+    except struct.error:
+        raise Unreadable(f"QEMU's state of CPU {index} is shorter than its version says") from None
+    return PhysicalCpu(
+        index=index,
+        registers=registers,
+        apic_id=apic_id,
+        idtr=(segments["idt"][1], segments["idt"][2]),
+        tr_base=segments["tr"][1],
+        halted=bool(halted),
+        # mp_state, nmi_pending and nmi_injected are KVM's; under TCG these two hold the truth.
+        nmi_blocked=bool(hflags2 & _HF2_NMI),
+        nmi_pending=bool(interrupts & _INTERRUPT_NMI),
+        guest_mode=bool(hflags & _HF_GUEST),
+        lapic=lapic,
+        source="QEMU device state",
+    )
+
+
+def _lapic(payload: bytes) -> Lapic:
+    fields = _APIC.unpack_from(payload)
+    base, apic_id, _arb, _tpr, spiv, _log_dest, _dest_mode, *rest = fields
+    return Lapic(
+        source="QEMU device state",
+        apic_base=base,
+        apic_id=apic_id,
+        spiv=spiv,
+        lvt=tuple(rest[:6]),
+        icr_low=rest[7],
+        icr_high=rest[8],
+    )

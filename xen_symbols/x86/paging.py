@@ -1,0 +1,62 @@
+"""4-level paging (Intel SDM vol. 3, 4.5; AMD APM vol. 2, 5.3): virtual to physical addresses by a machine's own tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xen_symbols.absence import Unreadable
+
+PAGE_SIZE = 4096
+CR0_PE = 1 << 0
+CR0_PG = 1 << 31
+CR4_LA57 = 1 << 12
+
+PRESENT = 1 << 0
+PAGE_SIZE_BIT = 1 << 7  # PS: this entry maps a superpage
+_ADDRESS_MASK = 0x000F_FFFF_FFFF_F000
+_LEVELS = (("PML4E", 39), ("PDPTE", 30), ("PDE", 21), ("PTE", 12))
+
+ReadPhysical = Callable[[int, int], bytes]
+
+
+def is_canonical(address: int) -> bool:
+    """Whether bits 63-47 of a 64-bit address are all equal (SDM vol. 1, 3.3.7.1)."""
+    return address >> 47 in (0, 0x1FFFF)
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Where a virtual address lies: the physical address, and the size of the page that shares the entry."""
+
+    physical: int
+    size: int
+    entries: tuple[tuple[str, int, int], ...]  # (level, physical address of the entry, its value), root first
+
+    @property
+    def remaining(self) -> int:
+        """Bytes from here to the end of the page."""
+        return self.size - self.physical % self.size
+
+
+def walk(read_physical: ReadPhysical, cr3: int, address: int) -> Mapping:
+    """Translate one address from the root in `cr3`. At most four entries are read, so looping tables cannot hang it.
+
+    Raises Unreadable for a non-canonical address, a non-present entry, or a table that cannot be read.
+    """
+    if not is_canonical(address):
+        raise Unreadable(f"{address:#x} is not a canonical address")
+    table = cr3 & _ADDRESS_MASK
+    entries = []
+    for level, shift in _LEVELS:
+        where = table + 8 * (address >> shift & 0x1FF)
+        entry = int.from_bytes(read_physical(where, 8), "little")
+        entries.append((level, where, entry))
+        if not entry & PRESENT:
+            raise Unreadable(f"{address:#x} is not mapped (its {level} at physical {where:#x} is {entry:#x})")
+        if level == "PTE" or (entry & PAGE_SIZE_BIT and level in ("PDPTE", "PDE")):
+            size = 1 << shift
+            base = entry & _ADDRESS_MASK & -size
+            return Mapping(base + address % size, size, tuple(entries))
+        table = entry & _ADDRESS_MASK
+    raise AssertionError("the last level always returns")

@@ -1,0 +1,166 @@
+"""Finding Xen in a target: where its page tables are, and whether the symbols are of this build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.symbols import buildid
+from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.target import PhysicalCpu, Target
+from xen_symbols.target.notes import XEN_CRASH_INFO, parse_crash_info
+from xen_symbols.x86 import paging
+from xen_symbols.xen.memory import IMAGE_REGION, XenMemory, image_region
+
+ROOT = "idle_pg_table"
+# Xen is relocated to a multiple of this (xen/arch/x86/boot: L2_PAGETABLE_SHIFT), always below 4 GiB.
+RELOCATION_STEP = 2 << 20
+RELOCATION_LIMIT = 4 << 30
+# No release's image is larger; a build-id lies in .rodata, within it.
+_IMAGE_MAX = 16 << 20
+# xen/include/asm-x86/config.h of 4.2 to 4.22: every XEN_VIRT_START so far.
+_IMAGE_REGIONS = (0xFFFF82C480000000, 0xFFFF82C4C0000000, 0xFFFF82D080000000, 0xFFFF82D040000000)
+
+
+def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False) -> XenMemory:
+    """Xen in `target`, whose symbols are `symbols`.
+
+    Raises Undecidable when there is no Xen, Xen has no paging yet, or it is another build (both build-ids are named).
+    """
+    cpus = target.cpus()
+    memory = _by_evidence(target, symbols, cpus)
+    theirs = _build_id_in(memory, symbols) if memory else None
+    if memory is None or (symbols.build_id and theirs and theirs != symbols.build_id):
+        other = theirs or _foreign_build_id(target, cpus)
+        if other and symbols.build_id and other != symbols.build_id:
+            if not allow_mismatch or memory is None:
+                raise Undecidable(
+                    f"the symbols are of another build: {symbols.path} has build-id {symbols.build_id.hex()}, "
+                    f"the Xen in {target.location} has {other.hex()}; give its own xen-syms with --symbols"
+                )
+        elif memory is None:
+            raise Undecidable(_why_not(target, symbols, cpus))
+    if theirs:
+        memory.build_id = theirs
+    else:
+        memory.build_id = Absent("the build-id note in memory could not be read")
+        if symbols.build_id and not allow_mismatch:
+            raise Undecidable(
+                f"{target.location} shows no build-id where {symbols.path} says it lies: the symbols are of another "
+                "build, or the note was left out of the dump; --allow-build-id-mismatch goes on without it"
+            )
+    return memory
+
+
+def _why_not(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu]) -> str:
+    control = [(cpu.registers["cr0"]) for cpu in cpus if "cr0" in cpu.registers]
+    if control and not any(value & paging.CR0_PG for value in control):
+        return f"no CPU of {target.location} has paging on: Xen is not running there yet; continue it and try again"
+    return (
+        f"no Xen of {symbols.path} was found in {target.location}: none of its page tables, nor its build-id; "
+        "is it Xen, and are these its symbols?"
+    )
+
+
+def _by_evidence(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu]) -> XenMemory | None:
+    """The first root that maps `idle_pg_table` to itself."""
+    try:
+        table = symbols.address(ROOT)
+    except Unreadable as error:
+        raise Undecidable(f"{symbols.path} does not name {ROOT}: {error.absent}; are these Xen's symbols?") from None
+    tried: set[int] = set()
+    for root, found_by in _roots(target, symbols, cpus, table):
+        if root in tried:
+            continue
+        tried.add(root)
+        memory = XenMemory(target, symbols, root, found_by)
+        try:
+            own = memory.physical(table)
+            if own != root:  # a CPU's own tables: Xen's idle tables are where they say
+                memory = XenMemory(target, symbols, own, found_by)
+                if memory.physical(table) != own:
+                    continue
+        except Unreadable:
+            continue
+        return memory
+    return None
+
+
+def _roots(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], table: int) -> Iterator[tuple[int, str]]:
+    offset = table - image_region(table)
+    for note in target.notes():
+        if (note.name, note.type) == ("Xen", XEN_CRASH_INFO):
+            info = parse_crash_info(note.desc)
+            if not isinstance(info, Absent):
+                yield info.xen_phys_start + offset, "xen_phys_start in the crash info note"
+    for cpu in cpus:
+        if cpu.guest_mode is True or not cpu.registers.get("cr0", paging.CR0_PG) & paging.CR0_PG:
+            continue
+        if "cr3" in cpu.registers:
+            yield cpu.registers["cr3"] & ~0xFFF, f"CR3 of CPU {cpu.index} ({cpu.source})"
+    for base in _bases_by_build_id(target, symbols):
+        yield base + offset, "the build-id in physical memory"
+
+
+def _note_offset(symbols: SymbolTable) -> int | None:
+    address = symbols.note_address
+    return None if address is None else address - image_region(address)
+
+
+def _bases_by_build_id(target: Target, symbols: SymbolTable) -> Iterator[int]:
+    """Values of xen_phys_start at which physical memory holds the build-id of these symbols."""
+    offset = _note_offset(symbols)
+    if offset is None or not symbols.build_id:
+        return
+    limit = min(RELOCATION_LIMIT, max((end for _, end in target.physical_ranges()), default=0))
+    bases = range(0, limit, RELOCATION_STEP)
+    notes = target.read_physical_many([(base + offset, buildid.NOTE_SIZE) for base in bases])
+    for base, raw in zip(bases, notes, strict=True):
+        if not isinstance(raw, Absent) and buildid.parse_note(raw) == symbols.build_id:
+            yield base
+
+
+def _build_id_in(memory: XenMemory, symbols: SymbolTable) -> bytes | None:
+    """The build-id of the Xen in memory: where the symbols say, else wherever it is in the image."""
+    if symbols.note_address is not None:
+        try:
+            found = buildid.parse_note(memory.read(symbols.note_address, buildid.NOTE_SIZE))
+        except Unreadable:
+            found = None
+        if found:
+            return found
+    return _scan(memory, image_region(symbols.address(ROOT)))
+
+
+def _scan(memory: XenMemory, region: int) -> bytes | None:
+    step = 64 << 10
+    previous = b""
+    for address in range(region + (1 << 20), region + _IMAGE_MAX, step):
+        try:
+            chunk = memory.read(address, step)
+        except Unreadable:
+            previous = b""
+            continue
+        found = buildid.scan(previous + chunk)
+        if found:
+            return found[1]
+        previous = chunk[-buildid.NOTE_SIZE :]
+    return None
+
+
+def _foreign_build_id(target: Target, cpus: Sequence[PhysicalCpu]) -> bytes | None:
+    """The build-id of whatever Xen the CPUs' own page tables show, without any symbols."""
+    for cpu in cpus:
+        if cpu.guest_mode is True or "cr3" not in cpu.registers:
+            continue
+        regions = [image_region(cpu.registers["rip"])] if _in_xen(cpu) else list(_IMAGE_REGIONS)
+        for region in regions:
+            memory = XenMemory(target, None, cpu.registers["cr3"] & ~0xFFF, "")  # type: ignore[arg-type]
+            found = _scan(memory, region)
+            if found:
+                return found
+    return None
+
+
+def _in_xen(cpu: PhysicalCpu) -> bool:
+    return any(region <= cpu.registers.get("rip", 0) < region + IMAGE_REGION for region in _IMAGE_REGIONS)

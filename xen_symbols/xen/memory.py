@@ -1,0 +1,102 @@
+"""Xen's virtual memory, by Xen's own page tables, whatever a CPU happens to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.target import Target
+from xen_symbols.x86 import paging
+
+# xen/include/asm-x86/config.h: the image lies in a region of 1 GiB that is aligned to its size, in every release.
+IMAGE_REGION = 1 << 30
+
+
+def image_region(address: int) -> int:
+    """XEN_VIRT_START: where the 1 GiB region of Xen's image around an address begins."""
+    return address & -IMAGE_REGION
+
+
+class XenMemory:
+    """One build of Xen in one target, read through the page tables at `root` (a physical address).
+
+    Translations are kept until `forget`; a live machine forgets them at each stop.
+    """
+
+    def __init__(self, target: Target, symbols: SymbolTable, root: int, found_by: str) -> None:
+        self.target = target
+        self.symbols = symbols
+        self.root = root
+        self.found_by = found_by
+        self.build_id: bytes | Absent = Absent("not looked for")
+        self._entries: dict[int, bytes] = {}
+        self._pages: dict[int, paging.Mapping] = {}
+
+    def forget(self) -> None:
+        """Drop what was remembered of the page tables: the machine has run."""
+        self._entries.clear()
+        self._pages.clear()
+
+    def _entry(self, address: int, size: int) -> bytes:
+        value = self._entries.get(address)
+        if value is None:
+            value = self._entries[address] = self.target.read_physical(address, size)
+        return value
+
+    def walk(self, address: int) -> paging.Mapping:
+        """The whole walk for one address. Raises Unreadable."""
+        return paging.walk(self._entry, self.root, address)
+
+    def physical(self, address: int) -> int:
+        """The physical address of a virtual one. Raises Unreadable."""
+        return self._translate(address)[0]
+
+    def _translate(self, address: int) -> tuple[int, int]:
+        """(physical address, bytes from there to the end of what is mapped with it)."""
+        page = address // paging.PAGE_SIZE
+        mapping = self._pages.get(page)
+        if mapping is None:
+            mapping = self._pages[page] = self.walk(page * paging.PAGE_SIZE)
+        offset = address % paging.PAGE_SIZE
+        return mapping.physical + offset, mapping.remaining - offset
+
+    def _pieces(self, address: int, size: int) -> list[tuple[int, int]]:
+        pieces: list[tuple[int, int]] = []
+        while size > 0:
+            physical, room = self._translate(address)
+            take = min(size, room)
+            pieces.append((physical, take))
+            address, size = address + take, size - take
+        return pieces
+
+    def read(self, address: int, size: int) -> bytes:
+        """`size` bytes at a virtual address. Raises Unreadable."""
+        return b"".join(self.target.read_physical(*piece) for piece in self._pieces(address, size))
+
+    def read_many(self, requests: Iterable[tuple[int, int]]) -> list[bytes | Absent]:
+        """Several (address, size) at once, in order; each is its bytes or why there are none."""
+        plans: list[list[tuple[int, int]] | Absent] = []
+        for address, size in requests:
+            try:
+                plans.append(self._pieces(address, size))
+            except Unreadable as error:
+                plans.append(error.absent)
+        flat = [piece for plan in plans if not isinstance(plan, Absent) for piece in plan]
+        answers = iter(self.target.read_physical_many(flat))
+        return [plan if isinstance(plan, Absent) else _join([next(answers) for _ in plan]) for plan in plans]
+
+    def read_uint(self, address: int, size: int = 8) -> int:
+        """An unsigned little-endian number. Raises Unreadable."""
+        return int.from_bytes(self.read(address, size), "little")
+
+    def variable(self, name: str, size: int = 8, kinds: str | None = None) -> int:
+        """An unsigned variable of Xen's, by its symbol. Raises Unreadable."""
+        return self.read_uint(self.symbols.address(name, kinds), size)
+
+
+def _join(parts: Sequence[bytes | Absent]) -> bytes | Absent:
+    for part in parts:
+        if isinstance(part, Absent):
+            return part
+    return b"".join(part for part in parts if isinstance(part, bytes))
