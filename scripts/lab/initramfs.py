@@ -64,7 +64,7 @@ echo "@crash kernel"
     + "".join(f"insmod /lib/modules/{name}\n" for name in CRASH_MODULES)
     + """size=$(stat -c %s /proc/vmcore)
 echo "@vmcore $size"
-if [ -b /dev/vda ] && dd if=/proc/vmcore of=/dev/vda bs=1M conv=fsync 2>/tmp.log; then
+if [ -b /dev/vda ] && dd if=/proc/vmcore of=/dev/vda bs=1M iflag=fullblock oflag=direct conv=sync,fsync 2>/tmp.log; then
     echo "@vmcore copied $size"
 else
     echo "@vmcore failed: $(tail -n 1 /tmp.log)"

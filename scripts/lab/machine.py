@@ -143,7 +143,7 @@ class Lab:
         guest: Boot | None = None,
         cpus: int = 4,
         max_cpus: int | None = None,
-        memory_mib: int = 1536,
+        memory_mib: int = 1024,
         crash_kernel: bool = True,
         xen_args: str = "",
         dom0_args: str = "",

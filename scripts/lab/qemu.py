@@ -93,7 +93,7 @@ def cpu_of(row: QemuRow, lapic: str | None) -> str:
     """`-cpu` for a LAPIC mode ("xapic", "x2apic", or None for what this QEMU does by itself)."""
     mode = lapic or row.default_lapic
     if mode not in row.cpu:
-        raise LabError(f"starting QEMU: QEMU {row.name} has no LAPIC mode {mode}, only {', '.join(row.cpu)}: {row.reason}")
+        raise LabError(f"starting QEMU: QEMU {row.name} cannot do {mode}, only {', '.join(row.cpu)}: {row.reason}")
     return row.cpu[mode]
 
 
