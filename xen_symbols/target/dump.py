@@ -1,0 +1,124 @@
+"""Opening a dump: the format is told by the file's content, and the rest is the Target protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.target import Note, PhysicalCpu, elfcore, flattened, kdump
+from xen_symbols.target.image import Image, MappedFile
+from xen_symbols.target.notes import cpus_of
+from xen_symbols.target.raw import RawMemory
+
+# Files that people hand over and that need one more step, or are something else.
+_OTHERS = {
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first",
+    b"BZh": "compressed by bzip2; unpack it first",
+    b"PAGEDU64": "a Windows crash dump; take the dump with another format (dump-guest-memory -z, or none)",
+    b"QEVM": "a QEMU migration stream; take a dump with dump-guest-memory",
+    b"LibvirtQ": "a libvirt save file; take a dump with virsh dump --memory-only",
+}
+
+_NT_OF_A_PROCESS = {3, 6, 0x46494C45}  # PRPSINFO, AUXV, FILE (Linux, include/uapi/linux/elf.h)
+_XEN_DUMPCORE = 2  # types 0x2000000… (Xen, xen/include/public/elfnote.h)
+
+
+class Memory(Protocol):
+    """Physical memory as one format holds it."""
+
+    def read(self, address: int, size: int) -> bytes:
+        """Exactly `size` bytes; raises Unreadable."""
+        ...
+
+    def ranges(self) -> Sequence[tuple[int, int]]:
+        """(start, end) of what can be read, ascending."""
+        ...
+
+
+class Dump:
+    """A dump file as a Target."""
+
+    kind = "dump"
+
+    def __init__(self, location: str, format: str, memory: Memory, notes: Sequence[Note]) -> None:
+        self.location, self.format = location, format
+        self._memory, self._notes = memory, notes
+        self.read_physical = memory.read
+        self.physical_ranges = memory.ranges
+        self._cpus = cpus_of(notes)
+
+    def read_physical_many(self, requests: Sequence[tuple[int, int]]) -> list[bytes | Absent]:
+        """Several reads in order, each its bytes or why it has none."""
+        answers: list[bytes | Absent] = []
+        for address, size in requests:
+            try:
+                answers.append(self._memory.read(address, size))
+            except Unreadable as error:
+                answers.append(error.absent)
+        return answers
+
+    def cpus(self) -> Sequence[PhysicalCpu]:
+        """Every CPU that the notes name; empty for a raw image."""
+        return self._cpus
+
+    def notes(self) -> Sequence[Note]:
+        """All notes in file order."""
+        return self._notes
+
+
+def open_dump(path: str, *, base: int | None = None) -> Dump:
+    """Open the dump at `path`, whoever wrote it.
+
+    `base` is the physical address of the first byte of a raw image of memory, and for nothing
+    else. Raises Undecidable: one line that names the file, what is wrong with it and where.
+    """
+    try:
+        image = MappedFile(path)
+        return _open(image, path, base)
+    except OSError as error:
+        raise Undecidable(f"{path}: {error.strerror}") from None
+    except Undecidable as error:
+        raise Undecidable(f"{path}: {error}") from None
+
+
+def _open(image: Image, path: str, base: int | None) -> Dump:
+    wrapping = ""
+    start = image.read(0, min(16, image.size))
+    if start == flattened.MAGIC:
+        image = flattened.FlattenedFile(image)
+        wrapping, start = "flattened ", image.read(0, min(16, image.size))
+    if start.startswith(elfcore.MAGIC):
+        elf, notes = elfcore.read_elf(image)
+        return _recognised(Dump(path, f"{wrapping}ELF core", elf, _of_a_machine(notes)), base)
+    if start.startswith(kdump.MAGIC):
+        pages = kdump.KdumpMemory(image)
+        return _recognised(Dump(path, f"{wrapping}kdump", pages, _of_a_machine(pages.notes())), base)
+    if wrapping:
+        raise Undecidable(f"a flattened file with neither an ELF core nor a kdump in it, but {start.hex(' ')}")
+    for magic, what in _OTHERS.items():
+        if start.startswith(magic):
+            raise Undecidable(what)
+    if base is None:
+        raise Undecidable("not a dump of a known format; a raw image of memory needs its first byte's address (--base)")
+    return Dump(path, f"raw image at {base:#x}", RawMemory(image, base), ())
+
+
+def _recognised(dump: Dump, base: int | None) -> Dump:
+    if base is not None:
+        raise Undecidable(f"the file says itself what is where ({dump.format}); a base is for a raw image of memory")
+    return dump
+
+
+def _of_a_machine(notes: Sequence[Note]) -> Sequence[Note]:
+    """The notes, unless they say that there cannot be a Xen in the dump."""
+    names = {note.name for note in notes}
+    if any(note.name == "CORE" and note.type in _NT_OF_A_PROCESS for note in notes):
+        raise Undecidable("a core of a process, not of a machine")
+    if any(note.name == "Xen" and note.type >> 24 == _XEN_DUMPCORE for note in notes):
+        raise Undecidable("a core of a Xen domain (xl dump-core): it holds no Xen")
+    if "VMCOREINFO" in names and not names & {"Xen", "VMCOREINFO_XEN", "QEMU"}:
+        raise Undecidable("a dump of Linux without Xen: it has VMCOREINFO and no note of Xen's")
+    return notes

@@ -1,0 +1,118 @@
+"""ELF cores of a machine: Linux's /proc/vmcore, makedumpfile -E, QEMU's dump-guest-memory.
+
+What identifies them is read from the fields that matter and nothing else: QEMU 7.2 writes
+an e_ehsize of 8, and for memory that it left out a p_offset of -1 with a p_filesz of 0.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.target import Note
+from xen_symbols.target.image import Conflict, Extents, Image, Ranges, Stretch, require
+from xen_symbols.target.notes import MAX_NOTES, parse_notes
+
+MAGIC = b"\x7fELF"
+_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+_PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")  # type, flags, offset, vaddr, paddr, filesz, memsz, align
+_SECTION_SIZE = 64
+_SECTION_INFO = 44  # sh_info in Elf64_Shdr
+_PN_XNUM = 0xFFFF  # the count is in section header 0's sh_info (gABI, e_phnum)
+_ET_CORE = 4
+_EM_X86_64 = 62
+_PT_LOAD, _PT_NOTE = 1, 4
+_TYPES = {1: "an object file", 2: "an executable", 3: "an executable"}
+
+# QEMU's dumps with paging have a segment per mapping, some hundreds; this is a bound, not a need.
+_MAX_HEADERS = 1 << 18
+_MAX_NOTE_BYTES = 16 << 20  # 16383 CPUs with QEMU's notes need 14 MB
+
+
+class ElfMemory:
+    """Physical memory in the PT_LOAD segments of an ELF core."""
+
+    def __init__(self, image: Image, loads: Extents) -> None:
+        self._image, self._loads = image, loads
+
+    def read(self, address: int, size: int) -> bytes:
+        parts = []
+        for position, length in self._loads.pieces(address, size):
+            if position is None:
+                raise Unreadable(f"physical {address:#x} is not in the dump")
+            parts.append(self._image.read(position, length))
+            address += length
+        return b"".join(parts)
+
+    def ranges(self) -> Ranges:
+        return self._loads.ranges()
+
+
+def read_elf(image: Image) -> tuple[ElfMemory, list[Note]]:
+    """Memory and notes of an ELF64 core of an x86-64 machine; raises Undecidable for any other ELF file."""
+    ident = require(image, 0, 16, "ELF header")
+    if ident[4] != 2 or ident[5] != 1:
+        raise Undecidable("an ELF file that is not 64-bit little-endian; a dump of an x86-64 machine is needed")
+    fields = _HEADER.unpack(require(image, 0, _HEADER.size, "ELF header"))
+    _, kind, machine, _, _, phoff, shoff, _, _, phentsize, phnum, _, shnum, _ = fields
+    if kind != _ET_CORE:
+        what = _TYPES.get(kind, f"an ELF file of type {kind}")
+        raise Undecidable(f"{what}, not a dump; a file of Xen's symbols goes with --symbols")
+    if machine != _EM_X86_64:
+        raise Undecidable(f"an ELF core of machine type {machine}; x86-64 ({_EM_X86_64}) is needed")
+    if not phnum:
+        raise Undecidable(
+            "an ELF core without program headers: a core of a Xen domain (xl dump-core) holds no Xen"
+            if shnum
+            else "an ELF core without program headers: it holds no memory"
+        )
+    if phentsize != _PROGRAM_HEADER.size:
+        raise Undecidable(f"ELF header +0x36: program headers of {phentsize} bytes; they have {_PROGRAM_HEADER.size}")
+    if phnum == _PN_XNUM:
+        section = require(image, shoff, _SECTION_SIZE, "section header 0, which counts the program headers")
+        (phnum,) = struct.unpack_from("<I", section, _SECTION_INFO)
+    if phnum > _MAX_HEADERS:
+        raise Undecidable(f"{phnum} program headers; more than {_MAX_HEADERS} are not believable")
+    table = require(image, phoff, phnum * _PROGRAM_HEADER.size, f"{phnum} program headers")
+    notes = _read_notes(image, table)
+    try:
+        return ElfMemory(image, Extents(_loads(image, table))), notes
+    except Conflict as conflict:
+        address, one, other = conflict.args
+        raise Undecidable(
+            f"program headers overlap: physical {address:#x} is at offsets {one:#x} and {other:#x}; the file is damaged"
+        ) from None
+
+
+def _read_notes(image: Image, table: bytes) -> list[Note]:
+    notes: list[Note] = []
+    total = 0
+    for number, (kind, _, offset, _, _, filesz, _, _) in enumerate(_PROGRAM_HEADER.iter_unpack(table)):
+        if kind != _PT_NOTE:
+            continue
+        total += filesz
+        where = f"program header {number} (notes)"
+        if total > _MAX_NOTE_BYTES:
+            raise Undecidable(f"{where}: {total} bytes of notes; more than {_MAX_NOTE_BYTES} are not believable")
+        notes += parse_notes(require(image, offset, filesz, where), where)
+        if len(notes) > MAX_NOTES:
+            raise Undecidable(f"{where}: more than {MAX_NOTES} notes; the file is damaged")
+    return notes
+
+
+def _loads(image: Image, table: bytes) -> Iterator[Stretch]:
+    for number, (kind, _, offset, _, paddr, filesz, memsz, _) in enumerate(_PROGRAM_HEADER.iter_unpack(table)):
+        if kind != _PT_LOAD or not filesz:
+            continue
+        if filesz > memsz or paddr + memsz >= 1 << 64:
+            raise Undecidable(
+                f"program header {number}: {filesz:#x} bytes of file for {memsz:#x} bytes at physical {paddr:#x}; "
+                "the file is damaged"
+            )
+        if offset + filesz > image.size:
+            raise Undecidable(
+                f"program header {number}: its memory ends at offset {offset + filesz:#x}, "
+                f"the file at {image.size:#x}; the file is truncated or damaged"
+            )
+        yield paddr, paddr + filesz, offset

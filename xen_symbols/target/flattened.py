@@ -1,0 +1,75 @@
+"""makedumpfile's flattened format: a dump as a list of writes, for a pipe that cannot seek.
+
+A header block of 4096 bytes, then pieces of {offset, size, bytes}, big-endian; an offset and
+a size of -1 end it (makedumpfile's makedumpfile.h, struct makedumpfile_header and
+makedumpfile_data_header). QEMU writes kdump this way unless told `kdump-raw-*`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.target.image import Conflict, Extents, Image, Stretch, layered, require
+
+MAGIC = b"makedumpfile\0\0\0\0"
+_HEADER = struct.Struct(">16sqq")  # signature, type, version
+_HEADER_SIZE = 4096
+_PIECE = struct.Struct(">qq")  # offset, size
+
+# The writers gather some 64 KiB to 4 MiB per piece; this many are 64 GB at the worst of them.
+_MAX_PIECES = 1 << 21
+
+
+class FlattenedFile:
+    """The file that the pieces make up, read in place; a later piece overwrites an earlier one."""
+
+    def __init__(self, image: Image) -> None:
+        _, kind, version = _HEADER.unpack(require(image, 0, _HEADER.size, "flattened header"))
+        if (kind, version) != (1, 1):
+            raise Undecidable(f"a flattened dump of type {kind} and version {version}; type 1, version 1 is known")
+        self._image = image
+        pieces = _pieces(image)
+        try:
+            self._pieces = Extents(pieces)
+        except Conflict:
+            self._pieces = Extents(layered(pieces))
+        self.size = self._pieces.end()
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self._gather(offset, size, self._image.read)
+
+    def scan(self, offset: int, size: int) -> bytes:
+        return self._gather(offset, size, self._image.scan)
+
+    def _gather(self, offset: int, size: int, read: Callable[[int, int], bytes]) -> bytes:
+        parts = []
+        for position, length in self._pieces.pieces(offset, size):
+            if position is None:
+                raise Unreadable(f"the flattened dump has nothing at offset {offset:#x} + {size:#x}")
+            parts.append(read(position, length))
+        return b"".join(parts)
+
+
+def _pieces(image: Image) -> list[Stretch]:
+    """Every piece as (offset, end, position), in file order."""
+    pieces: list[Stretch] = []
+    at = _HEADER_SIZE
+    while True:
+        try:
+            offset, size = _PIECE.unpack(image.scan(at, _PIECE.size))
+        except Unreadable as error:
+            raise Undecidable(f"a flattened dump without its end mark: {error}; the file is truncated") from None
+        if offset == size == -1:
+            return pieces
+        at += _PIECE.size
+        if offset < 0 or size <= 0 or at + size > image.size:
+            raise Undecidable(
+                f"the flattened piece at {at - _PIECE.size:#x} claims {size} bytes for offset {offset}, "
+                f"the file ends at {image.size:#x}; the file is truncated or damaged"
+            )
+        if len(pieces) == _MAX_PIECES:
+            raise Undecidable(f"more than {_MAX_PIECES} flattened pieces; rearrange it first with makedumpfile -R")
+        pieces.append((offset, offset + size, at))
+        at += size

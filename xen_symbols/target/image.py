@@ -1,0 +1,164 @@
+"""The bytes of a dump file, and stretches of them standing for stretches of an address space."""
+
+from __future__ import annotations
+
+import heapq
+import mmap
+import os
+import stat
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Protocol, overload
+
+from xen_symbols.absence import Undecidable, Unreadable
+
+
+class Image(Protocol):
+    """A file's content by offset, whatever it is wrapped in."""
+
+    size: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes; raises Unreadable past the end."""
+        ...
+
+    def scan(self, offset: int, size: int) -> bytes:
+        """The same for bulk reading of bookkeeping, which need not stay mapped."""
+        ...
+
+
+class MappedFile:
+    """A regular file through mmap: nothing is copied but what is asked for."""
+
+    def __init__(self, path: str) -> None:
+        # O_NONBLOCK: a FIFO must be refused, not waited for.
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise Undecidable("not a regular file; name a dump file")
+        self.size = status.st_size
+        if not self.size:
+            raise Undecidable("the file is empty")
+        self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def read(self, offset: int, size: int) -> bytes:
+        self._check(offset, size)
+        return self._map[offset : offset + size]
+
+    def scan(self, offset: int, size: int) -> bytes:
+        self._check(offset, size)
+        data = os.pread(self._fd, size, offset)
+        if len(data) != size:
+            raise Unreadable(f"the file shrank while it was read: {len(data)} of {size} bytes at offset {offset:#x}")
+        return data
+
+    def _check(self, offset: int, size: int) -> None:
+        if offset + size > self.size:
+            raise Unreadable(f"the file ends at {self.size:#x}, {size} bytes are wanted at offset {offset:#x}")
+
+
+def require(image: Image, offset: int, size: int, what: str) -> bytes:
+    """Bytes without which the file means nothing; raises Undecidable that names `what`."""
+    try:
+        return image.read(offset, size)
+    except Unreadable as error:
+        raise Undecidable(f"{what}: {error}; the file is truncated or damaged") from None
+
+
+Stretch = tuple[int, int, int]  # start, end (exclusive), position of the start in the file
+
+
+class Conflict(Exception):
+    """Two stretches give one address two positions: (address, one position, the other)."""
+
+
+class Extents:
+    """Disjoint stretches of an address space, ascending, each backed by a stretch of a file."""
+
+    def __init__(self, stretches: Iterable[Stretch]) -> None:
+        """From stretches in any order. Those that agree are joined; raises Conflict where two do not."""
+        self._starts, self._ends, self._positions = array("Q"), array("Q"), array("Q")
+        last_end = delta = -1
+        for start, end, position in sorted(stretches):
+            if start < last_end and position - start != delta:
+                raise Conflict(start, start + delta, position)
+            if start <= last_end and position - start == delta:
+                if end > last_end:
+                    self._ends[-1] = last_end = end
+                continue
+            self._starts.append(start)
+            self._ends.append(end)
+            self._positions.append(position)
+            last_end, delta = end, position - start
+
+    def pieces(self, address: int, size: int) -> Iterator[tuple[int | None, int]]:
+        """(position, length) for each part of the range in order; position None for a hole."""
+        index = bisect_right(self._starts, address) - 1
+        end = address + size
+        while address < end:
+            if index >= 0 and address < self._ends[index]:
+                length = min(end, self._ends[index]) - address
+                yield self._positions[index] + address - self._starts[index], length
+            else:
+                following = self._starts[index + 1] if index + 1 < len(self._starts) else end
+                length = min(end, following) - address
+                yield None, length
+            address += length
+            if index + 1 < len(self._starts) and address >= self._starts[index + 1]:
+                index += 1
+
+    def ranges(self) -> Ranges:
+        """What is backed, neighbours joined."""
+        starts, ends = array("Q"), array("Q")
+        for start, end in zip(self._starts, self._ends, strict=True):
+            if ends and ends[-1] == start:
+                ends[-1] = end
+            else:
+                starts.append(start)
+                ends.append(end)
+        return Ranges(starts, ends)
+
+    def end(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+
+class Ranges(Sequence[tuple[int, int]]):
+    """(start, end) pairs in 16 bytes each: a dump may have millions."""
+
+    def __init__(self, starts: array[int], ends: array[int]) -> None:
+        self._starts, self._ends = starts, ends
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Ranges: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, int] | Ranges:
+        if isinstance(index, slice):
+            return Ranges(self._starts[index], self._ends[index])
+        return self._starts[index], self._ends[index]
+
+
+def layered(stretches: Sequence[Stretch]) -> Iterator[Stretch]:
+    """The same address space where a later stretch overwrites an earlier one, made disjoint."""
+    order = sorted(range(len(stretches)), key=lambda index: stretches[index][0])
+    points = sorted({point for start, end, _ in stretches for point in (start, end)})
+    active: list[int] = []  # indices negated: the latest stretch comes first
+    upcoming = 0
+    for left, right in pairwise(points):
+        while upcoming < len(order) and stretches[order[upcoming]][0] == left:
+            heapq.heappush(active, -order[upcoming])
+            upcoming += 1
+        while active and stretches[-active[0]][1] <= left:
+            heapq.heappop(active)
+        if active:
+            start, _, position = stretches[-active[0]]
+            yield left, right, position + left - start

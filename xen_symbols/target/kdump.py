@@ -1,0 +1,187 @@
+"""Kdump-compressed dumps, as makedumpfile and QEMU's dump-guest-memory write them.
+
+makedumpfile's IMPLEMENTATION and diskdump_mod.h: block 0 a header, then the sub header, two
+bitmaps by page frame (memory; memory that is in the dump), one descriptor per dumped page in
+ascending order, and the pages. A page that its writer found to be zero is in the second bitmap
+and shares one page of zeros, so zeros read from here were zeros in memory; a page that was
+excluded is in the first bitmap only, and is absent.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator
+
+from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.target import Note
+from xen_symbols.target.decompress import decompress
+from xen_symbols.target.image import Image, Ranges, require
+from xen_symbols.target.notes import parse_notes
+
+MAGIC = b"KDUMP   "
+PAGE = 4096
+# signature, version, utsname (six of 65 bytes; machine is the fifth), timestamp, status, block size,
+# blocks of sub header, blocks of bitmaps, frames
+_HEADER = struct.Struct("<8sI260x65s65x6x16xIIIII")
+# phys_base, dump level, split, start, end, (offset, size) of vmcoreinfo, notes, erase info, start, end, frames
+_SUB_HEADER = struct.Struct("<QIIQQQQQQQQQQQ")
+_DESCRIPTOR = struct.Struct("<QIIQ")  # offset, size, compression, page flags
+_INCOMPLETE = 0x8  # in the header's status: the writer ran out of space
+
+_MAX_FRAMES = 1 << 34  # 64 TiB
+_MAX_NOTE_BYTES = 16 << 20
+_CHUNK = 4096  # bytes of bitmap for each entry of the rank table
+_CACHED_PAGES = 512
+_LAST_DESCRIPTORS = 1024
+
+
+class KdumpMemory:
+    """Physical memory by page frame; the pages decompressed last are kept."""
+
+    def __init__(self, image: Image) -> None:
+        signature = require(image, 0, _HEADER.size, "kdump header")
+        _, version, machine, status, block_size, sub_blocks, bitmap_blocks, frames = _HEADER.unpack(signature)
+        machine = machine.split(b"\0", 1)[0]
+        if machine not in (b"", b"x86_64"):
+            raise Undecidable(f"a kdump of a machine of type {machine.decode('latin-1')!r}; x86_64 is needed")
+        if block_size != PAGE:
+            raise Undecidable(f"kdump header +0x1ac: blocks of {block_size} bytes; x86-64 has {PAGE}")
+        sub = _SUB_HEADER.unpack(require(image, PAGE, _SUB_HEADER.size, "kdump sub header"))
+        split, (start, end) = sub[2], sub[3:5]
+        if version >= 6:
+            (start, end), frames = sub[11:13], sub[13]
+        if frames > _MAX_FRAMES:
+            raise Undecidable(f"kdump header: {frames:#x} page frames; more than {_MAX_FRAMES:#x} are not believable")
+        bitmaps_at, bitmaps_size = (1 + sub_blocks) * PAGE, bitmap_blocks * PAGE
+        if bitmaps_at + bitmaps_size > image.size:
+            raise Undecidable(
+                f"kdump header +0x1b4: the bitmaps end at offset {bitmaps_at + bitmaps_size:#x}, "
+                f"the file at {image.size:#x}; the file is truncated or damaged"
+            )
+        if bitmaps_size * 8 < frames:
+            raise Undecidable(
+                f"kdump header +0x1b4: {bitmap_blocks} blocks of bitmaps for {frames:#x} frames; the file is damaged"
+            )
+        both = bitmaps_size // 2 * 8 >= frames
+        self._image, self._frames = image, frames
+        self._memory_at, self._dumped_at = bitmaps_at, bitmaps_at + (bitmaps_size // 2 if both else 0)
+        self._descriptors_at = bitmaps_at + bitmaps_size
+        self._notes_at = sub[7:9] if version >= 4 else (0, 0)
+        window: tuple[int, int] = (start, min(end, frames)) if split else (0, frames)
+        self._first, self._end = window
+        self._pages: dict[int, bytes] = {}
+        self._rank = self._count()
+        self._skipped = self._dumped_before(self._first) if self._first < self._end else 0
+        if not status & _INCOMPLETE:
+            self._check_end()
+
+    def notes(self) -> list[Note]:
+        """The ELF notes that the writer took over from its input."""
+        offset, size = self._notes_at
+        if size > _MAX_NOTE_BYTES:
+            raise Undecidable(
+                f"kdump sub header +0x38: {size} bytes of notes; {_MAX_NOTE_BYTES} is the most believable"
+            )
+        return parse_notes(require(self._image, offset, size, "kdump notes"), "kdump notes") if size else []
+
+    def read(self, address: int, size: int) -> bytes:
+        first, start = divmod(address, PAGE)
+        if start + size <= PAGE:
+            return self._page(first)[start : start + size]
+        last = (address + size - 1) // PAGE
+        return b"".join(self._page(frame) for frame in range(first, last + 1))[start : start + size]
+
+    def ranges(self) -> Ranges:
+        """The pages of the second bitmap, a range per run of them."""
+        starts, ends = array("Q"), array("Q")
+        for start, end in self._runs():
+            start, end = max(start, self._first), min(end, self._end)
+            if start < end:
+                starts.append(start * PAGE)
+                ends.append(end * PAGE)
+        return Ranges(starts, ends)
+
+    def _page(self, frame: int) -> bytes:
+        page = self._pages.pop(frame, None)
+        if page is None:
+            try:
+                page = self._load(frame)
+            except Unreadable as error:
+                raise Unreadable(f"physical {frame * PAGE:#x}: {error}", error.absent.kind) from None
+            if len(self._pages) >= _CACHED_PAGES:
+                del self._pages[next(iter(self._pages))]
+        self._pages[frame] = page  # the last used is the last in the dict
+        return page
+
+    def _load(self, frame: int) -> bytes:
+        if frame >= self._frames or not self._bit(self._memory_at, frame):
+            raise Unreadable("the dump has no memory there")
+        if not self._bit(self._dumped_at, frame):
+            raise Unreadable("the page was left out when the dump was written")
+        if not self._first <= frame < self._end:
+            raise Unreadable("the page is in another file of this split dump")
+        index = self._dumped_before(frame) - self._skipped
+        at = self._descriptors_at + index * _DESCRIPTOR.size
+        offset, size, compression, _ = _DESCRIPTOR.unpack(self._image.read(at, _DESCRIPTOR.size))
+        if not 0 < size <= PAGE or (not compression and size != PAGE):
+            raise Unreadable(f"bad page descriptor at offset {at:#x}: {size} bytes, compression {compression:#x}")
+        data = self._image.read(offset, size)
+        return decompress(compression, data, PAGE) if compression else data
+
+    def _bit(self, bitmap: int, frame: int) -> int:
+        return self._image.read(bitmap + frame // 8, 1)[0] >> frame % 8 & 1
+
+    def _count(self) -> array[int]:
+        """Dumped pages before each chunk of the second bitmap, and in all of it."""
+        rank, total = array("Q", [0]), 0
+        for chunk in self._chunks():
+            total += int.from_bytes(chunk, "little").bit_count()
+            rank.append(total)
+        return rank
+
+    def _chunks(self) -> Iterator[bytes]:
+        size = -(-self._frames // 8)
+        for at in range(0, size, _CHUNK):
+            yield self._image.scan(self._dumped_at + at, min(_CHUNK, size - at))
+
+    def _dumped_before(self, frame: int) -> int:
+        index, bits = divmod(frame, _CHUNK * 8)
+        part = self._image.read(self._dumped_at + index * _CHUNK, bits // 8 + 1)
+        return self._rank[index] + (int.from_bytes(part, "little") & (1 << bits) - 1).bit_count()
+
+    def _check_end(self) -> None:
+        """Refuse a file that lost its end: the pages of the last descriptors are the last in the file."""
+        count = (self._dumped_before(self._end - 1) + 1 if self._end else 0) - self._skipped
+        last = min(count, _LAST_DESCRIPTORS)
+        if last <= 0:
+            return
+        at = self._descriptors_at + (count - last) * _DESCRIPTOR.size
+        table = require(self._image, at, last * _DESCRIPTOR.size, f"kdump page descriptors ({count} of them)")
+        end = max(offset + size for offset, size, _, _ in _DESCRIPTOR.iter_unpack(table))
+        if end > self._image.size:
+            raise Undecidable(
+                f"kdump: the last pages end at offset {end:#x}, the file at {self._image.size:#x}; "
+                "the file is truncated or damaged"
+            )
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """(first, end) of each run of set bits in the second bitmap, in frames."""
+        start = -1  # of the run that is open
+        frame = 0
+        for chunk in self._chunks():
+            if chunk.count(0 if start < 0 else 0xFF) == len(chunk):  # nothing changes in it
+                frame += len(chunk) * 8
+                continue
+            for byte in chunk:
+                if byte != (0 if start < 0 else 0xFF):
+                    for bit in range(8):
+                        if bool(byte >> bit & 1) != (start >= 0):
+                            if start >= 0:
+                                yield start, frame + bit
+                                start = -1
+                            else:
+                                start = frame + bit
+                frame += 8
+        if start >= 0:
+            yield start, frame

@@ -1,0 +1,186 @@
+"""ELF notes of a dump, and what they say of each CPU. Pure functions on bytes.
+
+Xen's notes: xen/include/xen/elfcore.h and common/kexec.c (kexec_crash_save_cpu,
+kexec_crash_save_info); the same from 4.2 to today. QEMU's note: QEMUCPUState in
+QEMU's target/i386/arch_dump.c. The framing is the gABI's, chapter 5, with the
+4-byte alignment that all three use.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from xen_symbols.absence import Absent, Undecidable
+from xen_symbols.target import Note, PhysicalCpu
+
+NT_PRSTATUS = 1
+XEN_CRASH_INFO = 0x1000001
+XEN_CRASH_REGS = 0x1000002
+
+# Two notes for each of the 16383 CPUs that Xen can be built for, and some for the machine.
+MAX_NOTES = 40_000
+
+_NOTHING_SAVED = Absent("the note was never filled in: this CPU saved nothing")
+
+_PRSTATUS_SIZE = 336
+_PRSTATUS_REGISTERS = struct.Struct("<27Q")  # struct elf_prstatus.pr_reg, user_regs_struct order
+_PRSTATUS_OFFSET = 112
+_PRSTATUS_NAMES = (
+    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
+    *("orig_rax", "rip", "cs", "rflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
+)
+
+_QEMU_GENERAL = (
+    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags"),
+)
+_QEMU_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "ldt", "tr", "gdt", "idt")
+_QEMU_HEAD = struct.Struct("<II18Q")
+_QEMU_SEGMENT = struct.Struct("<IIIIQ")  # selector, limit, flags, padding, base
+_QEMU_TAIL = struct.Struct("<5Q")  # cr0 to cr4
+_QEMU_SIZE = _QEMU_HEAD.size + len(_QEMU_SEGMENTS) * _QEMU_SEGMENT.size + _QEMU_TAIL.size
+
+
+@dataclass(frozen=True)
+class CrashInfo:
+    """Xen's CRASH_INFO note (struct crash_xen_info). Addresses are physical."""
+
+    xen_major: int
+    xen_minor: int
+    extra_version: int  # address of a string, as the next four
+    changeset: int
+    compiler: int
+    compile_date: int
+    compile_time: int
+    tainted: int
+    xen_phys_start: int
+    dom0_pfn_to_mfn_frame_list_list: int
+
+
+def parse_notes(data: bytes, where: str = "notes") -> list[Note]:
+    """All notes of one segment, in order. Zeros after the last (Linux pads to a page) end it.
+
+    `where` names the segment in the error: Undecidable for a size that points outside.
+    """
+    notes: list[Note] = []
+    offset = 0
+    while offset + 12 <= len(data):
+        name_size, desc_size, note_type = struct.unpack_from("<3I", data, offset)
+        if not name_size and not desc_size and not note_type:
+            break
+        name_at = offset + 12
+        desc_at = name_at + (name_size + 3 & ~3)
+        if desc_at + desc_size > len(data):
+            raise Undecidable(
+                f"{where}: the note at +{offset:#x} claims {name_size} bytes of name and {desc_size} of content, "
+                f"the segment has {len(data)}; the file is truncated or damaged"
+            )
+        if len(notes) == MAX_NOTES:
+            raise Undecidable(f"{where}: more than {MAX_NOTES} notes; the file is damaged")
+        name = data[name_at : name_at + name_size].split(b"\0", 1)[0].decode("ascii", "backslashreplace")
+        notes.append(Note(name, note_type, data[desc_at : desc_at + desc_size]))
+        offset = desc_at + (desc_size + 3 & ~3)
+    return notes
+
+
+def parse_prstatus(desc: bytes) -> dict[str, int] | Absent:
+    """NT_PRSTATUS of x86-64: registers by name; Absent when all of it is zero.
+
+    orig_rax is never written by Xen. The FS and GS bases are written since 4.15 (1e15dcfbae)
+    only, so a zero there is no value and is left out.
+    """
+    _require_size("CORE/NT_PRSTATUS", desc, _PRSTATUS_SIZE, exact=True)
+    values = _PRSTATUS_REGISTERS.unpack_from(desc, _PRSTATUS_OFFSET)
+    if not any(values):
+        return _NOTHING_SAVED
+    registers = dict(zip(_PRSTATUS_NAMES, values, strict=True))
+    del registers["orig_rax"]
+    for base in ("fs_base", "gs_base"):
+        if not registers[base]:
+            del registers[base]
+    return registers
+
+
+def parse_crash_regs(desc: bytes) -> dict[str, int] | Absent:
+    """Xen's CRASH_REGS (struct crash_xen_core): cr0, cr2, cr3, cr4; Absent when all zero."""
+    _require_size("Xen/CRASH_REGS", desc, 32, exact=True)
+    values = struct.unpack("<4Q", desc)
+    return dict(zip(("cr0", "cr2", "cr3", "cr4"), values, strict=True)) if any(values) else _NOTHING_SAVED
+
+
+def parse_crash_info(desc: bytes) -> CrashInfo | Absent:
+    """Xen's CRASH_INFO; Absent when all zero (the crash path did not come as far)."""
+    _require_size("Xen/CRASH_INFO", desc, 80, exact=True)
+    values = struct.unpack("<10Q", desc)
+    return CrashInfo(*values) if any(values) else Absent("the note was never filled in")
+
+
+def parse_vmcoreinfo(desc: bytes) -> dict[str, str]:
+    """The KEY=VALUE lines of a VMCOREINFO note, up to its first NUL."""
+    text = desc.split(b"\0", 1)[0].decode("ascii", "backslashreplace")
+    return dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
+
+
+def parse_qemu_cpu(desc: bytes, index: int) -> PhysicalCpu:
+    """QEMU's note of one CPU, `index` its cpu_index."""
+    _require_size("QEMU", desc, _QEMU_SIZE, exact=False)
+    version, size, *general = _QEMU_HEAD.unpack_from(desc)
+    if version != 1 or not _QEMU_SIZE <= size <= len(desc):
+        raise Undecidable(f"the QEMU note of CPU {index} has version {version} and size {size}; version 1 is known")
+    registers = dict(zip(_QEMU_GENERAL, general, strict=True))
+    segments = dict(zip(_QEMU_SEGMENTS, _qemu_segments(desc), strict=True))
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        registers[name] = segments[name][0]
+    registers["fs_base"], registers["gs_base"] = segments["fs"][2], segments["gs"][2]
+    cr0, _, cr2, cr3, cr4 = _QEMU_TAIL.unpack_from(desc, _QEMU_SIZE - _QEMU_TAIL.size)
+    registers.update(cr0=cr0, cr2=cr2, cr3=cr3, cr4=cr4)
+    if size >= _QEMU_SIZE + 8:  # since QEMU 5.0
+        (registers["k_gs_base"],) = struct.unpack_from("<Q", desc, _QEMU_SIZE)
+    _, idt_limit, idt_base = segments["idt"]
+    return PhysicalCpu(
+        index=index, registers=registers, idtr=(idt_base, idt_limit), tr_base=segments["tr"][2], source="QEMU's note"
+    )
+
+
+def _qemu_segments(desc: bytes) -> Iterator[tuple[int, int, int]]:
+    end = _QEMU_SIZE - _QEMU_TAIL.size
+    for selector, limit, _, _, base in _QEMU_SEGMENT.iter_unpack(desc[_QEMU_HEAD.size : end]):
+        yield selector, limit, base
+
+
+def cpus_of(notes: Sequence[Note]) -> list[PhysicalCpu]:
+    """One PhysicalCpu per CPU that the notes name.
+
+    Xen's notes: NT_PRSTATUS then CRASH_REGS for each CPU in the order of Xen's numbers (the crash
+    tools ask Xen for CPU 0, 1, … and get headers for every possible CPU). A CPU that saved nothing
+    is there with no registers. QEMU's: one per cpu_index; which Xen CPU that is, memory tells.
+    """
+    if any(note.name == "QEMU" for note in notes):
+        return [parse_qemu_cpu(note.desc, index) for index, note in enumerate(n for n in notes if n.name == "QEMU")]
+    cpus: list[PhysicalCpu] = []
+    status: Note | None = None
+    for note in notes:
+        if note.name == "CORE" and note.type == NT_PRSTATUS:
+            status = note
+        elif note.name == "Xen" and note.type == XEN_CRASH_REGS:
+            if status is None:
+                raise Undecidable(f"Xen's CRASH_REGS note of CPU {len(cpus)} has no NT_PRSTATUS before it")
+            cpus.append(_xen_cpu(len(cpus), parse_prstatus(status.desc), parse_crash_regs(note.desc)))
+            status = None
+    return cpus
+
+
+def _xen_cpu(number: int, general: dict[str, int] | Absent, control: dict[str, int] | Absent) -> PhysicalCpu:
+    registers: dict[str, int] = {}
+    for part in (general, control):
+        if not isinstance(part, Absent):
+            registers.update(part)
+    source = "Xen's crash notes" if registers else f"Xen's crash notes: {_NOTHING_SAVED}"
+    return PhysicalCpu(index=number, xen_cpu=number, registers=registers, current=False, source=source)
+
+
+def _require_size(what: str, desc: bytes, size: int, *, exact: bool) -> None:
+    if len(desc) < size or (exact and len(desc) != size):
+        raise Undecidable(f"a {what} note of {len(desc)} bytes, {size} are expected; the dump is damaged or foreign")
