@@ -39,8 +39,8 @@ class XenImages:
 def xen_images(cache: Cache, row: XenRow) -> XenImages:
     """The images of a row, fetched and made where the cache has none that are whole."""
     with cache.lock():
-        debs = cache.collect(row.suite, lambda at: at.with_libraries(row.suite, ["kexec-tools"]))
-        kexec = list(debs.values())
+        tools = cache.collect(row.kexec_suite, lambda at: at.with_libraries(row.kexec_suite, ["kexec-tools"]))
+        kexec = [*tools.values(), *cache.collect(row.suite, lambda at: _libxenctrl(at, row)).values()]
         xen = cache.collect(row.suite, lambda at: at.packages(row.suite, row.packages))
         base = cache.collect(KERNEL_SUITE, _kernel_packages)
         inputs = [*kexec, *xen.values(), *base.values()]
@@ -48,7 +48,7 @@ def xen_images(cache: Cache, row: XenRow) -> XenImages:
         def build(folder: Path) -> None:
             _build_xen(folder, row, list(xen.values()))
             kernel = next(path for name, path in base.items() if name != BUSYBOX_PACKAGE)
-            _build_dom0(folder, kernel, base[BUSYBOX_PACKAGE], kexec)
+            _build_dom0(folder, kernel, base[BUSYBOX_PACKAGE], kexec, row.libxenctrl_as)
 
         made = _made(cache, f"xen-{row.name}", inputs, build)
     return XenImages(made / "xen", made / "xen-syms", made / "vmlinuz", made / "dom0.cpio.gz")
@@ -58,6 +58,12 @@ def _kernel_packages(cache: Cache) -> list[Package]:
     (meta,) = cache.packages(KERNEL_SUITE, [KERNEL_PACKAGE])
     kernels = [name for name in meta.depends if name.startswith("linux-image-")]
     return cache.packages(KERNEL_SUITE, [*kernels, BUSYBOX_PACKAGE])
+
+
+def _libxenctrl(cache: Cache, row: XenRow) -> list[Package]:
+    """This Xen's own libraries, for a kexec that comes with another's."""
+    packages = cache.with_libraries(row.suite, [row.libxenctrl]) if row.libxenctrl else []
+    return [package for package in packages if package.name.startswith("libxen")]
 
 
 def _made(cache: Cache, kind: str, inputs: Iterable[Path], build: Callable[[Path], None]) -> Path:
@@ -102,7 +108,7 @@ def _build_xen(folder: Path, row: XenRow, packages: list[Path]) -> None:
     (folder / "xen-syms").write_bytes(gzip.decompress(symbols) if symbols[:2] == b"\x1f\x8b" else symbols)
 
 
-def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path]) -> None:
+def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path], libxenctrl_as: str) -> None:
     wanted = dict.fromkeys((*initramfs.DOM0_MODULES, *initramfs.CRASH_MODULES))
     found = members([kernel], ("boot/vmlinuz-*", *(f"*/{name}" for name in wanted)))
     modules = {name: _only(found, f"*/{name}") for name in wanted}
@@ -112,7 +118,7 @@ def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path]) ->
         initramfs.CRASH_INIT, shell, {name: modules[name] for name in initramfs.CRASH_MODULES}
     )
     extra = [
-        *_program(kexec, "kexec"),
+        *_kexec(kexec, libxenctrl_as),
         initramfs.file("boot/vmlinuz", vmlinuz, 0o644),
         initramfs.file("boot/crash.cpio.gz", crash, 0o644),
     ]
@@ -124,17 +130,22 @@ def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path]) ->
     )
 
 
-def _program(packages: list[Path], name: str) -> list[initramfs.Entry]:
-    """A program from these packages and the libraries it loads, as its own dynamic loader finds them."""
+def _kexec(packages: list[Path], libxenctrl_as: str) -> list[initramfs.Entry]:
+    """kexec from these packages (of which later ones go before) and the libraries that it loads."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         for package in packages:
             unpack(package, root)
-        (program,) = (path for path in root.glob(f"**/*bin/{name}") if path.is_file())
+        if libxenctrl_as:
+            (asked,) = root.glob(f"**/{libxenctrl_as}")
+            own = next(path for path in root.glob("**/libxenctrl.so.*") if not path.name.startswith(libxenctrl_as))
+            asked.unlink()
+            asked.write_bytes(own.read_bytes())
+        (program,) = (path for path in root.glob("**/sbin/kexec") if path.is_file())
         libraries = loaded_libraries(root, program)
         loader = _loader(root)
         return [
-            initramfs.file(f"sbin/{name}", program.read_bytes()),
+            initramfs.file("sbin/kexec", program.read_bytes()),
             initramfs.file(f"lib64/{loader.name}", loader.read_bytes()),
             *(initramfs.file(f"lib/x86_64-linux-gnu/{so}", path.read_bytes()) for so, path in libraries.items()),
         ]

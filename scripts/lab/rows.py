@@ -40,8 +40,9 @@ BUSYBOX_PACKAGE = "busybox-static"
 class XenRow:
     """One real Xen. Patterns are of paths inside the packages, without a leading slash.
 
-    `suite` also gives kexec: it talks to the hypervisor through the libxenctrl of one Xen version
-    (4.17's library fails on 4.14: "Cannot load /boot/vmlinuz").
+    kexec comes from `kexec_suite`. It talks to the hypervisor through libxenctrl, which fits its own Xen
+    only (4.17's fails on 4.14: "Cannot load /boot/vmlinuz"): `libxenctrl` is the package that has this Xen's,
+    in `suite`, and `libxenctrl_as` the name under which kexec asks for it, where that is another Xen's.
     """
 
     name: str
@@ -49,7 +50,10 @@ class XenRow:
     packages: tuple[str, ...]
     image: str
     symbols: str
+    kexec_suite: str
     reason: str
+    libxenctrl: str = ""
+    libxenctrl_as: str = ""
 
 
 XENS = {
@@ -61,7 +65,28 @@ XENS = {
             ("xen-hypervisor-4.17-amd64", "xen-hypervisor-4.17-amd64-dbg"),
             "boot/xen-4.17-amd64.gz",
             "usr/lib/debug/boot/xen-syms-4.17-amd64",
-            "Debian 12's; symbols are a symbol table without DWARF",
+            "bookworm",
+            "Debian 12's; its symbols are a symbol table without DWARF",
+        ),
+        XenRow(
+            "4.14",
+            "bullseye",
+            ("xen-hypervisor-4.14-amd64",),
+            "boot/xen-4.14-amd64.gz",
+            "usr/lib/debug/xen-syms-4.14.*[0-9].gz",
+            "bookworm",
+            "Debian 11's; its kexec was built without Xen, so Debian 12's is run with Debian 11's libxenctrl",
+            libxenctrl="libxenmisc4.14",
+            libxenctrl_as="libxenctrl.so.4.17",
+        ),
+        XenRow(
+            "4.20",
+            "trixie",
+            ("xen-hypervisor-4.20-amd64", "xen-hypervisor-4.20-amd64-dbg"),
+            "boot/xen-4.20-amd64.gz",
+            "usr/lib/debug/boot/xen-syms-4.20-amd64",
+            "trixie",
+            "Debian 13's; its symbols are full DWARF",
         ),
     )
 }
