@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from xen_symbols.absence import Kind, Undecidable, Unreadable
 from xen_symbols.symbols import buildid
@@ -30,8 +29,7 @@ STB_LOCAL, STB_WEAK, STB_GNU_UNIQUE = 0, 2, 10
 STT_OBJECT, STT_SECTION, STT_FILE, STT_GNU_IFUNC = 1, 3, 4, 10
 
 
-@dataclass(frozen=True)
-class _Class:
+class _Class(NamedTuple):
     """Where ELFCLASS32 and ELFCLASS64 differ."""
 
     header: struct.Struct  # from e_type on
@@ -47,10 +45,12 @@ _CLASSES = {
     ),
 }
 _SYMBOL_SIZE = 24
+# Far above any image of Xen; they bound what a hostile file can cost.
+_MOST_SEGMENTS, _MOST_SECTIONS, _LONGEST_NOTES = 64, 1024, 4096
+_FILE_OR_SECTION = frozenset(binding << 4 | t for binding in range(16) for t in (STT_SECTION, STT_FILE))
 
 
-@dataclass(frozen=True)
-class _Section:
+class _Section(NamedTuple):
     type: int
     flags: int
     address: int
@@ -60,8 +60,7 @@ class _Section:
     entry_size: int
 
 
-@dataclass(frozen=True)
-class _Segment:
+class _Segment(NamedTuple):
     type: int
     offset: int
     address: int
@@ -69,8 +68,7 @@ class _Segment:
     memory_size: int
 
 
-@dataclass(frozen=True)
-class _Headers:
+class _Headers(NamedTuple):
     elf_class: int
     sections: tuple[_Section, ...]
     segments: tuple[_Segment, ...]
@@ -91,6 +89,8 @@ def _headers(path: str, content: Bytes) -> _Headers:
         raise Undecidable(f"{path}: {_TYPES[kind]}")
     if (phnum and phentsize != form.program.size) or (shnum and shentsize != form.section.size):
         raise Undecidable(f"{path}: corrupt: its ELF header gives impossible entry sizes")
+    if phnum > _MOST_SEGMENTS or shnum > _MOST_SECTIONS:
+        raise Undecidable(f"{path}: corrupt: {phnum} program and {shnum} section headers; an image of Xen has few")
     programs = form.program.iter_unpack(content.read(phoff, phnum * form.program.size) if phnum else b"")
     sections = form.section.iter_unpack(content.read(shoff, shnum * form.section.size) if shnum and shoff else b"")
     return _Headers(
@@ -145,27 +145,34 @@ class ElfRows:
         """The rows of FILE symbols: each gives the file of the local symbols that follow it."""
         return [row for row, info in enumerate(self._infos) if info & 0xF == STT_FILE]
 
+    @cached_property
+    def _no_symbols(self) -> set[int]:
+        """The rows that name no part of Xen: FILE, SECTION, undefined."""
+        rows = {row for row, info in enumerate(self._infos) if info in _FILE_OR_SECTION}
+        rows.update(row for row, section in enumerate(self._section_numbers) if not section)
+        return rows
+
     def _name(self, row: int) -> str:
         start = self._name_offsets[row]
         return self._strings[start : self._strings.index("\0", start)]
 
     def names(self) -> list[str]:
+        return self._names
+
+    @cached_property
+    def _names(self) -> list[str]:
         strings, end = self._strings, self._strings.index
         names = [strings[start : end("\0", start)] for start in self._name_offsets]
-        for row, (section, info) in enumerate(zip(self._section_numbers, self._infos, strict=True)):
-            if section == SHN_UNDEF or info & 0xF in (STT_SECTION, STT_FILE):
-                names[row] = ""
+        for row in self._no_symbols:
+            names[row] = ""
         return names
 
     def addresses(self) -> list[int]:
         return self._addresses
 
     def placed(self) -> list[int]:
-        return [
-            row
-            for row, (section, info) in enumerate(zip(self._section_numbers, self._infos, strict=True))
-            if SHN_UNDEF < section < SHN_LORESERVE and info & 0xF not in (STT_SECTION, STT_FILE)
-        ]
+        out = self._no_symbols
+        return [row for row, n in enumerate(self._section_numbers) if n < SHN_LORESERVE and row not in out]
 
     def symbol(self, row: int) -> Symbol:
         info = self._infos[row]
@@ -213,7 +220,7 @@ def _note(content: Bytes, headers: _Headers) -> tuple[int, bytes] | None:
     ranges = [(s.offset, s.file_size) for s in headers.segments if s.type == PT_NOTE]
     ranges += [(s.offset, s.size) for s in headers.sections if s.type == SHT_NOTE]
     for offset, size in ranges:
-        found = buildid.find_in_notes(content.read(offset, size))
+        found = buildid.find_in_notes(content.read(offset, min(size, _LONGEST_NOTES)))
         if found is not None:
             return offset + found[0], found[1]
     return None
@@ -256,9 +263,14 @@ def _load_embedded(path: str, content: Bytes, headers: _Headers) -> SymbolTable:
     from xen_symbols.symbols import embedded
 
     image = ElfImage(content, headers.segments)
+    if sum(end - start for start, end in image.segments) > content.size:
+        raise Undecidable(f"{path}: truncated or corrupt: its segments do not fit in the file")
     pieces = [(start, image.read(start, end - start)) for start, end in image.segments]
     base = 0
     if headers.elf_class == 1:  # linked at physical addresses by Xen's mkelf32
-        base = embedded.virtual_start(pieces)
+        found = embedded.virtual_start(pieces)
+        if found is None:
+            raise Undecidable(f"{path}: does not say at which virtual address it runs; give xen-syms or its .map")
+        base = found
         image = ElfImage(content, headers.segments, base)
     return embedded.load_pieces(path, [(start + base, data) for start, data in pieces], image)

@@ -12,8 +12,7 @@ and the tables are padded to their natural alignment since 4.22 (9f4d363241), be
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.symbols import buildid
@@ -35,10 +34,10 @@ _LONGEST_NAME = 512
 _MOST_PLACES, _MOST_TOKEN_TABLES = 1024, 8
 _CHUNK = 1 << 20
 _PAGE = 4096
+_ENOUGH_POINTERS = 256
 
 
-@dataclass(frozen=True)
-class Embedded:
+class Embedded(NamedTuple):
     """A decoded table. `start` and `end` are where it lies in the memory searched."""
 
     start: int
@@ -140,18 +139,18 @@ def _u32(memory: bytes, position: int) -> int:
     return int.from_bytes(memory[position : position + 4], "little")
 
 
-def virtual_start(pieces: Sequence[tuple[int, bytes]]) -> int:
+def virtual_start(pieces: Sequence[tuple[int, bytes]]) -> int | None:
     """XEN_VIRT_START of a stripped image whose (address, content) pieces are linked at physical addresses.
 
     The image is full of pointers into itself; nearly all of them name one 1 GiB region. In every
-    release it is in PML4 slot 261 (0xffff82…, asm-x86/config.h). Raises Undecidable if none stands out.
+    release it is in PML4 slot 261 (0xffff82…, asm-x86/config.h). None if none stands out.
     """
     low = min((start for start, _ in pieces), default=0)
     high = max((start + len(data) for start, data in pieces), default=0)
     regions: dict[int, int] = {}
     for start, data in pieces:
         position = data.find(b"\x82\xff\xff")
-        while position >= 0:
+        while position >= 0 and sum(regions.values()) < _ENOUGH_POINTERS:
             if (start + position) % 8 == 5 and position >= 5:
                 pointer = int.from_bytes(data[position - 5 : position + 3], "little")
                 if low <= pointer % REGION < high:
@@ -159,7 +158,7 @@ def virtual_start(pieces: Sequence[tuple[int, bytes]]) -> int:
             position = data.find(b"\x82\xff\xff", position + 1)
     best = max(regions, key=regions.__getitem__, default=None)
     if best is None or regions[best] * 10 < sum(regions.values()) * 9:
-        raise Undecidable("this image does not say at which virtual address Xen runs; give xen-syms or its .map")
+        return None
     return best * REGION
 
 

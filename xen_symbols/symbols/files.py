@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from xen_symbols.absence import Undecidable
 
-_LONGEST = 512 << 20  # decompressed; xen-syms with DWARF is 30 MB
+_LONGEST = 128 << 20  # decompressed; xen-syms with DWARF is 30 MB
 _GZIP = b"\x1f\x8b"
 
 
@@ -22,8 +21,7 @@ class Bytes(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _File:
+class _File(NamedTuple):
     path: str
     size: int
 
@@ -37,8 +35,7 @@ class _File:
         return _whole(self.path, data, offset, size, self.size)
 
 
-@dataclass(frozen=True)
-class _Memory:
+class _Memory(NamedTuple):
     path: str
     data: bytes
 
@@ -88,7 +85,7 @@ def _gunzip(file: _File) -> bytes:
     except zlib.error as error:
         raise Undecidable(f"{file.path}: bad gzip data ({error}); fetch the file again") from None
     if not inflate.eof:
-        why = "more than 512 MB when decompressed" if len(data) == _LONGEST else "truncated gzip data"
+        why = "more than 128 MB when decompressed" if len(data) == _LONGEST else "truncated gzip data"
         raise Undecidable(f"{file.path}: {why}; fetch the file again")
     if not data:
         raise Undecidable(f"{file.path}: empty when decompressed; fetch the file again")

@@ -107,29 +107,40 @@ class SymbolTable:
     # -- by name ------------------------------------------------------------------------------
 
     @cached_property
-    def _by_name(self) -> dict[str, list[int]]:
-        index: dict[str, list[int]] = {}
-        for row, name in enumerate(self.rows.names()):
-            if name in index:
-                index[name].append(row)
-            else:
-                index[name] = [row]
+    def _by_name(self) -> dict[str, int]:
+        """The last row of each name."""
+        names = self.rows.names()
+        index = dict(zip(names, range(len(names)), strict=True))
         index.pop("", None)
         return index
+
+    @cached_property
+    def _earlier(self) -> dict[str, list[int]]:
+        """The rows before the last one, for the few names that have several."""
+        index = self._by_name
+        earlier: dict[str, list[int]] = {}
+        for row, name in enumerate(self.rows.names()):
+            if name and index[name] != row:
+                earlier.setdefault(name, []).append(row)
+        return earlier
+
+    def _named(self, name: str) -> list[int]:
+        last = self._by_name.get(name)
+        return [] if last is None else [*self._earlier.get(name, ()), last]
 
     @cached_property
     def _numbered(self) -> dict[str, list[int]]:
         """Rows of `name.N`: gcc so renames a variable that is static inside a function."""
         index: dict[str, list[int]] = {}
-        for name, rows in self._by_name.items():
-            base, dot, number = name.rpartition(".")
-            if dot and number.isdecimal() and "." not in base:
-                index.setdefault(base, []).extend(rows)
+        for name in self._by_name:
+            base, _, number = name.rpartition(".")
+            if base and "." not in base and number.isdecimal():
+                index.setdefault(base, []).extend(self._named(name))
         return index
 
     def _rows_of(self, name: str) -> list[int]:
         file, _, bare = name.rpartition("#")
-        rows = self._by_name.get(bare, [])
+        rows = self._named(bare)
         if not file:
             return rows
         return self._in_file(rows, file) or self._in_file(self._numbered.get(bare, []), file)
@@ -154,7 +165,7 @@ class SymbolTable:
 
     def _why_not(self, name: str) -> str:
         where = f"the {self.source} ({self.path})"
-        others = self._rows_of(name) or self._by_name.get(name.rpartition("#")[2], [])
+        others = self._rows_of(name) or self._named(name.rpartition("#")[2])
         reason = f"{name} is not in {where}"
         if self.text_only:
             reason += ", which holds text symbols only"
