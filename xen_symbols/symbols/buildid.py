@@ -1,7 +1,7 @@
 """GNU build-id notes (`.note.gnu.build-id`): parsed from bytes, and found in a stretch of memory.
 
 The note is an ELF note (gABI, chapter 5): namesz, descsz, type (3, NT_GNU_BUILD_ID), the name
-"GNU", then the id. Xen carries one since 4.7 (Xen commit 3e0ff0ab53), at `__note_gnu_build_id_start`.
+"GNU", then the id. Xen carries one since 4.7, at `__note_gnu_build_id_start`.
 """
 
 from __future__ import annotations

@@ -192,14 +192,30 @@ class SymbolTable:
         return self.rows.addresses()[self._require(name, kinds)]
 
     def get(self, name: str, kinds: str | None = None) -> int | None:
-        """As `address`, but None for a name that is not there."""
+        """As `address`, but None if the build has no such symbol.
+
+        A table of text symbols only cannot say that of a variable: SymbolNotFound then too.
+        """
         row = self._resolve(name, kinds)
-        return None if row is None else self.rows.addresses()[row]
+        if row is None:
+            self._require_complete(name, kinds)
+            return None
+        return self.rows.addresses()[row]
+
+    def size(self, name: str, kinds: str | None = None) -> int:
+        """The size in bytes of what the name stands for; 0 if the source does not say."""
+        return self.rows.size(self._require(name, kinds))
 
     def has(self, name: str, kinds: str | None = None) -> bool:
-        """Whether any symbol has that name, one or several."""
-        rows = self._rows_of(name)
-        return bool(rows) and (kinds is None or any(self.rows.symbol(row).kind in kinds for row in rows))
+        """Whether the build has any symbol of that name, one or several. Raises as `get` does."""
+        found = any(kinds is None or self.rows.symbol(row).kind in kinds for row in self._rows_of(name))
+        if not found:
+            self._require_complete(name, kinds)
+        return found
+
+    def _require_complete(self, name: str, kinds: str | None) -> None:
+        if self.text_only and (kinds is None or not set(kinds) <= set(TEXT)):
+            raise SymbolNotFound(self._why_not(name))
 
     def complete(self, prefix: str) -> list[str]:
         """The names that begin with `prefix`, sorted."""
