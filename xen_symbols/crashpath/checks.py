@@ -22,6 +22,7 @@ from xen_symbols.xen.state import CpuState, Read, State, absent
 
 HYPERVISOR_CS = 0xE008  # xen/include/asm-x86/config.h, __HYPERVISOR_CS64: every gate that Xen installs
 RFLAGS_IF = 1 << 9
+_IST_SSP_SIZE = 64  # struct tss_page begins with the shadow-stack table ist_ssp[8] since 4.14
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Context:
         physical = cpu.physical
         if isinstance(physical, Absent) or isinstance(physical.tr_base, Absent) or isinstance(cpu.tss, Absent):
             return True
-        return True if physical.tr_base != cpu.tss else None
+        return None if physical.tr_base in (cpu.tss, cpu.tss + _IST_SSP_SIZE) else True
 
     def show_code(self, address: int) -> dict[str, Any]:
         return {"address": hex(address), "symbol": self.symbols.describe(address) if address else None}
@@ -450,6 +451,8 @@ def _crash_notes(context: Context, cpu: int) -> Outcome:
         observed = "half written"
     else:
         observed = "saved" if _plausible(context, notes.registers, notes.control) else "not Xen's registers"
+    if len(allowed) > 1:  # it may be writing them right now
+        allowed = (*allowed, "half written", "not Xen's registers")
     return expect(Read(observed, read.address, read.raw, read.symbol), allowed)
 
 
@@ -534,14 +537,14 @@ def _nmi_entries(context: Context, cpu: int) -> Outcome:
 
 # The local APIC and the CPU itself
 
-_BOOT_MODES = {1: apic.Mode.DISABLED, 2: apic.Mode.XAPIC, 3: apic.Mode.X2APIC}  # ef41e4fb40, enum apic_mode
+BOOT_MODES = {1: apic.Mode.DISABLED, 2: apic.Mode.XAPIC, 3: apic.Mode.X2APIC}  # ef41e4fb40, enum apic_mode
 
 
 def _boot_mode(context: Context) -> str | Absent:
     read = context.state.system["apic_boot_mode"]
     if isinstance(read.value, Absent):
         return read.value
-    mode = _BOOT_MODES.get(read.value)
+    mode = BOOT_MODES.get(read.value)
     return Absent(f"apic_boot_mode is {read.value}: not recorded") if mode is None else mode.value
 
 
@@ -549,7 +552,8 @@ def _running_mode(context: Context) -> str | Absent:
     read = context.state.system["x2apic_enabled"]
     if isinstance(read.value, Absent):
         return read.value
-    return (apic.Mode.X2APIC if read.value else apic.Mode.XAPIC).value
+    mode = apic.Mode.X2APIC if read.value else apic.Mode.XAPIC
+    return str(mode.value)
 
 
 def _lapic_read(lapic: Lapic | Absent, of: Callable[[Lapic], Any]) -> Read:
@@ -564,7 +568,7 @@ def _lapic_mode(context: Context, cpu: int) -> Outcome:
     if missing is not None:
         return _from_absence(missing, None)
 
-    def mode(lapic: Lapic) -> str | Absent:
+    def mode(lapic: Lapic) -> Any:
         return lapic.apic_base if isinstance(lapic.apic_base, Absent) else apic.mode(lapic.apic_base).value
 
     return expect(_lapic_read(context.lapic(cpu), mode), allowed)
@@ -736,7 +740,7 @@ CHECKS: tuple[Check, ...] = (
     Check("waiting-cpus", Subject.CPUS, "f12c1f0b09",
           "the crashing CPU waits a full second for it although it answered, or leaves while it still runs", _waiting),
     Check("nmi-answered", Subject.OTHERS, "77ad1faa6b",
-          "this CPU never took the shootdown NMI: it runs on into the crash kernel's memory, and its registers are lost",
+          "this CPU never took the shootdown NMI: it runs on under the crash kernel, and its registers are lost",
           _nmi_answered),
     Check("nmi-entries", Subject.OTHERS, "77ad1faa6b",
           "it entered the handler more or less than once: something opened NMIs on a parked CPU, or it never came",

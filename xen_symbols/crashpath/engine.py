@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from xen_symbols import __version__
@@ -81,7 +82,7 @@ def _follow(findings: list[Finding]) -> list[Finding]:
     for finding in findings:
         explained = finding.cpu in silent or (finding.cpu is None and finding.check in _MACHINE_CONSEQUENCES)
         if finding.verdict is Verdict.FAIL and finding.check != _CAUSE and explained:
-            finding = Finding(**{**finding.__dict__, "follows": _CAUSE})
+            finding = replace(finding, follows=_CAUSE)
         marked.append(finding)
     return marked
 
@@ -162,7 +163,8 @@ def add_stage(report: Report, context: Context) -> list[Finding]:
     position = context.position
     report.crashing_cpu = position.crashing_cpu
     report.stages.append(_seen(context))
-    findings = judge(context)
+    stop = len(report.stages) - 1
+    findings = [replace(finding, stop=stop) for finding in judge(context)]
     report.findings += findings
     report.cpus = [describe_cpu(context, cpu) for cpu in context.state.cpus.values() if cpu.exists]
     return findings
@@ -177,13 +179,13 @@ def _seen(context: Context) -> StageSeen:
     return StageSeen(position.stage.id, position.subject, None if pc is None else context.symbols.describe(pc), pc)
 
 
-def gate_json(context: Context, read: Read) -> dict[str, Any] | None:
+def gate_json(symbols: SymbolTable, read: Read) -> dict[str, Any] | None:
     """A gate as the JSON contract gives it; None when it could not be read."""
     if not read.present:
         return None
     gate = read.value
     return {
-        "handler": {"address": hex(gate.handler), "symbol": context.symbols.describe(gate.handler)},
+        "handler": {"address": hex(gate.handler), "symbol": symbols.describe(gate.handler)},
         "selector": hex(gate.selector),
         "type": gate.type,
         "dpl": gate.dpl,
@@ -198,8 +200,8 @@ def describe_cpu(context: Context, cpu: CpuState) -> dict[str, Any]:
     out: dict[str, Any] = {
         "cpu": cpu.cpu,
         "role": _role(context, cpu.cpu),
-        "nmi_gate": gate_json(context, cpu.nmi_gate),
-        "mc_gate": gate_json(context, cpu.mc_gate),
+        "nmi_gate": gate_json(context.symbols, cpu.nmi_gate),
+        "mc_gate": gate_json(context.symbols, cpu.mc_gate),
     }
     absences: dict[str, str] = {}
 

@@ -182,7 +182,7 @@ class Follower:
             check="trace-complete", stage=self._last, cpu=self._crashing,
             verdict=Verdict.PASS if reached else Verdict.FAIL,
             expected=self._last, observed=last, source="xen/arch/x86/machine_kexec.c",
-            evidence=(Evidence("breakpoint"),), reason=why,
+            evidence=(Evidence("breakpoint"),), reason=why, stop=len(self.report.stages) - 1,
         )  # fmt: skip
         self.report.findings.append(finding)
         return finding

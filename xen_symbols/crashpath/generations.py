@@ -29,7 +29,7 @@ class Hook(enum.Enum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """One statement about symbols or code that holds, or not, for a build. `test` may raise Unreadable: not decidable."""
+    """A statement that holds for a build, or does not. `test` may raise Unreadable: not decidable."""
 
     says: str
     test: Callable[[XenMemory], bool]

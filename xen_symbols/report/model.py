@@ -66,6 +66,7 @@ class Finding:
     evidence: Sequence[Evidence] = ()
     reason: str | None = None  # why it was skipped or is unknown; for a failure, what it would do to a real crash
     follows: str | None = None  # the check whose failure for the same CPU explains this one
+    stop: int | None = None  # index into the report's stages
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {
@@ -82,6 +83,8 @@ class Finding:
             out["reason"] = self.reason
         if self.follows is not None:
             out["follows"] = self.follows
+        if self.stop is not None:
+            out["stop"] = self.stop
         return out
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from xen_symbols.absence import Absent, Kind
 
-_UNASKED = Absent("this source does not hold it", Kind.NOT_HELD)
+_UNASKED = Absent("it is not in memory, and the target holds no device state", Kind.NOT_HELD)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ SIZE = 16
 
 VECTOR_NMI = 2  # SDM vol. 3, table 6-1
 VECTOR_MC = 18
+_NAMES = "#DE #DB NMI #BP #OF #BR #UD #NM #DF - #TS #NP #SS #GP #PF - #MF #AC #MC #XM #VE #CP"
+VECTOR_NAMES = {vector: name for vector, name in enumerate(_NAMES.split()) if name != "-"}
 
 INTERRUPT_GATE = 14  # SDM vol. 3, table 3-2
 TRAP_GATE = 15

@@ -1,4 +1,4 @@
-"""4-level paging (Intel SDM vol. 3, 4.5; AMD APM vol. 2, 5.3): virtual to physical addresses by a machine's own tables."""
+"""4-level paging (Intel SDM vol. 3, 4.5; AMD APM vol. 2, 5.3) and its walks by a machine's own tables."""
 
 from __future__ import annotations
 

@@ -52,6 +52,23 @@ def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False
     return memory
 
 
+def still_there(memory: XenMemory) -> bool:
+    """Whether this Xen is where it was found: its tables map themselves, and the build-id is the same.
+
+    A machine that ran may have been reset since, and have booted another.
+    """
+    memory.forget()
+    note = memory.symbols.note_address
+    try:
+        if memory.physical(memory.symbols.address(ROOT)) != memory.root:
+            return False
+        if note is None or isinstance(memory.build_id, Absent):
+            return True
+        return buildid.parse_note(memory.read(note, buildid.NOTE_SIZE)) == memory.build_id
+    except Unreadable:
+        return False
+
+
 def _why_not(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu]) -> str:
     control = [(cpu.registers["cr0"]) for cpu in cpus if "cr0" in cpu.registers]
     if control and not any(value & paging.CR0_PG for value in control):

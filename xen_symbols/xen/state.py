@@ -114,7 +114,7 @@ class CpuState:
     mc_gate: Read
     df_gate: Read
     crash_save_done: Read
-    tss: int | Absent  # address of Xen's own TSS for this CPU
+    tss: int | Absent  # address of Xen's own TSS (or the page around it) for this CPU
     notes: Read  # crashnotes.CpuNotes: what its buffer of crash notes holds
     physical: PhysicalCpu | Absent
 
@@ -213,6 +213,15 @@ def cpu_count(memory: XenMemory) -> int:
     if not 0 < count <= NR_CPUS_MAX:
         raise Unreadable(f"nr_cpu_ids is {count}, which no Xen has: Xen has not set it yet, or the symbols are wrong")
     return count
+
+
+def per_cpu_offsets(memory: XenMemory) -> dict[int, int]:
+    """The offset of each CPU's per-CPU area, for the CPUs that have one. Raises Unreadable."""
+    count = cpu_count(memory)
+    raw = memory.read(memory.symbols.address("__per_cpu_offset"), 8 * count)
+    start = memory.symbols.address("__per_cpu_start")
+    offsets = {cpu: int.from_bytes(raw[8 * cpu : 8 * cpu + 8], "little") for cpu in range(count)}
+    return {cpu: o for cpu, o in offsets.items() if (start + o) % (1 << 64) not in INVALID_PERCPU_AREAS}
 
 
 def per_cpu_address(memory: XenMemory, name: str, cpu: int) -> int:

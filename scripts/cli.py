@@ -1,0 +1,228 @@
+"""The xencrash command: what each sub-command is called, takes, and exits with."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from xen_symbols import __version__
+from xen_symbols.absence import Undecidable
+from xen_symbols.report.model import ExitStatus, Verdict
+
+Json = dict[str, Any]
+
+EPILOG = """\
+TARGET is a dump's path, or gdb:HOST:PORT, or gdb:/path/of/a/unix/socket (QEMU's -gdb).
+
+exit status:
+  0  every check passed          2  bad usage
+  1  at least one check failed   3  could not be decided (the reason is on standard error)
+"""
+
+
+class UsageError(Exception):
+    """Bad usage that argparse cannot see: exit status 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit status; errors are one line on standard error."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except UsageError as error:
+        print(f"xencrash: {error}", file=sys.stderr)
+        return ExitStatus.USAGE
+    except Undecidable as error:
+        print(f"xencrash: {error}", file=sys.stderr)
+        return ExitStatus.UNDECIDED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone; say nothing at exit either
+        return ExitStatus.UNDECIDED
+    except KeyboardInterrupt:
+        print("xencrash: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xencrash",
+        description="Validate the crash path of x86 Xen: live in QEMU, stage by stage, or in a dump.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"xencrash {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    trace = _command(
+        commands, "trace", run_trace, "follow a crash live, stage by stage, and judge each",
+        "Attach to QEMU's gdbstub, wait for Xen to crash, stop at each stage of the crash path, read every gate and "
+        "every CPU there, and judge them. The machine then runs on into its crash kernel.",
+    )  # fmt: skip
+    _target_options(trace)
+    _output_options(trace)
+    trace.add_argument("--timeout", type=_seconds, metavar="S", help="give up after S seconds without a crash")
+    trace.add_argument("--leave-stopped", action="store_true", help="leave the machine stopped at the last stage")
+
+    check = _command(
+        commands, "check", run_check, "judge what is there now: a dump, or a stopped or parked live machine",
+        "Judge the state that a dump or a live machine is in. Several dumps give a line each and the worst status.",
+    )  # fmt: skip
+    _target_options(check, many=True)
+    _output_options(check)
+
+    gdb = _command(
+        commands, "gdb", run_gdb, "an interactive gdb with the plugin loaded",
+        "Start gdb with the xen commands, the symbols and the target loaded. Arguments after -- go to gdb.",
+    )  # fmt: skip
+    _target_options(gdb)
+    gdb.add_argument("gdb_arguments", nargs="*", metavar="GDB-ARGUMENT", help="passed to gdb as they are")
+
+    info = _command(
+        commands, "info", run_info, "what this is: format, notes, CPUs, symbols, build-id, generation and evidence",
+        "Say what a target is and what is known of it, without judging it.",
+    )  # fmt: skip
+    _target_options(info)
+    _output_options(info, formats=("table", "json"))
+
+    from xencrash.lab import cli as lab
+
+    lab.add_parser(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=description, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _target_options(parser: argparse.ArgumentParser, many: bool = False) -> None:
+    if many:
+        parser.add_argument("target", nargs="+", metavar="TARGET", help="dumps, or one gdb:…")
+    else:
+        parser.add_argument("target", metavar="TARGET", help="a dump, or gdb:…")
+    parser.add_argument(
+        "--symbols", metavar="FILE", help="xen-syms, a .map, or an image; default: what Xen itself carries"
+    )
+    parser.add_argument("--qmp", metavar="SOCKET", help="QEMU's QMP socket: LAPIC mode, NMI latch, IDTR of every CPU")
+    parser.add_argument("--base", type=_number, metavar="ADDRESS", help="physical address of a raw image's first byte")
+    parser.add_argument(
+        "--allow-build-id-mismatch", action="store_true", help="go on with symbols of another build; the report says so"
+    )
+
+
+def _output_options(parser: argparse.ArgumentParser, formats: tuple[str, ...] = ("table", "json", "junit")) -> None:
+    parser.add_argument("--format", choices=formats, default="table", help="default: %(default)s")
+    parser.add_argument("--output", metavar="FILE", help="write the report there instead of standard output")
+
+
+def _number(text: str) -> int:
+    return int(text, 0)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def is_live(target: str) -> bool:
+    return target.startswith("gdb:")
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from xencrash import judging
+
+    if len(args.target) > 1:
+        return judging.check_many(args)
+    report = judging.check_live(args) if is_live(args.target[0]) else judging.check_dump(args.target[0], args)
+    return finish(report, args)
+
+
+def run_info(args: argparse.Namespace) -> int:
+    from xencrash import judging
+
+    return judging.info(args)
+
+
+def run_trace(args: argparse.Namespace) -> int:
+    if not is_live(args.target):
+        raise UsageError(
+            f"{args.target} is not a live machine: trace takes gdb:HOST:PORT or gdb:SOCKET; a dump takes check"
+        )
+    from xencrash.judging import trace_live
+
+    return finish(trace_live(args), args)
+
+
+def run_gdb(args: argparse.Namespace) -> int:
+    from xencrash.interactive import run
+
+    return run(args)
+
+
+def finish(report: Json, args: argparse.Namespace) -> int:
+    """Write a report in the asked format, say on standard error why it is undecided, and return its status."""
+    write(render(report, args.format), args.output) if args.format != "table" or args.output else show(report)
+    if report.get("undecided"):
+        print(f"xencrash: {report['undecided']}", file=sys.stderr)
+    elif report["verdict"] == str(Verdict.UNKNOWN):
+        print(f"xencrash: {_first_unknown(report)}", file=sys.stderr)
+    return status_of(report)
+
+
+def status_of(report: Json) -> int:
+    return {"pass": ExitStatus.PASSED, "fail": ExitStatus.FAILED}.get(report["verdict"], ExitStatus.UNDECIDED)
+
+
+def _first_unknown(report: Json) -> str:
+    unknowns = [finding for finding in report["findings"] if finding["verdict"] == "unknown"]
+    if not unknowns:
+        return "nothing could be judged: every check was skipped"
+    first = unknowns[0]
+    more = f" (and {len(unknowns) - 1} more)" if len(unknowns) > 1 else ""
+    return f"{first['check']} could not be decided: {first['reason']}{more}"
+
+
+def render(report: Json, format: str) -> str:
+    """A report as text in one of the formats."""
+    if format == "json":
+        from xen_symbols.report.blocks import to_json_text
+
+        return to_json_text(report)
+    if format == "junit":
+        from xen_symbols.report.junit import to_junit
+
+        return to_junit(report)
+    from xen_symbols.report.blocks import report_blocks
+    from xen_symbols.report.console import plain
+
+    return plain(report_blocks(report))
+
+
+def show(report: Json) -> None:
+    from xen_symbols.report.blocks import report_blocks
+    from xen_symbols.report.console import print_blocks
+
+    print_blocks(report_blocks(report), sys.stdout)
+
+
+def write(text: str, output: str | None) -> None:
+    """To a file, or to standard output. Raises UsageError for a file that cannot be written."""
+    if output is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    try:
+        with open(output, "w", encoding="utf-8") as file:  # noqa: PTH123 - pathlib is not worth its import here
+            file.write(text)
+    except OSError as error:
+        raise UsageError(f"{output}: {error.strerror}") from None

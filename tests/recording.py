@@ -1,0 +1,219 @@
+"""Recorded examples: the bytes, registers and symbols of a real Xen that one judgement reads, and nothing else.
+
+`record` writes an example from any target; `load` gives it back as a target and its symbols, with memory that a test
+may change. An example is JSON, so that a person can read it:
+
+    python -m tests.recording DUMP XEN-SYMS EXAMPLE.json [DEVICE-STATE]
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xen_symbols.absence import Absent, Kind, Unreadable
+from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.symbols.mapfile import ListedRows
+from xen_symbols.symbols.table import SymbolTable, load_symbols
+from xen_symbols.target import Lapic, Note, PhysicalCpu
+from xen_symbols.target.dump import open_dump
+from xen_symbols.target.qemu_state import parse_cpus
+from xen_symbols.xen.locate import locate
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+class Example:
+    """A recorded machine as a target. `write` changes its memory."""
+
+    def __init__(self, kind: str, format: str, location: str, memory: dict[int, bytes], cpus: Sequence[PhysicalCpu],
+                 notes: Sequence[Note]) -> None:  # fmt: skip
+        self.kind, self.format, self.location = kind, format, location
+        self._starts = sorted(memory)
+        self._memory = {start: bytearray(memory[start]) for start in self._starts}
+        self.physical_cpus = list(cpus)
+        self._notes = notes
+
+    def _find(self, address: int, size: int) -> tuple[bytearray, int]:
+        at = bisect.bisect_right(self._starts, address) - 1
+        if at >= 0:
+            start = self._starts[at]
+            stretch = self._memory[start]
+            if address + size <= start + len(stretch):
+                return stretch, address - start
+        raise Unreadable(f"physical {address:#x} was not recorded")
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        stretch, offset = self._find(address, size)
+        return bytes(stretch[offset : offset + size])
+
+    def read_physical_many(self, requests: Sequence[tuple[int, int]]) -> list[bytes | Absent]:
+        answers: list[bytes | Absent] = []
+        for request in requests:
+            try:
+                answers.append(self.read_physical(*request))
+            except Unreadable as error:
+                answers.append(error.absent)
+        return answers
+
+    def write(self, address: int, data: bytes) -> None:
+        stretch, offset = self._find(address, len(data))
+        stretch[offset : offset + len(data)] = data
+
+    def physical_ranges(self) -> list[tuple[int, int]]:
+        return [(start, start + len(data)) for start, data in self._memory.items()]
+
+    def cpus(self) -> Sequence[PhysicalCpu]:
+        return self.physical_cpus
+
+    def notes(self) -> Sequence[Note]:
+        return self._notes
+
+
+class _Recorder:
+    """A target that remembers what was read from another."""
+
+    def __init__(self, target: Any, cpus: Sequence[PhysicalCpu] | None) -> None:
+        self._target = target
+        self.kind, self.format, self.location = target.kind, target.format, "example"
+        self._cpus = target.cpus() if cpus is None else cpus
+        self.reads: dict[int, bytes] = {}
+        if cpus is not None:
+            self.kind, self.format = "live", "QEMU gdbstub"
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        data = self._target.read_physical(address, size)
+        if len(data) > len(self.reads.get(address, b"")):
+            self.reads[address] = data
+        return data
+
+    def read_physical_many(self, requests: Sequence[tuple[int, int]]) -> list[bytes | Absent]:
+        return [self.read_physical(*request) for request in requests]
+
+    def physical_ranges(self) -> Any:
+        return self._target.physical_ranges()
+
+    def cpus(self) -> Sequence[PhysicalCpu]:
+        return self._cpus
+
+    def notes(self) -> Sequence[Note]:
+        return [] if self.kind == "live" else self._target.notes()
+
+
+def record(target: Any, symbols: SymbolTable, about: str, cpus: Sequence[PhysicalCpu] | None = None) -> dict[str, Any]:
+    """An example of what one judgement reads. `cpus` are taken instead of the target's own when given."""
+    recorder = _Recorder(target, cpus)
+    used = _watch(symbols)
+    memory = locate(recorder, symbols)
+    report = evaluate(memory)
+    for cpu in recorder.cpus():
+        symbols.lookup(cpu.registers.get("rip", 0))
+    return {
+        "about": about,
+        "verdict": str(report.verdict),
+        "kind": recorder.kind,
+        "format": recorder.format,
+        "build_id": (symbols.build_id or b"").hex(),
+        "cpus": [_to_json(cpu) for cpu in recorder.cpus()],
+        "notes": [[note.name, note.type, note.desc.hex()] for note in recorder.notes()],
+        "symbols": [[hex(address), kind, name] for address, kind, name in sorted(used)],
+        "memory": {hex(address): data.hex() for address, data in _merged(recorder.reads).items()},
+    }
+
+
+def _watch(symbols: SymbolTable) -> set[tuple[int, str, str]]:
+    """Remember every symbol that is asked for by name or found by address, and what follows it."""
+    used: set[tuple[int, str, str]] = set()
+    by_name = symbols._rows_of
+    lookup = symbols.lookup
+
+    def keep(row: int) -> None:
+        addresses, rows = symbols._by_address
+        after = bisect.bisect_right(addresses, symbols.rows.addresses()[row])
+        for kept in (row, *rows[after : after + 1]):
+            symbol = symbols.rows.symbol(kept)
+            used.add((symbol.address, symbol.kind, f"{symbol.file}#{symbol.name}" if symbol.file else symbol.name))
+
+    def rows_of(name: str) -> list[int]:
+        rows = by_name(name)
+        for row in rows:
+            keep(row)
+        return rows
+
+    def watched(address: int) -> Any:
+        found = lookup(address)
+        if found:
+            rows_of(found[0].name)
+        return found
+
+    symbols._rows_of = rows_of  # type: ignore[method-assign]
+    symbols.lookup = watched  # type: ignore[method-assign]
+    for name in ("_start", "_end", "__note_gnu_build_id_start"):
+        rows_of(name)
+    return used
+
+
+def _merged(reads: dict[int, bytes]) -> dict[int, bytes]:
+    """Overlapping and touching reads as one stretch each."""
+    merged: dict[int, bytearray] = {}
+    last = None
+    for address in sorted(reads):
+        data = reads[address]
+        if last is not None and address <= last + len(merged[last]):
+            stretch = merged[last]
+            offset = address - last
+            stretch[offset : offset + len(data)] = data
+        else:
+            merged[address] = bytearray(data)
+            last = address
+    return {address: bytes(data) for address, data in merged.items()}
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Absent):
+        return {"absent": value.reason, "kind": value.kind.name}
+    if dataclasses.is_dataclass(value):
+        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict) and "absent" in value:
+        return Absent(value["absent"], Kind[value["kind"]])
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _cpu(data: dict[str, Any]) -> PhysicalCpu:
+    fields = {name: _from_json(value) for name, value in data.items()}
+    if isinstance(fields["lapic"], dict):
+        fields["lapic"] = Lapic(**{name: _from_json(value) for name, value in fields["lapic"].items()})
+    return PhysicalCpu(**fields)
+
+
+def load(name: str) -> tuple[Example, SymbolTable]:
+    """A recorded example by its file's name, without `.json`."""
+    data = json.loads((RECORDED / f"{name}.json").read_text())
+    addresses, kinds, names = zip(*data["symbols"], strict=True)
+    rows = ListedRows([int(address, 16) for address in addresses], kinds, names)
+    symbols = SymbolTable(f"{name}.json", "recorded example", rows, [], bytes.fromhex(data["build_id"]) or None)
+    symbols.note_address = symbols.get("__note_gnu_build_id_start")
+    symbols.ranges = [(symbols.address("_start"), symbols.address("_end"))]
+    memory = {int(address, 16): bytes.fromhex(content) for address, content in data["memory"].items()}
+    notes = [Note(name, kind, bytes.fromhex(desc)) for name, kind, desc in data["notes"]]
+    return Example(data["kind"], data["format"], name, memory, [_cpu(cpu) for cpu in data["cpus"]], notes), symbols
+
+
+def main() -> None:
+    dump, syms, out, *state = sys.argv[1:]
+    cpus = parse_cpus(Path(state[0]).read_bytes()) if state else None
+    example = record(open_dump(dump), load_symbols(syms), Path(out).stem, cpus)
+    Path(out).write_text(json.dumps(example, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

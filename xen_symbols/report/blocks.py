@@ -1,0 +1,231 @@
+"""A report as blocks of text and tables, before anything knows how they are printed. Reads the JSON contract only."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text with the name of a style: pass, fail, unknown, skip, dim, strong, or none."""
+
+    text: str
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Running text, a line of cells each."""
+
+    lines: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]] = field(default_factory=list)
+
+
+Block = Lines | Table
+
+
+def show(value: Any) -> str:
+    """A JSON value as people read it: a handler by its name, a set of choices with "or"."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        if "one_of" in value:
+            return " or ".join(show(item) for item in value["one_of"])
+        if "symbol" in value and "address" in value:
+            return str(value["symbol"] or value["address"])
+        return ", ".join(f"{key} {show(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(show(item) for item in value) or "none"
+    return str(value)
+
+
+def gate_cell(gate: Json | None) -> Cell:
+    """A gate in short: handler and IST, and whatever else is out of the ordinary."""
+    if gate is None:
+        return Cell("unread", "unknown")
+    text = f"{gate['handler']['symbol']}, IST {gate['ist']}"
+    if not gate["present"]:
+        text += ", not present"
+    if gate["type"] != 14:
+        text += f", type {gate['type']}"
+    if gate["dpl"]:
+        text += f", DPL {gate['dpl']}"
+    return Cell(text)
+
+
+def header(report: Json) -> Lines:
+    """What was looked at, and by which symbols and generation."""
+    target, symbols, generation = report["target"], report["symbols"], report["generation"]
+    match = {True: Cell("match", "pass"), False: Cell("DO NOT MATCH", "fail"), None: Cell("unverified", "unknown")}
+    lines = [
+        [Cell("target      ", "dim"), Cell(f"{target.get('location', '?')} ({target.get('format', '?')})")],
+        [
+            Cell("symbols     ", "dim"),
+            Cell(f"{symbols.get('path')} ({symbols.get('source')}), build-id {symbols.get('build_id') or 'none'}: "),
+            match[symbols.get("match")],
+        ],
+    ]
+    if generation:
+        evidence = "; ".join(generation["evidence"])
+        lines.append([Cell("generation  ", "dim"), Cell(generation["id"], "strong"), Cell(f" ({evidence})")])
+    if report["crashing_cpu"] is not None:
+        lines.append([Cell("crashed on  ", "dim"), Cell(f"CPU {report['crashing_cpu']}", "strong")])
+    return Lines(lines)
+
+
+def _lapic_cell(cpu: Json) -> Cell:
+    lapic = cpu.get("lapic")
+    if not lapic or lapic.get("mode") is None:
+        return Cell("not known", "dim")
+    enabled = "" if lapic.get("spiv") is None else ", on" if int(lapic["spiv"], 16) & 0x100 else ", off"
+    return Cell(f"{lapic['mode']}{enabled}")
+
+
+def cpus_table(report: Json) -> Table:
+    """Each CPU as it was at the last stage."""
+    rows = []
+    for cpu in report["cpus"]:
+        at = cpu.get("at")
+        rows.append(
+            [
+                Cell(str(cpu["cpu"]), "strong"),
+                Cell(cpu.get("role", "")),
+                gate_cell(cpu["nmi_gate"]),
+                gate_cell(cpu["mc_gate"]),
+                Cell(show(cpu["crash_save_done"])),
+                _lapic_cell(cpu),
+                Cell(at["symbol"] if at else "not known", "" if at else "dim"),
+            ]
+        )
+    last = report["stages"][-1]["stage"] if report["stages"] else "none"
+    return Table(f"CPUs at stage {last}", ["CPU", "role", "NMI gate", "#MC gate", "save done", "LAPIC", "at"], rows)
+
+
+def _worst(findings: Iterable[Json]) -> str:
+    order = ["fail", "unknown", "pass", "skip"]
+    seen = {finding["verdict"] for finding in findings}
+    return next((verdict for verdict in order if verdict in seen), "skip")
+
+
+def _gates_at(findings: Sequence[Json], vector: str, crashing: bool, crashing_cpu: int | None) -> str:
+    """The gates of the crashing CPU, or of all others, at one stop, equal ones together."""
+    gates: dict[int, dict[str, str]] = {}
+    for finding in findings:
+        name = finding["check"].removeprefix(f"{vector}-gate-")
+        if name in ("handler", "ist") and finding["check"].startswith(vector):
+            gates.setdefault(finding["cpu"], {})[name] = show(finding["observed"])
+    wanted = {
+        cpu: f"{gate.get('handler')}/{gate.get('ist')}"
+        for cpu, gate in gates.items()
+        if (cpu == crashing_cpu) is crashing
+    }
+    kinds = Counter(wanted.values())
+    if len(kinds) <= 1:
+        return next(iter(kinds), "-")
+    return "  ".join(
+        f"{text} (CPU {','.join(str(cpu) for cpu in wanted if wanted[cpu] == text)})" for text, _ in kinds.most_common()
+    )
+
+
+def stages_table(report: Json) -> Table:
+    """Each stop of a trace: the gates as handler/IST, and how many checks held."""
+    crashing = report["crashing_cpu"]
+    rows = []
+    for number, stage in enumerate(report["stages"]):
+        findings = [f for f in report["findings"] if f.get("stop") == number]
+        count = Counter(f["verdict"] for f in findings)
+        verdict = _worst(findings)
+        judged = f"{count['pass']} pass" + "".join(f", {count[v]} {v}" for v in ("fail", "unknown") if count[v])
+        rows.append(
+            [
+                Cell(stage["stage"], "strong"),
+                Cell("-" if stage["cpu"] is None else str(stage["cpu"])),
+                *(
+                    Cell(_gates_at(findings, vector, role, crashing))
+                    for role in (True, False)
+                    for vector in ("nmi", "mc")
+                ),
+                Cell(judged, verdict),
+            ]
+        )
+    return Table(
+        "Stages (gates as handler/IST)",
+        ["stage", "CPU", "NMI, crashing", "#MC, crashing", "NMI, others", "#MC, others", "checks"],
+        rows,
+    )
+
+
+def _where(finding: Json) -> str:
+    cpu = "the machine" if finding["cpu"] is None else f"CPU {finding['cpu']}"
+    return f"{cpu} at {finding['stage']}"
+
+
+def problems(report: Json) -> Lines | None:
+    """Every failure and unknown, in words: what, where, expected, observed, consequence, where to look."""
+    lines: list[list[Cell]] = []
+    for finding in report["findings"]:
+        verdict = finding["verdict"]
+        if verdict not in ("fail", "unknown"):
+            continue
+        lines.append(
+            [Cell(f"{verdict.upper():8}", verdict), Cell(f"{finding['check']} ", "strong"), Cell(_where(finding))]
+        )
+        lines.append([Cell(f"         expected {show(finding['expected'])}, observed {show(finding['observed'])}")])
+        if finding.get("follows"):
+            lines.append([Cell(f"         follows from {finding['follows']} of this CPU", "dim")])
+        elif finding.get("reason"):
+            lines.append([Cell(f"         {'so ' if verdict == 'fail' else ''}{finding['reason']}")])
+        for item in finding["evidence"]:
+            place = " ".join(str(item[key]) for key in ("source", "symbol", "address") if key in item)
+            raw = f": {_shorten(item['raw'])}" if "raw" in item else ""
+            lines.append([Cell(f"         evidence {place}{raw}", "dim")])
+        lines.append([Cell(f"         see {finding['source']}", "dim")])
+    return Lines(lines) if lines else None
+
+
+def _shorten(raw: str) -> str:
+    return raw if len(raw) <= 64 else f"{raw[:64]}… ({len(raw) // 2} bytes)"
+
+
+def verdict_line(report: Json) -> Lines:
+    """The last line: the verdict, and what it rests on."""
+    count = Counter(finding["verdict"] for finding in report["findings"])
+    parts = (
+        ", ".join(f"{count[v]} {v}" for v in ("pass", "fail", "unknown", "skip") if count[v]) or "nothing was judged"
+    )
+    lines = [[Cell(report["verdict"].upper(), report["verdict"]), Cell(f"  {parts}")]]
+    if report.get("undecided"):
+        lines.append([Cell(f"not decided: {report['undecided']}", "unknown")])
+    return Lines(lines)
+
+
+def report_blocks(report: Json) -> list[Block]:
+    """A whole report."""
+    blocks: list[Block] = [header(report)]
+    if len(report["stages"]) > 1:
+        blocks.append(stages_table(report))
+    if report["cpus"]:
+        blocks.append(cpus_table(report))
+    found = problems(report)
+    if found:
+        blocks.append(found)
+    blocks.append(verdict_line(report))
+    return blocks
+
+
+def to_json_text(report: Json) -> str:
+    return json.dumps(report, indent=2) + "\n"
