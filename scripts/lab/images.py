@@ -1,4 +1,4 @@
-"""What QEMU is given, made from packages: Xen, its symbols, the dom0 kernel and its initramfs.
+"""What is made from packages: QEMU, and what it is given: Xen, its symbols, the dom0 kernel and its initramfs.
 
 Everything made is kept in the cache under a key of its inputs, with the SHA-256 of each file, and compared
 with it before each use.
@@ -21,7 +21,16 @@ from pathlib import Path
 from xencrash.lab import initramfs
 from xencrash.lab.errors import LabError
 from xencrash.lab.packages import Cache, Package, sha256_of
-from xencrash.lab.rows import BUSYBOX_PACKAGE, KERNEL_PACKAGE, KERNEL_SUITE, XenRow
+from xencrash.lab.rows import (
+    BUSYBOX_PACKAGE,
+    KERNEL_PACKAGE,
+    KERNEL_SUITE,
+    QEMU_DATA_PACKAGES,
+    QEMU_FILES,
+    QEMU_PACKAGE,
+    QemuRow,
+    XenRow,
+)
 
 _MANIFEST = "manifest.json"
 
@@ -52,6 +61,24 @@ def xen_images(cache: Cache, row: XenRow) -> XenImages:
 
         made = _made(cache, f"xen-{row.name}", inputs, build)
     return XenImages(made / "xen", made / "xen-syms", made / "vmlinuz", made / "dom0.cpio.gz")
+
+
+def qemu_words(cache: Cache, row: QemuRow) -> tuple[str, ...]:
+    """The command for a row's QEMU, which runs from the cache with its own libraries, modules and firmware."""
+    suite = row.suite
+    with cache.lock():
+        program = cache.collect(suite, lambda at: at.with_libraries(suite, [QEMU_PACKAGE]))
+        data = cache.collect(suite, lambda at: at.packages(suite, QEMU_DATA_PACKAGES))
+
+        def build(folder: Path) -> None:
+            _build_qemu(folder, list(program.values()), list(data.values()))
+
+        made = _made(cache, f"qemu-{row.name}", [*program.values(), *data.values()], build)
+    return (
+        *("env", f"QEMU_MODULE_DIR={made / 'data'}"),
+        *(str(made / "lib/ld-linux-x86-64.so.2"), "--library-path", str(made / "lib")),
+        *(str(made / "qemu-system-x86_64"), "-L", str(made / "data")),
+    )
 
 
 def _kernel_packages(cache: Cache) -> list[Package]:
@@ -128,6 +155,21 @@ def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path], li
             initramfs.DOM0_INIT, shell, {name: modules[name] for name in initramfs.DOM0_MODULES}, extra
         )
     )
+
+
+def _build_qemu(folder: Path, packages: list[Path], data: list[Path]) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        root = Path(temporary)
+        for package in packages:
+            unpack(package, root)
+        program = root / "usr/bin/qemu-system-x86_64"
+        (folder / "lib").mkdir()
+        for name, path in (loaded_libraries(root, program) | {"ld-linux-x86-64.so.2": _loader(root)}).items():
+            shutil.copy(path, folder / "lib" / name)
+        shutil.copy(program, folder)
+    (folder / "data").mkdir()
+    for path, content in members(data, QEMU_FILES).items():
+        (folder / "data" / Path(path).name).write_bytes(content)
 
 
 def _kexec(packages: list[Path], libxenctrl_as: str) -> list[initramfs.Entry]:

@@ -33,7 +33,6 @@ from xencrash.lab.qemu import (
     command_line,
     cpu_of,
     end,
-    installed_program,
     start,
     start_time,
 )
@@ -168,7 +167,8 @@ class Lab:
             raise LabError(f"starting the lab: wait is dom0, xen or none, not {wait!r}")
         row = _row(QEMUS, qemu, "QEMU")
         cache = Cache(progress=progress)
-        program = _program(row, lapic, cpu_args)
+        cpu = cpu_of(row, lapic)
+        program = Program(images.qemu_words(cache, row), f"{cpu},{cpu_args}" if cpu_args else cpu)
         if guest is None:
             made = images.xen_images(cache, _row(XENS, xen, "Xen"))
             boot, name = _xen_boot(made, cpus, dom0_vcpus, crash_kernel, xen_args, dom0_args), f"Xen {xen}"
@@ -473,11 +473,6 @@ def _row(rows: dict[str, Any], name: str, kind: str) -> Any:
     if name not in rows:
         raise LabError(f"starting the lab: there is no {kind} {name!r}: the rows are {', '.join(rows)}")
     return rows[name]
-
-
-def _program(row: Any, lapic: str | None, cpu_args: str) -> Program:
-    cpu = cpu_of(row, lapic)
-    return Program(installed_program(), f"{cpu},{cpu_args}" if cpu_args else cpu)
 
 
 def _xen_boot(

@@ -24,6 +24,7 @@ from xencrash.lab.rows import SUITES, Suite
 Progress = Callable[[str], None]
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+_LIBRARY = re.compile(r"lib|zlib1g$")  # how Debian names the packages of shared libraries
 _GONE = re.compile(r"404\s+Not Found|410\s+Gone|does not have a Release file|no longer has a Release file")
 
 
@@ -160,7 +161,7 @@ class Cache:
         while todo:
             packages = self.packages(suite, todo)
             found |= {package.name: package for package in packages}
-            needs = {name for package in packages for name in package.depends if name.startswith("lib")}
+            needs = {name for package in packages for name in package.depends if _LIBRARY.match(name)}
             todo = sorted(needs - found.keys())
         return list(found.values())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -95,13 +94,6 @@ def cpu_of(row: QemuRow, lapic: str | None) -> str:
     if mode not in row.cpu:
         raise LabError(f"starting QEMU: QEMU {row.name} cannot do {mode}, only {', '.join(row.cpu)}: {row.reason}")
     return row.cpu[mode]
-
-
-def installed_program() -> tuple[str, ...]:
-    found = shutil.which("qemu-system-x86_64")
-    if not found:
-        raise LabError("starting QEMU: qemu-system-x86_64 is not installed: run scripts/setup")
-    return (found,)
 
 
 def command_line(

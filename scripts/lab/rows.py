@@ -95,18 +95,16 @@ DEFAULT_XEN = "4.17"
 
 @dataclass(frozen=True)
 class QemuRow:
-    """One QEMU. `cpu` gives `-cpu` by LAPIC mode; what is not in it this QEMU cannot do.
+    """One QEMU, from a suite. `cpu` gives `-cpu` by LAPIC mode; what is not in it this QEMU cannot do.
 
     Without SMAP: a PV dom0 dies at once in create_bounce_frame when TCG has it (seen with Xen 4.17).
-    `packages` is empty for the QEMU that is installed on the machine.
     """
 
     name: str
+    suite: str
     cpu: dict[str, str]
     default_lapic: str
     reason: str
-    suite: str = ""
-    packages: tuple[str, ...] = ()
 
 
 QEMUS = {
@@ -114,10 +112,26 @@ QEMUS = {
     for row in (
         QemuRow(
             "7.2",
+            "bookworm",
             {"xapic": "max,-smap"},
             "xapic",
-            "Debian 12's, as installed; its TCG has no x2APIC (that came with QEMU 9.0, target/i386 and hw/intc/apic)",
+            "Debian 12's; TCG has x2APIC only since QEMU 9.0 (commit b5ee0468e9d2)",
+        ),
+        QemuRow(
+            "10.0",
+            "bookworm-backports",
+            {"x2apic": "max,-smap", "xapic": "max,-smap,-x2apic"},
+            "x2apic",
+            "backported to Debian 12 from 13; Xen turns x2APIC on by itself where the CPU has it",
         ),
     )
 }
+# What of QEMU the lab needs: the program and its libraries; TCG, where it is a module; the firmware.
+QEMU_PACKAGE = "qemu-system-x86"
+QEMU_DATA_PACKAGES = ("qemu-system-common", "qemu-system-data", "seabios")
+QEMU_FILES = (
+    "usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so",
+    "usr/share/seabios/bios-256k.bin",
+    "usr/share/qemu/*.bin",
+)
 DEFAULT_QEMU = "7.2"
