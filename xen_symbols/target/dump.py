@@ -82,6 +82,8 @@ def open_dump(path: str, *, base: int | None = None) -> Dump:
         raise Undecidable(f"{path}: {error.strerror}") from None
     except Undecidable as error:
         raise Undecidable(f"{path}: {error}") from None
+    except Unreadable as error:  # bookkeeping that a flattened file does not hold
+        raise Undecidable(f"{path}: {error}; the file is truncated or damaged") from None
 
 
 def _open(image: Image, path: str, base: int | None) -> Dump:

@@ -68,11 +68,11 @@ class KdumpMemory:
         self._memory_at, self._dumped_at = bitmaps_at, bitmaps_at + (bitmaps_size // 2 if both else 0)
         self._descriptors_at = bitmaps_at + bitmaps_size
         self._notes_at = sub[7:9] if version >= 4 else (0, 0)
-        window: tuple[int, int] = (start, min(end, frames)) if split else (0, frames)
+        window: tuple[int, int] = (min(start, frames), min(end, frames)) if split else (0, frames)
         self._first, self._end = window
         self._pages: dict[int, bytes] = {}
         self._rank = self._count()
-        self._skipped = self._dumped_before(self._first) if self._first < self._end else 0
+        self._skipped = self._dumped_before(self._first)
         if not status & _INCOMPLETE:
             self._check_end()
 
@@ -147,23 +147,24 @@ class KdumpMemory:
 
     def _dumped_before(self, frame: int) -> int:
         index, bits = divmod(frame, _CHUNK * 8)
-        part = self._image.read(self._dumped_at + index * _CHUNK, bits // 8 + 1)
+        part = self._image.read(self._dumped_at + index * _CHUNK, -(-bits // 8))
         return self._rank[index] + (int.from_bytes(part, "little") & (1 << bits) - 1).bit_count()
 
     def _check_end(self) -> None:
-        """Refuse a file that lost its end: the pages of the last descriptors are the last in the file."""
-        count = (self._dumped_before(self._end - 1) + 1 if self._end else 0) - self._skipped
-        last = min(count, _LAST_DESCRIPTORS)
-        if last <= 0:
-            return
-        at = self._descriptors_at + (count - last) * _DESCRIPTOR.size
-        table = require(self._image, at, last * _DESCRIPTOR.size, f"kdump page descriptors ({count} of them)")
-        end = max(offset + size for offset, size, _, _ in _DESCRIPTOR.iter_unpack(table))
-        if end > self._image.size:
-            raise Undecidable(
-                f"kdump: the last pages end at offset {end:#x}, the file at {self._image.size:#x}; "
-                "the file is truncated or damaged"
-            )
+        """Refuse a file that lost its end: the last page's bytes are the last ones in the file."""
+        count = self._dumped_before(self._end) - self._skipped
+        tail = min(count, _LAST_DESCRIPTORS)
+        pages_at = self._descriptors_at + count * _DESCRIPTOR.size
+        what = f"the descriptors of {count} kdump pages"
+        table = require(self._image, pages_at - tail * _DESCRIPTOR.size, tail * _DESCRIPTOR.size, what)
+        for offset, size, _, _ in reversed(list(_DESCRIPTOR.iter_unpack(table))):
+            if offset != pages_at:  # where the writers put the page of zeros that all such pages share
+                if offset + size > self._image.size:
+                    raise Undecidable(
+                        f"kdump: the last page ends at offset {offset + size:#x}, the file at {self._image.size:#x}; "
+                        "the file is truncated or damaged"
+                    )
+                return
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """(first, end) of each run of set bits in the second bitmap, in frames."""
