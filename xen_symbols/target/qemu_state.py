@@ -95,7 +95,7 @@ def parse_cpus(data: bytes) -> list[PhysicalCpu]:
     if not found["cpu"]:
         raise Unreadable("QEMU's device state has no x86 CPU")
     apics = sorted(found["apic"].items())
-    if not len(found["cpu"]) == len(found["cpu_common"]) == len(apics):
+    if found["cpu"].keys() != found["cpu_common"].keys() or len(found["cpu"]) != len(apics):
         raise Unreadable("QEMU's device state does not have one APIC per CPU")
     return [
         _cpu(index, found["cpu"][index], found["cpu_common"][index], apic_id, apic)

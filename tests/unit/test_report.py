@@ -1,0 +1,133 @@
+"""The result model, its JSON contract, and what people see."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import xen_symbols.report
+from tests.recording import load
+from tests.unit.test_checks import Machine
+from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.report.blocks import report_blocks, show
+from xen_symbols.report.console import draw, plain, print_blocks
+from xen_symbols.report.junit import to_junit
+from xen_symbols.report.model import ExitStatus, Finding, Report, Verdict, worst
+from xen_symbols.xen.console import printable
+from xen_symbols.xen.locate import locate
+
+SCHEMA = json.loads((Path(xen_symbols.report.__file__).parent / "schema.json").read_text())
+
+
+def report(**changes: Any) -> Report:
+    target, symbols = load("4.17.0-handover")
+    made = evaluate(locate(target, symbols))
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def finding(verdict: Verdict) -> Finding:
+    return Finding("nmi-gate-ist", "handover", 0, verdict, 0, 2, "77ad1faa6b", reason="because")
+
+
+@given(st.lists(st.sampled_from(list(Verdict))))
+def test_the_verdict_is_the_worst_but_for_skips(verdicts: list[Verdict]) -> None:
+    real = [verdict for verdict in verdicts if verdict is not Verdict.SKIP]
+    assert worst([finding(verdict) for verdict in verdicts]) is (max(real) if real else Verdict.UNKNOWN)
+
+
+def test_exit_statuses() -> None:
+    def status(*verdicts: Verdict, undecided: str | None = None) -> ExitStatus:
+        return Report({}, {}, {}, findings=[finding(v) for v in verdicts], undecided=undecided).exit_status
+
+    assert status(Verdict.PASS, Verdict.SKIP) is ExitStatus.PASSED
+    assert status(Verdict.PASS, Verdict.FAIL, Verdict.UNKNOWN) is ExitStatus.FAILED
+    assert status(Verdict.PASS, Verdict.UNKNOWN) is ExitStatus.UNDECIDED
+    assert status(Verdict.SKIP) is ExitStatus.UNDECIDED
+    assert status() is ExitStatus.UNDECIDED
+    assert status(Verdict.PASS, undecided="the target was lost") is ExitStatus.UNDECIDED
+    assert status(Verdict.FAIL, undecided="the target was lost") is ExitStatus.FAILED
+
+
+def test_a_real_report_keeps_the_contract() -> None:
+    made = report().to_json()
+    jsonschema.validate(made, SCHEMA)
+    assert made["cpus"][0]["nmi_gate"] == {
+        "handler": {"address": "0xffff82d0402020b3", "symbol": "trap_nop"},
+        "selector": "0xe008", "type": 14, "dpl": 0, "present": True, "ist": 0,
+        "raw": "b32008e0008e2040d082ffff00000000",
+    }  # fmt: skip
+    assert made["cpus"][1]["lapic"]["mode"] == "xapic"
+    assert made["stages"] == [
+        {"stage": "handover", "cpu": 0, "at": {"symbol": "kexec_reloc", "pc": "0xffff82d040204000"}}
+    ]
+
+
+def test_the_contract_refuses_a_failure_without_a_reason() -> None:
+    made = report().to_json()
+    made["findings"][0]["verdict"] = "fail"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(made, SCHEMA)
+
+
+def test_junit_counts_and_names() -> None:
+    machine = Machine()
+    machine.gate(0, 2, 4, b"\x02")
+    made = machine.report().to_json() | {"undecided": "lost \x1b[2J"}
+    root = ElementTree.fromstring(to_junit(made).encode())
+    suites = root.findall("testsuite")
+    assert [(s.get("name"), s.get("failures"), s.get("errors")) for s in suites] == [
+        ("handover", "1", "0"), ("xencrash", "0", "1"),
+    ]  # fmt: skip
+    failed = [case for case in root.iter("testcase") if case.find("failure") is not None]
+    assert [(case.get("classname"), case.get("name")) for case in failed] == [
+        ("handover.cpu0", "nmi-gate-ist (stop 0)")
+    ]
+    assert "\x1b" not in to_junit(made)
+
+
+def test_plain_text_names_what_is_wrong_where_and_why() -> None:
+    machine = Machine()
+    machine.gate(0, 2, 4, b"\x02")
+    text = plain(report_blocks(machine.report().to_json()))
+    assert "FAIL    nmi-gate-ist CPU 0 at handover\n         expected 0, observed 2\n" in text
+    assert "a nested one overwrites the frame of the first" in text
+    assert "evidence memory idt_tables 0x" in text
+    assert "\x1b" not in text
+
+
+def test_a_pipe_gets_plain_text() -> None:
+    stream = io.StringIO()
+    print_blocks(report_blocks(report().to_json()), stream)
+    assert stream.getvalue() == plain(report_blocks(report().to_json()))
+
+
+def test_a_terminal_gets_the_same_words() -> None:
+    from rich.console import Console
+
+    stream = io.StringIO()
+    draw(report_blocks(report().to_json()), Console(file=stream, force_terminal=True, width=200))
+    assert "\x1b[" in stream.getvalue()
+    for word in ("trap_nop, IST 0", "do_nmi_crash+0x51", "PASS"):
+        assert word in stream.getvalue()
+
+
+def test_values_are_shown_as_people_read_them() -> None:
+    assert show({"one_of": [0, {"address": "0x1", "symbol": "nmi"}]}) == "0 or nmi"
+    assert show({"address": "0x1", "symbol": None}) == "0x1"
+    assert [show(value) for value in (None, True, False, [], ["LINT0", "timer"])] == [
+        "-", "yes", "no", "none", "LINT0, timer",
+    ]  # fmt: skip
+
+
+def test_no_terminal_obeys_what_a_guest_printed() -> None:
+    assert printable("a\x1b]0;title\x07\tb\r\n\x9b2J") == "a\\x1b]0;title\\x07\tb\n\\x9b2J"
