@@ -33,14 +33,16 @@ _MAX_NOTE_BYTES = 16 << 20  # 16383 CPUs with QEMU's notes need 14 MB
 class ElfMemory:
     """Physical memory in the PT_LOAD segments of an ELF core."""
 
-    def __init__(self, image: Image, loads: Extents) -> None:
-        self._image, self._loads = image, loads
+    def __init__(self, image: Image, loads: Extents, left_out: Extents) -> None:
+        self._image, self._loads, self._left_out = image, loads, left_out
 
     def read(self, address: int, size: int) -> bytes:
         parts = []
         for position, length in self._loads.pieces(address, size):
             if position is None:
-                raise Unreadable(f"physical {address:#x} is not in the dump")
+                known, _ = next(self._left_out.pieces(address, 1))
+                why = "is not in the dump" if known is None else "was left out when the dump was written"
+                raise Unreadable(f"physical {address:#x} {why}")
             parts.append(self._image.read(position, length))
             address += length
         return b"".join(parts)
@@ -77,7 +79,7 @@ def read_elf(image: Image) -> tuple[ElfMemory, list[Note]]:
     table = require(image, phoff, phnum * _PROGRAM_HEADER.size, f"{phnum} program headers")
     notes = _read_notes(image, table)
     try:
-        return ElfMemory(image, Extents(_loads(image, table))), notes
+        return ElfMemory(image, Extents(_loads(image, table)), Extents(_left_out(table))), notes
     except Conflict as conflict:
         address, one, other = conflict.args
         raise Undecidable(
@@ -116,3 +118,10 @@ def _loads(image: Image, table: bytes) -> Iterator[Stretch]:
                 f"the file at {image.size:#x}; the file is truncated or damaged"
             )
         yield paddr, paddr + filesz, offset
+
+
+def _left_out(table: bytes) -> Iterator[Stretch]:
+    """Memory that has a program header and no bytes: QEMU's of devices, makedumpfile's of excluded pages."""
+    for kind, _, _, _, paddr, filesz, memsz, _ in _PROGRAM_HEADER.iter_unpack(table):
+        if kind == _PT_LOAD and filesz < memsz:
+            yield paddr + filesz, paddr + memsz, paddr + filesz
