@@ -9,7 +9,7 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.table import load_symbols
 from xen_symbols.target.dump import open_dump
-from xen_symbols.xen.locate import locate
+from xen_symbols.xen.locate import carried_symbols, locate
 from xen_symbols.xen.memory import XenMemory
 
 Json = dict[str, Any]
@@ -18,9 +18,8 @@ Json = dict[str, Any]
 def open_xen(path: str, symbols: str | None, *, base: int | None = None, allow_mismatch: bool = False) -> XenMemory:
     """Xen in a dump. Raises Undecidable."""
     target = open_dump(path, base=base)
-    if symbols is None:
-        raise Undecidable(f"give the symbols of the Xen in {path} with --symbols: its xen-syms, or a .map")
-    return locate(target, load_symbols(symbols), allow_mismatch=allow_mismatch)
+    table = carried_symbols(target) if symbols is None else load_symbols(symbols)
+    return locate(target, table, allow_mismatch=allow_mismatch)
 
 
 def check_dump(path: str, args: argparse.Namespace) -> Json:

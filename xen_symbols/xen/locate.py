@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.symbols import buildid
+from xen_symbols.symbols import buildid, embedded
+from xen_symbols.symbols.mapfile import ListedRows
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.target import PhysicalCpu, Target
-from xen_symbols.target.notes import XEN_CRASH_INFO, parse_crash_info
+from xen_symbols.target.notes import XEN_CRASH_INFO, parse_crash_info, parse_vmcoreinfo
 from xen_symbols.x86 import paging
 from xen_symbols.xen.memory import IMAGE_REGION, XenMemory, image_region
 
@@ -18,6 +19,8 @@ RELOCATION_STEP = 2 << 20
 RELOCATION_LIMIT = 4 << 30
 # No release's image is larger; a build-id lies in .rodata, within it.
 _IMAGE_MAX = 16 << 20
+_IMAGE_MIN_OFFSET = 1 << 20  # `_start`, the smaller of 1 and 2 MiB
+_NO_SYMBOLS = SymbolTable("", "none", ListedRows([], [], []), [])
 # xen/include/asm-x86/config.h of 4.2 to 4.22: every XEN_VIRT_START so far.
 _IMAGE_REGIONS = (0xFFFF82C480000000, 0xFFFF82C4C0000000, 0xFFFF82D080000000, 0xFFFF82D040000000)
 
@@ -152,7 +155,7 @@ def _build_id_in(memory: XenMemory, symbols: SymbolTable) -> bytes | None:
 def _scan(memory: XenMemory, region: int) -> bytes | None:
     step = 64 << 10
     previous = b""
-    for address in range(region + (1 << 20), region + _IMAGE_MAX, step):
+    for address in range(region + _IMAGE_MIN_OFFSET, region + _IMAGE_MAX, step):
         try:
             chunk = memory.read(address, step)
         except Unreadable:
@@ -166,17 +169,42 @@ def _scan(memory: XenMemory, region: int) -> bytes | None:
 
 
 def _foreign_build_id(target: Target, cpus: Sequence[PhysicalCpu]) -> bytes | None:
-    """The build-id of whatever Xen the CPUs' own page tables show, without any symbols."""
+    """The build-id of whatever Xen is there, without any symbols."""
+    for memory, region in _images(target, cpus):
+        found = _scan(memory, region)
+        if found:
+            return found
+    return None
+
+
+def carried_symbols(target: Target) -> SymbolTable:
+    """The symbol table that Xen carries in its own image, found without any other symbols. Raises Undecidable."""
+    for memory, region in _images(target, target.cpus()):
+        try:
+            return embedded.load_memory(target.location, memory.read, region + _IMAGE_MIN_OFFSET, region + _IMAGE_MAX)
+        except Undecidable:
+            continue
+    raise Undecidable(f"no symbol table of Xen's own was found in {target.location}; give its xen-syms with --symbols")
+
+
+def _images(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[XenMemory, int]]:
+    """(memory, XEN_VIRT_START) wherever the notes or a CPU's own page tables may show an image of Xen."""
+    start, tables = None, None
+    for note in target.notes():
+        if (note.name, note.type) == ("Xen", XEN_CRASH_INFO):
+            info = parse_crash_info(note.desc)
+            start = None if isinstance(info, Absent) else info.xen_phys_start
+        elif note.name == "VMCOREINFO_XEN":
+            tables = parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)")
+    if start is not None and tables is not None:
+        root = int(tables, 16)
+        yield XenMemory(target, _NO_SYMBOLS, start + root - image_region(root), ""), image_region(root)
     for cpu in cpus:
         if cpu.guest_mode is True or "cr3" not in cpu.registers:
             continue
-        regions = [image_region(cpu.registers["rip"])] if _in_xen(cpu) else list(_IMAGE_REGIONS)
-        for region in regions:
-            memory = XenMemory(target, None, cpu.registers["cr3"] & ~0xFFF, "")  # type: ignore[arg-type]
-            found = _scan(memory, region)
-            if found:
-                return found
-    return None
+        memory = XenMemory(target, _NO_SYMBOLS, cpu.registers["cr3"] & ~0xFFF, "")
+        for region in [image_region(cpu.registers["rip"])] if _in_xen(cpu) else _IMAGE_REGIONS:
+            yield memory, region
 
 
 def _in_xen(cpu: PhysicalCpu) -> bool:
