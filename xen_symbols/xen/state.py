@@ -178,7 +178,7 @@ def read_state(memory: XenMemory, *, notes: bool = True) -> State:
     answers = iter(memory.read_many(requests))
     note_buffers = _read_notes(memory, existing, crash_notes, count) if notes else {}
 
-    physical, unmatched = _match(memory.target.cpus(), existing, apic_ids)
+    physical, unmatched = _match(memory.target.cpus(), existing, apic_ids, idts)
     cpus = {}
     for cpu, offset in enumerate(per_cpu):
         if cpu not in idts:
@@ -332,23 +332,32 @@ def _missing_cpu(cpu: int, offset: int, apic_id: Read) -> CpuState:
 
 
 def _match(
-    physical: Sequence[PhysicalCpu], existing: list[int], apic_ids: bytes | Absent
+    physical: Sequence[PhysicalCpu], existing: list[int], apic_ids: bytes | Absent, idts: Mapping[int, Read]
 ) -> tuple[dict[int, PhysicalCpu], list[PhysicalCpu]]:
-    """Physical CPUs by Xen's numbers: as the source says, else by initial APIC id; and those left over."""
+    """Physical CPUs by Xen's numbers, and those left over.
+
+    As the source says; else by initial APIC id; else by IDTR, which names one CPU's table; the last one by elimination.
+    """
     by_apic: dict[int, int] = {}
     if not isinstance(apic_ids, Absent):
         for cpu in existing:
             by_apic.setdefault(int.from_bytes(apic_ids[4 * cpu : 4 * cpu + 4], "little"), cpu)
+    by_idt = {idt.value: cpu for cpu, idt in idts.items() if idt.present}
     matched: dict[int, PhysicalCpu] = {}
     left = []
     for candidate in physical:
         number = candidate.xen_cpu
         if number is None and isinstance(candidate.apic_id, int):
             number = by_apic.get(candidate.apic_id)
+        elif number is None and isinstance(candidate.idtr, tuple):
+            number = by_idt.get(candidate.idtr[0])
         if number is None or number in matched:
             left.append(candidate)
         else:
             matched[number] = candidate
+    unclaimed = [cpu for cpu in existing if cpu not in matched]
+    if len(unclaimed) == len(left) == 1 and left[0].xen_cpu is None and len(physical) == len(existing):
+        matched[unclaimed[0]] = left.pop()
     return matched, left
 
 
