@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from xen_symbols.symbols.files import Bytes
 
 EM_386, EM_X86_64 = 3, 62
-_TYPES = {1: "an object file", 4: "a core file, not symbols: name it as the target"}
+_TYPES = {
+    1: "an object file; give xen-syms, its .map, or Xen's image",
+    4: "a core file, not symbols: name it as the target",
+}
 PT_LOAD, PT_NOTE = 1, 4
 SHT_SYMTAB, SHT_NOTE, SHT_NOBITS = 2, 7, 8
 SHF_WRITE, SHF_ALLOC, SHF_EXECINSTR = 1, 2, 4

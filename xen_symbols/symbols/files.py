@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from xen_symbols.absence import Undecidable
 
 _LONGEST = 128 << 20  # decompressed; xen-syms with DWARF is 30 MB
+ACCEPTED = "--symbols takes xen-syms, its .map, or Xen's image"
 _GZIP = b"\x1f\x8b"
 
 
@@ -54,7 +55,7 @@ def _whole(path: str, data: bytes, offset: int, size: int, total: int) -> bytes:
 
 
 def _unusable(path: str, error: OSError) -> Undecidable:
-    return Undecidable(f"{path}: {error.strerror}; --symbols takes xen-syms, its .map, or Xen's image")
+    return Undecidable(f"{path}: {error.strerror}; {ACCEPTED}")
 
 
 def open_bytes(path: str) -> Bytes:
@@ -65,13 +66,13 @@ def open_bytes(path: str) -> Bytes:
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123
                 magic = file.read(2)
         elif stat.S_ISDIR(status.st_mode):
-            raise Undecidable(f"{path}: a directory; --symbols takes xen-syms, its .map, or Xen's image")
+            raise Undecidable(f"{path}: a directory; {ACCEPTED}")
         else:
-            raise Undecidable(f"{path}: not a regular file; --symbols takes xen-syms, its .map, or Xen's image")
+            raise Undecidable(f"{path}: not a regular file; {ACCEPTED}")
     except OSError as error:
         raise _unusable(path, error) from None
     if status.st_size == 0:
-        raise Undecidable(f"{path}: empty; --symbols takes xen-syms, its .map, or Xen's image")
+        raise Undecidable(f"{path}: empty; {ACCEPTED}")
     file_bytes = _File(path, status.st_size)
     return _Memory(path, _gunzip(file_bytes)) if magic == _GZIP else file_bytes
 

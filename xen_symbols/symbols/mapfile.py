@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from xen_symbols.absence import Undecidable
+from xen_symbols.symbols.files import ACCEPTED
 from xen_symbols.symbols.table import Symbol, SymbolTable
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def load_map(path: str, content: Bytes) -> SymbolTable:
     if head[:2] == b"MZ":
         raise Undecidable(f"{path}: an EFI binary; give xen-syms, its .map, or the ELF image instead")
     if b"\0" in head or content.size > _LONGEST:
-        raise Undecidable(f"{path}: neither an ELF file nor a .map; --symbols takes xen-syms, its .map, or Xen's image")
+        raise Undecidable(f"{path}: neither an ELF file nor a .map; {ACCEPTED}")
     addresses: list[int] = []
     kinds: list[str] = []
     names: list[str] = []
@@ -84,7 +85,7 @@ def load_map(path: str, content: Bytes) -> SymbolTable:
         if not 0 <= value < 1 << 64 or len(kind) != 1 or not name.isprintable():
             raise Undecidable(
                 f"{path}: line {number} is not `address kind name`, so this is neither an ELF file nor a .map; "
-                "--symbols takes xen-syms, its .map, or Xen's image"
+                f"{ACCEPTED}"
             )
         addresses.append(value)
         kinds.append(kind)
