@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from xen_symbols.absence import Undecidable
 
-class LabError(Exception):
-    """A step of the lab failed."""
+
+class LabError(Undecidable):
+    """A step of the lab failed, so nothing can be said of Xen."""
 
 
 class PackageGone(LabError):

@@ -10,10 +10,12 @@ import fnmatch
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from xencrash.lab.rows import (
     XenRow,
 )
 
+_UNUSED = 7 * 86400.0  # seconds after which what an earlier recipe made is removed
 _MANIFEST = "manifest.json"
 
 
@@ -103,6 +106,7 @@ def _made(cache: Cache, kind: str, inputs: Iterable[Path], build: Callable[[Path
     made = cache.root / "made" / f"{kind}-{recipe.hexdigest()[:16]}"
     if made.exists():
         if _whole(made):
+            os.utime(made)
             return made
         cache.progress(f"{made.name} in the cache is broken: making it again")
         shutil.rmtree(made)
@@ -116,6 +120,9 @@ def _made(cache: Cache, kind: str, inputs: Iterable[Path], build: Callable[[Path
         manifest = {str(path.relative_to(folder)): sha256_of(path) for path in files}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         folder.rename(made)
+    for old in made.parent.glob(f"{kind}-*"):
+        if time.time() - old.stat().st_mtime > _UNUSED:
+            shutil.rmtree(old)
     return made
 
 
@@ -141,9 +148,7 @@ def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path], li
     modules = {name: _only(found, f"*/{name}") for name in wanted}
     vmlinuz = _only(found, "boot/vmlinuz-*")
     shell = _only(members([busybox], ("*bin/busybox",)), "*bin/busybox")
-    crash = initramfs.initramfs(
-        initramfs.CRASH_INIT, shell, {name: modules[name] for name in initramfs.CRASH_MODULES}
-    )
+    crash = initramfs.initramfs(initramfs.CRASH_INIT, shell, {name: modules[name] for name in initramfs.CRASH_MODULES})
     extra = [
         *_kexec(kexec, libxenctrl_as),
         initramfs.file("boot/vmlinuz", vmlinuz, 0o644),
@@ -151,9 +156,7 @@ def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path], li
     ]
     (folder / "vmlinuz").write_bytes(vmlinuz)
     (folder / "dom0.cpio.gz").write_bytes(
-        initramfs.initramfs(
-            initramfs.DOM0_INIT, shell, {name: modules[name] for name in initramfs.DOM0_MODULES}, extra
-        )
+        initramfs.initramfs(initramfs.DOM0_INIT, shell, {name: modules[name] for name in initramfs.DOM0_MODULES}, extra)
     )
 
 

@@ -72,15 +72,15 @@ class State:
     cpus: int
     guest: str  # "Xen 4.17", or the guest's name
     qemu: str
+    owned: bool  # it ends with the process that started it
 
 
 class Lab:
     """A running machine. Get one from `Lab.up` (a context manager) or `Lab.attach`."""
 
-    def __init__(self, paths: Paths, state: State, owned: bool, temporary: bool, progress: Progress) -> None:
+    def __init__(self, paths: Paths, state: State, temporary: bool, progress: Progress) -> None:
         self.paths = paths
         self.state = state
-        self.owned = owned
         self._temporary = temporary  # the folder is ours to remove
         self._progress = progress
         self._lines: dict[Path, _Line] = {}
@@ -176,8 +176,19 @@ class Lab:
             boot, name, wait = guest, guest.kernel.name, "none"
         paths, temporary = _run_folder(run_dir)
         lab = cls._start(
-            paths, temporary, program, boot, name, row.name, owned, progress,
-            cpus=cpus, max_cpus=max_cpus, memory_mib=memory_mib, paused=paused, extra=qemu_args,
+            paths,
+            temporary,
+            program,
+            boot,
+            name,
+            row.name,
+            owned,
+            progress,
+            cpus=cpus,
+            max_cpus=max_cpus,
+            memory_mib=memory_mib,
+            paused=paused,
+            extra=qemu_args,
         )
         try:
             if not paused:
@@ -213,9 +224,9 @@ class Lab:
         progress(f"starting {name} on {cpus} CPUs in QEMU {qemu_name} ({paths.run_dir})")
         process = start(command, paths, owned)
         state = State(
-            process.pid, start_time(process.pid) or 0, str(boot.symbols), memory_mib, cpus, name, qemu_name
+            process.pid, start_time(process.pid) or 0, str(boot.symbols), memory_mib, cpus, name, qemu_name, owned
         )
-        lab = cls(paths, state, owned, temporary, progress)
+        lab = cls(paths, state, temporary, progress)
         lab._process = process
         try:
             paths.state.write_text(json.dumps(asdict(state), indent=1))
@@ -247,7 +258,7 @@ class Lab:
         except (OSError, ValueError, TypeError) as error:
             raise LabError(f"finding the lab: {paths.state} cannot be read ({error}): boot a new one") from error
         temporary = (paths.run_dir / _TEMPORARY).exists()
-        return cls(paths, state, False, temporary, progress)
+        return cls(paths, state, temporary, progress)
 
     def __enter__(self) -> Lab:
         return self
@@ -345,6 +356,16 @@ class Lab:
             panic = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
             self._send_dom0(panic if cpu is None else f"taskset -p {1 << cpu:x} $$ >/dev/null && {{ {panic}; }}")
 
+    def crash_seen(self, since: int, timeout: float = 10.0) -> None:
+        """Wait until the crash shows on the console after offset `since`, or a debugger has stopped the machine."""
+        shown = re.compile(rb"triggering crashdump|crashing|kexec image|panic", re.IGNORECASE)
+
+        def seen() -> bool | None:
+            stopped = self.qmp("query-status")["status"] != "running"
+            return True if stopped or shown.search(_read(self.serial_log, since)) else None
+
+        self._until("crashing Xen", timeout, seen)
+
     def _console_to_xen(self) -> None:
         for _ in range(2):  # three Ctrl-A switch the input to the next of dom0 and Xen
             since = self.serial_size()
@@ -414,9 +435,7 @@ class Lab:
 
     # Waiting.
 
-    def _wait_log(
-        self, log: Path, pattern: str | bytes, timeout: float, step: str, since: int = 0
-    ) -> re.Match[bytes]:
+    def _wait_log(self, log: Path, pattern: str | bytes, timeout: float, step: str, since: int = 0) -> re.Match[bytes]:
         wanted = re.compile(pattern.encode() if isinstance(pattern, str) else pattern, re.MULTILINE)
         return self._until(step, timeout, lambda: wanted.search(_read(log, since)))
 
@@ -496,9 +515,30 @@ def runs_folder() -> Path:
     return Path("/tmp") / f"xencrash-{os.getuid()}"
 
 
+def labs() -> list[Lab]:
+    """The machines that run in folders of their own making, and what is left of such that died."""
+    found = []
+    for folder in sorted(runs_folder().glob("*")):
+        with contextlib.suppress(LabError):  # a run that just ended, or never began
+            found.append(Lab.attach(folder))
+    return found
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what failed and killed runs left a day ago or earlier."""
+    for folder in parent.glob("*"):
+        try:
+            alive = Lab.attach(folder).alive()
+        except LabError:
+            alive = False
+        if not alive and time.time() - folder.stat().st_mtime > 86400:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _run_folder(run_dir: str | Path | None) -> tuple[Paths, bool]:
     if run_dir is None:
         parent = runs_folder()
+        _sweep(parent)
         parent.mkdir(mode=0o700, exist_ok=True)
         found = parent.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():

@@ -1,0 +1,286 @@
+"""`xencrash lab`: the lab's steps, one by one, from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from xencrash.lab.errors import LabError
+from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, QEMUS, XENS
+
+_DESCRIPTION = """\
+Real Xen with a real Linux dom0 and a real crash kernel in QEMU (no KVM needed), from Debian's packages:
+
+  xencrash lab up                      boot it, and load the crash kernel
+  xencrash lab status                  where its sockets and logs are
+  xencrash gdb gdb:SOCKET              look at it, or
+  xencrash trace gdb:SOCKET --qmp SOCKET   follow the crash that you cause next
+  xencrash lab crash                   press Xen's crash key
+  xencrash lab dump --output vmcore    take the crash kernel's vmcore
+  xencrash check vmcore
+  xencrash lab down
+"""
+_EPILOG = "exit status: 0 done, 2 bad usage, 3 a step failed (which, why and what to do is on standard error)"
+
+
+def add_parser(commands: Any) -> None:
+    """Add `lab` and its sub-commands to the command's sub-parsers; each sets `run`."""
+    lab = commands.add_parser(
+        "lab",
+        help="real Xen, or a reference guest, in QEMU",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    steps = lab.add_subparsers(metavar="STEP", required=True)
+
+    fetch = _step(
+        steps, "fetch", run_fetch, "fetch packages and make the images, without booting",
+        "Fill the cache ($XENCRASH_CACHE, else ~/.cache/xencrash) with what a Xen and a QEMU need, so that `lab up` "
+        "needs no network. What is there already is checked against its SHA-256, and fetched again where broken.",
+    )  # fmt: skip
+    fetch.add_argument("--xen", choices=XENS, action="append", help=f"may be repeated; default: {DEFAULT_XEN}")
+    fetch.add_argument("--qemu", choices=QEMUS, action="append", help=f"may be repeated; default: {DEFAULT_QEMU}")
+    fetch.add_argument("--all", action="store_true", help="every Xen and every QEMU")
+    fetch.add_argument("--refresh", action="store_true", help="ask the package source for newer versions first")
+
+    up = _step(
+        steps, "up", run_up, "boot a machine and leave it running",
+        "Boot a machine in the background, and print its run's folder, where its sockets and logs are. "
+        "`lab down` ends it.",
+    )  # fmt: skip
+    machine_options(up)
+    up.add_argument("--paused", action="store_true", help="stop before the first instruction, for a debugger to go on")
+    up.add_argument("--no-crash-kernel", action="store_true", help="leave Xen without one: its crash path stops early")
+    _run_dir(up, "folder for the sockets and logs; default: a new one under /tmp")
+
+    crash = _step(
+        steps, "crash", run_crash, "crash Xen",
+        "Crash Xen on purpose. `--how key` presses C on Xen's console; the CPU that takes the serial interrupt "
+        "crashes. `--how panic` makes dom0's kernel panic; with `lab up --dom0-vcpus CPUS` (as many as the machine "
+        "has CPUs) `--cpu` chooses the CPU.",
+    )  # fmt: skip
+    _crash_options(crash)
+    _run_dir(crash)
+
+    run = _step(
+        steps, "run", run_run, "all of it: boot, crash, take the vmcore, judge, stop",
+        "Boot a machine, crash it, take the vmcore, judge it, and end the machine. The report and the exit status "
+        "are those of `xencrash check`.",
+    )  # fmt: skip
+    machine_options(run)
+    _crash_options(run)
+    run.add_argument("--output", default="xencrash-run", metavar="DIR", help="default: %(default)s")
+
+    dump = _step(
+        steps, "dump", run_dump, "take a dump of the machine",
+        "`--format vmcore` waits for the crash kernel to copy /proc/vmcore, and takes that. The others are QEMU's own "
+        "dumps of the machine as it is now, whatever runs in it.",
+    )  # fmt: skip
+    dump.add_argument("--output", required=True, metavar="FILE", help="where to write it")
+    dump.add_argument(
+        "--format", default="vmcore", choices=("vmcore", "elf", "kdump-zlib", "kdump-lzo", "kdump-snappy"),
+        help="default: vmcore",
+    )  # fmt: skip
+    dump.add_argument("--timeout", type=float, default=120, metavar="S", help="seconds to wait; default: 120")
+    _run_dir(dump)
+
+    status = _step(
+        steps, "status", run_status, "what runs, how far it came, and where its sockets and logs are",
+        "List the machines that run in folders under /tmp, or the one of --run-dir.",
+    )  # fmt: skip
+    status.add_argument("--format", choices=("table", "json"), default="table")
+    _run_dir(status)
+
+    down = _step(
+        steps, "down", run_down, "end a machine and remove what it leaves",
+        "End QEMU and remove the sockets and the disk. The logs stay where --run-dir was given to `lab up`.",
+    )  # fmt: skip
+    down.add_argument("--all", action="store_true", help="every machine that `lab up` left in a folder under /tmp")
+    _run_dir(down)
+
+    guests = _step(
+        steps, "guests", run_guests, "the generations and faults that the reference guest knows",
+        "The reference guest is a small bare-metal program with Xen's crash path, in every generation of it, "
+        "with faults to be found: `lab up --guest GENERATION --fault NAME`.",
+    )  # fmt: skip
+    guests.add_argument("--format", choices=("table", "json"), default="table")
+
+
+def machine_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which machine: for `machine_arguments`."""
+    parser.add_argument("--xen", choices=XENS, default=DEFAULT_XEN, help=f"default: {DEFAULT_XEN}")
+    parser.add_argument("--qemu", choices=QEMUS, default=DEFAULT_QEMU, help=f"default: {DEFAULT_QEMU}")
+    parser.add_argument("--lapic", choices=("xapic", "x2apic"), help="default: what this QEMU and Xen do by themselves")
+    parser.add_argument("--cpus", type=_count, default=4, metavar="N", help="default: 4")
+    parser.add_argument("--memory", type=_count, default=1024, metavar="MIB", help="default: 1024")
+    parser.add_argument("--dom0-vcpus", type=_count, default=1, metavar="N", help="as many as CPUs: pinned; default: 1")
+    parser.add_argument("--xen-args", default="", metavar="WORDS", help="added to Xen's command line")
+    parser.add_argument("--dom0-args", default="", metavar="WORDS", help="added to dom0's command line")
+    parser.add_argument("--guest", metavar="GENERATION", help="boot the reference guest of this generation, not Xen")
+    parser.add_argument("--fault", metavar="NAME", help="a fault for the reference guest to have")
+
+
+def machine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of Lab.up from the options of `machine_options`."""
+    arguments: dict[str, Any] = {
+        "qemu": args.qemu,
+        "lapic": args.lapic,
+        "cpus": args.cpus,
+        "memory_mib": args.memory,
+    }
+    if args.guest:
+        from xencrash.guests.catalogue import boot
+
+        return arguments | {"guest": boot(args.guest, args.fault)}
+    if args.fault:
+        raise _usage("--fault is for the reference guest: give --guest too")
+    return arguments | {
+        "xen": args.xen,
+        "dom0_vcpus": args.dom0_vcpus,
+        "xen_args": args.xen_args,
+        "dom0_args": args.dom0_args,
+    }
+
+
+def progress() -> Any:
+    """A function that tells on standard error what is being done, and when."""
+    begun = time.monotonic()
+    return lambda text: print(f"{time.monotonic() - begun:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def run_fetch(args: argparse.Namespace) -> int:
+    from xencrash.lab.images import qemu_words, xen_images
+    from xencrash.lab.packages import Cache
+
+    cache = Cache(progress=progress())
+    if args.refresh:
+        cache.refresh()
+    for name in QEMUS if args.all else args.qemu or [DEFAULT_QEMU]:
+        qemu_words(cache, QEMUS[name])
+    for name in XENS if args.all else args.xen or [DEFAULT_XEN]:
+        print(f"Xen {name}: symbols {xen_images(cache, XENS[name]).symbols}")
+    return 0
+
+
+def run_up(args: argparse.Namespace) -> int:
+    from xencrash.lab.machine import Lab
+
+    lab = Lab.up(
+        args.run_dir, **machine_arguments(args), paused=args.paused, crash_kernel=not args.no_crash_kernel,
+        owned=False, progress=progress(),
+    )  # fmt: skip
+    _show(lab.status())
+    return 0
+
+
+def run_crash(args: argparse.Namespace) -> int:
+    lab = _lab(args)
+    since = lab.serial_size()
+    lab.crash(args.how or ("key" if args.cpu is None else "panic"), args.cpu)
+    lab.crash_seen(since)
+    print(f"crashing; see {lab.serial_log}")
+    return 0
+
+
+def run_run(args: argparse.Namespace) -> int:
+    from xencrash.lab.run import run
+
+    return run(args)
+
+
+def run_dump(args: argparse.Namespace) -> int:
+    lab = _lab(args)
+    if args.format == "vmcore":
+        written = lab.wait_vmcore(args.output, args.timeout)
+    else:
+        written = lab.dump_guest_memory(args.output, args.format)
+    print(f"{written}  (symbols: {lab.symbols})")
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    from xencrash.lab.machine import labs
+
+    found = [_lab(args)] if args.run_dir else labs()
+    states = [lab.status() for lab in found]
+    if args.format == "json":
+        print(json.dumps(states, indent=2))
+    elif not states:
+        print("no machine runs: xencrash lab up boots one")
+    for state in states if args.format == "table" else []:
+        _show(state)
+    return 0
+
+
+def run_down(args: argparse.Namespace) -> int:
+    from xencrash.lab.machine import labs
+
+    for lab in [lab for lab in labs() if not lab.state.owned] if args.all else [_lab(args)]:
+        lab.down()
+        print(f"{lab.run_dir}: down")
+    return 0
+
+
+def run_guests(args: argparse.Namespace) -> int:
+    from xencrash.guests.catalogue import catalogue
+
+    known = catalogue()
+    if args.format == "json":
+        print(json.dumps(known, indent=2))
+        return 0
+    print("generations: " + " ".join(generation["id"] for generation in known["generations"]))
+    for fault in known["faults"]:
+        seen = "" if fault["visible"] else "  (leaves no trace in any readable state)"
+        print(f"{fault['id']:32} {' '.join(fault['generations'])}{seen}")
+    return 0
+
+
+def _step(steps: Any, name: str, run: Any, summary: str, description: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = steps.add_parser(name, help=summary, description=description, epilog=_EPILOG)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _crash_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--how", choices=("key", "panic"), default=None, help="default: key, or panic with --cpu")
+    parser.add_argument("--cpu", type=int, metavar="N", help="the CPU to crash on (needs --dom0-vcpus)")
+
+
+def _run_dir(parser: argparse.ArgumentParser, text: str = "of the machine; default: the only one there is") -> None:
+    parser.add_argument("--run-dir", metavar="DIR", help=text)
+
+
+def _lab(args: argparse.Namespace) -> Any:
+    """The machine that is meant."""
+    from xencrash.lab.machine import Lab, labs
+
+    if args.run_dir:
+        return Lab.attach(args.run_dir, progress())
+    found = [lab for lab in labs() if not lab.state.owned]
+    if not found:
+        raise LabError("finding the lab: no machine runs in a folder under /tmp: xencrash lab up, or give --run-dir")
+    if len(found) > 1:
+        raise _usage("several machines run: choose one with --run-dir: " + " ".join(str(lab.run_dir) for lab in found))
+    return Lab.attach(found[0].run_dir, progress())
+
+
+def _show(state: dict[str, Any]) -> None:
+    width = max(map(len, state))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in state.items()) + "\n")
+
+
+def _count(text: str) -> int:
+    value = int(text, 0)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _usage(message: str) -> Exception:
+    from xencrash.cli import UsageError
+
+    return UsageError(message)
