@@ -169,6 +169,15 @@ def stages_table(report: Json) -> Table:
     )
 
 
+def stage_line(stage: Json, findings: Iterable[Json]) -> Lines:
+    """One stop of a trace on one line, for while it runs: the stage, its CPU, and what the checks found there."""
+    count = Counter(finding["verdict"] for finding in findings)
+    who = "" if stage["cpu"] is None else f"CPU {stage['cpu']}"
+    line = [Cell(f"{stage['stage']:15}", "strong"), Cell(f"{who:8}"), Cell(f"{count['pass']} pass", "pass")]
+    line += [Cell(f", {count[verdict]} {verdict}", verdict) for verdict in ("fail", "unknown") if count[verdict]]
+    return Lines([line])
+
+
 def _where(finding: Json) -> str:
     cpu = "the machine" if finding["cpu"] is None else f"CPU {finding['cpu']}"
     return f"{cpu} at {finding['stage']}"

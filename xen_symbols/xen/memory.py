@@ -9,6 +9,8 @@ from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.target import Target
 from xen_symbols.x86 import paging
 
+# Page-table entries are read so many bytes at a time: neighbours are mostly wanted too, and lie in the same page.
+_BLOCK = 2048
 # xen/include/asm-x86/config.h: the image lies in a region of 1 GiB that is aligned to its size, in every release.
 IMAGE_REGION = 1 << 30
 
@@ -30,19 +32,23 @@ class XenMemory:
         self.root = root
         self.found_by = found_by
         self.build_id: bytes | Absent = Absent("not looked for")
-        self._entries: dict[int, bytes] = {}
+        self._tables: dict[int, bytes] = {}
         self._pages: dict[int, paging.Mapping] = {}
 
     def forget(self) -> None:
         """Drop what was remembered of the page tables: the machine has run."""
-        self._entries.clear()
+        self._tables.clear()
         self._pages.clear()
 
     def _entry(self, address: int, size: int) -> bytes:
-        value = self._entries.get(address)
-        if value is None:
-            value = self._entries[address] = self.target.read_physical(address, size)
-        return value
+        start = address & -_BLOCK
+        block = self._tables.get(start)
+        if block is None:
+            try:
+                block = self._tables[start] = self.target.read_physical(start, _BLOCK)
+            except Unreadable:  # a dump may end, or have a hole, just there
+                return self.target.read_physical(address, size)
+        return block[address - start : address - start + size]
 
     def walk(self, address: int) -> paging.Mapping:
         """The whole walk for one address. Raises Unreadable."""

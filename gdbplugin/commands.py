@@ -1,0 +1,408 @@
+"""The xen commands, each declared once: what it takes, what it answers as JSON, and how the answer is printed.
+
+Nothing here knows gdb: `gdbplugin.register` binds the rows of COMMANDS to gdb's command line and to its machine
+interface, and documentation and tests walk them. An answer holds the JSON contract's names; addresses are hex strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gdbplugin import tables
+from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.crashpath.checks import BOOT_MODES
+from xen_symbols.crashpath.engine import (
+    context_at,
+    describe_cpu,
+    describe_symbols,
+    describe_target,
+    evaluate,
+    gate_json,
+)
+from xen_symbols.crashpath.follow import crash_image_loaded
+from xen_symbols.crashpath.generations import Identification
+from xen_symbols.crashpath.position import crashing_cpu, infer
+from xen_symbols.report.blocks import Block, report_blocks
+from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.target import PhysicalCpu
+from xen_symbols.x86 import apic, gate
+from xen_symbols.xen.console import printable, read_console
+from xen_symbols.xen.memory import XenMemory
+from xen_symbols.xen.state import CpuState, Read, State, idt_address, per_cpu_address, per_cpu_offsets, read_state
+
+Json = dict[str, Any]
+
+IDT_ENTRIES = 256
+
+
+class Session(Protocol):
+    """What the commands ask of the debugger."""
+
+    report: Json | None  # the last one, by a check or a trace
+
+    def look(self) -> AbstractContextManager[XenMemory]:
+        """Xen in the stopped machine, for the length of one look. Raises Undecidable."""
+        ...
+
+    def symbols(self) -> SymbolTable: ...
+
+    def connected(self) -> bool: ...
+
+    def identification(self, memory: XenMemory) -> Identification: ...
+
+    def threads(self) -> Mapping[int, int]:
+        """gdb's thread numbers by the target's CPU index."""
+        ...
+
+    def evaluate(self, expression: str) -> int:
+        """The value of an expression in gdb's words. Raises Undecidable."""
+        ...
+
+    def formatted(self, name: str, raw: bytes) -> str | None:
+        """The value of a per-CPU variable as gdb shows its type; None without debug information."""
+        ...
+
+
+@dataclass(frozen=True)
+class Argument:
+    """`kind` chooses how it is read and completed: cpu, vector, percpu, address."""
+
+    name: str
+    kind: str
+    says: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """`answer` gives the JSON; `blocks` the tables for people. The MI twin is `-xen-` and the words, hyphenated."""
+
+    words: tuple[str, ...]
+    summary: str
+    details: str
+    arguments: tuple[Argument, ...]
+    answer: Callable[..., Json]
+    blocks: Callable[[Json], Sequence[Block]]
+
+    @property
+    def name(self) -> str:
+        return " ".join(("xen", *self.words))
+
+    @property
+    def mi(self) -> str:
+        return "-".join(("-xen", *self.words))
+
+    @property
+    def usage(self) -> str:
+        return " ".join([self.name, *(f"[{a.name}]" if a.optional else a.name for a in self.arguments)])
+
+    @property
+    def help(self) -> str:
+        lines = [self.summary, f"Usage: {self.usage}", "", self.details]
+        if self.arguments:
+            lines += ["", *(f"  {argument.name:8} {argument.says}" for argument in self.arguments)]
+        return "\n".join([*lines, "", f"For programs: {self.mi} returns the same as JSON, in the field json."])
+
+
+def _hex(value: int | Absent | None) -> str | None:
+    return None if value is None or isinstance(value, Absent) else hex(value)
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, Absent) else value
+
+
+def _chosen(state: State, cpu: int | None) -> list[CpuState]:
+    """The one asked for, or all that exist. Raises Undecidable for a number that Xen does not have."""
+    if cpu is None:
+        return [known for known in state.cpus.values() if known.exists]
+    if cpu not in state.cpus:
+        raise Undecidable(f"CPU {cpu} does not exist: nr_cpu_ids is {len(state.cpus)}")
+    return [state.of(cpu)]
+
+
+# -- xen idt ----------------------------------------------------------------------------------
+
+
+def _idt(session: Session, cpu: int | None = None, vector: int | None = None) -> Json:
+    if vector is not None and not 0 <= vector < IDT_ENTRIES:
+        raise Undecidable(f"vector {vector} does not exist: an IDT has {IDT_ENTRIES}")
+    with session.look() as memory:
+        if cpu is None:
+            state = read_state(memory, notes=False)
+            gates = [
+                _gate(memory, known.cpu, number, read)
+                for known in _chosen(state, None)
+                for number, read in ((2, known.nmi_gate), (8, known.df_gate), (18, known.mc_gate))
+            ]
+        else:
+            table = idt_address(memory, cpu)
+            first, count = (0, IDT_ENTRIES) if vector is None else (vector, 1)
+            raw = memory.read(table + first * gate.SIZE, count * gate.SIZE)
+            gates = []
+            for number in range(first, first + count):
+                at = (number - first) * gate.SIZE
+                entry = raw[at : at + gate.SIZE]
+                read = Read(gate.decode(entry), table + number * gate.SIZE, entry)
+                gates.append(_gate(memory, cpu, number, read))
+        return {"gates": gates}
+
+
+def _gate(memory: XenMemory, cpu: int, vector: int, read: Read) -> Json:
+    out: Json = {"cpu": cpu, "vector": vector, "name": gate.VECTOR_NAMES.get(vector), "address": _hex(read.address)}
+    out["gate"] = gate_json(memory.symbols, read)
+    if isinstance(read.value, Absent):
+        out["absent"] = read.value.reason
+    return out
+
+
+# -- xen percpu -------------------------------------------------------------------------------
+
+
+def _percpu(session: Session, name: str, cpu: int | None = None) -> Json:
+    with session.look() as memory:
+        plain = name.removeprefix("per_cpu__")
+        size = memory.symbols.size(f"per_cpu__{plain}")
+        chosen = list(per_cpu_offsets(memory)) if cpu is None else [cpu]
+        addresses = {number: per_cpu_address(memory, plain, number) for number in chosen}
+        if size:
+            raws = memory.read_many([(address, size) for address in addresses.values()])
+        else:
+            raws = [Absent("the symbols do not say how large it is")] * len(chosen)
+    values = []
+    for number, raw in zip(chosen, raws, strict=True):
+        value: Json = {"cpu": number, "address": hex(addresses[number])}
+        if isinstance(raw, Absent):
+            value |= {"raw": None, "value": None, "absent": raw.reason}
+        else:
+            value |= {"raw": raw.hex(), "value": session.formatted(plain, raw) or _number(raw)}
+        values.append(value)
+    return {"name": plain, "size": size, "cpus": values}
+
+
+def _number(raw: bytes) -> str | None:
+    """An integer's worth of bytes as a number: what they are is not known without debug information."""
+    return hex(int.from_bytes(raw, "little")) if len(raw) in (1, 2, 4, 8) else None
+
+
+# -- xen lapic --------------------------------------------------------------------------------
+
+
+def _lapic(session: Session, cpu: int | None = None) -> Json:
+    with session.look() as memory:
+        state = read_state(memory, notes=False)
+        return {"cpus": [_lapic_of(state, known) for known in _chosen(state, cpu)]}
+
+
+def _lapic_of(state: State, cpu: CpuState) -> Json:
+    mode, source = lapic_mode(state, cpu)
+    out: Json = {"cpu": cpu.cpu, "apic_id": _plain(cpu.apic_id.value), "mode": mode, "mode_source": source}
+    physical = cpu.physical
+    lapic = physical if isinstance(physical, Absent) else physical.lapic
+    if isinstance(lapic, Absent):
+        return out | {"absent": lapic.reason}
+    out["source"] = lapic.source
+    for name in ("apic_base", "spiv", "icr_low", "icr_high"):
+        out[name] = _hex(getattr(lapic, name))
+    out["enabled"] = None if isinstance(lapic.spiv, Absent) else bool(lapic.spiv & apic.SPIV_SOFTWARE_ENABLE)
+    out["lvt"] = (
+        None if isinstance(lapic.lvt, Absent)
+        else {name: hex(entry) for name, entry in zip(apic.LVT_NAMES, lapic.lvt, strict=True)}
+    )  # fmt: skip
+    return out
+
+
+def lapic_mode(state: State, cpu: CpuState) -> tuple[str | None, str]:
+    """(mode, where it is known from). Without the register it is inferred from what Xen means it to be."""
+    physical = cpu.physical
+    lapic = physical if isinstance(physical, Absent) else physical.lapic
+    if not isinstance(lapic, Absent) and not isinstance(lapic.apic_base, Absent):
+        return apic.mode(lapic.apic_base).value, lapic.source
+    online, boot, running = (state.system[name] for name in ("online", "apic_boot_mode", "x2apic_enabled"))
+    stopped = cpu.crash_save_done.present and cpu.crash_save_done.value is True
+    if (stopped or (online.present and cpu.cpu not in online.value)) and boot.present and boot.value in BOOT_MODES:
+        return BOOT_MODES[boot.value].value, "inferred from apic_boot_mode: it has been stopped"
+    if running.present:
+        mode = apic.Mode.X2APIC if running.value else apic.Mode.XAPIC
+        return mode.value, "inferred from x2apic_enabled"
+    return None, "not known"
+
+
+# -- xen cpus ---------------------------------------------------------------------------------
+
+
+def _cpus(session: Session) -> Json:
+    threads = session.threads()
+    with session.look() as memory:
+        state = read_state(memory, notes=False)
+        online = state.system["online"]
+        cpus = []
+        for known in state.cpus.values():
+            out: Json = {
+                "cpu": known.cpu,
+                "exists": known.exists,
+                "online": known.cpu in online.value if online.present else None,
+                "apic_id": _plain(known.apic_id.value),
+            }
+            if isinstance(known.physical, Absent):
+                out["absent"] = known.physical.reason
+            else:
+                out |= _physical(memory.symbols, known.physical, threads)
+                out["lapic_mode"], out["lapic_mode_source"] = lapic_mode(state, known)
+            cpus.append(out)
+        return {"cpus": cpus, "unmatched": [_physical(memory.symbols, cpu, threads) for cpu in state.unmatched]}
+
+
+def _physical(symbols: SymbolTable, cpu: PhysicalCpu, threads: Mapping[int, int]) -> Json:
+    pc = cpu.registers.get("rip")
+    out: Json = {
+        "index": cpu.index,
+        "thread": threads.get(cpu.index),
+        "at": None if pc is None else {"symbol": symbols.describe(pc), "pc": hex(pc)},
+        "ring": cpu.registers["cs"] & 3 if "cs" in cpu.registers else None,
+        "source": cpu.source,
+    }
+    for name in ("halted", "nmi_blocked", "nmi_pending", "guest_mode"):
+        out[name] = _plain(getattr(cpu, name))
+    return out
+
+
+# -- xen symbols, log, vtop -------------------------------------------------------------------
+
+
+def _symbols(session: Session) -> Json:
+    if not session.connected():
+        symbols = session.symbols()
+        build_id = symbols.build_id.hex() if symbols.build_id else None
+        return {"symbols": {"path": symbols.path, "source": symbols.source, "build_id": build_id}}
+    with session.look() as memory:
+        out: Json = {"symbols": describe_symbols(memory), "target": describe_target(memory)}
+        try:
+            found = session.identification(memory)
+        except Undecidable as error:
+            return out | {"generation": None, "absent": str(error)}
+        generation = found.generation
+        return out | {
+            "generation": {
+                "id": generation.id, "introduced": generation.introduced, "releases": generation.releases,
+                "evidence": list(found.evidence),
+            }
+        }  # fmt: skip
+
+
+def _log(session: Session) -> Json:
+    with session.look() as memory:
+        return {"text": printable(read_console(memory))}
+
+
+def _vtop(session: Session, address: int) -> Json:
+    with session.look() as memory:
+        mapping = memory.walk(address)
+        return {
+            "address": hex(address),
+            "symbol": memory.symbols.describe(address),
+            "physical": hex(mapping.physical),
+            "page_size": mapping.size,
+            "root": hex(memory.root),
+            "entries": [
+                {"level": level, "address": hex(where), "value": hex(value)} for level, where, value in mapping.entries
+            ],
+        }
+
+
+# -- xen crash --------------------------------------------------------------------------------
+
+
+def _status(session: Session) -> Json:
+    with session.look() as memory:
+        generation = session.identification(memory).generation
+        state = read_state(memory, notes=False)
+        position = infer(state, generation)
+        context = context_at(memory, state, position, generation)
+        flags = state.system["kexec_flags"]
+        out: Json = {
+            "generation": generation.id,
+            "stage": position.stage.id,
+            "says": position.stage.says,
+            "subject": position.subject,
+            "crashing_cpu": position.crashing_cpu,
+            "crashing_cpu_by": [] if position.crashing_cpu is None else list(crashing_cpu(state, generation)[1]),
+            "crash_kernel_loaded": crash_image_loaded(flags.value) if flags.present else None,
+            "online_at_crash": sorted(position.online),
+        }
+        for name in ("online", "saved", "waiting_mask", "waiting_count", "kexecing"):
+            value = state.system[name].value
+            out[name] = sorted(value) if isinstance(value, frozenset) else _plain(value)
+        out["cpus"] = [describe_cpu(context, known) for known in state.cpus.values() if known.exists]
+        return out
+
+
+def _check(session: Session) -> Json:
+    with session.look() as memory:
+        session.report = evaluate(memory, session.identification(memory)).to_json()
+    return session.report
+
+
+def _report(session: Session) -> Json:
+    if session.report is None:
+        raise Undecidable("there is no report yet: xen crash check makes one, and so does xen crash trace")
+    return session.report
+
+
+_CPU = Argument("CPU", "cpu", "Xen's number of a CPU (not gdb's thread, not the APIC id); default: every CPU", True)
+
+COMMANDS: tuple[Command, ...] = (
+    Command(
+        ("idt",), "Show gates of the interrupt descriptor tables.",
+        "Without arguments, the NMI, #DF and #MC gates of every CPU; with a CPU, all of its gates; with a vector, one.",
+        (_CPU, Argument("VECTOR", "vector", "an interrupt vector, 0 to 255", True)), _idt, tables.idt,
+    ),
+    Command(
+        ("percpu",), "Show a per-CPU variable.",
+        "The value has the variable's type where the symbols carry debug information; else it is an unsigned number\n"
+        "of the variable's size, or its bytes.",
+        (Argument("NAME", "percpu", "the variable's name, with or without per_cpu__"), _CPU), _percpu, tables.percpu,
+    ),
+    Command(
+        ("lapic",), "Show the local APICs and their modes.",
+        "Every answer names its source: QEMU's device state (set xen qmp-socket), an rdmsr executed on the CPU\n"
+        "(set xen rdmsr on), or an inference from Xen's variables.",
+        (_CPU,), _lapic, tables.lapic,
+    ),
+    Command(
+        ("cpus",), "Show every CPU: Xen's number, gdb's thread, the APIC id, and where it is.",
+        "The three numberings are different things; CPUs are matched by APIC id.", (), _cpus, tables.cpus,
+    ),
+    Command(
+        ("symbols",), "Show which symbols are used, whether they fit, and which crash path this Xen has.",
+        "Symbols come from set xen symbols, or else from the file that gdb has loaded.", (), _symbols, tables.symbols,
+    ),
+    Command(
+        ("log",), "Show Xen's console ring, from its oldest line.",
+        "Control characters are shown as escapes, so that no terminal obeys them.", (), _log, tables.log,
+    ),
+    Command(
+        ("vtop",), "Translate one of Xen's virtual addresses by Xen's own page tables.",
+        "Prints the physical address and every page-table entry on the way, whatever the selected CPU runs.",
+        (Argument("ADDRESS", "address", "a symbol of Xen's (file#name too), or an expression"),), _vtop, tables.vtop,
+    ),
+    Command(
+        ("crash", "status"), "Show where on its crash path Xen is, without judging it.",
+        "The stage, the crashing CPU and the evidence for it, whom it waits for, and each CPU's gates.",
+        (), _status, tables.status,
+    ),
+    Command(
+        ("crash", "check"), "Judge the state that the machine is in.",
+        "Evaluates every check of the crash path for this stage, and keeps the report.", (), _check, report_blocks,
+    ),
+    Command(
+        ("crash", "report"), "Show the last report again.",
+        "The report of the last xen crash check or xen crash trace.", (), _report, report_blocks,
+    ),
+)  # fmt: skip
+
+# What a handler may raise that is an answer to the user, not a fault of ours.
+ERRORS = (Undecidable, Unreadable)

@@ -1,0 +1,98 @@
+"""Reading IA32_APIC_BASE by an rdmsr that Xen's own text has, executed on each CPU in turn.
+
+This changes registers of a CPU for the length of one instruction and puts them back; it happens only after
+`set xen rdmsr on`. A halted CPU would never finish the step, and is not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import gdb
+
+from gdbplugin.target import LiveTarget, cpu_index
+from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.xen.memory import XenMemory, image_region
+
+_RDMSR = b"\x0f\x32"
+_FUNCTION = "current_local_apic_mode"
+_IA32_APIC_BASE = 0x1B  # SDM vol. 4, table 2-2
+_CHANGED = ("rip", "rax", "rcx", "rdx", "eflags")
+
+
+@contextlib.contextmanager
+def kept_selection() -> Iterator[None]:
+    """The selected thread and frame are the same afterwards."""
+    thread = gdb.selected_thread()
+    level = gdb.selected_frame().level() if thread is not None else 0
+    try:
+        yield
+    finally:
+        if thread is not None and thread.is_valid():
+            thread.switch()
+            with contextlib.suppress(gdb.error):  # the stack may have become shorter
+                gdb.execute(f"frame {level}", to_string=True)
+
+
+def measure_modes(memory: XenMemory) -> dict[int, int | Absent]:
+    """IA32_APIC_BASE by QEMU's CPU index; for a CPU on which it cannot be read, why. Raises Undecidable."""
+    target = memory.target
+    assert isinstance(target, LiveTarget)
+    address = _instruction(memory)
+    region = image_region(address)
+    found: dict[int, int | Absent] = {}
+    with kept_selection(), _setting("scheduler-locking", "on"):
+        for thread in gdb.selected_inferior().threads():
+            index = cpu_index(thread)
+            if "halted" in (thread.details or ""):
+                found[index] = Absent("it is halted: an instruction stepped there would not finish")
+                continue
+            thread.switch()
+            frame = gdb.newest_frame()
+            if image_region(frame.pc()) != region or int(frame.read_register("cs")) & 3:
+                found[index] = Absent("it does not run Xen: Xen's text is not mapped there for certain")
+                continue
+            found[index] = _step(address)
+    return found
+
+
+def _instruction(memory: XenMemory) -> int:
+    try:
+        start, end = memory.symbols.extent(_FUNCTION)
+        with memory.target.batch():  # type: ignore[attr-defined]
+            at = memory.read(start, end - start).find(_RDMSR)
+    except Unreadable as error:
+        raise Undecidable(f"set xen rdmsr on: no rdmsr to use: {error}") from None
+    if at < 0:
+        raise Undecidable(f"set xen rdmsr on: {_FUNCTION} has no rdmsr")
+    return start + at
+
+
+def _step(address: int) -> int | Absent:
+    frame = gdb.newest_frame()
+    saved = {name: int(frame.read_register(name)) for name in _CHANGED}
+    try:
+        gdb.execute(f"set $rcx = {_IA32_APIC_BASE}")
+        gdb.execute(f"set $rip = {address}")
+        gdb.execute("stepi", to_string=True)
+        frame = gdb.newest_frame()
+        if frame.pc() != address + len(_RDMSR):
+            return Absent(f"the step ended at {frame.pc():#x}, not behind the rdmsr")
+        low, high = (int(frame.read_register(name)) & 0xFFFFFFFF for name in ("rax", "rdx"))
+        return high << 32 | low
+    finally:
+        for name, value in saved.items():
+            gdb.execute(f"set ${name} = {value}")
+
+
+@contextlib.contextmanager
+def _setting(name: str, value: str) -> Iterator[None]:
+    before = gdb.parameter(name)
+    gdb.execute(f"set {name} {value}", to_string=True)
+    try:
+        yield
+    finally:
+        gdb.execute(f"set {name} {before}", to_string=True)
+
+

@@ -1,0 +1,154 @@
+"""One debugging session: the settings, the symbols, the machine that gdb is connected to, and the Xen found in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gdb
+
+from gdbplugin.commands import Json
+from gdbplugin.rdmsr import measure_modes
+from gdbplugin.target import LiveTarget, cpu_index
+from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.crashpath.follow import Follower
+from xen_symbols.crashpath.generations import Identification, identify
+from xen_symbols.symbols.table import SymbolTable, load_symbols
+from xen_symbols.xen.locate import ROOT, locate, still_there
+from xen_symbols.xen.memory import XenMemory
+
+
+class Session:
+    """Implements gdbplugin.commands.Session. `settings` are gdb's parameters under `set xen`, by name."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
+        self.report: Json | None = None
+        self.follower: Follower | None = None
+        self._tables: dict[tuple[str, int, int], SymbolTable] = {}
+        self._target: LiveTarget | None = None
+        self._memory: XenMemory | None = None
+        self._identification: Identification | None = None
+
+    # -- symbols ------------------------------------------------------------------------------
+
+    def symbols(self) -> SymbolTable:
+        """The file of `set xen symbols`, or the first file gdb has loaded that is Xen's. Raises Undecidable."""
+        chosen = self.settings["symbols"].value
+        if chosen:
+            return self._load(str(Path(chosen).expanduser().absolute()))
+        for objfile in gdb.objfiles():
+            with contextlib.suppress(Undecidable):
+                table = self._load(objfile.filename)
+                if table.has(ROOT):
+                    return table
+        raise Undecidable("no symbols of Xen's: set xen symbols FILE (its xen-syms, .map, or image)")
+
+    def _load(self, path: str) -> SymbolTable:
+        try:
+            status = Path(path).stat()
+            key = (path, status.st_mtime_ns, status.st_size)
+        except OSError:
+            return load_symbols(path)  # which says what is wrong with it
+        if key not in self._tables:
+            self._tables[key] = load_symbols(path)
+        return self._tables[key]
+
+    # -- the machine --------------------------------------------------------------------------
+
+    def connected(self) -> bool:
+        connection = gdb.selected_inferior().connection
+        return connection is not None and connection.type in ("remote", "extended-remote")
+
+    def target(self) -> LiveTarget:
+        """The stopped machine. Raises Undecidable."""
+        if not self.connected():
+            raise Undecidable("gdb is not connected to QEMU: target remote HOST:PORT, or a unix socket's path")
+        thread = gdb.selected_thread()
+        if thread is None or not thread.is_valid():
+            raise Undecidable("no CPU is selected: the machine is gone, or not stopped; see info threads")
+        if thread.is_running():
+            raise Undecidable("the machine is running: stop it first (interrupt, or Ctrl-C)")
+        connection = gdb.selected_inferior().connection
+        qmp = self.settings["qmp-socket"].value
+        qmp = str(Path(qmp).expanduser().absolute()) if qmp else None
+        if self._target is None or self._target.connection is not connection:
+            self._target = LiveTarget(connection, qmp)
+        self._target.qmp_socket = qmp
+        return self._target
+
+    @contextlib.contextmanager
+    def look(self) -> Iterator[XenMemory]:
+        """Xen in the stopped machine. Nothing read in one look is kept for the next."""
+        target = self.target()
+        target.measured_modes = {}
+        if self.settings["rdmsr"].value:
+            with target.batch():
+                found = self._xen(target)
+            target.measured_modes = measure_modes(found)
+        with target.batch():
+            yield self._xen(target)
+
+    def _xen(self, target: LiveTarget) -> XenMemory:
+        symbols = self.symbols()
+        memory = self._memory
+        if memory is None or memory.target is not target or memory.symbols is not symbols or not still_there(memory):
+            self._memory = self._identification = None
+            mismatch = bool(self.settings["allow-build-id-mismatch"].value)
+            memory = self._memory = locate(target, symbols, allow_mismatch=mismatch)
+        return memory
+
+    def identification(self, memory: XenMemory) -> Identification:
+        if memory is not self._memory:
+            return identify(memory)
+        if self._identification is None:
+            self._identification = identify(memory)
+        return self._identification
+
+    def threads(self) -> Mapping[int, int]:
+        return {cpu_index(thread): thread.num for thread in gdb.selected_inferior().threads()}
+
+    # -- gdb's own words ----------------------------------------------------------------------
+
+    def evaluate(self, expression: str) -> int:
+        """A symbol of Xen's (also file#name), else gdb's expression. Raises Undecidable."""
+        with contextlib.suppress(Undecidable, Unreadable):
+            return self.symbols().address(expression)
+        try:
+            return int(gdb.parse_and_eval(f"(unsigned long) ({expression})"))
+        except gdb.error as error:
+            raise Undecidable(f"{expression}: {error}") from None
+
+    def value(self, name: str, raw: bytes) -> gdb.Value:
+        """The content of a per-CPU variable: of its own type where there is debug information, else an unsigned
+        integer of its size, else an array of bytes."""
+        kind = self._type(name, len(raw))
+        if kind is None:
+            byte = gdb.selected_inferior().architecture().integer_type(8, False)
+            kind = byte.array(len(raw) - 1)
+        return gdb.Value(raw, kind)
+
+    def formatted(self, name: str, raw: bytes) -> str | None:
+        symbol = _debug_symbol(name)
+        if symbol is None or symbol.type.sizeof != len(raw):
+            return None
+        return gdb.Value(raw, symbol.type).format_string(styling=False)
+
+    def _type(self, name: str, size: int) -> gdb.Type | None:
+        symbol = _debug_symbol(name)
+        if symbol is not None and symbol.type.sizeof == size:
+            return symbol.type
+        if size in (1, 2, 4, 8):
+            return gdb.selected_inferior().architecture().integer_type(8 * size, False)
+        return None
+
+
+def _debug_symbol(name: str) -> gdb.Symbol | None:
+    """The variable in debug information, which a .map and Debian's 4.17 xen-syms do not have."""
+    full = f"per_cpu__{name}"
+    return gdb.lookup_global_symbol(full, gdb.SYMBOL_VAR_DOMAIN) or gdb.lookup_static_symbol(
+        full, gdb.SYMBOL_VAR_DOMAIN
+    )
+

@@ -1,0 +1,237 @@
+"""A live machine: physical memory and CPUs through gdb's connection to QEMU's gdbstub.
+
+Memory is read by the stub's physical mode with packets of our own, so neither the selected CPU's page tables nor gdb's
+caches have a part in it. The mode is the stub's, global, and outlives a connection: it is switched on for the length
+of a `batch` and always off again. In that mode an address without RAM reads as zeros, so only what the machine's memory
+map calls RAM or ROM is ever asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import gdb
+
+from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.target import Note, PhysicalCpu, hmp
+from xen_symbols.target.qemu_state import parse_cpus
+from xen_symbols.target.qmp import Qmp, QmpError
+
+PACKET = 2048  # the most that QEMU's stub returns for one read (gdbstub.c, MAX_PACKET_LENGTH / 2)
+_GAP = 1024  # reading this much more costs about as much as another packet (0.05 ms)
+_APIC_IDS = 1 << 12  # no machine of QEMU's has larger ones
+
+
+class LiveTarget:
+    """Implements xen_symbols.target.Target for the connection that gdb has selected.
+
+    `cpus()` is read once per batch. Raises Undecidable where the stub is not QEMU's or is gone.
+    """
+
+    kind = "live"
+    format = "QEMU gdbstub"
+
+    def __init__(self, connection: gdb.TargetConnection, qmp_socket: str | None) -> None:
+        self.connection = connection
+        self.location = f"gdb:{connection.details}"
+        self.qmp_socket = qmp_socket
+        self.packets = 0
+        self.measured_modes: dict[int, int | Absent] = {}  # IA32_APIC_BASE by CPU index, when rdmsr was asked for
+        self._batching = False
+        self._cpus: list[PhysicalCpu] | None = None
+        self._selected: tuple[int, int] | None = None
+        self._set_mode(False)  # an earlier client may have left it on
+        self._ram = self._memory_map()
+
+    # -- the stub -----------------------------------------------------------------------------
+
+    def _send(self, packet: str) -> bytes:
+        self.packets += 1
+        try:
+            return self.connection.send_packet(packet)
+        except gdb.error as error:
+            raise Undecidable(f"the connection to {self.location} was lost: {error}") from None
+
+    def _set_mode(self, physical: bool) -> None:
+        answer = self._send(f"Qqemu.PhyMemMode:{int(physical)}")
+        if answer != b"OK":
+            raise Undecidable(
+                f"{self.location} is not QEMU's gdbstub, or one older than 5.0: it cannot read physical memory"
+            )
+
+    def _monitor(self, command: str) -> str:
+        try:
+            return gdb.execute(f"monitor {command}", to_string=True)
+        except gdb.error as error:
+            raise Undecidable(f"{self.location} did not answer 'monitor {command}': {error}") from None
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """Everything inside sees one moment: the mode is switched once, and the CPUs are read once."""
+        if self._batching:
+            yield
+            return
+        self._selected = _selected_pc()
+        self._cpus = None
+        self._batching = True
+        try:
+            self._set_mode(True)
+            yield
+        finally:
+            self._batching = False
+            self._cpus = None
+            # When the connection is lost there is no mode left to reset from here: attaching does it.
+            with contextlib.suppress(Undecidable):
+                self._set_mode(False)
+
+    # -- memory -------------------------------------------------------------------------------
+
+    def _memory_map(self) -> list[tuple[int, int]]:
+        try:
+            return hmp.parse_ram(self._monitor("info mtree -f"))
+        except Unreadable as error:
+            raise Undecidable(f"{self.location}: {error}") from None
+
+    def physical_ranges(self) -> Sequence[tuple[int, int]]:
+        return self._ram
+
+    def _absence(self, address: int, size: int) -> Absent | None:
+        """Why a range cannot be read; None if it is RAM from end to end."""
+        if any(start <= address and address + size <= end for start, end in self._ram):
+            return None
+        return Absent(f"physical {address:#x} is not RAM of {self.location}")
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        if absence := self._absence(address, size):
+            raise Unreadable(absence)
+        with self.batch():
+            return b"".join(
+                self._packet(at, min(PACKET, address + size - at)) for at in range(address, address + size, PACKET)
+            )
+
+    def _packet(self, address: int, size: int) -> bytes:
+        answer = self._send(f"m{address:x},{size:x}")
+        if len(answer) != 2 * size:
+            raise Unreadable(f"QEMU refused to read physical {address:#x}: {answer[:16].decode(errors='replace')!r}")
+        return bytes.fromhex(answer.decode())
+
+    def read_physical_many(self, requests: Sequence[tuple[int, int]]) -> list[bytes | Absent]:
+        answers: dict[tuple[int, int], bytes | Absent] = {}
+        readable = []
+        for request in dict.fromkeys(requests):
+            if absence := self._absence(*request):
+                answers[request] = absence
+            else:
+                readable.append(request)
+        with self.batch():
+            for start, end, members in _merged(sorted(readable)):
+                try:
+                    data = self.read_physical(start, end - start)
+                except Unreadable as error:
+                    answers |= dict.fromkeys(members, error.absent)
+                    continue
+                answers |= {(at, size): data[at - start : at - start + size] for at, size in members}
+        return [answers[request] for request in requests]
+
+    # -- CPUs ---------------------------------------------------------------------------------
+
+    def cpus(self) -> Sequence[PhysicalCpu]:
+        if self._cpus is not None:
+            return self._cpus
+        with self.batch():
+            cpus = self._from_monitor() if self.qmp_socket is None else self._from_device_state(self.qmp_socket)
+            self._same_machine(cpus)
+            self._cpus = [self._with_measured(cpu) for cpu in cpus]
+        return self._cpus
+
+    def _from_device_state(self, socket: str) -> list[PhysicalCpu]:
+        try:
+            with Qmp(socket) as qmp:
+                return parse_cpus(device_state(qmp))
+        except QmpError as error:
+            raise Undecidable(str(error)) from None
+        except Unreadable as error:
+            raise Undecidable(f"{socket}: {error}") from None
+
+    def _from_monitor(self) -> list[PhysicalCpu]:
+        try:
+            cpus = hmp.parse_registers(self._monitor("info registers -a"))
+        except Unreadable as error:
+            raise Undecidable(f"{self.location}: {error}") from None
+        found: list[tuple[int, hmp.Lapic]] = []
+        for apic_id in range(_APIC_IDS):
+            if len(found) == len(cpus):
+                break
+            lapic = hmp.parse_lapic(self._monitor(f"info lapic {apic_id}"), apic_id)
+            if lapic is not None:
+                found.append(lapic)
+        return hmp.with_lapics(cpus, found)
+
+    def _with_measured(self, cpu: PhysicalCpu) -> PhysicalCpu:
+        """The LAPIC mode that rdmsr gave, where QEMU's device state did not give it."""
+        base = self.measured_modes.get(cpu.index)
+        if base is None or isinstance(cpu.lapic, Absent) or not isinstance(cpu.lapic.apic_base, Absent):
+            return cpu
+        source = cpu.lapic.source if isinstance(base, Absent) else f"rdmsr, {cpu.lapic.source}"
+        return replace(cpu, lapic=replace(cpu.lapic, apic_base=base, source=source))
+
+    def _same_machine(self, cpus: Sequence[PhysicalCpu]) -> None:
+        """A QMP socket of another machine would answer just as well."""
+        if self._selected is None or self.qmp_socket is None:
+            return
+        index, pc = self._selected
+        if not any(cpu.index == index and cpu.registers["rip"] == pc for cpu in cpus):
+            raise Undecidable(
+                f"{self.qmp_socket} is the QMP socket of another machine than {self.location}: "
+                f"its CPU {index} is not at {pc:#x}"
+            )
+
+    def notes(self) -> Sequence[Note]:
+        return ()
+
+
+def _selected_pc() -> tuple[int, int] | None:
+    """(cpu_index, pc) of the selected thread. To be asked for while gdb still sees virtual memory."""
+    thread = gdb.selected_thread()
+    if thread is None or not thread.is_valid():
+        return None
+    return cpu_index(thread), gdb.newest_frame().pc()
+
+
+def cpu_index(thread: gdb.InferiorThread) -> int:
+    """QEMU's number of the CPU that a thread is: the stub numbers them from 1 (gdbstub.c, gdb_get_cpu_index)."""
+    return int(thread.ptid[1]) - 1
+
+
+def _merged(
+    requests: Sequence[tuple[int, int]],
+) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """(start, end, members) of ascending (address, size) requests, near neighbours together up to one packet."""
+    members: list[tuple[int, int]] = []
+    start = end = 0
+    for address, size in requests:
+        if members and address - end <= _GAP and max(end, address + size) - start <= PACKET:
+            end = max(end, address + size)
+        else:
+            if members:
+                yield start, end, members
+            members, start, end = [], address, address + size
+        members.append((address, size))
+    if members:
+        yield start, end, members
+
+
+def device_state(qmp: Qmp) -> bytes:
+    """QEMU's device state. QEMU writes it to a file in a private folder, which is removed at once."""
+    shared = "/dev/shm"
+    parent = shared if os.access(shared, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="xencrash-", dir=parent) as folder:
+        path = Path(folder) / "state"
+        # live=True, QEMU's default, inactivates the disks of a stopped machine, and the second call aborts QEMU 7.2.
+        qmp.execute("xen-save-devices-state", filename=str(path), live=False)
+        return path.read_bytes()

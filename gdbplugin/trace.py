@@ -1,0 +1,190 @@
+"""Following a crash from gdb: `xen crash trace`, and the steps by which a driver outside does the same over MI.
+
+The driver's part is breakpoints and continuing; the steps here read the machine and judge it, and never let it run
+(gdb drops the result of an MI command that does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import gdb
+
+from gdbplugin.commands import Json
+from gdbplugin.session import Session
+from gdbplugin.target import cpu_index
+from xen_symbols.absence import Undecidable
+from xen_symbols.crashpath.follow import Follower, Progress
+from xen_symbols.report.blocks import Block, Cell, Lines, report_blocks, stage_line
+
+# Between two stages Xen waits a second of its own time at most; QEMU's emulation of many CPUs may take ten times that.
+STALL_SECONDS = 30.0
+
+HELP = """Follow a crash of Xen, stage by stage, and judge each stage.
+Usage: xen crash trace [--timeout SECONDS]
+
+Lets the machine run until Xen crashes, stops it at each stage of the crash path to read every gate
+and every CPU, prints a line for each stage, and a report at the end, where the machine stays stopped.
+Ctrl-C ends the trace. Without --timeout it waits for a crash as long as it takes.
+
+For programs: -xen-crash-trace-begin, -xen-crash-trace-stop after each stop at one of the anchors that
+it named, and -xen-crash-trace-end. Each returns JSON in the field json."""
+
+
+def begin(session: Session) -> Json:
+    """Judge the state before the crash. {"anchors": [{"address", "name"}], "report": the report so far}."""
+    with session.look() as memory:
+        session.follower = Follower(memory, session.identification(memory))
+    return {
+        "anchors": [{"address": hex(address), "name": name} for address, name in session.follower.anchors.items()],
+        "report": session.follower.report.to_json(),
+    }
+
+
+def stop(session: Session) -> Json:
+    """Judge the stop at which the machine is.
+
+    {"stage", "cpu", "at", "findings", "cpus", "crashing_cpu", "begun", "finished"}: the stage is null for a stop that
+    is none of the crash path's; `findings` are those of this stop alone.
+    """
+    follower = _follower(session)
+    progress = _step(session, follower)
+    seen = progress.stage.to_json() if progress.stage else {"stage": None, "cpu": None, "at": None}
+    return {
+        **seen,
+        "findings": [finding.to_json() for finding in progress.findings],
+        "cpus": list(follower.report.cpus),
+        "crashing_cpu": follower.report.crashing_cpu,
+        "begun": follower.begun,
+        "finished": progress.finished,
+    }
+
+
+def end(session: Session, stalled: str | None = None) -> Json:
+    """The whole report; with an argument, it says why the path did not reach its end."""
+    follower = _follower(session)
+    if stalled is not None:
+        follower.stalled(stalled)
+    session.report, session.follower = follower.report.to_json(), None
+    return session.report
+
+
+MI_STEPS = {"-xen-crash-trace-begin": begin, "-xen-crash-trace-stop": stop, "-xen-crash-trace-end": end}
+
+
+def _follower(session: Session) -> Follower:
+    if session.follower is None:
+        raise Undecidable("no trace has begun")
+    return session.follower
+
+
+def _step(session: Session, follower: Follower) -> Progress:
+    target = session.target()
+    if target is not follower.memory.target:
+        raise Undecidable("gdb was connected anew while a crash was followed: the trace is lost")
+    index, pc = cpu_index(gdb.selected_thread()), gdb.newest_frame().pc()
+    with target.batch():
+        return follower.stop(index, pc)
+
+
+# -- inside gdb -------------------------------------------------------------------------------
+
+
+def parse_timeout(words: Sequence[str]) -> float | None:
+    """SECONDS of `--timeout SECONDS`. Raises Undecidable."""
+    if not words:
+        return None
+    try:
+        option, value = words
+        seconds = float(value)
+    except ValueError:
+        raise Undecidable("usage: xen crash trace [--timeout SECONDS]") from None
+    if option != "--timeout" or not 0 < seconds < threading.TIMEOUT_MAX:
+        raise Undecidable("usage: xen crash trace [--timeout SECONDS]")
+    return seconds
+
+
+def run(session: Session, timeout: float | None, say: Callable[[Sequence[Block]], None]) -> None:
+    """The command. Raises Undecidable when the crash cannot be followed."""
+    first = begin(session)
+    follower = _follower(session)
+    try:
+        with _breakpoints([int(anchor["address"], 16) for anchor in first["anchors"]]):
+            say([Lines([[Cell("waiting for Xen to crash", "dim")]])])
+            _follow(session, follower, timeout, say)
+    except Undecidable as error:
+        follower.report.undecided = str(error)
+    say(report_blocks(end(session)))
+
+
+def _follow(
+    session: Session, follower: Follower, timeout: float | None, say: Callable[[Sequence[Block]], None]
+) -> None:
+    while True:
+        expired = _continue(STALL_SECONDS if follower.begun else timeout)
+        if gdb.selected_thread() is None:
+            raise Undecidable("QEMU has gone: the machine was reset with -no-reboot, or ended; see its log")
+        before = len(follower.report.findings)
+        progress = _step(session, follower)
+        if progress.stage:
+            findings = [finding.to_json() for finding in follower.report.findings[before:]]
+            say([stage_line(progress.stage.to_json(), findings)])
+        elif expired and follower.begun:
+            follower.stalled(f"nothing more was reached in {STALL_SECONDS:.0f} s")
+            return
+        elif expired:
+            raise Undecidable(f"Xen did not crash within {timeout:.0f} s")
+        elif _interrupted():
+            raise Undecidable("interrupted before the crash path came to its end")
+        if progress.finished:
+            return
+
+
+@contextlib.contextmanager
+def _breakpoints(addresses: Sequence[int]) -> Iterator[None]:
+    """Hardware breakpoints (never a watchpoint on a gate: it loses NMIs), of which the user sees nothing."""
+    made = []
+    try:
+        for address in addresses:
+            point = gdb.Breakpoint(f"*{address:#x}", type=gdb.BP_HARDWARE_BREAKPOINT, internal=True)
+            point.silent = True
+            made.append(point)
+        yield
+    finally:
+        for point in made:
+            if point.is_valid():
+                point.delete()
+
+
+_last_stop: list[gdb.StopEvent] = []
+
+
+def _interrupted() -> bool:
+    return bool(_last_stop) and isinstance(_last_stop[-1], gdb.SignalEvent)
+
+
+def _continue(seconds: float | None) -> bool:
+    """Let the machine run until it stops; after `seconds` make it stop. Returns whether that was needed."""
+    fired = threading.Event()
+
+    def interrupt() -> None:
+        fired.set()
+        os.kill(os.getpid(), signal.SIGINT)  # what gdb turns into a stop of the machine
+
+    timer = threading.Timer(seconds, interrupt) if seconds is not None else None
+    _last_stop.clear()
+    gdb.events.stop.connect(_last_stop.append)
+    try:
+        if timer:
+            timer.daemon = True
+            timer.start()
+        gdb.execute("continue", to_string=True)
+    finally:
+        gdb.events.stop.disconnect(_last_stop.append)
+        if timer:
+            timer.cancel()
+    return fired.is_set()
