@@ -183,6 +183,11 @@ def test_a_damaged_header_is_named(tmp_path: Path, name: str) -> None:
     assert refusal(tmp_path, bytes(data)).startswith(expected)
 
 
+def test_a_machine_that_qemu_does_not_name(tmp_path: Path) -> None:
+    """QEMU 10.0 writes Unknown in both of its kdump formats."""
+    assert opened(tmp_path, made().replace(b"x86_64\0", b"Unknown", 1)).read_physical(0x1234, 5) == b"hello"
+
+
 def test_another_machine(tmp_path: Path) -> None:
     data = made().replace(b"x86_64", b"s390x\0", 1)
     assert refusal(tmp_path, data) == "a kdump of a machine of type 's390x'; x86_64 is needed"
