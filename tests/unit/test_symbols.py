@@ -213,6 +213,7 @@ def test_a_name_inside_another_in_the_string_table() -> None:
         (TEXT + 0xFF0, "_etext"),
         (TEXT + 0xFF1, hex(TEXT + 0xFF1)),  # behind the last instruction
         (TEXT + 0x1000, hex(TEXT + 0x1000)),  # .rodata before its first symbol
+        (DATA + 1, hex(DATA + 1)),  # .data before its first symbol
         (DATA + 0x13, "crashing_cpu.1+0x3"),
         (BSS + 9, "cpu_online_map+0x1"),
         (END - 1, "cpu_online_map+0xff7"),

@@ -117,6 +117,23 @@ def test_no_table_without_all_of_it() -> None:
         assert embedded.find(table[cut:]) is None
 
 
+def test_every_marker_must_agree() -> None:
+    table = bytearray(embedded_table(many(700), tokens=TOKENS))
+    tokens = table.index(b"\0" * 20)  # the empty tokens of the control characters
+    marker = tokens & ~3
+    while table[marker : marker + 4] != bytes(4):
+        marker -= 4
+    second = int.from_bytes(table[marker + 4 : marker + 8], "little")
+    assert second > 1000
+    table[marker + 4 : marker + 8] = (second + 1).to_bytes(4, "little")
+    assert embedded.find(bytes(table)) is None
+
+
+def test_names_that_unpack_to_more_than_any_symbol_are_refused() -> None:
+    assert embedded.find(embedded_table([(0x200000, "T" + "x" * 400)], tokens=["x" * 200])) is not None
+    assert embedded.find(embedded_table([(0x200000, "T" + "x" * 600)], tokens=["x" * 200])) is None
+
+
 @settings(max_examples=300)
 @given(st.data())
 def test_a_damaged_table_is_none_or_well_formed(data: st.DataObject) -> None:
@@ -336,6 +353,15 @@ def test_a_table_across_two_reads() -> None:
     assert embedded.load_memory("dump", memory.read, START, START + (4 << 20)).address("function_1999") == (
         START + 16 * 1999
     )
+
+
+def test_the_note_behind_the_last_read() -> None:
+    table = embedded_table(many(2000))
+    parts = sections(rodata=bytes((1 << 20) - 0x1000 - len(table) - 8) + table + bytes(0x3000))
+    memory = Memory(image(parts).ljust(4 << 20, b"\0"))
+    assert parts[2].address > START + (1 << 20)
+    found = embedded.load_memory("dump", memory.read, START, START + (4 << 20))
+    assert (found.build_id, found.note_address) == (BUILD_ID, parts[2].address)
 
 
 def test_what_the_reader_says_is_not_swallowed() -> None:

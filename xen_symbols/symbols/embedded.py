@@ -151,8 +151,8 @@ def virtual_start(pieces: Sequence[tuple[int, bytes]]) -> int | None:
     for start, data in pieces:
         position = data.find(b"\x82\xff\xff")
         while position >= 0 and sum(regions.values()) < _ENOUGH_POINTERS:
-            if (start + position) % 8 == 5 and position >= 5:
-                pointer = int.from_bytes(data[position - 5 : position + 3], "little")
+            if (start + position) % 8 == 5:
+                pointer = int.from_bytes(data[max(0, position - 5) : position + 3], "little")
                 if low <= pointer % REGION < high:
                     regions[pointer // REGION] = regions.get(pointer // REGION, 0) + 1
             position = data.find(b"\x82\xff\xff", position + 1)

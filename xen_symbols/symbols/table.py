@@ -134,7 +134,7 @@ class SymbolTable:
         index: dict[str, list[int]] = {}
         for name in self._by_name:
             base, _, number = name.rpartition(".")
-            if base and "." not in base and number.isdecimal():
+            if base and number.isdecimal():
                 index.setdefault(base, []).extend(self._named(name))
         return index
 
