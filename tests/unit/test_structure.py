@@ -21,7 +21,8 @@ HOMES = {
     "pygdbmi": ("scripts/",),
     "rich": ("xen_symbols/report/console.py", "scripts/"),
     "elftools": ("xen_symbols/symbols/", "xen_symbols/target/"),
-    "kdumpfile": ("xen_symbols/target/",),
+    "cramjam": ("xen_symbols/target/decompress.py",),
+    "lzallright": ("xen_symbols/target/decompress.py",),
 }
 
 
