@@ -1,0 +1,100 @@
+/*
+ * fault.h - ways to do the crash path wrong, chosen on the command line: fault=NAME fault_cpu=N.
+ *
+ * The code is the same with and without a fault, so that nothing else tells the generations apart. A fault
+ * shows where it is made: as `faulty(X)` or `faulty_cpu(X, cpu)` in the function that it spoils. What each one
+ * is, and what is to be seen of it, is told in faults.py.
+ */
+#ifndef FAULT_H
+#define FAULT_H
+
+#include "xen.h"
+
+#define FAULTS(F)                                               \
+    /* Bookkeeping */                                           \
+    F(NO_SIGN_OFF,              "no-sign-off")                  \
+    F(SIGN_OFF_FIRST,           "sign-off-first")               \
+    F(SAVE_DONE_EARLY,          "save-done-early")              \
+    F(SAVE_DONE_NEVER,          "save-done-never")              \
+    F(SAVE_DONE_ON_CRASHER,     "save-done-on-crasher")         \
+    F(STILL_ONLINE,             "still-online")                 \
+    F(SECOND_ENTRY,             "second-entry")                 \
+    F(WAIT_ENDS_EARLY,          "wait-ends-early")              \
+    F(OWNER_WRONG,              "owner-wrong")                  \
+    F(KEXECING_UNSET,           "kexecing-unset")               \
+    /* The NMI and its handler */                               \
+    F(HOOK_MISSING,             "hook-missing")                 \
+    F(HOOK_RESTORED,            "hook-restored")                \
+    F(NMI_GATE_NOT_HOOKED,      "nmi-gate-not-hooked")          \
+    F(HANDLERS_EXCHANGED,       "handlers-exchanged")           \
+    F(NMI_NOT_SENT,             "nmi-not-sent")                 \
+    F(STUCK,                    "stuck")                        \
+    F(LATE,                     "late")                         \
+    F(IDTR_ELSEWHERE,           "idtr-elsewhere")               \
+    /* One property of one gate, in the order of fault.c */     \
+    F(OWN_NMI_GATE_PRESENT,     "own-nmi-gate-present")         \
+    F(OWN_NMI_GATE_HANDLER,     "own-nmi-gate-handler")         \
+    F(OWN_NMI_GATE_SELECTOR,    "own-nmi-gate-selector")        \
+    F(OWN_NMI_GATE_TYPE,        "own-nmi-gate-type")            \
+    F(OWN_NMI_GATE_DPL,         "own-nmi-gate-dpl")             \
+    F(OWN_NMI_GATE_IST,         "own-nmi-gate-ist")             \
+    F(OWN_NMI_GATE_RESERVED,    "own-nmi-gate-reserved")        \
+    F(NMI_GATE_PRESENT,         "nmi-gate-present")             \
+    F(NMI_GATE_HANDLER,         "nmi-gate-handler")             \
+    F(NMI_GATE_SELECTOR,        "nmi-gate-selector")            \
+    F(NMI_GATE_TYPE,            "nmi-gate-type")                \
+    F(NMI_GATE_DPL,             "nmi-gate-dpl")                 \
+    F(NMI_GATE_IST,             "nmi-gate-ist")                 \
+    F(NMI_GATE_RESERVED,        "nmi-gate-reserved")            \
+    F(MC_GATE_PRESENT,          "mc-gate-present")              \
+    F(MC_GATE_HANDLER,          "mc-gate-handler")              \
+    F(MC_GATE_SELECTOR,         "mc-gate-selector")             \
+    F(MC_GATE_TYPE,             "mc-gate-type")                 \
+    F(MC_GATE_DPL,              "mc-gate-dpl")                  \
+    F(MC_GATE_IST_RESTORED,     "mc-gate-ist-restored")         \
+    F(MC_GATE_RESERVED,         "mc-gate-reserved")             \
+    /* Machine checks */                                        \
+    F(OWN_MC_GATE_IST,          "own-mc-gate-ist")              \
+    F(MC_GATE_IST,              "mc-gate-ist")                  \
+    F(MC_NOT_SWAPPED,           "mc-not-swapped")               \
+    F(MC_SWAPPED_ON_CRASHER,    "mc-swapped-on-crasher-only")   \
+    F(MC_REWRITTEN,             "mc-rewritten")                 \
+    /* Notes */                                                 \
+    F(NOTES_MISSING,            "notes-missing")                \
+    F(NOTES_EMPTY,              "notes-empty")                  \
+    F(INFO_NOTE_MISSING,        "info-note-missing")            \
+    /* Local APIC */                                            \
+    F(LAPIC_NOT_STOPPED,        "lapic-not-stopped")            \
+    F(LVTS_NOT_MASKED,          "lvts-not-masked")              \
+    F(LAPIC_MODE_KEPT,          "lapic-mode-kept")              \
+    F(OWN_LAPIC_MODE_KEPT,      "own-lapic-mode-kept")          \
+    F(X2APIC_ENABLED_STALE,     "x2apic-enabled-stale")         \
+    F(NO_SELF_NMI,              "no-self-nmi")                  \
+    F(SELF_NMI_MISDIRECTED,     "self-nmi-misdirected")         \
+    /* The end */                                               \
+    F(NOT_HALTED,               "not-halted")                   \
+    F(INTERRUPTS_ON,            "interrupts-on")                \
+    F(NMIS_LATCHED,             "nmis-latched")                 \
+    F(ENABLE_NMIS_SKIPPED,      "enable-nmis-skipped")          \
+    F(NO_JUMP,                  "no-jump")
+
+enum fault {
+    NO_FAULT,
+#define F(constant, name) constant,
+    FAULTS(F)
+#undef F
+};
+
+extern enum fault fault;
+extern unsigned int fault_cpu;                  /* the CPU that does it wrong, or to which it is done */
+
+static inline bool faulty(enum fault which) { return fault == which; }
+static inline bool faulty_cpu(enum fault which, unsigned int cpu) { return fault == which && cpu == fault_cpu; }
+
+enum fault fault_by_name(const char *name);     /* NO_FAULT for a name that is none */
+
+/* Spoils the gate that the fault names, after it was written as it should be. */
+void spoil_nmi_gate(unsigned int crashing_cpu);
+void spoil_mc_gate(void);
+
+#endif /* FAULT_H */

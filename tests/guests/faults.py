@@ -1,0 +1,248 @@
+"""The guest's faults: ways in which such a patch can be, or was, wrong, and what is to be seen of each.
+
+Each row names the features (rows of generation.h) that a generation must have, or with a "!" must not have, for the
+fault to make sense in it. fault.h has the same names; the functions that they spoil are found by searching for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from xencrash.guests.generations import feature, generations
+
+
+def _has(generation: str, features: Iterable[str]) -> bool:
+    return all(bool(feature(generation, name.lstrip("!"))) is not name.startswith("!") for name in features)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A failure to be found, and none other than those listed may be.
+
+    `cpu`: "C", the crashing CPU; "F", the faulty one (fault_cpu); "O", each CPU but C; None, the whole machine.
+    `stage`: the first at which it can be seen. Failures that the report says follow from another are not listed.
+    """
+
+    check: str
+    cpu: str | None
+    stage: str
+    needs: tuple[str, ...] = ()
+
+    def cpus(self, crashing: int, faulty: int, online: Iterable[int]) -> tuple[int | None, ...]:
+        if self.cpu == "O":
+            return tuple(cpu for cpu in online if cpu != crashing)
+        return ({"C": crashing, "F": faulty, None: None}[self.cpu],)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way to go wrong. `does` is one sentence; `words` is what the command line says for it.
+
+    `invisible` says why no state that can be read shows it; "" for a fault that can be seen. `x2apic` is what the
+    guest must be booted with to show it: "", "x2apic" or "x2apic=firmware".
+    """
+
+    id: str
+    does: str
+    needs: tuple[str, ...] = ()
+    findings: tuple[Expected, ...] = ()
+    invisible: str = ""
+    cpus: int = 2  # the least with which it can be shown
+    x2apic: str = ""
+    words: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if not self.words:
+            object.__setattr__(self, "words", f"fault={self.id}")
+
+    @property
+    def visible(self) -> bool:
+        return not self.invisible
+
+    @property
+    def generations(self) -> tuple[str, ...]:
+        """Those in which it makes sense."""
+        return tuple(generation for generation in generations() if _has(generation, self.needs))
+
+    def expected(self, generation: str) -> tuple[Expected, ...]:
+        found = tuple(finding for finding in self.findings if _has(generation, finding.needs))
+        lost = any(finding.check in ("nmi-answered", "trace-complete") for finding in found)
+        return found if lost else found + clean(generation)
+
+
+def clean(generation: str) -> tuple[Expected, ...]:
+    """What is found without any fault (with 2 CPUs or more): nothing, but for the RFC as posted."""
+    return (Expected("waiting-cpus", None, "shootdown-done"),) if _has(generation, ("!SIGNS_OFF",)) else ()
+
+
+_SILENT = Expected("nmi-answered", "F", "shootdown-done")
+_ALL_SILENT = Expected("nmi-answered", "O", "shootdown-done")
+_COUNT, _MASK = ("WAITS_FOR_COUNTER",), ("!WAITS_FOR_COUNTER",)
+
+# What one wrong property of a gate is: the word for it, what the fault does, and what else follows for a CPU that
+# takes its NMI through such a gate.
+_GATE = (
+    ("present", "is not present", _SILENT),
+    ("handler", "leads a few bytes past the handler's beginning", None),
+    ("selector", "has the data segment's selector", _SILENT),
+    ("type", "is a trap gate", Expected("cpu-parked", "F", "handover")),
+    ("dpl", "has privilege level 3", None),
+    ("reserved", "has a reserved bit set", None),
+)
+
+FAULTS: tuple[Fault, ...] = (
+    # Bookkeeping
+    Fault("no-sign-off", "A CPU stops without signing off: the one defect of the RFC as posted, on one CPU alone.",
+          ("SIGNS_OFF",), (Expected("waiting-cpus", None, "shootdown-done", _COUNT),
+                           Expected("waiting-cpus", "F", "shootdown-done", _MASK),
+                           Expected("shootdown-report", None, "shootdown-done", ("REPORTS_SHOOTDOWN",)))),
+    Fault("sign-off-first", "A CPU signs off before it has saved its registers and stopped.",
+          ("SIGNS_OFF",), (Expected("waiting-cpus", None, "cpu-save", _COUNT),
+                           Expected("waiting-cpus", "F", "cpu-save", _MASK))),
+    Fault("save-done-early", "A CPU sets crash_save_done before its registers are saved.",
+          ("HARDENED",), (Expected("crash-save-done", "F", "cpu-save"),)),
+    Fault("save-done-never", "A CPU never sets crash_save_done: a second NMI would stop it a second time.",
+          ("HARDENED",), (Expected("crash-save-done", "F", "shootdown-done"),)),
+    Fault("save-done-on-crasher", "crash_save_done is set on the crashing CPU, which was never shot down.",
+          ("HARDENED",), (Expected("crash-save-done", "C", "shootdown"),), cpus=1),
+    Fault("still-online", "A CPU stops and leaves its bit in cpu_online_map.",
+          (), (Expected("online-cpus", "F", "shootdown-done"),)),
+    Fault("second-entry", "A CPU opens NMIs before it queues its own, and enters the handler a second time.",
+          ("HARDENED",), (Expected("nmi-entries", "F", "shootdown-done"),)),
+    Fault("wait-ends-early", "The crashing CPU goes on while a CPU has yet to save its registers.",
+          ("SIGNS_OFF",), (_SILENT,)),
+    Fault("owner-wrong", "one_cpu_only() records a CPU that did not crash.",
+          ("RECORDS_OWNER",), (Expected("crash-owner", None, "shutdown-entry"),)),
+    Fault("kexecing-unset", "kexecing stays false: the local APICs are not told that a crash image follows.",
+          (), (Expected("kexecing", None, "shutdown-entry"),), cpus=1),
+    # The NMI and its handler
+    Fault("hook-missing", "The NMI is sent with nothing hooked: every CPU runs its ordinary handler.",
+          ("!HOOKS_GATES",), (Expected("nmi-dispatch", None, "shootdown"), _ALL_SILENT)),
+    Fault("hook-restored", "Another user of nmi_callback puts back what it found there, after the crash path's hook.",
+          ("HOOKS_CALLBACK", "HARDENED"), (Expected("nmi-dispatch", None, "shootdown"), _ALL_SILENT)),
+    Fault("nmi-gate-not-hooked", "One CPU's NMI gate is forgotten.",
+          ("HOOKS_GATES",), (Expected("nmi-gate-handler", "F", "shootdown"), _SILENT)),
+    Fault("handlers-exchanged", "nmi_crash goes to the crashing CPU, and trap_nop to all others.",
+          ("HOOKS_GATES",), (Expected("nmi-gate-handler", "C", "shootdown"),
+                             Expected("nmi-gate-handler", "O", "shootdown"), _ALL_SILENT)),
+    Fault("nmi-not-sent", "One CPU is left out when the NMI is sent.", (), (_SILENT,)),
+    Fault("stuck", "A CPU never leaves another NMI's handler: the shootdown's NMI stays latched there.",
+          (), (_SILENT,)),
+    Fault("late", "A CPU leaves another NMI's handler only when the crash image runs already, and answers then.",
+          (), (_SILENT,)),
+    Fault("idtr-elsewhere", "A CPU uses a copy of its IDT, so what is written to the table has no effect on it.",
+          (), (Expected("idtr", "F", "normal"),
+               Expected("nmi-answered", "F", "shootdown-done", ("HOOKS_GATES",)))),
+    *(Fault(f"own-nmi-gate-{name}", f"The NMI gate of the crashing CPU {does}.",
+            ("OWN_GATE_TRAP_NOP",), (Expected(f"nmi-gate-{name}", "C", "shootdown"),), cpus=1)
+      for name, does, _ in (*_GATE, ("ist", "keeps its IST: a nested NMI overwrites the first one's frame", None))),
+    *(Fault(f"nmi-gate-{name}", f"The NMI gate of another CPU {does}.",
+            ("HOOKS_GATES",), (Expected(f"nmi-gate-{name}", "F", "shootdown"), *((follows,) if follows else ())))
+      for name, does, follows in (
+          *_GATE, ("ist", "keeps the IST that the RFC takes away, or loses the one that the others keep", None))),
+    # Machine checks
+    *(Fault(f"mc-gate-{name}", f"The #MC gate of another CPU {does}, once it is rewritten.",
+            ("HARDENED",), (Expected(f"mc-gate-{name}", "F", "handover"),))
+      for name, does, _ in _GATE),
+    Fault("own-mc-gate-ist", "The #MC gate of the crashing CPU keeps its IST.",
+          ("HARDENED",), (Expected("mc-gate-ist", "C", "shootdown"),), cpus=1),
+    Fault("mc-gate-ist", "The #MC gate of another CPU keeps its IST.",
+          ("HARDENED",), (Expected("mc-gate-ist", "F", "cpu-save", ("!REWRITES_GATES",)),
+                          Expected("mc-gate-ist", "F", "shootdown", ("REWRITES_GATES",)))),
+    Fault("mc-gate-ist-restored", "A lost race in the rewriting of another CPU's #MC gate brings its IST back.",
+          ("HARDENED",), (Expected("mc-gate-ist", "F", "handover"),)),
+    Fault("mc-not-swapped", "No #MC gate is led to trap_nop before the jump.",
+          ("HARDENED",), (Expected("mc-gate-handler", "C", "handover"), Expected("mc-gate-handler", "O", "handover"))),
+    Fault("mc-swapped-on-crasher-only", "Only the crashing CPU's own #MC gate is led to trap_nop.",
+          ("HARDENED",), (Expected("mc-gate-handler", "O", "handover"),)),
+    Fault("mc-rewritten", "The #MC gates are rewritten whole, as the RFC did, where the handler alone should change.",
+          ("HARDENED", "!REWRITES_GATES"),
+          invisible="IST is off already on every CPU that answered, so the gates end the same; only a machine check "
+          "in the instant in which one is not present would tell"),
+    # Notes
+    Fault("notes-missing", "A CPU stops without saving its registers.",
+          (), (Expected("saved-cpus", "F", "cpu-stop"), Expected("crash-notes", "F", "cpu-stop"))),
+    Fault("notes-empty", "A CPU counts as saved, and has saved nothing.",
+          (), (Expected("crash-notes", "F", "cpu-stop"),)),
+    Fault("info-note-missing", "The note about Xen itself is not written.",
+          (), (Expected("crash-info-note", None, "exec-entry"),), cpus=1),
+    # Local APIC
+    Fault("lapic-not-stopped", "A CPU is parked with its local APIC running.",
+          (), (Expected("lapic-enabled", "F", "shootdown-done"), Expected("lapic-lvt", "F", "shootdown-done"))),
+    Fault("lvts-not-masked", "A CPU disables its local APIC by software and leaves the vector table unmasked "
+          "(hardware masks it then; QEMU shows what was written).",
+          (), (Expected("lapic-lvt", "F", "shootdown-done"),)),
+    Fault("lapic-mode-kept", "A CPU is left in x2APIC mode where the machine booted in xAPIC mode.",
+          (), (Expected("lapic-mode", "F", "shootdown-done"),), x2apic="x2apic"),
+    Fault("own-lapic-mode-kept", "The crashing CPU is left in x2APIC mode where the machine booted in xAPIC mode.",
+          (), (Expected("lapic-mode", "C", "crash-info"), Expected("x2apic-enabled", None, "crash-info")),
+          cpus=1, x2apic="x2apic"),
+    Fault("x2apic-enabled-stale", "x2apic_enabled is not looked at again after the stop: the next access to the local "
+          "APIC uses MSRs that are not there any more, and Xen panics within the crash.",
+          (), (Expected("trace-complete", None, "crash-info"),), cpus=1, x2apic="x2apic"),
+    Fault("no-self-nmi", "A CPU parks without an NMI of its own queued behind the latch.",
+          ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"), Expected("nmi-pending", "F", "handover"))),
+    Fault("self-nmi-misdirected", "A CPU addresses its own NMI to an APIC id that nobody has.",
+          ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"), Expected("nmi-pending", "F", "handover"))),
+    # The end
+    Fault("not-halted", "A CPU spins where it should halt.", (), (Expected("cpu-parked", "F", "handover"),)),
+    Fault("interrupts-on", "A CPU halts with interrupts on.", (), (Expected("cpu-parked", "F", "handover"),)),
+    Fault("nmis-latched", "The crash comes from an NMI handler, and NMIs are not opened again before the jump.",
+          ("HARDENED",), (Expected("nmi-latch", "C", "handover"),), cpus=1),
+    Fault("enable-nmis-skipped", "NMIs are not opened before the jump, in a crash that no NMI began.",
+          ("HARDENED",), cpus=1,
+          invisible="they were open already; nmis-latched is the crash in which they are not"),
+    Fault("no-jump", "machine_kexec() never jumps to the crash image.",
+          (), (Expected("trace-complete", None, "handover"),), cpus=1),
+    # What a generation does wrong by itself
+    Fault("absent-cpus", "CPU numbers that no CPU has: 4.21.0's machine_kexec() reads through their per-CPU pointers.",
+          ("READS_ABSENT_IDTS",), (Expected("trace-complete", None, "handover"),), cpus=1, words="nr_cpu_ids=17"),
+    Fault("firmware-x2apic", "The firmware booted in x2APIC mode: until 4.4 a LAPIC goes there from disabled at once, "
+          "which is #GP.",
+          ("ALWAYS_REVERTS_LAPIC",), (_ALL_SILENT,), x2apic="x2apic=firmware", words="x2apic=firmware"),
+)  # fmt: skip
+
+BY_ID = {fault.id: fault for fault in FAULTS}
+
+
+def command_line(
+    fault: str | None = None,
+    *,
+    fault_cpu: int | None = None,
+    crash_cpu: int = 0,
+    by_itself: bool = False,
+    in_nmi: bool = False,
+    x2apic: bool = False,
+    exits: bool = False,
+) -> str:
+    """What QEMU's -append says. A crash begins when 'C' is typed on the serial line, or by itself.
+
+    The faulty CPU is by default the first that is not the crashing one. `in_nmi` crashes from an NMI handler, `x2apic`
+    switches to x2APIC (QEMU 10), `exits` lets the crash image end QEMU (-device isa-debug-exit,iobase=0xf4).
+    """
+    chosen = BY_ID[fault] if fault is not None else None
+    mode = chosen.x2apic if chosen is not None and chosen.x2apic else "x2apic" if x2apic else ""
+    words = [
+        chosen.words if chosen is not None and chosen.words != mode else "",
+        f"fault_cpu={fault_cpu}" if fault_cpu is not None else "",
+        f"crash_cpu={crash_cpu}" if crash_cpu else "",
+        "crash=auto" if by_itself else "",
+        "context=nmi" if in_nmi else "",
+        mode,
+        "exit" if exits else "",
+    ]
+    return " ".join(filter(None, words))
+
+
+def listing() -> dict[str, Any]:
+    """What `xencrash lab guests --format json` says."""
+    return {
+        "generations": [{"id": generation} for generation in generations()],
+        "faults": [
+            {"id": fault.id, "does": fault.does, "generations": list(fault.generations), "visible": fault.visible}
+            | ({"reason": fault.invisible} if fault.invisible else {})
+            for fault in FAULTS
+        ],
+    }
