@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.crashpath.engine import TOOL, describe_symbols, describe_target, evaluate, new_report
+from xen_symbols.crashpath.generations import identify
+from xen_symbols.crashpath.position import infer
+from xen_symbols.report.blocks import Block, Cell, Lines, Table
+from xen_symbols.report.console import plain, print_blocks
+from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus, Report
 from xen_symbols.symbols.table import load_symbols
 from xen_symbols.target.dump import open_dump
 from xen_symbols.xen.locate import carried_symbols, locate
 from xen_symbols.xen.memory import XenMemory
+from xen_symbols.xen.state import read_state
 
 Json = dict[str, Any]
 
@@ -29,3 +40,146 @@ def check_dump(path: str, args: argparse.Namespace) -> Json:
         return evaluate(memory).to_json()
     except Unreadable as error:
         raise Undecidable(f"{path}: {error}") from None
+
+
+def check_many(args: argparse.Namespace) -> int:
+    """Judge several dumps: a line for each, a report for each with --output DIR, and the worst status."""
+    from xencrash.cli import UsageError, render, status_of, write
+
+    live = [target for target in args.target if target.startswith("gdb:")]
+    if live:
+        raise UsageError(f"{live[0]} is a live machine: check it alone")
+    reports: list[Json] = []
+    for path in args.target:
+        try:
+            reports.append(check_dump(path, args))
+        except Undecidable as error:
+            print(f"xencrash: {error}", file=sys.stderr)
+            reports.append(_undecided(path, str(error)))
+    if args.output:
+        directory = Path(args.output)
+        suffix = {"json": ".json", "junit": ".xml", "table": ".txt"}[args.format]
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{args.output}: {error.strerror}; several dumps need a directory") from None
+        for number, (path, report) in enumerate(zip(args.target, reports, strict=True)):
+            write(render(report, args.format), str(directory / f"{number}-{Path(path).name}{suffix}"))
+        print_blocks([_summary(reports)], sys.stdout)
+    elif args.format == "table":
+        print_blocks([_summary(reports)], sys.stdout)
+    else:
+        write(json.dumps(reports, indent=2) + "\n" if args.format == "json" else "".join(
+            render(report, args.format) for report in reports), None)  # fmt: skip
+    statuses = [status_of(report) for report in reports]
+    return next((s for s in (ExitStatus.FAILED, ExitStatus.UNDECIDED) if s in statuses), ExitStatus.PASSED)
+
+
+def _undecided(path: str, why: str) -> Json:
+    nothing = {"path": None, "build_id": None, "match": None}
+    target = {"kind": "dump", "format": "unknown", "location": path}
+    return Report(TOOL, target, nothing, undecided=why).to_json()
+
+
+def _summary(reports: list[Json]) -> Table:
+    rows = []
+    for report in reports:
+        problem = next((f for f in report["findings"] if f["verdict"] in ("fail", "unknown")), None)
+        words = report.get("undecided") or (problem and f"{problem['check']} on CPU {problem['cpu']}") or ""
+        rows.append(
+            [
+                Cell(report["verdict"], report["verdict"]),
+                Cell(report["target"]["location"]),
+                Cell((report["generation"] or {}).get("id", "-")),
+                Cell("-" if report["crashing_cpu"] is None else str(report["crashing_cpu"])),
+                Cell(words),
+            ]
+        )
+    return Table("Dumps", ["verdict", "dump", "generation", "crashed on CPU", "first problem"], rows)
+
+
+def info(args: argparse.Namespace) -> int:
+    """Say what a target is. What can be told is told even where the rest cannot; then the status is 3."""
+    from xencrash.cli import write
+
+    data = live_info(args) if args.target.startswith("gdb:") else _dump_info(args)
+    if args.format == "json":
+        write(json.dumps(data, indent=2) + "\n", args.output)
+    elif args.output:
+        write(plain(_info_blocks(data)), args.output)
+    else:
+        print_blocks(_info_blocks(data), sys.stdout)
+    if data.get("undecided"):
+        print(f"xencrash: {data['undecided']}", file=sys.stderr)
+        return ExitStatus.UNDECIDED
+    return ExitStatus.PASSED
+
+
+def _dump_info(args: argparse.Namespace) -> Json:
+    target = open_dump(args.target, base=args.base)
+    data: Json = {
+        "schema": SCHEMA_VERSION,
+        "target": {"kind": target.kind, "format": target.format, "location": target.location},
+        "memory": [[hex(start), hex(end)] for start, end in _joined(target.physical_ranges())],
+        "notes": [{"name": note.name, "type": hex(note.type), "bytes": len(note.desc)} for note in target.notes()],
+        "registers": [
+            {"index": cpu.index, "source": cpu.source, "registers": {k: hex(v) for k, v in cpu.registers.items()}}
+            for cpu in target.cpus()
+        ],
+    }
+    try:
+        table = carried_symbols(target) if args.symbols is None else load_symbols(args.symbols)
+        memory = locate(target, table, allow_mismatch=args.allow_build_id_mismatch)
+        data["target"] = describe_target(memory)
+        data["symbols"] = describe_symbols(memory)
+        identification = identify(memory)
+        data["generation"] = new_report(memory, identification).generation
+        position = infer(read_state(memory), identification.generation)
+        data["stage"] = position.stage.id
+        data["crashing_cpu"] = position.crashing_cpu
+        data["online_at_crash"] = sorted(position.online)
+    except (Undecidable, Unreadable) as error:
+        data["undecided"] = str(error)
+    return data
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _info_blocks(data: Json) -> list[Block]:
+    def line(name: str, text: object) -> list[Cell]:
+        return [Cell(f"{name:13}", "dim"), Cell(str(text))]
+
+    target, symbols, generation = data["target"], data.get("symbols"), data.get("generation")
+    lines = [line("target", f"{target['location']} ({target['format']})")]
+    memory = data.get("memory", [])
+    shown = ", ".join(f"{start}-{end}" for start, end in memory[:4]) + (
+        f" and {len(memory) - 4} more" * (len(memory) > 4)
+    )
+    lines.append(line("memory", shown or "not listed"))
+    counted = Counter((note["name"], note["type"], note["bytes"]) for note in data.get("notes", []))
+    for (name, kind, size), count in counted.items():
+        lines.append(line("note", f"{count} x {name} {kind}, {size} bytes"))
+    for cpu in data.get("registers", []):
+        where = ", ".join(
+            f"{name} {cpu['registers'][name]}" for name in ("rip", "rsp", "cr3") if name in cpu["registers"]
+        )
+        lines.append(line("CPU", f"{cpu['index']}: {where or 'no registers'} ({cpu['source']})"))
+    if symbols:
+        lines.append(line("Xen", f"at physical {target['xen_phys_start']}, found by {target['found_by']}"))
+        lines.append(line("symbols", f"{symbols['path']} ({symbols['source']})"))
+        lines.append(line("build-id", f"{symbols['build_id']}, in memory {symbols['target_build_id']}"))
+    if generation:
+        lines.append(line("generation", f"{generation['id']} ({generation['introduced']})"))
+        lines += [line("", f"evidence: {evidence}") for evidence in generation["evidence"]]
+    if "stage" in data:
+        crashed = "nobody" if data["crashing_cpu"] is None else f"CPU {data['crashing_cpu']}"
+        lines.append(line("stage", f"{data['stage']}; crashed: {crashed}; online then: {data['online_at_crash']}"))
+    return [Lines(lines)]

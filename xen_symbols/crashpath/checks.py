@@ -41,7 +41,7 @@ IST_NUMBERS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Outcome:
     """What a judge found. `allowed` and `observed` are JSON values."""
 
@@ -78,7 +78,7 @@ def _expected_json(allowed: Sequence[Any]) -> Any:
 
 def expect(read: Read, allowed: Sequence[Any], show: Callable[[Any], Any] = lambda value: value) -> Outcome:
     """Pass when the value read is one of those allowed."""
-    distinct = list(dict.fromkeys(allowed))
+    distinct = allowed if len(allowed) == 1 else list(dict.fromkeys(allowed))
     shown = _expected_json([show(value) for value in distinct])
     if isinstance(read.value, Absent):
         return _from_absence(read.value, shown)
@@ -120,6 +120,7 @@ class Context:
         self.mc = self._entry("entry_MC", "machine_check")
         self.trap_nop = self._entry("trap_nop")
         self.ist = self._ist_numbers()
+        self._shown: dict[int, dict[str, Any]] = {}
 
     def _entry(self, *names: str) -> int | Absent:
         for name in names:
@@ -182,7 +183,11 @@ class Context:
         return None if physical.tr_base in (cpu.tss, cpu.tss + _IST_SSP_SIZE) else True
 
     def show_code(self, address: int) -> dict[str, Any]:
-        return {"address": hex(address), "symbol": self.symbols.describe(address) if address else None}
+        shown = self._shown.get(address)
+        if shown is None:
+            name = self.symbols.describe(address) if address else None
+            shown = self._shown[address] = {"address": hex(address), "symbol": name}
+        return shown
 
 
 class Subject(enum.Enum):

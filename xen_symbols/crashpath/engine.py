@@ -24,13 +24,14 @@ TOOL: Mapping[str, Any] = {"name": "xencrash", "version": __version__}
 _CONSOLE_TAIL = 2048
 
 
-def judge(context: Context) -> list[Finding]:
-    """Every check, for every CPU that it concerns, at one moment."""
+def judge(context: Context, stop: int = 0) -> list[Finding]:
+    """Every check, for every CPU that it concerns, at one moment; `stop` is its index in the report's stages."""
+    subjects = {subject: _subjects(subject, context) for subject in Subject}
     findings = []
     for check in CHECKS:
-        for cpu in _subjects(check.subject, context):
+        for cpu in subjects[check.subject]:
             outcome = check.judge(context, cpu)
-            findings.append(_finding(check, context.position, cpu, outcome))
+            findings.append(_finding(check, context.position, cpu, outcome, stop))
     return _follow(findings)
 
 
@@ -53,7 +54,7 @@ def _may_have_table(cpu: CpuState) -> bool:
     return cpu.idt.present or cpu.idt.value.kind.name != "NOT_APPLICABLE"
 
 
-def _finding(check: Check, position: Position, cpu: int, outcome: Outcome) -> Finding:
+def _finding(check: Check, position: Position, cpu: int, outcome: Outcome, stop: int) -> Finding:
     reason = check.consequence if outcome.verdict is Verdict.FAIL and not outcome.reason else outcome.reason
     return Finding(
         check=check.id,
@@ -65,6 +66,7 @@ def _finding(check: Check, position: Position, cpu: int, outcome: Outcome) -> Fi
         source=check.source,
         evidence=outcome.evidence,
         reason=reason,
+        stop=stop,
     )
 
 
@@ -163,8 +165,7 @@ def add_stage(report: Report, context: Context) -> list[Finding]:
     position = context.position
     report.crashing_cpu = position.crashing_cpu
     report.stages.append(_seen(context))
-    stop = len(report.stages) - 1
-    findings = [replace(finding, stop=stop) for finding in judge(context)]
+    findings = judge(context, stop=len(report.stages) - 1)
     report.findings += findings
     report.cpus = [describe_cpu(context, cpu) for cpu in context.state.cpus.values() if cpu.exists]
     return findings

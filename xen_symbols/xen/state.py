@@ -27,7 +27,7 @@ NR_CPUS_MAX = 16384  # no build of Xen allows more (Kconfig NR_CPUS); a larger n
 _DATA = "dDbBrRvV"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Read:
     """A value and where it came from. `raw` and `address` are there when it was in memory."""
 

@@ -1,0 +1,156 @@
+"""A crashed Xen of generation 4.17.0 as bytes: any number of CPUs, in memory as small as it can be.
+
+Image at physical XEN_PHYS_START by one 2 MiB page per 2 MiB, direct map by 1 GiB pages, as Xen itself maps them.
+Used where no recorded machine is large enough: thousands of CPUs, sparse dumps of 64 GB.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tests import dumpwriter
+from xen_symbols.x86.gate import INTERRUPT_GATE, Gate
+
+VIRT_START = 0xFFFF82D040000000
+DIRECTMAP = 0xFFFF830000000000
+PHYS_START = 0x3F800000
+# Per-CPU areas, IDTs and notes of the other CPUs, through the direct map.
+HEAP = 0x80000000
+BUILD_ID = bytes(range(20))
+_PRESENT, _PS = 1, 1 << 7
+
+
+@dataclass
+class SyntheticXen:
+    """`variables` are symbols by name with their bytes; `content` is physical memory."""
+
+    cpus: int
+    content: dict[int, bytes] = field(default_factory=dict)
+    symbols: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._next = VIRT_START + 0x400000
+        self._text()
+        self._tables()
+        self._state()
+
+    def _text(self) -> None:
+        names = (
+            "_start trap_nop nmi machine_check double_fault do_nmi do_nmi_crash kexec_crash machine_crash_shutdown "
+            "smp_send_nmi_allbutself kexec_crash_save_cpu __stop_this_cpu kexec_crash_save_info machine_kexec "
+            "kexec_reloc _etext"
+        )
+        for number, name in enumerate(names.split()):
+            self.symbols[name] = (VIRT_START + 0x200000 + 0x1000 * number, "T")
+        note = dumpwriter.note("GNU", 3, BUILD_ID)
+        self._place("__note_gnu_build_id_start", note, "R")
+
+    def _place(self, name: str, data: bytes, kind: str = "B") -> int:
+        """A variable of the image."""
+        address = self._next
+        self._next += (len(data) + 63) & ~63
+        self.symbols[name] = (address, kind)
+        self.content[address - VIRT_START + PHYS_START] = data
+        return address
+
+    def _tables(self) -> None:
+        self._next = (self._next + 4095) & ~4095
+        root = self._next
+        self.symbols["idle_pg_table"] = (root, "B")
+        self._next += 4096 * 4
+        physical = root - VIRT_START + PHYS_START
+        l4, image_l3, image_l2, direct_l3 = (physical + 4096 * i for i in range(4))
+        self.root = l4
+
+        def entry(table: int, address: int, shift: int, value: int) -> None:
+            self.content[table + 8 * (address >> shift & 511)] = struct.pack("<Q", value)
+
+        entry(l4, VIRT_START, 39, image_l3 | _PRESENT)
+        entry(image_l3, VIRT_START, 30, image_l2 | _PRESENT)
+        for offset in range(0, 16 << 20, 2 << 20):
+            entry(image_l2, VIRT_START + offset, 21, PHYS_START + offset | _PRESENT | _PS)
+        entry(l4, DIRECTMAP, 39, direct_l3 | _PRESENT)
+        for gigabyte in range(64):
+            entry(direct_l3, DIRECTMAP + (gigabyte << 30), 30, gigabyte << 30 | _PRESENT | _PS)
+
+    def _state(self) -> None:
+        count = self.cpus
+        text = {name: address for name, (address, _) in self.symbols.items()}
+        start = self._place("__per_cpu_start", bytes(64))
+        self.symbols["per_cpu__crash_save_done"] = (start, "B")
+        words = 8 * ((count + 63) // 64)
+
+        def mask(cpus: range) -> bytes:
+            return sum(1 << cpu for cpu in cpus).to_bytes(words, "little")
+
+        def idt(nmi: Gate, mc: Gate) -> bytes:
+            df = Gate(text["double_fault"], 0xE008, 4, INTERRUPT_GATE, 0, True)
+            gates = {2: nmi, 8: df, 18: mc}
+            return b"".join(gates[vector].raw if vector in gates else bytes(16) for vector in range(256))
+
+        nop = Gate(text["trap_nop"], 0xE008, 0, INTERRUPT_GATE, 0, True)
+        own = self._place("idt_table", idt(nop, nop))
+        other = idt(Gate(text["nmi"], 0xE008, 2, INTERRUPT_GATE, 0, True), nop)
+
+        heap = HEAP
+        offsets, idts, buffers = [0], [own], []
+        for cpu in range(count):
+            self.content[heap] = self._notes(cpu)
+            buffers.append(struct.pack("<QQ", DIRECTMAP + heap, 404))
+            heap += 512
+            if cpu:
+                self.content[heap] = b"\1"
+                offsets.append((DIRECTMAP + heap - start) % (1 << 64))
+                self.content[heap + 4096] = other
+                idts.append(DIRECTMAP + heap + 4096)
+                heap += 8192 - 512
+        self.content[heap] = b"".join(buffers)
+        array = DIRECTMAP + heap
+        self.end = heap + 16 * count
+        values: Mapping[str, bytes] = {
+            "nr_cpu_ids": struct.pack("<I", count),
+            "__per_cpu_offset": struct.pack(f"<{count}Q", *offsets),
+            "idt_tables": struct.pack(f"<{count}Q", *idts),
+            "x86_cpu_to_apicid": struct.pack(f"<{count}I", *range(count)),
+            "kexecing": b"\1",
+            "kexec_flags": struct.pack("<Q", 0x44),
+            "kexec.c#crashing_cpu": struct.pack("<i", 0),
+            "crash_saved_cpus": mask(range(count)),
+            "cpu_online_map": bytes(words),
+            "waiting_to_crash": bytes(words),
+            "traps.c#nmi_callback": struct.pack("<Q", text["do_nmi_crash"]),
+            "x2apic_enabled": b"\0",
+            "apic_boot_mode": struct.pack("<I", 2),
+            "crash_notes": struct.pack("<Q", array),
+            "conring": struct.pack("<Q", self._place("_conring", b"(XEN) Shot down all CPUs\n".ljust(4096, b"\n"))),
+            "conring_size": struct.pack("<I", 4096),
+            "conringc": bytes(4),
+            "conringp": struct.pack("<I", 25),
+        }
+        for name, data in values.items():
+            self._place(name, data, "b" if "#" in name else "B")
+        self._place("_end", b"\0", "B")
+
+    def _registers(self) -> dict[str, int]:
+        rip = self.symbols["kexec_crash_save_cpu"][0] + 0xB2
+        return {"rip": rip, "cs": 0xE008, "rsp": DIRECTMAP + 0x1000, "cr0": 0x80050033, "cr3": self.root}
+
+    def _notes(self, cpu: int) -> bytes:
+        registers = self._registers()
+        notes = dumpwriter.note("CORE", 1, dumpwriter.prstatus(registers))
+        notes += dumpwriter.note("Xen", 0x1000002, dumpwriter.crash_regs(registers))
+        if cpu == 0:
+            notes += dumpwriter.note("Xen", 0x1000001, dumpwriter.crash_info(xen_phys_start=PHYS_START))
+        return notes
+
+    def map_file(self) -> str:
+        """The symbols as a `.map`."""
+        rows = sorted((address, kind, name) for name, (address, kind) in self.symbols.items())
+        return "".join(f"{address:016x} {kind} {name}\n" for address, kind, name in rows)
+
+    def notes(self) -> bytes:
+        """The notes of a vmcore."""
+        info = dumpwriter.crash_info(xen_phys_start=PHYS_START)
+        return dumpwriter.xen_notes([self._registers()] * self.cpus, info=info)
