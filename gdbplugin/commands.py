@@ -404,5 +404,53 @@ COMMANDS: tuple[Command, ...] = (
     ),
 )  # fmt: skip
 
+TRACE_HELP = """Follow a crash of Xen, stage by stage, and judge each stage.
+Usage: xen crash trace [--timeout SECONDS]
+
+Lets the machine run until Xen crashes, stops it at each stage of the crash path to read every gate
+and every CPU, prints a line for each stage, and a report at the end, where the machine stays stopped.
+Ctrl-C ends the trace. Without --timeout it waits for a crash as long as it takes.
+
+For programs: -xen-crash-trace-begin, -xen-crash-trace-stop after each stop at one of the anchors that
+it named, and -xen-crash-trace-end. Each returns JSON in the field json."""
+
 # What a handler may raise that is an answer to the user, not a fault of ours.
 ERRORS = (Undecidable, Unreadable)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One parameter under `set xen`. `kind` is gdb's PARAM_ constant."""
+
+    name: str
+    kind: str
+    summary: str
+    details: str
+
+
+SETTINGS = (
+    Setting("symbols", "PARAM_OPTIONAL_FILENAME", "the file with Xen's symbols",
+            "Its xen-syms, a .map, or the image. Empty: the first file loaded into gdb that is Xen's, else the table\n"
+            "that Xen carries in its own image."),
+    Setting("qmp-socket", "PARAM_OPTIONAL_FILENAME", "QEMU's QMP socket (a unix socket's path)",
+            "Through it come the LAPIC mode, the NMI latch and pending NMIs of every CPU, also of halted ones.\n"
+            "Empty: QEMU's monitor is asked through gdb, which has no answer for those."),
+    Setting("allow-build-id-mismatch", "PARAM_BOOLEAN", "whether symbols of another build are used",
+            "Off: they are refused. On: they are used, and every report says so."),
+    Setting("rdmsr", "PARAM_BOOLEAN", "whether the LAPIC mode may be read by executing an rdmsr on each CPU",
+            "Needed only without QMP. It executes one instruction of Xen's on each CPU that is awake in Xen, with the\n"
+            "registers put back afterwards; halted CPUs are left alone. Off: no register is ever changed."),
+)  # fmt: skip
+
+# Convenience functions, by name.
+FUNCTIONS = {
+    "xen_per_cpu": """$xen_per_cpu("NAME", CPU): the value of a per-CPU variable of Xen's.
+
+It has the variable's type where the symbols carry debug information; else it is an unsigned
+integer of the variable's size (1, 2, 4 or 8 bytes), or an array of unsigned char.
+It is a copy, read by Xen's own page tables whatever CPU is selected: it has no address
+(xen percpu shows that), and assigning to it changes nothing in the machine.""",
+    "xen_gate": """$xen_gate(CPU, VECTOR): the handler's address in one of Xen's interrupt gates, an unsigned long.
+
+For instance: info symbol $xen_gate(0, 2)""",
+}

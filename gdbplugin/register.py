@@ -8,13 +8,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import gdb
 
 from gdbplugin import trace
-from gdbplugin.commands import COMMANDS, ERRORS, IDT_ENTRIES, Argument, Command
+from gdbplugin.commands import (
+    COMMANDS,
+    ERRORS,
+    FUNCTIONS,
+    IDT_ENTRIES,
+    SETTINGS,
+    TRACE_HELP,
+    Argument,
+    Command,
+    Setting,
+)
 from gdbplugin.session import Session
 from xen_symbols.absence import Undecidable
 from xen_symbols.report.blocks import Block
@@ -23,30 +32,6 @@ from xen_symbols.x86 import gate
 from xen_symbols.xen.state import idt_address, per_cpu_address, per_cpu_offsets
 
 _PER_CPU = "per_cpu__"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One parameter under `set xen`. `kind` is gdb's PARAM_ constant."""
-
-    name: str
-    kind: str
-    summary: str
-    details: str
-
-
-SETTINGS = (
-    Setting("symbols", "PARAM_OPTIONAL_FILENAME", "the file with Xen's symbols",
-            "Its xen-syms, a .map, or the image. Empty: the first file loaded into gdb that is Xen's."),
-    Setting("qmp-socket", "PARAM_OPTIONAL_FILENAME", "QEMU's QMP socket (a unix socket's path)",
-            "Through it come the LAPIC mode, the NMI latch and pending NMIs of every CPU, also of halted ones.\n"
-            "Empty: QEMU's monitor is asked through gdb, which has no answer for those."),
-    Setting("allow-build-id-mismatch", "PARAM_BOOLEAN", "whether symbols of another build are used",
-            "Off: they are refused. On: they are used, and every report says so."),
-    Setting("rdmsr", "PARAM_BOOLEAN", "whether the LAPIC mode may be read by executing an rdmsr on each CPU",
-            "Needed only without QMP. It executes one instruction of Xen's on each CPU that is awake in Xen, with the\n"
-            "registers put back afterwards; halted CPUs are left alone. Off: no register is ever changed."),
-)  # fmt: skip
 
 
 class _Parameter(gdb.Parameter):
@@ -178,7 +163,7 @@ class _MiTrace(gdb.MICommand):
 
 
 class _CrashTrace(gdb.Command):
-    __doc__ = trace.HELP
+    __doc__ = TRACE_HELP
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -192,12 +177,7 @@ class _CrashTrace(gdb.Command):
 
 
 class _PerCpu(gdb.Function):
-    """$xen_per_cpu("NAME", CPU): the value of a per-CPU variable of Xen's.
-
-    It has the variable's type where the symbols carry debug information; else it is an unsigned
-    integer of the variable's size (1, 2, 4 or 8 bytes), or an array of unsigned char.
-    It is a copy, read by Xen's own page tables whatever CPU is selected: it has no address
-    (xen percpu shows that), and assigning to it changes nothing in the machine."""
+    __doc__ = FUNCTIONS["xen_per_cpu"]
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -215,9 +195,7 @@ class _PerCpu(gdb.Function):
 
 
 class _Gate(gdb.Function):
-    """$xen_gate(CPU, VECTOR): the handler's address in one of Xen's interrupt gates, an unsigned long.
-
-    For instance: info symbol $xen_gate(0, 2)"""
+    __doc__ = FUNCTIONS["xen_gate"]
 
     def __init__(self, session: Session) -> None:
         self._session = session

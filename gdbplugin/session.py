@@ -16,7 +16,7 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.follow import Follower
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.symbols.table import SymbolTable, load_symbols
-from xen_symbols.xen.locate import ROOT, locate, still_there
+from xen_symbols.xen.locate import ROOT, carried_symbols, locate, still_there
 from xen_symbols.xen.memory import XenMemory
 
 
@@ -35,6 +35,15 @@ class Session:
     # -- symbols ------------------------------------------------------------------------------
 
     def symbols(self) -> SymbolTable:
+        """The symbols in use: the chosen ones, or those that the Xen found last carries. Raises Undecidable."""
+        table = self._chosen()
+        if table is None and self._memory is not None:
+            table = self._memory.symbols
+        if table is None:
+            raise Undecidable("no symbols of Xen's: set xen symbols FILE (its xen-syms, .map, or image)")
+        return table
+
+    def _chosen(self) -> SymbolTable | None:
         """The file of `set xen symbols`, or the first file gdb has loaded that is Xen's. Raises Undecidable."""
         chosen = self.settings["symbols"].value
         if chosen:
@@ -44,7 +53,7 @@ class Session:
                 table = self._load(objfile.filename)
                 if table.has(ROOT):
                     return table
-        raise Undecidable("no symbols of Xen's: set xen symbols FILE (its xen-syms, .map, or image)")
+        return None
 
     def _load(self, path: str) -> SymbolTable:
         try:
@@ -92,12 +101,15 @@ class Session:
             yield self._xen(target)
 
     def _xen(self, target: LiveTarget) -> XenMemory:
-        symbols = self.symbols()
+        """Xen where it was found before, or else looked for anew: another connection, other symbols, another boot."""
+        chosen = self._chosen()
         memory = self._memory
-        if memory is None or memory.target is not target or memory.symbols is not symbols or not still_there(memory):
+        same = memory is not None and memory.target is target and (chosen is None or memory.symbols is chosen)
+        if memory is None or not same or not still_there(memory):
             self._memory = self._identification = None
             mismatch = bool(self.settings["allow-build-id-mismatch"].value)
-            memory = self._memory = locate(target, symbols, allow_mismatch=mismatch)
+            memory = locate(target, chosen or carried_symbols(target), allow_mismatch=mismatch)
+            self._memory = memory
         return memory
 
     def identification(self, memory: XenMemory) -> Identification:

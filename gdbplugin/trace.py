@@ -24,16 +24,6 @@ from xen_symbols.report.blocks import Block, Cell, Lines, report_blocks, stage_l
 # Between two stages Xen waits a second of its own time at most; QEMU's emulation of many CPUs may take ten times that.
 STALL_SECONDS = 30.0
 
-HELP = """Follow a crash of Xen, stage by stage, and judge each stage.
-Usage: xen crash trace [--timeout SECONDS]
-
-Lets the machine run until Xen crashes, stops it at each stage of the crash path to read every gate
-and every CPU, prints a line for each stage, and a report at the end, where the machine stays stopped.
-Ctrl-C ends the trace. Without --timeout it waits for a crash as long as it takes.
-
-For programs: -xen-crash-trace-begin, -xen-crash-trace-stop after each stop at one of the anchors that
-it named, and -xen-crash-trace-end. Each returns JSON in the field json."""
-
 
 def begin(session: Session) -> Json:
     """Judge the state before the crash. {"anchors": [{"address", "name"}], "report": the report so far}."""
@@ -65,12 +55,14 @@ def stop(session: Session) -> Json:
 
 
 def end(session: Session, stalled: str | None = None) -> Json:
-    """The whole report; with an argument, it says why the path did not reach its end."""
+    """End the trace; with an argument, it says why the path did not come to its end.
+
+    {"findings": what that adds, "verdict": of the whole}; -xen-crash-report has the whole report.
+    """
     follower = _follower(session)
-    if stalled is not None:
-        follower.stalled(stalled)
+    added = [] if stalled is None else [follower.stalled(stalled).to_json()]
     session.report, session.follower = follower.report.to_json(), None
-    return session.report
+    return {"findings": added, "verdict": session.report["verdict"]}
 
 
 MI_STEPS = {"-xen-crash-trace-begin": begin, "-xen-crash-trace-stop": stop, "-xen-crash-trace-end": end}
@@ -118,7 +110,8 @@ def run(session: Session, timeout: float | None, say: Callable[[Sequence[Block]]
             _follow(session, follower, timeout, say)
     except Undecidable as error:
         follower.report.undecided = str(error)
-    say(report_blocks(end(session)))
+    end(session)
+    say(report_blocks(session.report))
 
 
 def _follow(
@@ -160,11 +153,15 @@ def _breakpoints(addresses: Sequence[int]) -> Iterator[None]:
                 point.delete()
 
 
-_last_stop: list[gdb.StopEvent] = []
+_stops: list[gdb.StopEvent] = []
+
+
+def _note_stop(event: gdb.StopEvent) -> None:
+    _stops.append(event)
 
 
 def _interrupted() -> bool:
-    return bool(_last_stop) and isinstance(_last_stop[-1], gdb.SignalEvent)
+    return bool(_stops) and isinstance(_stops[-1], gdb.SignalEvent)
 
 
 def _continue(seconds: float | None) -> bool:
@@ -175,16 +172,14 @@ def _continue(seconds: float | None) -> bool:
         fired.set()
         os.kill(os.getpid(), signal.SIGINT)  # what gdb turns into a stop of the machine
 
-    timer = threading.Timer(seconds, interrupt) if seconds is not None else None
-    _last_stop.clear()
-    gdb.events.stop.connect(_last_stop.append)
+    timer = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, interrupt)
+    timer.daemon = True
+    _stops.clear()
+    gdb.events.stop.connect(_note_stop)
+    timer.start()
     try:
-        if timer:
-            timer.daemon = True
-            timer.start()
         gdb.execute("continue", to_string=True)
     finally:
-        gdb.events.stop.disconnect(_last_stop.append)
-        if timer:
-            timer.cancel()
+        timer.cancel()
+        gdb.events.stop.disconnect(_note_stop)
     return fired.is_set()

@@ -1,7 +1,7 @@
 """What QEMU's human monitor prints, read where no structured way exists: pure functions on its text.
 
 gdb reaches the monitor through the gdbstub itself (`monitor …`), so this works without a QMP socket. The layouts are
-those of QEMU's target/i386/cpu-dump.c (registers, local APIC) and softmmu/memory.c (flat views), the same in 7.2 and 10.0.
+those of QEMU's target/i386/cpu-dump.c (registers, local APIC) and memory.c (flat views), the same in 7.2 and 10.0.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ SOURCE = "QEMU monitor"
 
 _REGISTER = re.compile(r"\b([A-Z][A-Z0-9]{1,3}) ?= *([0-9a-f]+)\b")
 _SEGMENT = re.compile(r"^(LDT|TR|GDT|IDT) ?= *([0-9a-f ]+?) *(?:DPL=.*)?$", re.MULTILINE)
+_GENERAL = ("AX", "BX", "CX", "DX", "SI", "DI", "BP", "SP", "IP")
 _NAMES = {
-    **{name: name.lower() for name in "RAX RBX RCX RDX RSI RDI RBP RSP RIP CR0 CR2 CR3 CR4 EFER CS SS".split()},
+    **{name: name.lower() for name in ("CR0", "CR2", "CR3", "CR4", "EFER", "CS", "SS")},
     **{f"R{number}": f"r{number}" for number in range(8, 16)},
     # A CPU outside 64-bit mode is printed with its 32-bit names.
-    **{f"E{name}": f"r{name.lower()}" for name in "AX BX CX DX SI DI BP SP IP".split()},
+    **{f"{width}{name}": f"r{name.lower()}" for width in "RE" for name in _GENERAL},
     "RFL": "rflags",
     "EFL": "rflags",
 }

@@ -1,0 +1,391 @@
+"""gdb driven from outside over its machine interface: by tokens and results, never by waiting times.
+
+One `GdbSession` is one gdb with the plugin loaded. It always ends that gdb, and leaves the machine as it was found:
+running, or stopped. What goes wrong is an Undecidable of one line: gdb ended, the machine went away, nobody answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pygdbmi.IoManager import IoManager
+
+from xen_symbols.absence import Undecidable
+from xen_symbols.target.qmp import Qmp, QmpError
+
+Json = dict[str, Any]
+
+OLDEST_GDB = 12  # has custom MI commands and packets sent from Python
+ATTACH_SECONDS = 4.0  # QEMU's stub answers within milliseconds; one that serves another gdb never does
+COMMAND_SECONDS = 30.0
+_LEAVE_SECONDS = 3.0
+_POLL_SECONDS = 0.05
+_MORE_SECONDS = 0.001  # pygdbmi returns so long after output has come; with 0 it would sit out the whole poll
+
+
+class GdbDied(Undecidable):
+    """The gdb that was driven ended by itself, or was killed."""
+
+
+class TargetLost(Undecidable):
+    """QEMU, or the connection to it, is gone."""
+
+
+class MiError(Undecidable):
+    """gdb answered ^error; the message is gdb's, or the plugin's."""
+
+
+class Timeout(Undecidable):
+    """Something that should have been answered was not."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A *stopped record: gdb's reason (None when gdb gives none), and the signal if that was it."""
+
+    reason: str | None
+    signal: str | None = None
+
+
+_GONE_REASONS = ("exited", "exited-normally", "exited-signalled")
+# gdb's words when its connection breaks, and the plugin's.
+_GONE_WORDS = re.compile(r"Remote connection closed|Remote communication error|connection to \S+ was lost|"
+                         r"machine is gone|target is not responding|not connected to QEMU", re.IGNORECASE)  # fmt: skip
+
+
+def parse_live(target: str) -> str:
+    """What gdb's `target remote` takes, from gdb:HOST:PORT or gdb:/path/of/a/socket. Raises Undecidable."""
+    where = target.removeprefix("gdb:")
+    if where == target or not where:
+        raise Undecidable(f"{target!r} is not a live machine: that is gdb:HOST:PORT or gdb:/path/of/a/unix/socket")
+    if where.startswith("/"):
+        return where
+    host, colon, port = where.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise Undecidable(f"{target!r} has no port: a live machine is gdb:HOST:PORT or gdb:/path/of/a/unix/socket")
+    return f"{host or 'localhost'}:{port}"
+
+
+def find_gdb() -> str:
+    """$XENCRASH_GDB, or gdb on PATH, of a version that will do. Raises Undecidable."""
+    wanted = os.environ.get("XENCRASH_GDB") or "gdb"
+    found = shutil.which(wanted)
+    if found is None:
+        raise Undecidable(f"{wanted} was not found: install gdb, or name one in XENCRASH_GDB")
+    try:
+        words = subprocess.run(
+            [found, "--version"], capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Undecidable(f"{found} --version failed: {error}") from None
+    version = parse_version(words)
+    if version is None or version < OLDEST_GDB:
+        raise Undecidable(f"{found} is gdb {version or 'of an unknown version'}: {OLDEST_GDB} or newer is needed")
+    return found
+
+
+def parse_version(words: str) -> int | None:
+    """The major version in the first line of `gdb --version`, whose last version-like word is gdb's own."""
+    numbers = re.findall(r"\b(\d+)\.\d+", words.partition("\n")[0])
+    return int(numbers[-1]) if words.startswith("GNU gdb") and numbers else None
+
+
+def plugin_script() -> Path:
+    """The file to `source` in gdb. It is found, not imported: only gdb can import what it loads."""
+    found = importlib.util.find_spec("gdbplugin")
+    if found is None or found.origin is None:
+        raise Undecidable("the gdb plugin is not installed beside this command: install xencrash again")
+    return Path(found.origin).with_name("load.py")
+
+
+def gdb_arguments() -> list[str]:
+    """The first arguments of every gdb started here: nobody's own settings, nothing fetched, no questions."""
+    return [
+        "-q", "-nx",
+        "-iex", "set debuginfod enabled off",
+        "-iex", "set auto-load no",
+        "-iex", "set confirm off",
+        "-iex", "set tcp auto-retry off",
+    ]  # fmt: skip
+
+
+class GdbSession:
+    """A gdb of ours and, after `attach`, the machine that it stopped. A context manager."""
+
+    def __init__(self, gdb: str | None = None) -> None:
+        self.location = ""
+        self._found_running: bool | None = None
+        self._attached = False
+        self._running = False
+        self._token = 0
+        self._results: dict[int, Mapping[str, Any]] = {}
+        self._stops: deque[Stopped] = deque()
+        self._console: list[str] = []
+        self._log: deque[str] = deque(maxlen=20)
+        self._breakpoints: list[str] = []
+        self._lost = False
+        command = [gdb or find_gdb(), *gdb_arguments(), "--interpreter=mi3"]
+        # A session of its own: a Ctrl-C on the terminal is for us to act on.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+            start_new_session=True, env={**os.environ, "LC_ALL": "C.UTF-8"},
+        )  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._io = IoManager(self._process.stdin, self._process.stdout, None, _MORE_SECONDS)
+            for name, value in (("mi-async", "on"), ("pagination", "off"), ("width", "0")):
+                self.mi(f"-gdb-set {name} {value}")
+            self.cli(f"source {plugin_script()}")
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> GdbSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- commands -----------------------------------------------------------------------------
+
+    def mi(self, command: str, timeout: float = COMMAND_SECONDS) -> Json:
+        """The payload of an MI command's result. Raises MiError, or the reason why there is no result."""
+        self._token += 1
+        token = self._token
+        self._send(f"{token}{command}")
+        deadline = time.monotonic() + timeout
+        while token not in self._results:
+            if time.monotonic() > deadline:
+                raise Timeout(f"gdb did not answer {command.split()[0]} within {timeout:.0f} s")
+            self._receive()
+        result = self._results.pop(token)
+        payload: Json = result["payload"] or {}
+        if result["message"] == "error":
+            message = " ".join(str(payload.get("msg", "")).split())
+            if self._attached and _GONE_WORDS.search(message):
+                raise self._target_lost()
+            raise MiError(message)
+        return payload
+
+    def cli(self, command: str, timeout: float = COMMAND_SECONDS) -> str:
+        """What a command of gdb's command line printed."""
+        self._console.clear()
+        self.mi(f"-interpreter-exec console {_quoted(command)}", timeout)
+        return "".join(self._console)
+
+    def xen(self, name: str, *arguments: str, timeout: float = COMMAND_SECONDS) -> Json:
+        """The answer of one of the plugin's commands: `xen("idt", "0")`, `xen("crash-check")`."""
+        words = "".join(f" {_quoted(argument)}" for argument in arguments)
+        answer: Json = json.loads(self.mi(f"-xen-{name}{words}", timeout)["json"])
+        return answer
+
+    def set(self, name: str, value: str | bool | None) -> None:
+        """One of the plugin's settings; None leaves it alone."""
+        if value is not None:
+            words = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+            self.cli(f"set xen {name} {words}")
+
+    # -- the machine --------------------------------------------------------------------------
+
+    def attach(self, target: str, qmp: str | None = None) -> None:
+        """Connect to a machine and stop it. `target` as the user named it. Raises Undecidable.
+
+        Whether it ran before is known from QMP, or else from the monitor: a machine that QEMU calls just `paused` was
+        running until gdb's arrival, unless somebody had paused it by hand; without QMP that cannot be told, and it runs
+        on afterwards.
+        """
+        address = parse_live(target)
+        self.location = target
+        running = _ask_before_attaching(target, qmp) if qmp else None
+        try:
+            self.mi(f"-target-select remote {address}", ATTACH_SECONDS)
+        except Timeout:
+            self._process.kill()  # it would go on trying
+            raise Timeout(
+                f"{target} takes connections and answers nothing: another debugger is attached to it (QEMU serves one "
+                "at a time: detach that one), or it is no gdbstub"
+            ) from None
+        except MiError as error:
+            why = str(error).rstrip(".")
+            raise Undecidable(
+                f"nothing to attach to at {target}: {why}; start QEMU with -gdb, or see whether it still runs"
+            ) from None
+        self._attached = True
+        self._stops.clear()
+        self._running = False
+        if running is None:
+            status = self.cli("monitor info status")
+            running = re.search(r"VM status: (?:running|paused)\s*$", status) is not None
+        self._found_running = running
+
+    def break_at(self, address: int) -> None:
+        """A hardware breakpoint, removed again when the machine is left."""
+        made = self.mi(f"-break-insert -h *{address:#x}")
+        self._breakpoints.append(made["bkpt"]["number"])
+
+    def clear_breakpoints(self) -> None:
+        if self._breakpoints:
+            self.mi(f"-break-delete {' '.join(self._breakpoints)}")
+            self._breakpoints.clear()
+
+    def run(self) -> None:
+        """Let the machine run; `wait_stop` says when it stops."""
+        self._stops.clear()
+        self.mi("-exec-continue")
+        self._running = True
+
+    def wait_stop(self, timeout: float | None) -> Stopped | None:
+        """The next stop; None when there is none within `timeout` seconds. Raises TargetLost or GdbDied."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._stops:
+            if self._lost:
+                raise self._target_lost()
+            if deadline is not None and time.monotonic() > deadline:
+                return None
+            self._receive()
+        self._running = False
+        stopped = self._stops.popleft()
+        if self._lost or stopped.reason in _GONE_REASONS:
+            raise self._target_lost()
+        return stopped
+
+    def interrupt(self) -> None:
+        """Stop the running machine."""
+        if self._running:
+            self.mi("-exec-interrupt --all")
+            if self.wait_stop(COMMAND_SECONDS) is None:
+                raise Timeout(f"{self.location} does not stop: QEMU hangs, or is very busy")
+
+    def leave(self, running: bool | None = None) -> None:
+        """Let go of the machine: running or stopped as asked, or as it was found."""
+        if not self._attached:
+            return
+        running = bool(self._found_running) if running is None else running
+        self.interrupt()
+        self.clear_breakpoints()
+        self.mi("-target-detach" if running else "-target-disconnect", _LEAVE_SECONDS)
+        self._attached = False
+
+    def close(self) -> None:
+        """Leave the machine as it was found, if it is still there, and end gdb."""
+        try:
+            if self._attached and not self._lost and self._process.poll() is None:
+                with contextlib.suppress(Undecidable):  # it is going away, and so are we
+                    self.leave()
+        finally:
+            self._end()
+
+    # -- gdb itself ---------------------------------------------------------------------------
+
+    def _send(self, line: str) -> None:
+        try:
+            self._io.write(line, read_response=False)
+        except OSError:
+            raise self._died() from None
+
+    def _receive(self) -> None:
+        """Take in what gdb has sent; wait for it a short while."""
+        ended = self._process.poll() is not None  # before reading: what it said last is seen
+        records = self._io.get_gdb_response(_POLL_SECONDS, raise_error_on_timeout=False)
+        for record in records:
+            self._take(record)
+        if ended and not records:
+            raise self._died()
+
+    def _take(self, record: Mapping[str, Any]) -> None:
+        kind, payload = record["type"], record["payload"]
+        if kind == "result" and record["token"] is not None:
+            self._results[record["token"]] = record
+        elif kind == "notify" and record["message"] == "stopped":
+            self._stops.append(Stopped(payload.get("reason"), payload.get("signal-name")))
+        elif kind == "notify" and record["message"] == "thread-group-exited":
+            self._lost = self._attached
+        elif kind == "console" and payload:
+            self._console.append(payload)
+        elif kind in ("log", "output") and payload:
+            self._log.append(str(payload).strip())
+
+    def _died(self) -> GdbDied:
+        status = self._process.poll()
+        how = f"was killed by {signal.Signals(-status).name}" if status is not None and status < 0 else "ended"
+        said = f" ({self._log[-1]})" if self._log else ""
+        left = f"; {self.location} is left as it is, probably stopped: attach again" if self._attached else ""
+        return GdbDied(f"gdb {how}{said}{left}")
+
+    def _target_lost(self) -> TargetLost:
+        self._attached = False
+        return TargetLost(
+            f"QEMU at {self.location} went away: the guest was reset with -no-reboot, or QEMU ended; see its log"
+        )
+
+    def _end(self) -> None:
+        """End gdb, by asking and then by force, and reap it."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        try:
+            # An attached gdb would detach, and so let the machine run: what we could not leave is left stopped.
+            if self._attached:
+                self._process.kill()
+            self._process.wait(_LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        finally:
+            self._process.stdout.close()  # type: ignore[union-attr]
+
+
+def _quoted(text: str) -> str:
+    """A C string, as MI takes it."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _ask_before_attaching(target: str, socket: str) -> bool:
+    """Whether the machine runs, by QMP. Raises Undecidable, also when a debugger is attached already: a second one
+    would wait, and stop the machine whenever the first leaves."""
+    try:
+        with Qmp(socket) as qmp:
+            stubs = [device["filename"] for device in qmp.execute("query-chardev") if device["label"] == "gdb"]
+            if stubs and not stubs[0].startswith("disconnected:"):
+                raise Undecidable(f"another debugger is attached to {target}: QEMU serves one at a time: detach it")
+            return bool(qmp.execute("query-status")["status"] == "running")
+    except QmpError as error:
+        raise Undecidable(str(error)) from None
+
+
+def open_session(
+    target: str,
+    symbols: str | None = None,
+    qmp: str | None = None,
+    *,
+    allow_mismatch: bool = False,
+    rdmsr: bool = False,
+) -> GdbSession:
+    """A session attached to a machine, with the plugin told what the user said. Raises Undecidable."""
+    parse_live(target)
+    session = GdbSession()
+    try:
+        for name, path in (("symbols", symbols), ("qmp-socket", qmp)):
+            session.set(name, str(Path(path).absolute()) if path else None)
+        session.set("allow-build-id-mismatch", allow_mismatch)
+        session.set("rdmsr", rdmsr)
+        session.attach(target, qmp)
+    except BaseException:
+        session.close()
+        raise
+    return session
