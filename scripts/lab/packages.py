@@ -105,7 +105,7 @@ class Cache:
     def __init__(self, root: Path | None = None, progress: Progress = lambda text: None) -> None:
         self.root = root or default_root()
         self.progress = progress
-        self._fresh: set[str] = set()  # suites whose index this process fetched
+        self._fresh: set[str] = set()  # suites whose index this process has asked for
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -249,9 +249,9 @@ class Cache:
         keyring = KEYRING if KEYRING.exists() else None
         (folder / "sources.list").write_text(sources_list(row, machine_mirrors(), keyring))
         self.progress(f"fetching the package index of {suite}")
+        self._fresh.add(suite)
         self._apt(suite, "apt-get", "update", "--error-on=any", step=f"fetching the package index of {suite}")
         marker.touch()
-        self._fresh.add(suite)
 
     def _apt(self, suite: str, *command: str, step: str, cwd: Path | None = None) -> str:
         done = self._run(suite, *command, cwd=cwd)

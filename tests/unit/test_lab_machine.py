@@ -1,0 +1,157 @@
+"""The lab's files and command lines, without a machine."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from xencrash.lab import images, initramfs, machine
+from xencrash.lab.errors import LabError
+from xencrash.lab.packages import Cache
+from xencrash.lab.qemu import Boot, Paths, Program, command_line, cpu_of
+from xencrash.lab.rows import KERNEL_SUITE, QEMUS, SUITES, XENS
+
+
+def entries(archive: bytes) -> dict[str, tuple[int, bytes]]:
+    """A newc archive's members, read independently: fields of eight hex digits, name and data padded to four."""
+    found, at = {}, 0
+    while True:
+        assert archive[at : at + 6] == b"070701"
+        fields = [int(archive[at + 6 + 8 * index : at + 14 + 8 * index], 16) for index in range(13)]
+        mode, size, name_size = fields[1], fields[6], fields[11]
+        name = archive[at + 110 : at + 109 + name_size].decode()
+        assert archive[at + 109 + name_size] == 0
+        start = (at + 110 + name_size + 3) & ~3
+        if name == "TRAILER!!!":
+            return found
+        found[name] = (mode, archive[start : start + size])
+        at = (start + size + 3) & ~3
+
+
+def test_the_archive_holds_the_files_and_the_folders_they_imply() -> None:
+    archive = initramfs.cpio([initramfs.file("a/b/tool", b"12345"), initramfs.file("init", "#!", 0o644)])
+    assert entries(archive) == {
+        "a": (0o040755, b""),
+        "a/b": (0o040755, b""),
+        "a/b/tool": (0o100755, b"12345"),
+        "init": (0o100644, b"#!"),
+    }
+
+
+def test_an_initramfs_inserts_each_module_it_holds_in_order() -> None:
+    modules = dict.fromkeys(initramfs.CRASH_MODULES, b"ko")
+    held = entries(gzip.decompress(initramfs.initramfs(initramfs.CRASH_INIT, b"busybox", modules)))
+    inserted = [line.split("/")[-1] for line in held["init"][1].decode().splitlines() if line.startswith("insmod")]
+    assert tuple(inserted) == initramfs.CRASH_MODULES
+    assert {f"lib/modules/{name}" for name in inserted} < held.keys()
+
+
+def core(tmp_path: Path, *segments: tuple[int, int]) -> Path:
+    """An ELF64 core's headers, with segments of (file offset, size)."""
+    path = tmp_path / "core"
+    header = b"\x7fELF\x02\x01".ljust(32, b"\0") + struct.pack("<QQIHHHHHH", 64, 0, 0, 64, 56, len(segments), 0, 0, 0)
+    rows = b"".join(struct.pack("<IIQQQQQQ", 1, 0, offset, 0, 0, size, size, 0) for offset, size in segments)
+    path.write_bytes(header + rows)
+    return path
+
+
+def test_the_size_of_a_core_is_where_its_last_segment_ends(tmp_path: Path) -> None:
+    assert machine.elf_size(core(tmp_path, (0x1000, 0x234), (0x2000, 0x5000), (0x1800, 8))) == 0x7000
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert machine.elf_size(empty) == 0
+
+
+def test_a_sparse_copy_is_exact_and_keeps_holes(tmp_path: Path) -> None:
+    source, target = tmp_path / "disk", tmp_path / "copy"
+    with source.open("wb") as stream:
+        stream.truncate(64 << 20)
+        stream.seek(20 << 20)
+        stream.write(b"x" * 5000)
+    size = (20 << 20) + 4000
+    machine.copy_sparse(source, target, size)
+    assert target.stat().st_size == size
+    assert target.read_bytes() == bytes(20 << 20) + b"x" * 4000
+    assert target.stat().st_blocks * 512 < 1 << 20
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    paths = Paths(tmp_path / "a,b")
+    boot = Boot(Path("/xen"), Path("/syms"), "xen noreboot", "/vmlinuz quiet,/cpio")
+    command = command_line(
+        Program(("qemu",), "max,-smap"), boot, paths, cpus=4, max_cpus=8, memory_mib=512, paused=True, extra=("-X",)
+    )
+    options = dict(itertools.pairwise(command))
+    assert options["-smp"] == "4,maxcpus=8"
+    assert options["-kernel"] == "/xen"
+    assert options["-initrd"] == "/vmlinuz quiet,/cpio"
+    assert options["-append"] == "xen noreboot"
+    assert options["-gdb"] == f"unix:{tmp_path}/a,,b/gdb.sock,server=on,wait=off"
+    assert command[-2:] == ["-S", "-X"]
+    assert command.count("-qmp") == 2
+    guest = command_line(Program(("qemu",), "max"), Boot(Path("/g"), Path("/s")), paths, cpus=1, memory_mib=64)
+    assert "-initrd" not in guest and "-S" not in guest
+
+
+def test_what_a_qemu_cannot_do_is_said() -> None:
+    assert cpu_of(QEMUS["10.0"], None) == "max,-smap"
+    assert cpu_of(QEMUS["10.0"], "xapic") == "max,-smap,-x2apic"
+    with pytest.raises(LabError, match=r"QEMU 7\.2 cannot do x2apic, only xapic"):
+        cpu_of(QEMUS["7.2"], "x2apic")
+
+
+def test_every_row_names_suites_that_there_are_and_a_reason() -> None:
+    assert {row.suite for row in XENS.values()} | {row.kexec_suite for row in XENS.values()} <= SUITES.keys()
+    assert {row.suite for row in QEMUS.values()} | {KERNEL_SUITE} <= SUITES.keys()
+    assert all(row.reason for row in (*XENS.values(), *QEMUS.values()))
+    assert all(row.default_lapic in row.cpu for row in QEMUS.values())
+
+
+def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match=r"too long for the sockets in it .* give a shorter folder"):
+        machine._run_folder(tmp_path / ("x" * 100))
+
+
+def test_a_folder_of_no_lab(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="finding the lab: none in"):
+        machine.Lab.attach(tmp_path)
+    (tmp_path / "state.json").write_text('{"pid": 1')
+    with pytest.raises(LabError, match=r"state\.json cannot be read"):
+        machine.Lab.attach(tmp_path)
+
+
+def test_a_dead_machine_is_seen_even_if_its_process_number_lives_on(tmp_path: Path) -> None:
+    state = machine.State(os.getpid(), 1, "/syms", 512, 1, "Xen", "7.2", False)
+    (tmp_path / "state.json").write_text(json.dumps(state.__dict__))
+    lab = machine.Lab.attach(tmp_path)
+    assert lab.status()["machine"] == "gone"
+    with pytest.raises(LabError, match="QEMU is gone"):
+        lab.qmp("query-status")
+    lab.down()  # and ends nobody else
+
+
+def test_what_was_made_is_made_again_when_it_is_broken(tmp_path: Path) -> None:
+    told: list[str] = []
+    cache = Cache(tmp_path, told.append)
+
+    def build(folder: Path) -> None:
+        (folder / "sub").mkdir()
+        (folder / "sub/file").write_text("content")
+
+    made = images._made(cache, "thing", [Path("in_1.deb")], build)
+    assert (made / "sub/file").read_text() == "content"
+    assert images._made(cache, "thing", [Path("in_1.deb")], build) == made
+    assert images._made(cache, "thing", [Path("in_2.deb")], build) != made
+    told.clear()
+    for damage in ("CONTENT", None):
+        path = made / "sub/file"
+        path.write_text(damage) if damage else path.unlink()
+        assert images._made(cache, "thing", [Path("in_1.deb")], build) == made
+        assert path.read_text() == "content"
+    assert [text for text in told if "broken" in text] == [f"{made.name} in the cache is broken: making it again"] * 2
