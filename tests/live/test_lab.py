@@ -1,0 +1,217 @@
+"""The lab itself, with real machines: boot, crash, vmcore; and nothing is left of a machine whose owner is gone."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xencrash.lab.errors import LabError
+from xencrash.lab.images import xen_images
+from xencrash.lab.machine import Lab
+from xencrash.lab.packages import Cache, default_root
+from xencrash.lab.qemu import start_time
+from xencrash.lab.rows import DEFAULT_XEN, XENS
+
+pytestmark = pytest.mark.live
+
+COMMAND = [sys.executable, "-m", "xencrash"]
+
+
+def segments(vmcore: Path) -> Iterator[tuple[int, int, int, int]]:
+    """(type, offset, physical address, size) of each program header of an ELF64 core."""
+    with vmcore.open("rb") as stream:
+        header = stream.read(64)
+        count = struct.unpack_from("<H", header, 56)[0]
+        for _ in range(count):
+            kind, _, offset, _, address, size, _, _ = struct.unpack("<IIQQQQQQ", stream.read(56))
+            yield kind, offset, address, size
+
+
+def assert_same_memory(vmcore: Path, ram: Path) -> int:
+    """Every segment above the first MiB (which a crash kernel uses) holds the machine's RAM; bytes compared."""
+    compared = 0
+    with vmcore.open("rb") as left, ram.open("rb") as right:
+        core = mmap.mmap(left.fileno(), 0, access=mmap.ACCESS_READ)
+        machine = mmap.mmap(right.fileno(), 0, access=mmap.ACCESS_READ)
+        for kind, offset, address, size in segments(vmcore):
+            for start in range(0, size if kind == 1 and address >= 1 << 20 else 0, 1 << 24):
+                stop = min(start + (1 << 24), size)
+                assert core[offset + start : offset + stop] == machine[address + start : address + stop]
+                compared += stop - start
+    return compared
+
+
+def test_the_crash_key_leads_to_the_exact_vmcore(tmp_path: Path) -> None:
+    with Lab.up() as lab:
+        assert lab.status()["phase"] == "crash kernel loaded"
+        assert "console=hvc0" in lab.dom0("cat /proc/cmdline")
+        assert lab.dom0_status("echo a; echo b >&2; exit 3") == (3, "a\nb\n")
+        since = lab.serial_size()
+        lab.crash()
+        vmcore = lab.wait_vmcore(tmp_path / "vmcore")
+        assert re.search(rb"Executing kexec image on cpu\d", lab.serial_log.read_bytes()[since:])
+        assert [kind for kind, *_ in segments(vmcore)] == [4, 1, 1, 1]
+        assert assert_same_memory(vmcore, lab.ram_file) > 600 << 20
+        assert lab.status()["phase"] == "vmcore copied"
+        run_dir, pid = lab.run_dir, lab.qemu_pid
+    assert not run_dir.exists()
+    assert start_time(pid) is None
+
+
+def test_dom0s_panic_crashes_the_chosen_cpu(tmp_path: Path) -> None:
+    with Lab.up(dom0_vcpus=4) as lab:
+        lab.crash("panic", cpu=2)
+        lab.wait_vmcore(tmp_path / "vmcore")
+        assert b"Executing kexec image on cpu2" in lab.serial_log.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("xen", "qemu", "lapic", "driver"),
+    [
+        ("4.14", "10.0", "xapic", b"default"),
+        ("4.20", "10.0", "x2apic", b"x2apic_mixed|x2apic_phys|x2apic_cluster|mixed"),
+    ],
+)
+def test_other_rows(xen: str, qemu: str, lapic: str, driver: bytes, tmp_path: Path) -> None:
+    with Lab.up(xen=xen, qemu=qemu, lapic=lapic) as lab:
+        console = lab.serial_log.read_bytes()
+        assert re.search(rb"Xen version " + xen.encode(), console)
+        drivers = re.findall(rb"(?:Using|Switched to) APIC driver (\S+)", console)
+        assert re.fullmatch(driver, drivers[-1])
+        assert lab.qmp("query-version")["qemu"]["major"] == int(qemu.split(".")[0])
+        lab.crash()
+        assert assert_same_memory(lab.wait_vmcore(tmp_path / "vmcore"), lab.ram_file) > 600 << 20
+
+
+def test_several_at_once_and_dumps_of_qemu(tmp_path: Path) -> None:
+    with Lab.up(paused=True) as one, Lab.up(paused=True, cpus=2) as two:
+        assert one.run_dir != two.run_dir
+        assert len(one.qmp("query-cpus-fast")) == 4
+        assert len(two.qmp("query-cpus-fast")) == 2
+        dump = one.dump_guest_memory(tmp_path / "qemu.elf")
+        assert dump.stat().st_size > 1 << 30
+        with pytest.raises(LabError, match=r"the machine is stopped \(prelaunch\)"):
+            one.crash()
+        one.down()
+        assert two.alive()
+
+
+def test_a_machine_that_dies_is_said_with_its_logs(tmp_path: Path) -> None:
+    with Lab.up(tmp_path / "run", paused=True) as lab:
+        os.kill(lab.qemu_pid, signal.SIGKILL)
+        begun = time.monotonic()
+        with pytest.raises(LabError, match=r"waiting for the console: QEMU ended: .*serial\.log"):
+            lab.wait_serial("never", 60)
+        assert time.monotonic() - begun < 5
+    assert (tmp_path / "run/qemu.log").exists()
+    assert not (tmp_path / "run/disk.raw").exists()
+
+
+def test_a_qemu_that_will_not_start_is_quoted() -> None:
+    with pytest.raises(LabError, match=r"starting QEMU: QEMU ended: QEMU said '.*nosuch.*'"):
+        Lab.up(qemu_args=("-nosuch",))
+
+
+def test_a_boot_that_fails_leaves_logs_and_no_machine(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match=rf"loading the crash kernel: .*{tmp_path}/run/serial\.log"):
+        Lab.up(tmp_path / "run", xen_args="crashkernel=0")
+    assert b"Xen version" in (tmp_path / "run/serial.log").read_bytes()
+    assert not list((tmp_path / "run").glob("*.sock"))
+
+
+OWNER = """
+from xencrash.lab.machine import Lab
+with Lab.up({run_dir!r}, paused=True) as lab:
+    print(lab.qemu_pid, flush=True)
+    input()
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_machine_outlives_its_owner(sign: signal.Signals, tmp_path: Path) -> None:
+    script = OWNER.format(run_dir=str(tmp_path / "run"))
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        started = start_time(pid)
+        assert started is not None
+        owner.send_signal(sign)
+        owner.communicate(timeout=20)
+    deadline = time.monotonic() + 5
+    while start_time(pid) == started and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert start_time(pid) != started
+    if sign == signal.SIGINT:
+        assert not (tmp_path / "run/disk.raw").exists()
+
+
+def test_ctrl_c_while_booting_in_the_background_leaves_no_machine(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with subprocess.Popen([*COMMAND, "lab", "up", "--run-dir", run_dir], stderr=subprocess.PIPE, text=True) as command:
+        deadline = time.monotonic() + 60
+        while not (run_dir / "state.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        pid = Lab.attach(run_dir).qemu_pid
+        command.send_signal(signal.SIGINT)
+        _, said = command.communicate(timeout=30)
+    assert command.returncode == 130
+    assert "Traceback" not in said
+    assert start_time(pid) is None
+
+
+def test_the_steps_from_a_shell(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    def lab(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*COMMAND, "lab", *words], capture_output=True, text=True, check=False, timeout=300)
+
+    up = lab("up", "--run-dir", run_dir, "--cpus", "2")
+    assert up.returncode == 0, up.stderr
+    machine = Lab.attach(run_dir)
+    try:
+        again = lab("up", "--run-dir", run_dir)
+        assert again.returncode == 3
+        assert "one already runs" in again.stderr
+        assert lab("crash", "--run-dir", run_dir).returncode == 0
+        dump = lab("dump", "--run-dir", run_dir, "--output", tmp_path / "vmcore")
+        assert dump.returncode == 0, dump.stderr
+        assert [kind for kind, *_ in segments(tmp_path / "vmcore")] == [4, 1, 1, 1]
+        status = lab("status", "--run-dir", run_dir, "--format", "json")
+        assert '"phase": "vmcore copied"' in status.stdout
+        down = lab("down", "--run-dir", run_dir)
+        assert down.returncode == 0
+        assert not machine.alive()
+    finally:
+        machine.down()
+    gone = lab("status", "--run-dir", run_dir)
+    assert gone.returncode == 3
+    assert len(gone.stderr.splitlines()) == 1
+    assert lab("crash", "--nosuch").returncode == 2
+
+
+def test_a_broken_package_is_fetched_again_by_apt(tmp_path: Path) -> None:
+    xen_images(Cache(), XENS[DEFAULT_XEN])
+    shutil.copytree(default_root() / "suites", tmp_path / "suites")
+    shutil.copytree(default_root() / "packages", tmp_path / "packages", copy_function=os.link)
+    (broken,) = (tmp_path / "packages").glob("busybox-static_*.deb")
+    whole = broken.read_bytes()
+    broken.unlink()  # a link to the cache's own
+    broken.write_bytes(whole[:-1])
+    told: list[str] = []
+    made = xen_images(Cache(tmp_path, told.append), XENS[DEFAULT_XEN])
+    assert f"{broken.name} in the cache is broken (its SHA-256 is wrong): fetching it again" in told
+    assert broken.read_bytes() == whole
+    assert made.xen.exists()
