@@ -1,0 +1,213 @@
+"""Dumps of one real crash by every producer: Linux, makedumpfile and QEMU, and the machine itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.symbols.table import load_symbols
+from xen_symbols.target.dump import Dump, open_dump
+from xen_symbols.xen.locate import locate
+from xen_symbols.xen.memory import XenMemory
+from xencrash.lab.machine import Lab
+from xencrash.serve import GDB_SETTINGS, served, serving
+from xencrash.trace import trace
+
+pytestmark = pytest.mark.live
+
+Json = dict[str, Any]
+
+MACHINES = [("4.17", "7.2"), ("4.20", "10.0")]  # Xen, QEMU
+# name → what Dump.format says
+AT_HANDOVER = {
+    "qemu-elf": "ELF core",
+    "qemu-elf-paging": "ELF core",
+    "qemu-kdump-zlib": "flattened kdump",
+    "qemu-kdump-raw-zlib": "kdump",
+}
+AFTER = {
+    "vmcore": "ELF core",
+    "makedumpfile-elf": "ELF core",
+    "makedumpfile-zlib": "kdump",
+    "makedumpfile-lzo": "kdump",
+    "makedumpfile-flattened": "flattened kdump",
+    "makedumpfile-flattened-elf": "flattened ELF core",
+}
+_MAKEDUMPFILE = {
+    "makedumpfile-elf": ("-E",),
+    "makedumpfile-zlib": ("-c",),
+    "makedumpfile-lzo": ("-l",),
+    "makedumpfile-flattened": ("-c", "-F"),
+    "makedumpfile-flattened-elf": ("-E", "-F"),
+}
+
+
+@dataclass
+class Crash:
+    """One crash: the files taken at the handover and after it, and what the live machine showed at the handover."""
+
+    folder: Path
+    symbols: str = ""
+    report: Json = field(default_factory=dict)
+    ram: dict[int, bytes] = field(default_factory=dict)  # at the handover, a page of each MiB
+
+    def memory(self, name: str) -> XenMemory:
+        return locate(open_dump(str(self.folder / name)), load_symbols(self.symbols))
+
+    def dump(self, name: str) -> Dump:
+        return open_dump(str(self.folder / name))
+
+
+@pytest.fixture(scope="module", params=MACHINES, ids=lambda pair: f"xen-{pair[0]}-qemu-{pair[1]}")
+def crash(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crash]:
+    """Boot, crash, dump at the handover in each of QEMU's formats, and take the vmcore that the crash kernel writes."""
+    xen, qemu = request.param
+    taken = Crash(tmp_path_factory.mktemp("dumps"))
+    with Lab.up(xen=xen, qemu=qemu) as lab:
+        taken.symbols = str(lab.symbols)
+
+        def at_stage(stage: Json, findings: object) -> None:
+            if stage["stage"] == "handover":
+                take_at_handover(lab, taken, raw_kdump=qemu != "7.2")
+
+        taken.report = trace(
+            f"gdb:{lab.gdb_socket}",
+            taken.symbols,
+            str(lab.qmp_socket),
+            timeout=30,
+            progress=at_stage,
+            trigger=lab.crash,
+        )
+        assert taken.report.get("undecided") is None
+        lab.wait_vmcore(taken.folder / "vmcore")
+    for name, options in _MAKEDUMPFILE.items():
+        makedumpfile(taken.folder / "vmcore", taken.folder / name, options)
+    yield taken
+    for file in taken.folder.iterdir():  # several GB, which pytest would keep
+        file.unlink()
+
+
+def take_at_handover(lab: Lab, taken: Crash, raw_kdump: bool) -> None:
+    lab.dump_guest_memory(taken.folder / "qemu-elf")
+    lab.dump_guest_memory(taken.folder / "qemu-elf-paging", paging=True)
+    lab.dump_guest_memory(taken.folder / "qemu-kdump-zlib", format="kdump-zlib")
+    if raw_kdump:
+        lab.dump_guest_memory(taken.folder / "qemu-kdump-raw-zlib", format="kdump-raw-zlib")
+    else:  # QEMU 7.2 does not know the format; makedumpfile makes it of the flattened one
+        with (taken.folder / "qemu-kdump-zlib").open("rb") as flattened:
+            command = ["makedumpfile", "-R", taken.folder / "qemu-kdump-raw-zlib"]
+            subprocess.run(command, stdin=flattened, capture_output=True, check=True)
+    size = lab.ram_file.stat().st_size
+    with lab.ram_file.open("rb") as ram, (taken.folder / "raw").open("wb") as raw:
+        os.truncate(raw.fileno(), size)
+        for address in range(0, size, 1 << 20):
+            piece = ram.read(1 << 20)
+            if piece.strip(b"\0"):
+                raw.seek(address)
+                raw.write(piece)
+            taken.ram[address] = piece[:4096]
+
+
+def makedumpfile(vmcore: Path, output: Path, options: tuple[str, ...]) -> None:
+    if "-F" in options:
+        with output.open("wb") as file:
+            subprocess.run(
+                ["makedumpfile", *options, "-d", "0", vmcore], stdout=file, stderr=subprocess.PIPE, check=True
+            )
+    else:
+        subprocess.run(["makedumpfile", *options, "-d", "0", vmcore, output], capture_output=True, check=True)
+
+
+@pytest.fixture(params=[*AT_HANDOVER, *AFTER])
+def name(request: pytest.FixtureRequest) -> str:
+    taken: str = request.param
+    return taken
+
+
+def facts(cpus: list[Json]) -> list[Json]:
+    """What every source can know of a CPU: all that is in memory."""
+    in_memory = ("cpu", "apic_id", "nmi_gate", "mc_gate", "crash_save_done")
+    return [{key: cpu[key] for key in in_memory} for cpu in cpus]
+
+
+def test_the_live_machine_passed(crash: Crash) -> None:
+    assert crash.report.get("undecided") is None
+    assert crash.report["stages"][-1]["stage"] == "handover"
+    assert [cpu["cpu"] for cpu in crash.report["cpus"]] == [0, 1, 2, 3]
+
+
+def test_every_dump_has_the_live_machines_verdict_and_facts(crash: Crash, name: str) -> None:
+    report = evaluate(crash.memory(name)).to_json()
+    assert report["target"]["format"] == (AT_HANDOVER | AFTER)[name]
+    assert report["symbols"]["match"] is True
+    assert report["verdict"] == crash.report["verdict"] == "pass"
+    assert report["generation"]["id"] == crash.report["generation"]["id"]
+    assert report["crashing_cpu"] == crash.report["crashing_cpu"]
+    assert facts(report["cpus"]) == facts(crash.report["cpus"])
+
+
+def test_a_raw_image_has_the_live_machines_facts(crash: Crash) -> None:
+    memory = locate(open_dump(str(crash.folder / "raw"), base=0), load_symbols(crash.symbols))
+    report = evaluate(memory).to_json()
+    assert facts(report["cpus"]) == facts(crash.report["cpus"])
+    assert not [finding for finding in report["findings"] if finding["verdict"] == "fail"]
+
+
+def test_dumps_at_the_handover_hold_the_machines_memory(crash: Crash, name: str) -> None:
+    dump = crash.dump(name)
+    if name in AFTER:  # the crash kernel has used its own memory since: compare makedumpfile's with its input
+        reference = crash.dump("vmcore")
+        pages = {address: reference.read_physical_many([(address, 4096)])[0] for address in crash.ram}
+        pages = {address: page for address, page in pages.items() if not isinstance(page, Absent)}
+    else:
+        pages = dict(crash.ram)
+    held = 0
+    for address, page in pages.items():
+        try:
+            assert dump.read_physical(address, 4096) == page, hex(address)
+            held += 1
+        except Unreadable:
+            assert name == "qemu-elf-paging", f"{address:#x}: only with paging does QEMU leave memory out"
+    assert held > len(crash.ram) // 2
+
+
+def test_cpus_of_xens_notes_are_xens(crash: Crash) -> None:
+    """A CPU's saved stack pointer is on the stack that Xen has for that CPU."""
+    for name in AFTER:
+        memory = crash.memory(name)
+        cpus = memory.target.cpus()
+        assert [cpu.xen_cpu for cpu in cpus] == [0, 1, 2, 3]
+        for cpu in cpus:
+            top = (cpu.registers["rsp"] | 0x7FFF) + 1
+            assert memory.read_uint(top - 64, 4) == cpu.xen_cpu, "cpu_info.processor_id"
+
+
+def test_cpus_of_qemus_notes(crash: Crash) -> None:
+    for name in AT_HANDOVER:
+        cpus = crash.dump(name).cpus()
+        assert [cpu.index for cpu in cpus] == [0, 1, 2, 3]
+        assert all(isinstance(cpu.idtr, tuple) and cpu.idtr[1] == 0xFFF for cpu in cpus)
+
+
+def test_gdb_on_a_dump_sees_xen(crash: Crash, name: str) -> None:
+    memory = crash.memory(name)
+    expected = memory.variable("idt_tables")
+    with serving(served(memory)) as path:
+        arguments = ["gdb", "-q", "-nx", "-batch", "-iex", "set debuginfod enabled off"]
+        arguments += [part for setting in GDB_SETTINGS for part in ("-iex", setting)]
+        commands = [f"target remote {path}", "info threads", "p/x *(unsigned long*)&idt_tables", "thread apply all bt"]
+        arguments += [crash.symbols, *(part for command in commands for part in ("-ex", command))]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
+    said = done.stdout + done.stderr
+    assert f"$1 = {expected:#x}" in said
+    for cpu in range(4):
+        assert f"Thread {cpu + 1} (CPU {cpu}," in said
+    assert said.count("do_nmi_crash") >= 3, said
