@@ -256,7 +256,7 @@ def test_the_images_content_is_read_by_address(tmp_path: Path) -> None:
 starts = st.lists(st.integers(0, 0xFFF), min_size=1, max_size=40, unique=True).map(sorted)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(starts, st.integers(0, 0xFFF))
 def test_lookup_and_extent_agree(tmp_path_factory: pytest.TempPathFactory, places: list[int], probe: int) -> None:
     symbols = [Sym(f"f{place}", TEXT + place, type=NOTYPE) for place in places]
@@ -401,7 +401,7 @@ ELF = xen_syms(SYMBOLS)
 INTERESTING = [*range(0x10, 0x40), *range(0x40, 0x40 + 2 * 56), *range(0x4000, len(ELF))]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(INTERESTING), st.integers(0, 255)), min_size=1, max_size=8))
 def test_mutated_elf_files_are_refused_or_read(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]

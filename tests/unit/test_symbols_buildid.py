@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.elfwriter import build_id_note
@@ -42,6 +42,7 @@ def test_the_note_among_others() -> None:
     assert buildid.find_in_notes(bytes(4096)) is None
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=64), st.integers(0, 40), st.binary(max_size=40))
 def test_a_note_anywhere_in_memory(build_id: bytes, words: int, after: bytes) -> None:
     memory = bytes(4 * words) + build_id_note(build_id)

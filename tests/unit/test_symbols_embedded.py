@@ -89,7 +89,7 @@ names = st.text("abcdefgxyz_019./#", min_size=1, max_size=30)
 texts = st.one_of(st.just(""), st.builds(str.__add__, st.sampled_from("tTdDbBrRW"), names))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0x100000, 0x3FFFFFFF), texts), min_size=1, max_size=600),
     st.lists(st.text("abcxyz_019", min_size=2, max_size=5), max_size=150),
@@ -134,7 +134,7 @@ def test_names_that_unpack_to_more_than_any_symbol_are_refused() -> None:
     assert embedded.find(embedded_table([(0x200000, "T" + "x" * 600)], tokens=["x" * 200])) is None
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_damaged_table_is_none_or_well_formed(data: st.DataObject) -> None:
     table = bytearray(embedded_table(many(300), tokens=TOKENS))
