@@ -42,13 +42,14 @@ Progress = Callable[[str], None]
 
 CRASH_KERNEL_MIB = 256
 DOM0_MIB = 512
-BOOT_TIMEOUT = 240.0  # 32 vCPUs on two busy host cores boot within this
+BOOT_TIMEOUT = 600.0  # 32 vCPUs on two busy host cores boot within this
 
 _KEXEC = (
     "kexec -p /boot/vmlinuz --initrd=/boot/crash.cpio.gz "
     '--append="console=ttyS0 irqpoll nr_cpus=1 reset_devices loglevel=5"'
 )
 _TO_XEN = rb"Serial input to Xen"
+_DIED = rb"Panic on CPU \d+|Kernel panic - not syncing"
 _XEN_UP = rb"Brought up \d+ CPUs"
 _DOM0_UP = rb"^@dom0 ready\r?\n"
 _COPIED = rb"^@vmcore (?:copied (?P<size>\d+)|failed: (?P<reason>[^\r\n]*))\r?\n"
@@ -240,12 +241,20 @@ class Lab:
         if wait == "none":
             return
         begun = time.monotonic()
-        self.wait_serial(_XEN_UP, BOOT_TIMEOUT, step="booting Xen")
+        self._boots("booting Xen", self.paths.serial_log, _XEN_UP)
         if wait == "dom0":
-            self._wait_log(self.paths.line_log, _DOM0_UP, BOOT_TIMEOUT, "booting dom0")
+            self._boots("booting dom0", self.paths.line_log, _DOM0_UP)
             self._progress(f"dom0 is up after {time.monotonic() - begun:.1f} s")
             if crash_kernel:
                 self.load_crash_kernel()
+
+    def _boots(self, step: str, log: Path, sign: bytes) -> None:
+        def ready() -> bool | None:
+            if re.search(_DIED, _read(self.serial_log)):
+                raise LabError(f"{step}: it panicked: {self._logs()}")
+            return True if re.search(sign, _read(log), re.MULTILINE) else None
+
+        self._until(step, BOOT_TIMEOUT, ready)
 
     @classmethod
     def attach(cls, run_dir: str | Path, progress: Progress = lambda text: None) -> Lab:

@@ -135,3 +135,24 @@ QEMU_FILES = (
     "usr/share/qemu/*.bin",
 )
 DEFAULT_QEMU = "7.2"
+
+
+@dataclass(frozen=True)
+class GdbRow:
+    """One gdb: the one that is installed, or (`requirement`) one from PyPI in an environment of its own."""
+
+    name: str
+    reason: str
+    requirement: str = ""
+
+
+GDBS = {
+    row.name: row
+    for row in (
+        GdbRow("debian", "Debian 12's 13.1, which embeds Debian's Python 3.11"),
+        GdbRow(
+            "18.1", "a current one; its Python is the one that made its environment", "gdb-for-pwndbg==18.1.0.post1"
+        ),
+    )
+}
+DEFAULT_GDB = "debian"
