@@ -8,15 +8,14 @@ names the one to look at: `damaged(SHAPE, NUMBER)`.
 from __future__ import annotations
 
 import random
-import resource
 import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import dumpwriter as writer
+from tests.damage import EDGES, bounded_memory
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.target import PhysicalCpu
 from xen_symbols.target.dump import open_dump
@@ -38,10 +37,6 @@ SHAPES = {
     "flattened": writer.flattened(writer.made(writer.write_kdump, RANGES, CONTENT, XEN), piece=3000),
     "flattened elf": writer.flattened(writer.made(writer.write_elf, RANGES, CONTENT, XEN), piece=700),
 }
-
-# Values that break arithmetic: sizes and offsets at the edges of the types, and near the file's own.
-EDGES = [0, 1, 2, 3, 7, 8, 0xFF, 0xFFFF, 0xFFFE, 0x1000, 0x1001, 1 << 31, (1 << 31) - 1, (1 << 32) - 1]
-EDGES += [1 << 32, 1 << 40, 1 << 52, 1 << 63, (1 << 63) - 1, (1 << 64) - 1, (1 << 64) - 0x1000, 60_000, 0x10000]
 
 
 def structure(data: bytes) -> list[int]:
@@ -125,19 +120,10 @@ def is_refused(path: Path, shape: str, number: int) -> bool:
         assert time.thread_time() - before < 2, f"damaged({shape!r}, {number}) takes too long"
 
 
-@pytest.fixture
-def bounded_memory() -> Iterator[None]:
-    """256 MB on top of what the process has by now; beyond them is a MemoryError."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + (256 << 20), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
 @pytest.mark.parametrize("shape", SHAPES)
-def test_damage_never_ends_in_anything_else(tmp_path: Path, shape: str, bounded_memory: None) -> None:
-    refused = sum(is_refused(tmp_path / "dump", shape, number) for number in range(CASES))
+def test_damage_never_ends_in_anything_else(tmp_path: Path, shape: str) -> None:
+    with bounded_memory():
+        refused = sum(is_refused(tmp_path / "dump", shape, number) for number in range(CASES))
     # The damage is real, and not so great that nothing behind the header was ever reached.
     assert CASES // 20 < refused < CASES * 19 // 20
 
