@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.target import Note, PhysicalCpu, elfcore, flattened, kdump
+from xen_symbols.target import Note, PhysicalCpu
 from xen_symbols.target.image import Image, MappedFile
 from xen_symbols.target.notes import cpus_of
-from xen_symbols.target.raw import RawMemory
 
+_FLATTENED, _ELF, _KDUMP = b"makedumpfile\0\0\0\0", b"\x7fELF", b"KDUMP   "
 # Files that people hand over and that need one more step, or are something else.
 _OTHERS = {
     b"\x1f\x8b": "compressed by gzip; unpack it first",
@@ -89,14 +89,21 @@ def open_dump(path: str, *, base: int | None = None) -> Dump:
 def _open(image: Image, path: str, base: int | None) -> Dump:
     wrapping = ""
     start = image.read(0, min(16, image.size))
-    if start == flattened.MAGIC:
-        image = flattened.FlattenedFile(image)
+    # Each format is imported when it is met: most runs meet one.
+    if start == _FLATTENED:
+        from xen_symbols.target.flattened import FlattenedFile
+
+        image = FlattenedFile(image)
         wrapping, start = "flattened ", image.read(0, min(16, image.size))
-    if start.startswith(elfcore.MAGIC):
-        elf, notes = elfcore.read_elf(image)
+    if start.startswith(_ELF):
+        from xen_symbols.target.elfcore import read_elf
+
+        elf, notes = read_elf(image)
         return _recognised(Dump(path, f"{wrapping}ELF core", elf, _of_a_machine(notes)), base)
-    if start.startswith(kdump.MAGIC):
-        pages = kdump.KdumpMemory(image)
+    if start.startswith(_KDUMP):
+        from xen_symbols.target.kdump import KdumpMemory
+
+        pages = KdumpMemory(image)
         return _recognised(Dump(path, f"{wrapping}kdump", pages, _of_a_machine(pages.notes())), base)
     if wrapping:
         raise Undecidable(f"a flattened file with neither an ELF core nor a kdump in it, but {start.hex(' ')}")
@@ -105,6 +112,8 @@ def _open(image: Image, path: str, base: int | None) -> Dump:
             raise Undecidable(what)
     if base is None:
         raise Undecidable("not a dump of a known format; a raw image of memory needs its first byte's address (--base)")
+    from xen_symbols.target.raw import RawMemory
+
     return Dump(path, f"raw image at {base:#x}", RawMemory(image, base), ())
 
 

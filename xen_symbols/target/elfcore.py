@@ -14,7 +14,6 @@ from xen_symbols.target import Note
 from xen_symbols.target.image import Conflict, Extents, Image, Ranges, Stretch, require
 from xen_symbols.target.notes import MAX_NOTES, parse_notes
 
-MAGIC = b"\x7fELF"
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")  # type, flags, offset, vaddr, paddr, filesz, memsz, align
 _SECTION_SIZE = 64

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.target.image import Conflict, Extents, Image, Stretch, layered, require
 
-MAGIC = b"makedumpfile\0\0\0\0"
 _HEADER = struct.Struct(">16sqq")  # signature, type, version
 _HEADER_SIZE = 4096
 _PIECE = struct.Struct(">qq")  # offset, size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import mmap
 import os
 import stat
@@ -149,6 +148,8 @@ class Ranges(Sequence[tuple[int, int]]):
 
 def layered(stretches: Sequence[Stretch]) -> Iterator[Stretch]:
     """The same address space where a later stretch overwrites an earlier one, made disjoint."""
+    import heapq
+
     order = sorted(range(len(stretches)), key=lambda index: stretches[index][0])
     points = sorted({point for start, end, _ in stretches for point in (start, end)})
     active: list[int] = []  # indices negated: the latest stretch comes first

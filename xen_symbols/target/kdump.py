@@ -19,7 +19,6 @@ from xen_symbols.target.decompress import decompress
 from xen_symbols.target.image import Image, Ranges, require
 from xen_symbols.target.notes import parse_notes
 
-MAGIC = b"KDUMP   "
 PAGE = 4096
 # signature, version, utsname (six of 65 bytes; machine is the fifth), timestamp, status, block size,
 # blocks of sub header, blocks of bitmaps, frames
