@@ -42,7 +42,8 @@ def measure_modes(memory: XenMemory) -> dict[int, int | Absent]:
     address = _instruction(memory)
     region = image_region(address)
     found: dict[int, int | Absent] = {}
-    with kept_selection(), _setting("scheduler-locking", "on"):
+    # Without the second, gdb prints where each step ended.
+    with kept_selection(), _setting("scheduler-locking", "on"), _setting("suppress-cli-notifications", "on"):
         for thread in gdb.selected_inferior().threads():
             index = cpu_index(thread)
             if "halted" in (thread.details or ""):
@@ -89,10 +90,10 @@ def _step(address: int) -> int | Absent:
 @contextlib.contextmanager
 def _setting(name: str, value: str) -> Iterator[None]:
     before = gdb.parameter(name)
+    if isinstance(before, bool):
+        before = "on" if before else "off"
     gdb.execute(f"set {name} {value}", to_string=True)
     try:
         yield
     finally:
         gdb.execute(f"set {name} {before}", to_string=True)
-
-

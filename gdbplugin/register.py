@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gdb
@@ -213,7 +214,7 @@ class _Gate(gdb.Function):
 
 def write_blocks(blocks: Sequence[Block], from_tty: bool) -> None:
     """To gdb's output: with colours on a terminal that has them, if rich is there; else plain."""
-    gdb.write(_coloured(blocks) if from_tty and _terminal() else plain(blocks))
+    gdb.write(_coloured(blocks) if from_tty and _terminal() and not _piped() else plain(blocks))
 
 
 def _terminal() -> bool:
@@ -226,6 +227,17 @@ def _terminal() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _piped() -> bool:
+    """Whether gdb's `pipe` command runs this one: gdb does not say so, but then a child reads what we write."""
+    try:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        ours = {str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
+        inputs = {str(Path(f"/proc/{child}/fd/0").readlink()) for child in children}
+    except OSError:
+        return False
+    return any(name.startswith("pipe:") for name in inputs & ours)
 
 
 def _coloured(blocks: Sequence[Block]) -> str:

@@ -125,9 +125,10 @@ class Session:
     # -- gdb's own words ----------------------------------------------------------------------
 
     def evaluate(self, expression: str) -> int:
-        """A symbol of Xen's (also file#name), else gdb's expression. Raises Undecidable."""
-        with contextlib.suppress(Undecidable, Unreadable):
-            return self.symbols().address(expression)
+        """A symbol of Xen's (also file#name) with or without + OFFSET, else gdb's expression. Raises Undecidable."""
+        name, _, offset = expression.partition("+")
+        with contextlib.suppress(Undecidable, Unreadable, ValueError):
+            return self.symbols().address(name.strip()) + int(offset.strip() or "0", 0)
         try:
             return int(gdb.parse_and_eval(f"(unsigned long) ({expression})"))
         except gdb.error as error:
@@ -163,4 +164,3 @@ def _debug_symbol(name: str) -> gdb.Symbol | None:
     return gdb.lookup_global_symbol(full, gdb.SYMBOL_VAR_DOMAIN) or gdb.lookup_static_symbol(
         full, gdb.SYMBOL_VAR_DOMAIN
     )
-

@@ -18,19 +18,20 @@ from gdbplugin.commands import Json
 from gdbplugin.session import Session
 from gdbplugin.target import cpu_index
 from xen_symbols.absence import Undecidable
-from xen_symbols.crashpath.follow import Follower, Progress
+from xen_symbols.crashpath.follow import STALL_SECONDS, Follower, Progress, no_crash
 from xen_symbols.report.blocks import Block, Cell, Lines, report_blocks, stage_line
-
-# Between two stages Xen waits a second of its own time at most; QEMU's emulation of many CPUs may take ten times that.
-STALL_SECONDS = 30.0
 
 
 def begin(session: Session) -> Json:
-    """Judge the state before the crash. {"anchors": [{"address", "name"}], "report": the report so far}."""
+    """Judge the state before the crash.
+
+    {"anchors": [{"address", "name"}], "crash_kernel_loaded": or null, "report": the report so far}.
+    """
     with session.look() as memory:
         session.follower = Follower(memory, session.identification(memory))
     return {
         "anchors": [{"address": hex(address), "name": name} for address, name in session.follower.anchors.items()],
+        "crash_kernel_loaded": session.follower.crash_kernel_loaded,
         "report": session.follower.report.to_json(),
     }
 
@@ -38,19 +39,27 @@ def begin(session: Session) -> Json:
 def stop(session: Session) -> Json:
     """Judge the stop at which the machine is.
 
-    {"stage", "cpu", "at", "findings", "cpus", "crashing_cpu", "begun", "finished"}: the stage is null for a stop that
-    is none of the crash path's; `findings` are those of this stop alone.
+    {"stage", "cpu", "at", "findings", "cpus", "crashing_cpu", "begun", "finished", "undecided"}: the stage is null for
+    a stop that is none of the crash path's; `findings` are those of this stop alone; `undecided` says why the trace is
+    over before its time.
     """
     follower = _follower(session)
-    progress = _step(session, follower)
-    seen = progress.stage.to_json() if progress.stage else {"stage": None, "cpu": None, "at": None}
+    report = follower.report
+    stages, findings = len(report.stages), len(report.findings)
+    finished, undecided = False, None
+    try:
+        finished = _step(session, follower).finished
+    except Undecidable as error:
+        report.undecided = undecided = str(error)
+    seen = report.stages[-1].to_json() if len(report.stages) > stages else {"stage": None, "cpu": None, "at": None}
     return {
         **seen,
-        "findings": [finding.to_json() for finding in progress.findings],
-        "cpus": list(follower.report.cpus),
-        "crashing_cpu": follower.report.crashing_cpu,
+        "findings": [finding.to_json() for finding in report.findings[findings:]],
+        "cpus": list(report.cpus),
+        "crashing_cpu": report.crashing_cpu,
         "begun": follower.begun,
-        "finished": progress.finished,
+        "finished": finished,
+        "undecided": undecided,
     }
 
 
@@ -120,21 +129,19 @@ def _follow(
     while True:
         expired = _continue(STALL_SECONDS if follower.begun else timeout)
         if gdb.selected_thread() is None:
-            raise Undecidable("QEMU has gone: the machine was reset with -no-reboot, or ended; see its log")
-        before = len(follower.report.findings)
-        progress = _step(session, follower)
-        if progress.stage:
-            findings = [finding.to_json() for finding in follower.report.findings[before:]]
-            say([stage_line(progress.stage.to_json(), findings)])
-        elif expired and follower.begun:
+            raise Undecidable("QEMU went away: the guest was reset with -no-reboot, or QEMU ended; see its log")
+        step = stop(session)
+        if step["stage"] is not None:
+            say([stage_line(step, step["findings"])])
+        if step["finished"] or step["undecided"]:
+            return
+        if step["stage"] is None and expired and follower.begun:
             follower.stalled(f"nothing more was reached in {STALL_SECONDS:.0f} s")
             return
-        elif expired:
-            raise Undecidable(f"Xen did not crash within {timeout:.0f} s")
-        elif _interrupted():
+        if step["stage"] is None and expired:
+            raise Undecidable(no_crash(timeout or 0.0, follower.crash_kernel_loaded))
+        if step["stage"] is None and _interrupted():
             raise Undecidable("interrupted before the crash path came to its end")
-        if progress.finished:
-            return
 
 
 @contextlib.contextmanager

@@ -318,14 +318,15 @@ class GdbSession:
             self._lost = self._attached
         elif kind == "console" and payload:
             self._console.append(payload)
-        elif kind in ("log", "output") and payload:
+        elif kind in ("log", "output") and str(payload).strip():
             self._log.append(str(payload).strip())
 
     def _died(self) -> GdbDied:
         status = self._process.poll()
-        how = f"was killed by {signal.Signals(-status).name}" if status is not None and status < 0 else "ended"
-        said = f" ({self._log[-1]})" if self._log else ""
-        left = f"; {self.location} is left as it is, probably stopped: attach again" if self._attached else ""
+        killed = status is not None and status < 0
+        how = f"was killed by {signal.Signals(-status).name}" if status is not None and killed else "ended"
+        said = f" ({self._log[-1]})" if self._log and not killed else ""
+        left = f"; {self.location} is left as it is, breakpoints and all: attach again and detach" * self._attached
         return GdbDied(f"gdb {how}{said}{left}")
 
     def _target_lost(self) -> TargetLost:

@@ -10,14 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xen_symbols.absence import Undecidable
+from xen_symbols.crashpath.follow import STALL_SECONDS, no_crash
 from xen_symbols.report.model import Verdict
 from xencrash.session import GdbSession, open_session
 
 Json = dict[str, Any]
 Progress = Callable[[Json, Sequence[Json]], None]
-
-# Between two stages Xen waits a second of its own time at most; QEMU's emulation of many CPUs may take ten times that.
-STALL_SECONDS = 30.0
 
 
 def _quiet(stage: Json, findings: Sequence[Json]) -> None:
@@ -57,7 +55,7 @@ def trace(
             session.run()
             if trigger is not None:
                 trigger()
-            stalled = _follow(session, report, timeout, stall, progress, on_stop)
+            stalled = _follow(session, report, timeout, stall, progress, on_stop, begin["crash_kernel_loaded"])
             end = session.xen("crash-trace-end", *([stalled] if stalled else []))
             report["findings"] += end["findings"]
             report["verdict"] = end["verdict"]
@@ -77,6 +75,7 @@ def _follow(
     stall: float,
     progress: Progress,
     on_stop: Callable[[GdbSession], None] | None,
+    crash_kernel_loaded: bool | None,
 ) -> str | None:
     """Collect each stage in `report` until the path's end. Returns why it did not come to it, once it had begun.
 
@@ -89,7 +88,7 @@ def _follow(
             session.interrupt()
             if begun:
                 return f"nothing more was reached in {stall:.0f} s"
-            raise Undecidable(f"Xen did not crash within {timeout:.0f} s")
+            raise Undecidable(no_crash(timeout or 0.0, crash_kernel_loaded))
         if stopped.signal is not None:
             raise Undecidable(f"the machine was stopped by something else ({stopped.signal}) while it was followed")
         if on_stop is not None:
@@ -102,6 +101,8 @@ def _follow(
             report["findings"] += step["findings"]
             report["cpus"], report["crashing_cpu"] = step["cpus"], step["crashing_cpu"]
             progress(stage, step["findings"])
+        if step["undecided"]:
+            raise Undecidable(step["undecided"])
         if step["finished"]:
             return None
         session.run()

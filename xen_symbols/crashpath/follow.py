@@ -25,6 +25,16 @@ _KEXEC_FLAG_CRASH_POS = 5
 _RESET_ANCHOR = "__start_xen"
 
 
+# Between two stages Xen waits a second of its own time at most; QEMU's emulation of many CPUs may take ten times that.
+STALL_SECONDS = 30.0
+
+
+def no_crash(seconds: float, crash_kernel_loaded: bool | None) -> str:
+    """Why a trace ended before a crash began. Without a crash kernel Xen's crash key does nothing at all."""
+    hint = "; no crash kernel was loaded: load one with kexec -p in dom0" if crash_kernel_loaded is False else ""
+    return f"Xen did not crash within {seconds:.0f} s{hint}"
+
+
 def crash_image_loaded(kexec_flags: int) -> bool:
     """Whether kexec_crash() has an image to jump to; without one it returns at once."""
     position = kexec_flags >> _KEXEC_FLAG_CRASH_POS & 1
@@ -64,6 +74,8 @@ class Follower:
 
     def _start(self) -> None:
         state = self._read()
+        flags = state.system["kexec_flags"]
+        self.crash_kernel_loaded = crash_image_loaded(flags.value) if flags.present else None
         position = infer(state, self.generation)
         if position.stage is not NORMAL and position.stage.id != "crash-entry":
             raise Undecidable(

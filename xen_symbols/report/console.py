@@ -55,7 +55,7 @@ def draw(blocks: Sequence[Block], console: Any) -> None:
             continue
         table = Table(title=block.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
         for column in block.columns:
-            table.add_column(column)
+            table.add_column(column, overflow="fold")  # an address is of no use shortened
         for row in block.rows:
             table.add_row(*(text([cell]) for cell in row))
         console.print(table)
