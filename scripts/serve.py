@@ -2,7 +2,8 @@
 
 The protocol is the one of gdb's manual, appendix E. Threads are CPUs: thread id is CPU number + 1, as QEMU's
 gdbstub has it. Memory is virtual, by Xen's page tables, or physical after `Qqemu.PhyMemMode:1` (QEMU's packet, so
-that a client of QEMU's works here too). `qxencrash.dump` gives the path of the file, for clients that know dumps.
+that a client of QEMU's works here too). `qxencrash.dump` gives the path of the file in hex, and after a comma a raw
+image's base, for clients that can open the dump themselves.
 """
 
 from __future__ import annotations
@@ -100,13 +101,14 @@ class Served:
     threads: Sequence[Thread]
     read_virtual: Callable[[int, int, int], bytes]
     read_physical: Callable[[int, int], bytes]
+    base: int | None = None  # of a raw image
     current: int = 0  # the CPU that gdb shows first; gdb takes none without a pc
 
 
-def served(memory: XenMemory) -> Served:
+def served(memory: XenMemory, base: int | None = None) -> Served:
     """A dump with Xen in it: a thread for each CPU that Xen has, and for each that could not be matched to one.
 
-    gdb begins at the CPU that crashed, or else at the first with registers. Raises Unreadable.
+    gdb begins at the CPU that crashed, or else at the first with registers. `base` as for open_dump. Raises Unreadable.
     """
     state = read_state(memory, notes=False)
     threads = []
@@ -131,6 +133,7 @@ def served(memory: XenMemory) -> Served:
         threads=threads,
         read_virtual=lambda _, address, size: memory.read(address, size),
         read_physical=target.read_physical,
+        base=base,
         current=first if first in able else able[0],
     )
 
@@ -256,7 +259,8 @@ class Conversation:
         return (b"m" if offset + len(part) < len(self._description) else b"l") + part
 
     def path(self, _: str) -> bytes:
-        return os.fsencode(self._served.path).hex().encode()
+        path = os.fsencode(os.path.abspath(self._served.path)).hex().encode()  # noqa: PTH100 - no links resolved
+        return path if self._served.base is None else b"%s,%x" % (path, self._served.base)
 
     def monitor(self, _: str) -> bytes:
         return f"{READ_ONLY}; there is no monitor\n".encode().hex().encode()

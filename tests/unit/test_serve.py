@@ -9,6 +9,7 @@ import stat
 import struct
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def served_from(file: Path, threads: Sequence[Thread], current: int = 0) -> Serv
             raise Unreadable(f"{address:#x} is not mapped")
         return dump.read_physical(address - BASE, size)
 
-    return Served(str(file), threads, read_virtual, dump.read_physical, current)
+    return Served(str(file), threads, read_virtual, dump.read_physical, current=current)
 
 
 @pytest.fixture
@@ -143,6 +144,8 @@ def test_physical_memory_as_with_qemu(client: Client) -> None:
 
 def test_the_dump_is_named(client: Client, served: Served) -> None:
     assert bytes.fromhex(client.ask("qxencrash.dump")).decode() == served.path
+    with serving(replace(served, base=0x100000)) as path:
+        assert Client(path).ask("qxencrash.dump").split(",") == [served.path.encode().hex(), "100000"]
 
 
 @pytest.mark.parametrize("packet", ["G00", "P0=00", "M0,1:00", "X0,1:\0", "Z0,0,1", "z1,0,1"])
