@@ -17,7 +17,6 @@
 /* Register offsets in xAPIC mode; in x2APIC mode the register is MSR 0x800 + offset / 16. */
 #define MSR_X2APIC          0x800
 #define APIC_ID             0x020
-#define APIC_LVR            0x030
 #define APIC_TPR            0x080
 #define APIC_EOI            0x0b0
 #define APIC_LDR            0x0d0

@@ -42,16 +42,21 @@ static void sign_off(unsigned int cpu)
 
 /* -- Each other CPU --------------------------------------------------------------------------------- */
 
-/* With nothing on the way that could fail, this halts for good: interrupts are off, and NMIs blocked. */
-static inline void noreturn park(unsigned int cpu)
+static noinline noreturn void spin(void)
 {
+    for ( ; ; )
+        barrier();
+}
+
+/* Interrupts are off and NMIs blocked, so this is for good. */
+static inline noreturn void park(unsigned int cpu)
+{
+    if ( faulty_cpu(NOT_HALTED, cpu) )
+        spin();
     if ( faulty_cpu(INTERRUPTS_ON, cpu) )
         local_irq_enable();
     for ( ; ; )
-        if ( faulty_cpu(NOT_HALTED, cpu) )
-            cpu_relax();
-        else
-            halt();
+        halt();
 }
 
 #if HARDENED
@@ -70,8 +75,8 @@ noinline void do_nmi_crash(struct cpu_user_regs *regs)
         return 1;
 #endif
 
-    while ( faulty_cpu(WAIT_ENDS_EARLY, cpu) && !crash_image_runs() )
-        cpu_relax();
+    if ( faulty_cpu(WAIT_ENDS_EARLY, cpu) )
+        wait_for_crash_image();
 
     if ( !REWRITES_GATES && !faulty_cpu(MC_GATE_IST, cpu) )
         set_ist(&idt_of(cpu)[VECTOR_MC], IST_NONE);
@@ -93,8 +98,7 @@ noinline void do_nmi_crash(struct cpu_user_regs *regs)
         {
             enable_nmis();
             send_self_nmi(0);
-            for ( ; ; )                         /* until that NMI, which does the rest */
-                cpu_relax();
+            spin();                             /* until that NMI, which does the rest */
         }
     }
     if ( (!again || faulty_cpu(SECOND_ENTRY, cpu)) &&
@@ -114,8 +118,8 @@ static noinline int crash_nmi_callback(const struct cpu_user_regs *regs, int cpu
     if ( cpu == crashing_cpu )
         return 1;
 
-    while ( faulty_cpu(WAIT_ENDS_EARLY, cpu) && !crash_image_runs() )
-        cpu_relax();
+    if ( faulty_cpu(WAIT_ENDS_EARLY, cpu) )
+        wait_for_crash_image();
 
     local_irq_disable();
     if ( faulty_cpu(SIGN_OFF_FIRST, cpu) )
@@ -131,15 +135,6 @@ static noinline int crash_nmi_callback(const struct cpu_user_regs *regs, int cpu
 
 #endif
 
-static inline bool has_stopped(unsigned int cpu)
-{
-#if HARDENED
-    return *(volatile bool *)&per_cpu(crash_save_done, cpu);
-#else
-    return !cpumask_test_cpu(cpu, &cpu_online_map);
-#endif
-}
-
 /* -- The crashing CPU ------------------------------------------------------------------------------- */
 
 static void arm_bookkeeping(unsigned int cpu)
@@ -149,6 +144,16 @@ static void arm_bookkeeping(unsigned int cpu)
 #else
     waiting_to_crash = cpu_online_map;
     cpumask_clear_cpu(cpu, &waiting_to_crash);
+#endif
+}
+
+/* The last that a CPU does before it signs off. */
+static inline bool has_stopped(unsigned int cpu)
+{
+#if HARDENED
+    return *(volatile bool *)&per_cpu(crash_save_done, cpu);
+#else
+    return !cpumask_test_cpu(cpu, &cpu_online_map);
 #endif
 }
 
@@ -231,7 +236,7 @@ static void install_hook(unsigned int cpu)
         exchange_handlers(cpu);
 #elif HOOKS_EXCEPTION_TABLE
     make_own_gates_safe(cpu);
-    /* The table is read-only where the image is; the directmap shows the same page. */
+    /* Xen maps the table read-only; the directmap shows the same page. */
     if ( !faulty(HOOK_MISSING) )
         *(exception_handler_t **)__va(image_pa(&exception_table[VECTOR_NMI])) = do_nmi_crash;
 #else

@@ -32,8 +32,7 @@ void nmi_before_the_crash(unsigned int cpu)
         cpumask_set_cpu(cpu, &settled);
         while ( faulty(STUCK) )
             halt();
-        while ( !crash_image_runs() )
-            cpu_relax();
+        wait_for_crash_image();
     }
 }
 

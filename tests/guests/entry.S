@@ -160,23 +160,23 @@ exception_stubs:
 .macro  STUB    vector
 /* SDM vol. 3, table "Protected-Mode Exceptions and Interrupts", column "Error Code". */
         .if     \vector == 8 || \vector == 17 || \vector == 21 || (\vector >= 10 && \vector <= 14)
-        .set    error_code, 1
+        .set    .Lerror_code, 1
         .else
-        .set    error_code, 0
+        .set    .Lerror_code, 0
         .endif
         .balign 16
 exception_\vector:
-        ENTER   \vector, error_code
+        ENTER   \vector, .Lerror_code
         DISPATCH \vector, do_trap
         LEAVE
         .pushsection .rodata
         .quad   exception_\vector
         .popsection
 .endm
-        .set    number, 0
+        .set    .Lnumber, 0
         .rept   FIRST_IRQ_VECTOR
-        STUB    %number
-        .set    number, number + 1
+        STUB    %.Lnumber
+        .set    .Lnumber, .Lnumber + 1
         .endr
 .noaltmacro
 
@@ -185,12 +185,6 @@ ENTRY(console_interrupt)
         call    do_console_irq
         LEAVE
 END(console_interrupt)
-
-ENTRY(crash_interrupt)
-        ENTER   CRASH_VECTOR
-        call    do_crash_irq
-        LEAVE
-END(crash_interrupt)
 
 /* No EOI is due: SDM vol. 3, "Spurious Interrupt". */
 ENTRY(spurious_interrupt)

@@ -36,7 +36,7 @@ static void spoil(idt_entry_t *gate, enum property property, unsigned int usual_
         [SELECTOR] = (uint64_t)(HYPERVISOR_CS ^ HYPERVISOR_DS) << 16,
         [TYPE]     = (uint64_t)(INTERRUPT_GATE ^ TRAP_GATE) << GATE_TYPE_SHIFT,
         [DPL]      = 3UL << GATE_DPL_SHIFT,
-        [RESERVED] = 1UL << 35,
+        [RESERVED] = 1UL << 35,                 /* the lowest of five, above the IST */
     };
 
     switch ( property )

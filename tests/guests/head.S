@@ -159,17 +159,17 @@ l3_xen:
         .quad   PHYS(l2_xen) + TABLE
         .fill   512 - L3_SLOT(XEN_VIRT_START) - 1, 8, 0
 l2_xen:
-        .set    at, XEN_PHYS_START
+        .set    .Lat, XEN_PHYS_START
         .rept   8
-        .quad   at + PAGE_2M
-        .set    at, at + (2 << 20)
+        .quad   .Lat + PAGE_2M
+        .set    .Lat, .Lat + (2 << 20)
         .endr
         .fill   512 - 8, 8, 0
 l2_memory:                                      /* two tables */
-        .set    at, 0
+        .set    .Lat, 0
         .rept   2 * 512
-        .quad   at + PAGE_2M
-        .set    at, at + (2 << 20)
+        .quad   .Lat + PAGE_2M
+        .set    .Lat, .Lat + (2 << 20)
         .endr
 l2_devices:
         .fill   L2_SLOT(IO_APIC), 8, 0

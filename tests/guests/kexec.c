@@ -161,10 +161,14 @@ void kexec_init(void)
     kexec_flags |= 1UL << KEXEC_IMAGE_CRASH_BASE;
 }
 
-/* The crash image says so in its second word: crash_image.c. */
-bool crash_image_runs(void)
+/*
+ * For CPUs that are too late: the crash image says in its second word that it runs (crash_image.c). Without
+ * PAUSE, for which QEMU's TCG takes the lock that the crashing CPU needs for its delays.
+ */
+noinline void wait_for_crash_image(void)
 {
-    return ((volatile uint64_t *)__va(CRASH_IMAGE_START))[1];
+    while ( !((volatile uint64_t *)__va(CRASH_IMAGE_START))[1] )
+        barrier();
 }
 
 /* -- The crash -------------------------------------------------------------------------------------- */
@@ -192,7 +196,7 @@ static noinline bool one_cpu_only(void)
     asm volatile ( "lock btsq %2, %1" : "=@ccc" (taken), "+m" (kexec_flags)
                                       : "i" (KEXEC_FLAG_IN_PROGRESS) : "memory" );
     while ( taken )
-        cpu_relax();
+        barrier();
 #endif
     return true;
 }

@@ -44,7 +44,6 @@
 #define VECTOR_MC          18
 #define FIRST_IRQ_VECTOR   32
 #define CONSOLE_VECTOR     0xf0                 /* the serial port's interrupt */
-#define CRASH_VECTOR       0xf1
 #define SPURIOUS_VECTOR    0xff
 
 #endif /* LAYOUT_H */

@@ -95,7 +95,6 @@ void set_intr_gate(unsigned int vector, void (*handler)(void))
 }
 
 void console_interrupt(void);
-void crash_interrupt(void);
 void spurious_interrupt(void);
 extern void (*const exception_stubs[FIRST_IRQ_VECTOR])(void);
 
@@ -106,7 +105,6 @@ void trap_init(void)
     for ( unsigned int vector = FIRST_IRQ_VECTOR; vector < IDT_ENTRIES; vector++ )
         set_intr_gate(vector, spurious_interrupt);
     set_intr_gate(CONSOLE_VECTOR, console_interrupt);
-    set_intr_gate(CRASH_VECTOR, crash_interrupt);
 
     set_intr_gate(VECTOR_DB, debug);
     set_intr_gate(VECTOR_NMI, nmi);
@@ -268,10 +266,4 @@ void do_console_irq(void)
 {
     ack_APIC_irq();
     console_listen();
-}
-
-void do_crash_irq(void)
-{
-    ack_APIC_irq();
-    start_crash();
 }

@@ -21,8 +21,6 @@
 
 /* -- The processor: instructions that C has no words for ------------------------------------------- */
 
-#define RFLAGS_IF       (1UL << 9)
-
 static inline void local_irq_disable(void) { asm volatile ( "cli" ::: "memory" ); }
 static inline void local_irq_enable(void)  { asm volatile ( "sti" ::: "memory" ); }
 static inline void halt(void)              { asm volatile ( "hlt" ::: "memory" ); }
@@ -183,7 +181,6 @@ typedef struct { uint64_t a, b; } idt_entry_t;
 
 #define GATE_IST_SHIFT  32
 #define GATE_IST_MASK   (7UL << GATE_IST_SHIFT)
-#define GATE_RESERVED   (0x1fUL << 35)
 #define GATE_TYPE_SHIFT 40
 #define GATE_DPL_SHIFT  45
 #define GATE_PRESENT    (1UL << 47)
@@ -248,7 +245,6 @@ void do_nmi(struct cpu_user_regs *regs);
 void do_machine_check(struct cpu_user_regs *regs);
 void do_trap(struct cpu_user_regs *regs);
 void do_console_irq(void);
-void do_crash_irq(void);
 #if HAS_EXCEPTION_TABLE
 typedef void exception_handler_t(struct cpu_user_regs *regs);
 extern exception_handler_t *const exception_table[FIRST_IRQ_VECTOR];
@@ -274,7 +270,6 @@ void send_IPI(uint32_t apic_id, uint32_t icr);
 void send_self_nmi(uint32_t wrong_by);          /* 0, or how far off its own APIC id */
 
 /* SDM vol. 3, "Interrupt Command Register (ICR)". */
-#define ICR_FIXED       0x000
 #define ICR_NMI         0x400
 #define ICR_INIT        0x500
 #define ICR_STARTUP     0x600
@@ -324,7 +319,7 @@ void machine_kexec(void);
 void kexec_reloc(unsigned long image, unsigned long page_table, unsigned long flags) noreturn;
 
 #define CRASH_IMAGE_EXITS 1                     /* kexec_reloc(), flags: the image ends the machine */
-bool crash_image_runs(void);
+void wait_for_crash_image(void);
 
 /* -- Command line ---------------------------------------------------------------------------------- */
 
