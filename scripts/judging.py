@@ -14,7 +14,7 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.engine import TOOL, describe_symbols, describe_target, evaluate, new_report
 from xen_symbols.crashpath.generations import identify
 from xen_symbols.crashpath.position import infer
-from xen_symbols.report.blocks import Block, Cell, Lines, Table
+from xen_symbols.report.blocks import Block, Cell, Lines, Table, stage_line
 from xen_symbols.report.console import plain, print_blocks
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus, Report
 from xen_symbols.symbols.table import load_symbols
@@ -40,6 +40,50 @@ def check_dump(path: str, args: argparse.Namespace) -> Json:
         return evaluate(memory).to_json()
     except Unreadable as error:
         raise Undecidable(f"{path}: {error}") from None
+
+
+def check_live(args: argparse.Namespace) -> Json:
+    """The report on a live machine as it is now; it goes on as it was found. Raises Undecidable."""
+    from xencrash.session import open_session
+
+    target = args.target[0] if isinstance(args.target, list) else args.target
+    with open_session(target, args.symbols, args.qmp, allow_mismatch=args.allow_build_id_mismatch) as session:
+        return session.xen("crash-check")
+
+
+def live_info(args: argparse.Namespace) -> Json:
+    """What a live machine is, without judging it. Raises Undecidable."""
+    report = check_live(args)
+    return {
+        "schema": SCHEMA_VERSION,
+        "target": report["target"],
+        "symbols": report["symbols"],
+        "generation": report["generation"],
+        "stage": report["stages"][-1]["stage"],
+        "crashing_cpu": report["crashing_cpu"],
+        "online_at_crash": [cpu["cpu"] for cpu in report["cpus"] if cpu["role"] != "offline"],
+    }
+
+
+def trace_live(args: argparse.Namespace) -> Json:
+    """Follow a crash, a line for each stage on standard error. Raises Undecidable when it could not begin."""
+    from xencrash.trace import trace
+
+    print("waiting for Xen to crash; Ctrl-C ends it", file=sys.stderr)
+    return trace(
+        args.target,
+        args.symbols,
+        args.qmp,
+        timeout=args.timeout,
+        leave_stopped=args.leave_stopped,
+        allow_mismatch=args.allow_build_id_mismatch,
+        progress=tell_stage,
+    )
+
+
+def tell_stage(stage: Json, findings: Sequence[Json]) -> None:
+    """A line for one stage, on standard error."""
+    print_blocks([stage_line(stage, findings)], sys.stderr)
 
 
 def check_many(args: argparse.Namespace) -> int:
