@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from gdbplugin.commands import (
 from gdbplugin.session import Session
 from xen_symbols.absence import Undecidable
 from xen_symbols.report.blocks import Block
-from xen_symbols.report.console import draw, plain
+from xen_symbols.report.console import coloured, plain
 from xen_symbols.x86 import gate
 from xen_symbols.xen.state import idt_address, per_cpu_address, per_cpu_offsets
 
@@ -214,19 +213,15 @@ class _Gate(gdb.Function):
 
 def write_blocks(blocks: Sequence[Block], from_tty: bool) -> None:
     """To gdb's output: with colours on a terminal that has them, if rich is there; else plain."""
-    gdb.write(_coloured(blocks) if from_tty and _terminal() and not _piped() else plain(blocks))
+    text = None
+    if from_tty and _terminal() and not _piped():
+        text = coloured(blocks, gdb.parameter("width") or shutil.get_terminal_size().columns)
+    gdb.write(plain(blocks) if text is None else text)
 
 
 def _terminal() -> bool:
-    if not os.isatty(1) or os.environ.get("TERM", "dumb") == "dumb" or os.environ.get("NO_COLOR"):
-        return False
-    if not gdb.parameter("style enabled"):
-        return False
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    dumb = os.environ.get("TERM", "dumb") == "dumb" or os.environ.get("NO_COLOR")
+    return os.isatty(1) and not dumb and bool(gdb.parameter("style enabled"))
 
 
 def _piped() -> bool:
@@ -238,15 +233,6 @@ def _piped() -> bool:
     except OSError:
         return False
     return any(name.startswith("pipe:") for name in inputs & ours)
-
-
-def _coloured(blocks: Sequence[Block]) -> str:
-    from rich.console import Console
-
-    text = io.StringIO()
-    width = gdb.parameter("width") or shutil.get_terminal_size().columns
-    draw(blocks, Console(file=text, force_terminal=True, width=width, highlight=False))
-    return text.getvalue()
 
 
 _registered: list[Session] = []

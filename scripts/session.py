@@ -316,7 +316,7 @@ class GdbSession:
             self._stops.append(Stopped(payload.get("reason"), payload.get("signal-name")))
         elif kind == "notify" and record["message"] == "thread-group-exited":
             self._lost = self._attached
-        elif kind == "console" and payload:
+        elif kind in ("console", "target") and payload:  # the second is what QEMU's monitor prints
             self._console.append(payload)
         elif kind in ("log", "output") and str(payload).strip():
             self._log.append(str(payload).strip())

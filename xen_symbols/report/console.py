@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from typing import IO, Any
@@ -37,6 +38,17 @@ def print_blocks(blocks: Sequence[Block], stream: IO[str]) -> None:
         draw(blocks, Console(file=stream, highlight=False))
     else:
         stream.write(plain(blocks))
+
+
+def coloured(blocks: Sequence[Block], width: int) -> str | None:
+    """Blocks as text with colours, for a terminal of that width that the caller knows of; None without rich."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    out = io.StringIO()
+    draw(blocks, Console(file=out, force_terminal=True, width=width, highlight=False))
+    return out.getvalue()
 
 
 def draw(blocks: Sequence[Block], console: Any) -> None:

@@ -1,0 +1,204 @@
+"""The commands' declarations, and their answers on a recorded real Xen: no gdb is needed for either."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gdbplugin.commands import COMMANDS, FUNCTIONS, SETTINGS, TRACE_HELP, Command
+from tests.recording import load
+from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.crashpath.generations import Identification, identify
+from xen_symbols.report.console import plain
+from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.target import Lapic
+from xen_symbols.xen.locate import locate
+from xen_symbols.xen.memory import XenMemory
+
+BY_NAME = {command.name: command for command in COMMANDS}
+
+
+class RecordedSession:
+    """gdb's part, played by a recorded machine."""
+
+    def __init__(self, name: str = "4.17.0-handover") -> None:
+        self.report: dict[str, Any] | None = None
+        self.example, self._symbols = load(name)
+        self.memory = locate(self.example, self._symbols)
+
+    @contextlib.contextmanager
+    def look(self) -> Iterator[XenMemory]:
+        yield self.memory
+
+    def symbols(self) -> SymbolTable:
+        return self._symbols
+
+    def connected(self) -> bool:
+        return True
+
+    def identification(self, memory: XenMemory) -> Identification:
+        return identify(memory)
+
+    def threads(self) -> Mapping[int, int]:
+        return {index: index + 1 for index in range(4)}
+
+    def evaluate(self, expression: str) -> int:
+        return self._symbols.address(expression)
+
+    def formatted(self, name: str, raw: bytes) -> str | None:
+        return None
+
+
+def answer(name: str, *arguments: Any, session: RecordedSession | None = None) -> Any:
+    return BY_NAME[name].answer(session or RecordedSession(), *arguments)
+
+
+def text(name: str, *arguments: Any, session: RecordedSession | None = None) -> str:
+    return plain(BY_NAME[name].blocks(answer(name, *arguments, session=session)))
+
+
+# -- declarations -----------------------------------------------------------------------------
+
+
+def test_every_command_of_the_design_is_there() -> None:
+    assert {command.usage for command in COMMANDS} == {
+        "xen idt [CPU] [VECTOR]", "xen percpu NAME [CPU]", "xen lapic [CPU]", "xen cpus", "xen symbols", "xen log",
+        "xen vtop ADDRESS", "xen crash status", "xen crash check", "xen crash report",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_has_help_and_a_twin(command: Command) -> None:
+    assert re.fullmatch(r"-xen(-[a-z]+)+", command.mi)
+    first, usage, *_ = command.help.splitlines()
+    assert first.endswith(".") and usage == f"Usage: {command.usage}"
+    assert command.mi in command.help
+    assert all(argument.says in command.help for argument in command.arguments)
+    assert all(len(line) <= 120 for line in command.help.splitlines())
+    optional = [argument.optional for argument in command.arguments]
+    assert optional == sorted(optional)  # what must be given comes first
+
+
+def test_names_are_unique() -> None:
+    assert len(BY_NAME) == len(COMMANDS) == len({command.mi for command in COMMANDS})
+
+
+def test_settings_and_functions_are_documented() -> None:
+    assert {setting.name for setting in SETTINGS} == {"symbols", "qmp-socket", "allow-build-id-mismatch", "rdmsr"}
+    assert all(setting.summary and setting.details for setting in SETTINGS)
+    assert set(FUNCTIONS) == {"xen_per_cpu", "xen_gate"}
+    assert all(f"${name}(" in doc for name, doc in FUNCTIONS.items())
+    assert "Usage: xen crash trace [--timeout SECONDS]" in TRACE_HELP
+
+
+# -- answers ----------------------------------------------------------------------------------
+
+
+def test_idt_shows_the_gates_that_matter() -> None:
+    gates = answer("xen idt")["gates"]
+    assert [(gate["cpu"], gate["vector"]) for gate in gates] == [(cpu, v) for cpu in range(4) for v in (2, 8, 18)]
+    crashing, parked = gates[0]["gate"], gates[3]["gate"]
+    assert (crashing["handler"]["symbol"], crashing["ist"]) == ("trap_nop", 0)
+    assert (parked["handler"]["symbol"], parked["ist"], parked["selector"]) == ("nmi", 2, "0xe008")
+    assert "trap_nop" in text("xen idt")
+
+
+def test_one_gate() -> None:
+    (gate,) = answer("xen idt", 1, 18)["gates"]
+    assert gate["name"] == "#MC"
+    assert (gate["gate"]["handler"]["symbol"], gate["gate"]["ist"]) == ("trap_nop", 0)
+
+
+@pytest.mark.parametrize(("cpu", "vector"), [(0, 256), (0, -1), (99, 2), (-1, 2)])
+def test_a_gate_that_does_not_exist(cpu: int, vector: int) -> None:
+    with pytest.raises((Undecidable, Unreadable), match="does not exist"):
+        answer("xen idt", cpu, vector)
+
+
+def test_percpu() -> None:
+    found = answer("xen percpu", "per_cpu__crash_save_done")
+    assert (found["name"], found["size"]) == ("crash_save_done", 0)  # the example's symbols carry no sizes
+    assert {cpu["absent"] for cpu in found["cpus"]} == {"the symbols do not say how large it is"}
+    assert [cpu["cpu"] for cpu in found["cpus"]] == [0, 1, 2, 3]
+    assert len({cpu["address"] for cpu in found["cpus"]}) == 4
+
+
+def test_percpu_of_an_unknown_name() -> None:
+    with pytest.raises(Unreadable, match="nonsense"):
+        answer("xen percpu", "nonsense")
+
+
+def test_lapic_by_the_device_state() -> None:
+    cpus = answer("xen lapic")["cpus"]
+    assert [cpu["mode"] for cpu in cpus] == ["xapic"] * 4
+    assert {cpu["mode_source"] for cpu in cpus} == {"QEMU device state"}
+    assert [cpu["enabled"] for cpu in cpus] == [True, False, False, False]
+    assert "xapic" in text("xen lapic", 1)
+
+
+def test_a_lapic_mode_without_its_register_is_marked_as_inferred() -> None:
+    session = RecordedSession()
+    for index, cpu in enumerate(session.example.physical_cpus):
+        assert isinstance(cpu.lapic, Lapic)
+        session.example.physical_cpus[index] = replace(cpu, lapic=replace(cpu.lapic, apic_base=Absent("not given")))
+    cpus = answer("xen lapic", session=session)["cpus"]
+    assert [cpu["mode"] for cpu in cpus] == ["xapic"] * 4
+    assert all(cpu["mode_source"].startswith("inferred from apic_boot_mode") for cpu in cpus)
+
+
+def test_cpus_keeps_the_three_numberings_apart() -> None:
+    session = RecordedSession()
+    swapped = session.example.physical_cpus
+    swapped[1], swapped[2] = replace(swapped[1], apic_id=2), replace(swapped[2], apic_id=1)
+    cpus = answer("xen cpus", session=session)["cpus"]
+    assert [(cpu["cpu"], cpu["thread"], cpu["apic_id"]) for cpu in cpus] == [(0, 1, 0), (1, 3, 1), (2, 2, 2), (3, 4, 3)]
+
+
+def test_a_cpu_that_is_none_of_xens_is_shown_apart() -> None:
+    session = RecordedSession()
+    stray = session.example.physical_cpus
+    stray[2], stray[3] = replace(stray[2], apic_id=77), replace(stray[3], apic_id=78)
+    found = answer("xen cpus", session=session)
+    assert [cpu["index"] for cpu in found["unmatched"]] == [2, 3]
+    assert found["cpus"][3]["absent"] == "no physical CPU could be matched to it"
+    assert "none of Xen's" in text("xen cpus", session=session)
+
+
+def test_symbols_name_the_generation_and_its_evidence() -> None:
+    found = answer("xen symbols")
+    assert found["symbols"]["match"] is True
+    assert found["generation"]["id"] == "4.17.0"
+    assert "symbol do_nmi_crash" in found["generation"]["evidence"]
+    assert "4.17.0" in text("xen symbols")
+
+
+def test_vtop_ends_where_the_memory_reads() -> None:
+    session = RecordedSession()
+    table = session.symbols().address("idle_pg_table")
+    found = answer("xen vtop", table, session=session)
+    assert int(found["physical"], 16) == session.memory.root == int(found["root"], 16)
+    assert [entry["level"] for entry in found["entries"]][:2] == ["PML4E", "PDPTE"]
+    assert found["symbol"] == "idle_pg_table"
+
+
+def test_status_says_where_it_is_and_why() -> None:
+    found = answer("xen crash status")
+    assert (found["stage"], found["crashing_cpu"], found["online_at_crash"]) == ("handover", 0, [0, 1, 2, 3])
+    assert "kexec.c's crashing_cpu" in found["crashing_cpu_by"]
+    assert (found["saved"], found["waiting_mask"], found["online"]) == ([0, 1, 2, 3], [], [])
+    assert "handover" in text("xen crash status")
+
+
+def test_check_is_kept_for_the_report() -> None:
+    session = RecordedSession()
+    with pytest.raises(Undecidable, match="no report yet"):
+        answer("xen crash report", session=session)
+    checked = answer("xen crash check", session=session)
+    assert checked["verdict"] == "pass"
+    assert answer("xen crash report", session=session) == checked
+    assert "PASS" in text("xen crash report", session=session)

@@ -1,0 +1,87 @@
+"""The texts of QEMU's monitor, as both QEMUs printed them for the reference guest on two CPUs with 64 MiB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.target import hmp
+
+MONITOR = Path(__file__).parent.parent / "recorded" / "monitor"
+QEMUS = ("7.2", "10.0")
+
+
+def text(name: str) -> str:
+    return (MONITOR / f"{name}.txt").read_bytes().decode()
+
+
+@pytest.mark.parametrize("qemu", QEMUS)
+def test_registers(qemu: str) -> None:
+    cpus = hmp.parse_registers(text(f"qemu-{qemu}-registers"))
+    assert [cpu.index for cpu in cpus] == [0, 1]
+    first = cpus[0]
+    assert first.registers | {
+        "rax": 0x60, "rdx": 0x3FD, "rsp": 0xFFFF82D04021FE90, "r8": 0xA, "r15": 0xFFFF830001231035,
+        "rip": 0xFFFF82D040201643, "rflags": 0x246, "cs": 0xE008, "ss": 0,
+        "cr0": 0x80010011, "cr2": 0, "cr3": 0x1207000, "cr4": 0x20, "efer": 0x500,
+    } == first.registers  # fmt: skip
+    assert first.idtr == (0xFFFF82D04022F000, 0xFFF)
+    assert first.tr_base == 0xFFFF82D040220000
+    assert first.halted is True
+    assert cpus[1].idtr != first.idtr
+
+
+def test_what_the_monitor_does_not_print_names_the_way_to_it() -> None:
+    cpu = hmp.parse_registers(text("qemu-7.2-registers"))[0]
+    for value in (cpu.nmi_blocked, cpu.nmi_pending, cpu.guest_mode, cpu.lapic):
+        assert isinstance(value, Absent) and "set xen qmp-socket" in value.reason
+
+
+def test_registers_outside_64_bit_mode() -> None:
+    cpu = hmp.parse_registers(text("qemu-7.2-reset-registers"))[1]
+    assert (cpu.registers["rip"], cpu.registers["rdx"], cpu.registers["rflags"]) == (0xFFF0, 0x60FB1, 2)
+    assert (cpu.registers["cs"], cpu.registers["cr0"], cpu.halted) == (0xF000, 0x60000010, True)
+    assert cpu.idtr == (0, 0xFFFF)
+
+
+@pytest.mark.parametrize("garbage", ["", "unknown command: 'info registers -a'\r\n", "CPU#0\r\nnonsense\r\n"])
+def test_other_text_is_no_registers(garbage: str) -> None:
+    with pytest.raises(Unreadable):
+        hmp.parse_registers(garbage)
+
+
+@pytest.mark.parametrize("qemu", QEMUS)
+def test_lapic(qemu: str) -> None:
+    found = hmp.parse_lapic(text(f"qemu-{qemu}-lapic"), 1)
+    assert found is not None
+    index, lapic = found
+    assert (index, lapic.apic_id, lapic.spiv, lapic.icr_low, lapic.icr_high) == (1, 1, 0x1FF, 0, 0)
+    # timer, thermal, performance, LINT0, LINT1, error
+    assert lapic.lvt == (0x10000, 0x10000, 0x10000, 0x10700, 0x10400, 0xFE)
+    assert isinstance(lapic.apic_base, Absent)  # QEMU 10's "(X2APIC ID)" says nothing of the mode
+
+
+def test_an_apic_id_that_no_cpu_has() -> None:
+    assert hmp.parse_lapic("No CPU available\r\n", 9) is None
+
+
+def test_lapics_give_their_cpus_the_apic_ids() -> None:
+    cpus = hmp.parse_registers(text("qemu-7.2-registers"))
+    found = hmp.parse_lapic(text("qemu-7.2-lapic"), 6)
+    assert found is not None
+    with_them = hmp.with_lapics(cpus, [found])
+    assert with_them[1].apic_id == 6 and with_them[1].lapic == found[1]
+    assert isinstance(with_them[0].apic_id, Absent)
+
+
+@pytest.mark.parametrize("qemu", QEMUS)
+def test_ram_is_what_is_ram_or_rom_and_nothing_else(qemu: str) -> None:
+    assert hmp.parse_ram(text(f"qemu-{qemu}-mtree")) == [(0, 64 << 20), (0xFFFC0000, 1 << 32)]
+
+
+@pytest.mark.parametrize("garbage", ["", "unknown command: 'info mtree -f'\r\n", 'FlatView #0\n AS "I/O", root: io\n'])
+def test_other_text_is_no_memory_map(garbage: str) -> None:
+    with pytest.raises(Unreadable):
+        hmp.parse_ram(garbage)
