@@ -133,9 +133,7 @@ def machine_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "memory_mib": args.memory,
     }
     if args.guest:
-        from xencrash.guests.catalogue import boot
-
-        return arguments | {"guest": boot(args.guest, args.fault)}
+        return arguments | _guest_arguments(args)
     if args.fault:
         raise _usage("--fault is for the reference guest: give --guest too")
     return arguments | {
@@ -144,6 +142,27 @@ def machine_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "xen_args": args.xen_args,
         "dom0_args": args.dom0_args,
     }
+
+
+def _guest_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    from xencrash.guests import BY_ID, build, command_line, generations
+    from xencrash.lab.qemu import Boot
+
+    if args.guest not in generations():
+        raise _usage(f"--guest {args.guest}: the generations are {', '.join(generations())}")
+    if args.fault and args.fault not in BY_ID:
+        raise _usage(f"--fault {args.fault}: xencrash lab guests lists the faults")
+    if args.fault and args.guest not in BY_ID[args.fault].generations:
+        raise _usage(f"--fault {args.fault} makes sense in {', '.join(BY_ID[args.fault].generations)}")
+    built = build(args.guest)
+    append = command_line(fault=args.fault, crash_cpu=_crash_cpu(args), x2apic=args.lapic == "x2apic")
+    boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
+    return {"guest": boot, "memory_mib": 64, "wait": "none"}
+
+
+def _crash_cpu(args: argparse.Namespace) -> int:
+    """--cpu, where the sub-command has it: the guest is told when it boots."""
+    return getattr(args, "cpu", None) or 0
 
 
 def progress() -> Any:
@@ -226,9 +245,9 @@ def run_down(args: argparse.Namespace) -> int:
 
 
 def run_guests(args: argparse.Namespace) -> int:
-    from xencrash.guests.catalogue import catalogue
+    from xencrash.guests import listing
 
-    known = catalogue()
+    known = listing()
     if args.format == "json":
         print(json.dumps(known, indent=2))
         return 0
