@@ -28,7 +28,13 @@ class UsageError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit status; errors are one line on standard error."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    ours, theirs = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = _parser()
+    args = parser.parse_args(ours)
+    if theirs and args.run is not run_gdb:
+        parser.error("only gdb takes arguments after --")
+    args.gdb_arguments = theirs
     try:
         return int(args.run(args))
     except UsageError as error:
@@ -77,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
         "Start gdb with the xen commands, the symbols and the target loaded. Arguments after -- go to gdb.",
     )  # fmt: skip
     _target_options(gdb)
-    gdb.add_argument("gdb_arguments", nargs="*", metavar="GDB-ARGUMENT", help="passed to gdb as they are")
 
     info = _command(
         commands, "info", run_info, "what this is: format, notes, CPUs, symbols, build-id, generation and evidence",
