@@ -569,6 +569,8 @@ def _lapic_read(lapic: Lapic | Absent, of: Callable[[Lapic], Any]) -> Read:
 def _lapic_mode(context: Context, cpu: int) -> Outcome:
     boot, running = _boot_mode(context), _running_mode(context)
     allowed = _by_role(context, cpu, CrashStep.STOPPED, OtherStep.STOPPED, before=running, after=boot, offline=running)
+    if len(allowed) > 1:  # from x2APIC back to xAPIC the way is through disabled (SDM vol. 3, 11.12.5)
+        allowed = (*allowed, apic.Mode.DISABLED.value)
     missing = next((value for value in allowed if isinstance(value, Absent)), None)
     if missing is not None:
         return _from_absence(missing, None)

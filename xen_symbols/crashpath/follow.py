@@ -6,14 +6,13 @@ every gate and every CPU afresh.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.engine import add_stage, context_at, new_report
 from xen_symbols.crashpath.generations import TEXT, Identification, identify
 from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
-from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Role, Span, Stage
+from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Position, Role, Span, Stage
 from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import State, read_state
@@ -70,6 +69,7 @@ class Follower:
         self._step = CrashStep.NOTHING
         self._seen: dict[int, Span] = {}
         self._entries: dict[int, int] = {}
+        self._again: set[int] = set()
         self._start()
 
     def _start(self) -> None:
@@ -125,9 +125,8 @@ class Follower:
             return Progress(None)
         self._advance(state, stage, cpu)
         position = at_stage(stage, cpu, self._crashing, self._online, self._spans())
-        if stage.role is Role.OTHER and self._step > stage.crash_step:
-            late = Span(self._step, self._step + 1)
-            position = type(position)(stage, cpu, self._crashing, late, position.others, self._online)
+        if stage.role is Role.OTHER:
+            position = self._as_seen(position, cpu)
         seen, findings = self._judge(state, position)
         if stage.id == "crash-entry":
             self._require_image(state)
@@ -135,6 +134,15 @@ class Follower:
         if finished:
             findings = (*findings, self._complete(True))
         return Progress(seen, findings, finished)
+
+    def _as_seen(self, position: Position, cpu: int) -> Position:
+        """A stop of another CPU, when the crashing one has gone on without it, or when it was here before."""
+        crash, others = position.crash, dict(position.others)
+        if self._step > position.stage.crash_step:
+            crash = Span(self._step, self._step + 1)
+        if cpu in self._again:
+            others[cpu] = self._seen[cpu]
+        return replace(position, crash=crash, others=others)
 
     def _stage(self, cpu: int, pc: int) -> Stage | None:
         """The stage that this CPU has reached at `pc`; an anchor may be another stage's on the crashing CPU."""
@@ -164,7 +172,12 @@ class Follower:
             self._step = stage.crash_step
             return
         assert stage.other_step is not None
-        self._seen[cpu] = Span(stage.other_step, stage.other_step)
+        if cpu in self._seen and stage.other_step <= self._seen[cpu].low:
+            # It came again: what it has completed stays completed.
+            self._seen[cpu] = Span(self._seen[cpu].low, OtherStep.PARKED)
+            self._again.add(cpu)
+        else:
+            self._seen[cpu] = Span(stage.other_step, stage.other_step)
         if stage.other_step is OtherStep.NMI_TAKEN:
             self._entries[cpu] = self._entries.get(cpu, 0) + 1
 
@@ -175,7 +188,7 @@ class Follower:
         spans = dict.fromkeys(self._online - {self._crashing}, first)
         return spans | {cpu: Span(span.low, OtherStep.PARKED) for cpu, span in self._seen.items()}
 
-    def _judge(self, state: State, position: Any) -> tuple[StageSeen, tuple[Finding, ...]]:
+    def _judge(self, state: State, position: Position) -> tuple[StageSeen, tuple[Finding, ...]]:
         entries = self._entries if "nmi-taken" in self._anchors else None
         findings = add_stage(self.report, context_at(self.memory, state, position, self.generation, entries))
         return self.report.stages[-1], tuple(findings)

@@ -1,0 +1,123 @@
+"""The whole matrix: every generation clean, and every fault in every generation in which it makes sense.
+
+Each run boots the reference guest in QEMU, follows its crash through gdb as `xencrash trace` does, and compares what
+failed, where, and at which stage first, with the table of faults. Two runs are under way at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from xencrash.guests import BY_ID, FAULTS, Fault, build, command_line, generations
+from xencrash.guests.faults import clean
+from xencrash.lab.machine import Lab
+from xencrash.lab.qemu import Boot
+from xencrash.trace import trace
+
+pytestmark = pytest.mark.live
+
+Json = dict[str, Any]
+Found = set[tuple[str, int | None, str]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One crash of the guest."""
+
+    generation: str
+    fault: str | None
+    cpus: int
+    lapic: str
+
+    def __str__(self) -> str:
+        return f"{self.generation}-{self.fault or 'clean'}-{self.cpus}cpus-{self.lapic}"
+
+
+def clean_runs() -> Iterator[Run]:
+    for generation in generations():
+        for lapic in ("xapic", "x2apic"):
+            # The switch back from x2APIC is illegal in old Xens only where the firmware made it: that is a fault.
+            for cpus in (1, 2, 4, 8):
+                yield Run(generation, None, cpus, lapic)
+
+
+def fault_runs() -> Iterator[Run]:
+    for fault in FAULTS:
+        for generation in fault.generations:
+            yield Run(generation, fault.id, min(4, fault.most_cpus), "x2apic" if fault.x2apic else "xapic")
+
+
+RUNS = (*clean_runs(), *fault_runs())
+
+
+def follow(run: Run) -> Json:
+    """The report of one crash."""
+    built = build(run.generation)
+    append = command_line(fault=run.fault, x2apic=run.fault is None and run.lapic == "x2apic")
+    boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
+    qemu = "10.0" if run.lapic == "x2apic" else "7.2"
+    with Lab.up(guest=boot, qemu=qemu, cpus=run.cpus, memory_mib=64, wait="none",
+                lapic=run.lapic if qemu == "10.0" else None) as lab:  # fmt: skip
+        lab.wait_serial(rb"CPUs? ready", 20)
+        return trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=20, stall=5,
+                     trigger=lambda: lab.serial_send(b"C"))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def reports(request: pytest.FixtureRequest) -> Iterator[dict[Run, Future[Json]]]:
+    """The runs of the tests that were selected, as they come."""
+    wanted = [item.callspec.params["run"] for item in request.session.items
+              if getattr(item, "originalname", "") == "test_exactly_what_should_fail_does"]  # fmt: skip
+    for generation in {run.generation for run in wanted}:
+        build(generation)
+    with ThreadPoolExecutor(2) as pool:
+        futures = {run: pool.submit(follow, run) for run in wanted}
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+def first_seen(report: Json, verdict: str) -> Found:
+    """Each (check, CPU) with that verdict, and the stage at which it had it first; consequences of others left out."""
+    found: dict[tuple[str, int | None], str] = {}
+    for finding in report["findings"]:
+        if finding["verdict"] == verdict and "follows" not in finding:
+            found.setdefault((finding["check"], finding["cpu"]), finding["stage"])
+    return {(check, cpu, stage) for (check, cpu), stage in found.items()}
+
+
+def expected(run: Run) -> Found:
+    wanted = BY_ID[run.fault].expected(run.generation) if run.fault else clean(run.generation)
+    if run.cpus == 1 and not run.fault:
+        return set()  # nobody to wait for: the RFC's defect does not show
+    return {(item.check, cpu, item.stage) for item in wanted for cpu in item.cpus(0, 1, range(run.cpus))}
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_exactly_what_should_fail_does(run: Run, reports: dict[Run, Future[Json]]) -> None:
+    report = reports[run].result(timeout=1800)
+    assert first_seen(report, "fail") == expected(run)
+    assert first_seen(report, "unknown") == set()
+    assert report["generation"]["id"] == run.generation
+    if not run.fault:
+        assert report["stages"][-1]["stage"] == "handover"
+        assert len({stage["cpu"] for stage in report["stages"] if stage["stage"] == "nmi-taken"}) == run.cpus - 1
+
+
+def test_the_rfc_as_posted_fails_in_the_one_way_that_its_author_names() -> None:
+    report = follow(Run("rfc-v1", None, 4, "xapic"))
+    assert first_seen(report, "fail") == {("waiting-cpus", None, "shootdown-done")}
+    failure = next(finding for finding in report["findings"] if finding["verdict"] == "fail")
+    assert (failure["expected"], failure["observed"]) == (0, 3)
+    assert "waits a full second" in failure["reason"]
+
+
+def test_a_fault_that_leaves_no_trace_says_so() -> None:
+    silent: list[Fault] = [fault for fault in FAULTS if not fault.visible]
+    assert silent and all(fault.invisible for fault in silent)
+    assert all(not fault.expected(generation) for fault in silent for generation in fault.generations)
