@@ -6,7 +6,7 @@ interface, and documentation and tests walk them. An answer holds the JSON contr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -53,8 +53,8 @@ class Session(Protocol):
 
     def identification(self, memory: XenMemory) -> Identification: ...
 
-    def threads(self) -> Mapping[int, int]:
-        """gdb's thread numbers by the target's CPU index."""
+    def thread(self, cpu: int | None, physical: PhysicalCpu) -> int | None:
+        """gdb's number of the thread that is a CPU; `cpu` is Xen's number of it, if it has one."""
         ...
 
     def evaluate(self, expression: str) -> int:
@@ -235,7 +235,6 @@ def lapic_mode(state: State, cpu: CpuState) -> tuple[str | None, str]:
 
 
 def _cpus(session: Session) -> Json:
-    threads = session.threads()
     with session.look() as memory:
         state = read_state(memory, notes=False)
         online = state.system["online"]
@@ -250,17 +249,17 @@ def _cpus(session: Session) -> Json:
             if isinstance(known.physical, Absent):
                 out["absent"] = known.physical.reason
             else:
-                out |= _physical(memory.symbols, known.physical, threads)
+                out |= _physical(session, memory.symbols, known.cpu, known.physical)
                 out["lapic_mode"], out["lapic_mode_source"] = lapic_mode(state, known)
             cpus.append(out)
-        return {"cpus": cpus, "unmatched": [_physical(memory.symbols, cpu, threads) for cpu in state.unmatched]}
+        return {"cpus": cpus, "unmatched": [_physical(session, memory.symbols, None, cpu) for cpu in state.unmatched]}
 
 
-def _physical(symbols: SymbolTable, cpu: PhysicalCpu, threads: Mapping[int, int]) -> Json:
+def _physical(session: Session, symbols: SymbolTable, number: int | None, cpu: PhysicalCpu) -> Json:
     pc = cpu.registers.get("rip")
     out: Json = {
         "index": cpu.index,
-        "thread": threads.get(cpu.index),
+        "thread": session.thread(number, cpu),
         "at": None if pc is None else {"symbol": symbols.describe(pc), "pc": hex(pc)},
         "ring": cpu.registers["cs"] & 3 if "cs" in cpu.registers else None,
         "source": cpu.source,

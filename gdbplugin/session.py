@@ -11,11 +11,12 @@ import gdb
 
 from gdbplugin.commands import Json
 from gdbplugin.rdmsr import measure_modes
-from gdbplugin.target import LiveTarget, cpu_index
+from gdbplugin.target import LiveTarget, ServedDump, cpu_index, open_target
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.follow import Follower
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.symbols.table import SymbolTable, load_symbols
+from xen_symbols.target import PhysicalCpu
 from xen_symbols.xen.locate import ROOT, carried_symbols, locate, still_there
 from xen_symbols.xen.memory import XenMemory
 
@@ -28,7 +29,7 @@ class Session:
         self.report: Json | None = None
         self.follower: Follower | None = None
         self._tables: dict[tuple[str, int, int], SymbolTable] = {}
-        self._target: LiveTarget | None = None
+        self._target: LiveTarget | ServedDump | None = None
         self._memory: XenMemory | None = None
         self._identification: Identification | None = None
 
@@ -71,7 +72,7 @@ class Session:
         connection = gdb.selected_inferior().connection
         return connection is not None and connection.type in ("remote", "extended-remote")
 
-    def target(self) -> LiveTarget:
+    def target(self) -> LiveTarget | ServedDump:
         """The stopped machine. Raises Undecidable."""
         if not self.connected():
             raise Undecidable("gdb is not connected to QEMU: target remote HOST:PORT, or a unix socket's path")
@@ -84,7 +85,7 @@ class Session:
         qmp = self.settings["qmp-socket"].value
         qmp = str(Path(qmp).expanduser().absolute()) if qmp else None
         if self._target is None or self._target.connection is not connection:
-            self._target = LiveTarget(connection, qmp)
+            self._target = open_target(connection)
         self._target.qmp_socket = qmp
         return self._target
 
@@ -92,15 +93,16 @@ class Session:
     def look(self) -> Iterator[XenMemory]:
         """Xen in the stopped machine. Nothing read in one look is kept for the next."""
         target = self.target()
-        target.measured_modes = {}
-        if self.settings["rdmsr"].value:
-            with target.batch():
-                found = self._xen(target)
-            target.measured_modes = measure_modes(found)
+        if isinstance(target, LiveTarget):
+            target.measured_modes = {}
+            if self.settings["rdmsr"].value:
+                with target.batch():
+                    found = self._xen(target)
+                target.measured_modes = measure_modes(found)
         with target.batch():
             yield self._xen(target)
 
-    def _xen(self, target: LiveTarget) -> XenMemory:
+    def _xen(self, target: LiveTarget | ServedDump) -> XenMemory:
         """Xen where it was found before, or else looked for anew: another connection, other symbols, another boot."""
         chosen = self._chosen()
         memory = self._memory
@@ -119,8 +121,10 @@ class Session:
             self._identification = identify(memory)
         return self._identification
 
-    def threads(self) -> Mapping[int, int]:
-        return {cpu_index(thread): thread.num for thread in gdb.selected_inferior().threads()}
+    def thread(self, cpu: int | None, physical: PhysicalCpu) -> int | None:
+        """A served dump numbers its threads by Xen's CPUs, QEMU by its own."""
+        number = cpu if isinstance(self._target, ServedDump) else physical.index
+        return next((t.num for t in gdb.selected_inferior().threads() if cpu_index(t) == number), None)
 
     # -- gdb's own words ----------------------------------------------------------------------
 

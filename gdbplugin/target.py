@@ -14,11 +14,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gdb
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.target import Note, PhysicalCpu, hmp
+from xen_symbols.target import Note, PhysicalCpu, Target, hmp
+from xen_symbols.target.dump import open_dump
 from xen_symbols.target.qemu_state import parse_cpus
 from xen_symbols.target.qmp import Qmp, QmpError
 
@@ -36,10 +38,10 @@ class LiveTarget:
     kind = "live"
     format = "QEMU gdbstub"
 
-    def __init__(self, connection: gdb.TargetConnection, qmp_socket: str | None) -> None:
+    def __init__(self, connection: gdb.TargetConnection) -> None:
         self.connection = connection
         self.location = f"gdb:{connection.details}"
-        self.qmp_socket = qmp_socket
+        self.qmp_socket: str | None = None
         self.packets = 0
         self.measured_modes: dict[int, int | Absent] = {}  # IA32_APIC_BASE by CPU index, when rdmsr was asked for
         self._batching = False
@@ -193,6 +195,34 @@ class LiveTarget:
 
     def notes(self) -> Sequence[Note]:
         return ()
+
+
+class ServedDump:
+    """A dump that `xencrash gdb` serves: the same file, opened here, answers at once what the connection would."""
+
+    def __init__(self, connection: gdb.TargetConnection, dump: Target) -> None:
+        self.connection = connection
+        self.qmp_socket: str | None = None
+        self._dump = dump
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dump, name)
+
+
+def open_target(connection: gdb.TargetConnection) -> LiveTarget | ServedDump:
+    """What gdb is connected to. Raises Undecidable if it is neither QEMU nor a dump of ours."""
+    try:
+        served = connection.send_packet("qxencrash.dump")
+    except gdb.error as error:
+        raise Undecidable(f"gdb:{connection.details} did not answer: {error}") from None
+    if not served:
+        return LiveTarget(connection)
+    path, _, base = served.decode().partition(",")
+    dump = open_dump(os.fsdecode(bytes.fromhex(path)), base=int(base, 16) if base else None)
+    return ServedDump(connection, dump)
 
 
 def _selected_pc() -> tuple[int, int] | None:

@@ -28,6 +28,8 @@ def begin(session: Session) -> Json:
     {"anchors": [{"address", "name"}], "crash_kernel_loaded": or null, "report": the report so far}.
     """
     with session.look() as memory:
+        if memory.target.kind != "live":
+            raise Undecidable(f"{memory.target.location} is a dump, which does not run: judge it with xen crash check")
         session.follower = Follower(memory, session.identification(memory))
     return {
         "anchors": [{"address": hex(address), "name": name} for address, name in session.follower.anchors.items()],

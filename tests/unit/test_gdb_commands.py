@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.report.console import plain
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import Lapic
+from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
 
@@ -44,8 +44,8 @@ class RecordedSession:
     def identification(self, memory: XenMemory) -> Identification:
         return identify(memory)
 
-    def threads(self) -> Mapping[int, int]:
-        return {index: index + 1 for index in range(4)}
+    def thread(self, cpu: int | None, physical: PhysicalCpu) -> int | None:
+        return physical.index + 1
 
     def evaluate(self, expression: str) -> int:
         return self._symbols.address(expression)
