@@ -230,7 +230,10 @@ class GdbSession:
         self._stops.clear()
         self._running = False
         if running is None:
-            status = self.cli("monitor info status")
+            try:
+                status = self.cli("monitor info status")
+            except MiError as error:
+                raise Undecidable(f"{target} is not QEMU's gdbstub: it has no monitor ({error})") from None
             running = re.search(r"VM status: (?:running|paused)\s*$", status) is not None
         self._found_running = running
 
