@@ -438,7 +438,8 @@ SETTINGS = (
             "Off: they are refused. On: they are used, and every report says so."),
     Setting("rdmsr", "PARAM_BOOLEAN", "whether the LAPIC mode may be read by executing an rdmsr on each CPU",
             "Needed only without QMP. It executes one instruction of Xen's on each CPU that is awake in Xen, with the\n"
-            "registers put back afterwards; halted CPUs are left alone. Off: no register is ever changed."),
+            "registers put back afterwards; halted CPUs are left alone. For the command line alone, not for -xen-…\n"
+            "commands. Off: no register is ever changed."),
 )  # fmt: skip
 
 # Convenience functions, by name.

@@ -146,6 +146,8 @@ class _MiCommand(gdb.MICommand):
 
     def invoke(self, argv: list[str]) -> dict[str, str]:
         with one_line_errors():
+            if self._session.settings["rdmsr"].value:
+                raise Undecidable("set xen rdmsr is on: gdb drops the result of an MI command that steps the machine")
             values = _Words(self._session, self._command).parse(argv)
             return mi_result(self._command.answer(self._session, *values))
 

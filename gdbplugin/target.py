@@ -46,7 +46,7 @@ class LiveTarget:
         self.measured_modes: dict[int, int | Absent] = {}  # IA32_APIC_BASE by CPU index, when rdmsr was asked for
         self._batching = False
         self._cpus: list[PhysicalCpu] | None = None
-        self._selected: tuple[int, int] | None = None
+        self._trusted: str | None = None  # the QMP socket that is known to be this machine's
         self._set_mode(False)  # an earlier client may have left it on
         self._ram = self._memory_map()
 
@@ -78,7 +78,6 @@ class LiveTarget:
         if self._batching:
             yield
             return
-        self._selected = _selected_pc()
         self._cpus = None
         self._batching = True
         try:
@@ -147,13 +146,13 @@ class LiveTarget:
             return self._cpus
         with self.batch():
             cpus = self._from_monitor() if self.qmp_socket is None else self._from_device_state(self.qmp_socket)
-            self._same_machine(cpus)
             self._cpus = [self._with_measured(cpu) for cpu in cpus]
         return self._cpus
 
     def _from_device_state(self, socket: str) -> list[PhysicalCpu]:
         try:
             with Qmp(socket) as qmp:
+                self._require_same_machine(qmp)
                 return parse_cpus(device_state(qmp))
         except QmpError as error:
             raise Undecidable(str(error)) from None
@@ -182,16 +181,15 @@ class LiveTarget:
         source = cpu.lapic.source if isinstance(base, Absent) else f"rdmsr, {cpu.lapic.source}"
         return replace(cpu, lapic=replace(cpu.lapic, apic_base=base, source=source))
 
-    def _same_machine(self, cpus: Sequence[PhysicalCpu]) -> None:
-        """A QMP socket of another machine would answer just as well."""
-        if self._selected is None or self.qmp_socket is None:
+    def _require_same_machine(self, qmp: Qmp) -> None:
+        """A QMP socket of another machine would answer just as well. Asked once for each socket."""
+        if qmp.path == self._trusted:
             return
-        index, pc = self._selected
-        if not any(cpu.index == index and cpu.registers["rip"] == pc for cpu in cpus):
-            raise Undecidable(
-                f"{self.qmp_socket} is the QMP socket of another machine than {self.location}: "
-                f"its CPU {index} is not at {pc:#x}"
-            )
+        ours = hmp.parse_host_threads(self._monitor("info cpus"))
+        theirs = [cpu["thread-id"] for cpu in qmp.execute("query-cpus-fast")]
+        if not ours or ours != theirs:
+            raise Undecidable(f"{qmp.path} is the QMP socket of another machine than {self.location}")
+        self._trusted = qmp.path
 
     def notes(self) -> Sequence[Note]:
         return ()
@@ -223,14 +221,6 @@ def open_target(connection: gdb.TargetConnection) -> LiveTarget | ServedDump:
     path, _, base = served.decode().partition(",")
     dump = open_dump(os.fsdecode(bytes.fromhex(path)), base=int(base, 16) if base else None)
     return ServedDump(connection, dump)
-
-
-def _selected_pc() -> tuple[int, int] | None:
-    """(cpu_index, pc) of the selected thread. To be asked for while gdb still sees virtual memory."""
-    thread = gdb.selected_thread()
-    if thread is None or not thread.is_valid():
-        return None
-    return cpu_index(thread), gdb.newest_frame().pc()
 
 
 def cpu_index(thread: gdb.InferiorThread) -> int:

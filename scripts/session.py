@@ -378,7 +378,6 @@ def open_session(
     qmp: str | None = None,
     *,
     allow_mismatch: bool = False,
-    rdmsr: bool = False,
 ) -> GdbSession:
     """A session attached to a machine, with the plugin told what the user said. Raises Undecidable."""
     parse_live(target)
@@ -387,7 +386,6 @@ def open_session(
         for name, path in (("symbols", symbols), ("qmp-socket", qmp)):
             session.set(name, str(Path(path).absolute()) if path else None)
         session.set("allow-build-id-mismatch", allow_mismatch)
-        session.set("rdmsr", rdmsr)
         session.attach(target, qmp)
     except BaseException:
         session.close()

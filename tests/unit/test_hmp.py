@@ -85,3 +85,9 @@ def test_ram_is_what_is_ram_or_rom_and_nothing_else(qemu: str) -> None:
 def test_other_text_is_no_memory_map(garbage: str) -> None:
     with pytest.raises(Unreadable):
         hmp.parse_ram(garbage)
+
+
+def test_host_threads() -> None:
+    text = "* CPU #0: thread_id=4711\r\n  CPU #1: (halted) thread_id=4712\r\n"
+    assert hmp.parse_host_threads(text) == [4711, 4712]
+    assert hmp.parse_host_threads("unknown command: 'info cpus'\r\n") == []

@@ -93,6 +93,11 @@ def with_lapics(cpus: Sequence[PhysicalCpu], lapics: Sequence[tuple[int, Lapic]]
     ]
 
 
+def parse_host_threads(text: str) -> list[int]:
+    """The host's thread of each CPU, by cpu_index, from `info cpus`: no other machine of this host has them."""
+    return [int(thread) for thread in re.findall(r"CPU #\d+:.*?thread_id=(\d+)", text)]
+
+
 _VIEW = re.compile(r"^ *AS \"memory\"", re.MULTILINE)
 _RANGE = re.compile(r"^ *([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (ram|rom|nv-ram)\)", re.MULTILINE)
 

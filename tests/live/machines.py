@@ -1,0 +1,65 @@
+"""Machines for the live tests of gdb: the reference guest, up in a fraction of a second, and gdb's own output."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import subprocess
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from xencrash.guests import build, command_line
+from xencrash.lab.machine import Lab
+from xencrash.lab.qemu import Boot
+from xencrash.session import find_gdb, gdb_arguments, plugin_script
+
+
+@contextlib.contextmanager
+def guest(generation: str = "4.17.0", *, cpus: int = 4, **more: Any) -> Iterator[Lab]:
+    """The reference guest, with all its CPUs up and waiting for a `C` on its serial line."""
+    built = build(generation)
+    boot = Boot(kernel=built.kernel, symbols=built.symbols, append=command_line())
+    with Lab.up(guest=boot, memory_mib=64, wait="none", cpus=cpus, **more) as lab:
+        if not more.get("paused"):
+            lab.wait_serial(rb"CPUs ready", 30)
+        yield lab
+
+
+def target(lab: Lab) -> str:
+    return f"gdb:{lab.gdb_socket}"
+
+
+def gdb(lab: Lab, *commands: str, qmp: bool = True, symbols: str | None = None, timeout: float = 60) -> str:
+    """What a gdb with the plugin, attached to the machine, prints for some commands. It detaches at the end."""
+    before = [f"source {plugin_script()}", f"set xen symbols {symbols or lab.symbols}"]
+    before += [f"set xen qmp-socket {lab.qmp_socket}"] * qmp
+    return run_gdb(*before, f"target remote {lab.gdb_socket}", "echo \\n=== begin\\n", *commands, timeout=timeout)
+
+
+def run_gdb(*commands: str, timeout: float = 60) -> str:
+    """gdb -batch; only what follows the mark `=== begin`, when one is printed."""
+    words = [find_gdb(), *gdb_arguments(), "-batch"]
+    for command in commands:
+        words += ["-ex", command]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
+    return done.stdout.rpartition("=== begin\n")[2]
+
+
+def rows(output: str, title: str) -> list[list[str]]:
+    """The cells of a plain table, without its head: the words of each line, which are not split further."""
+    lines = output.splitlines()
+    start = lines.index(title) + 3
+    end = next((i for i in range(start, len(lines)) if not lines[i].strip()), len(lines))
+    return [line.split() for line in lines[start:end]]
+
+
+@contextlib.contextmanager
+def ram(lab: Lab) -> Iterator[mmap.mmap]:
+    """The machine's RAM, to be read and changed; the offset is the physical address."""
+    with lab.ram_file.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        yield memory
+
+
+def named(findings: Sequence[dict[str, Any]], verdict: str = "fail") -> list[tuple[str, int | None]]:
+    """(check, cpu) of the findings with a verdict."""
+    return [(finding["check"], finding["cpu"]) for finding in findings if finding["verdict"] == verdict]
