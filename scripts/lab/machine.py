@@ -49,7 +49,7 @@ _KEXEC = (
     '--append="console=ttyS0 irqpoll nr_cpus=1 reset_devices loglevel=5"'
 )
 _TO_XEN = rb"Serial input to Xen"
-_DIED = rb"Panic on CPU \d+|Kernel panic - not syncing"
+_DIED = rb"Panic on CPU \d+|Kernel panic - not syncing|Hardware Dom0 halted"
 _XEN_UP = rb"Brought up \d+ CPUs"
 _DOM0_UP = rb"^@dom0 ready\r?\n"
 _COPIED = rb"^@vmcore (?:copied (?P<size>\d+)|failed: (?P<reason>[^\r\n]*))\r?\n"
@@ -148,6 +148,7 @@ class Lab:
         xen_args: str = "",
         dom0_args: str = "",
         dom0_vcpus: int = 1,
+        pvh: bool = False,
         cpu_args: str = "",
         qemu_args: Sequence[str] = (),
         wait: str = "dom0",
@@ -159,14 +160,18 @@ class Lab:
 
         `guest` boots that instead of Xen and dom0. `lapic` is "xapic", "x2apic" or None (what this QEMU does).
         `wait` is how far: "dom0" (a shell answers, and the crash kernel is loaded unless `crash_kernel` is
-        false), "xen" (all CPUs are up) or "none". `paused` stops before the first instruction, and waits for
-        nothing. `cpu_args` is added to QEMU's -cpu, `qemu_args` to its command line. An owned machine dies
-        with the thread that called this; one that is not is for `Lab.attach` and `down`.
+        false), "xen" (all CPUs are up) or "none". With `pvh` dom0 is a PVH guest, a vCPU in SVM guest mode: under
+        TCG it comes as far as "ACPI: Core revision" and stays there, which is what "dom0" then waits for.
+        `paused` stops before the first instruction, and waits for nothing. `cpu_args` is added to QEMU's -cpu,
+        `qemu_args` to its command line. An owned machine dies with the thread that called this; one that is
+        not is for `Lab.attach` and `down`.
         Raises LabError.
         """
         if wait not in ("dom0", "xen", "none"):
             raise LabError(f"starting the lab: wait is dom0, xen or none, not {wait!r}")
         row = _row(QEMUS, qemu, "QEMU")
+        if pvh:
+            xen_args, qemu_args = f"dom0=pvh {xen_args}", ("-device", row.iommu, *qemu_args)
         cache = Cache(progress=progress)
         cpu = cpu_of(row, lapic)
         program = Program(images.qemu_words(cache, row), f"{cpu},{cpu_args}" if cpu_args else cpu)
@@ -193,7 +198,7 @@ class Lab:
         )
         try:
             if not paused:
-                lab._wait_until_up(wait, crash_kernel)
+                lab._wait_until_up(wait, crash_kernel, pvh)
         except BaseException:
             lab.down(keep=True)
             raise
@@ -237,12 +242,14 @@ class Lab:
             raise
         return lab
 
-    def _wait_until_up(self, wait: str, crash_kernel: bool) -> None:
+    def _wait_until_up(self, wait: str, crash_kernel: bool, pvh: bool) -> None:
         if wait == "none":
             return
         begun = time.monotonic()
         self._boots("booting Xen", self.paths.serial_log, _XEN_UP)
-        if wait == "dom0":
+        if wait == "dom0" and pvh:
+            self._boots("booting a PVH dom0", self.paths.serial_log, rb"ACPI: Core revision")
+        elif wait == "dom0":
             self._boots("booting dom0", self.paths.line_log, _DOM0_UP)
             self._progress(f"dom0 is up after {time.monotonic() - begun:.1f} s")
             if crash_kernel:
@@ -251,7 +258,7 @@ class Lab:
     def _boots(self, step: str, log: Path, sign: bytes) -> None:
         def ready() -> bool | None:
             if re.search(_DIED, _read(self.serial_log)):
-                raise LabError(f"{step}: it panicked: {self._logs()}")
+                raise LabError(f"{step}: it died: {self._logs()}")
             return True if re.search(sign, _read(log), re.MULTILINE) else None
 
         self._until(step, BOOT_TIMEOUT, ready)

@@ -94,6 +94,23 @@ def test_other_rows(xen: str, qemu: str, lapic: str, driver: bytes, tmp_path: Pa
         assert assert_same_memory(lab.wait_vmcore(tmp_path / "vmcore"), lab.ram_file) > 600 << 20
 
 
+# On QEMU 10 the PVH dom0 of Xen 4.14 and 4.17 halts before it prints anything, whatever the LAPIC mode.
+@pytest.mark.parametrize(("xen", "qemu"), [("4.17", "7.2"), ("4.20", "10.0")])
+def test_a_pvh_dom0_runs(xen: str, qemu: str) -> None:
+    with Lab.up(xen=xen, qemu=qemu, pvh=True) as lab:
+        console = lab.serial_log.read_bytes()
+        assert b"*** Building a PVH Dom0 ***" in console
+        assert b"ACPI: Core revision" in console
+
+
+@pytest.mark.parametrize(("cpus", "max_cpus"), [(1, None), (4, 8), (16, None), (32, None)])
+def test_other_numbers_of_cpus(cpus: int, max_cpus: int | None, tmp_path: Path) -> None:
+    with Lab.up(cpus=cpus, max_cpus=max_cpus) as lab:
+        assert f"Brought up {cpus} CPUs".encode() in lab.serial_log.read_bytes()
+        lab.crash()
+        lab.wait_vmcore(tmp_path / "vmcore")
+
+
 def test_several_at_once_and_dumps_of_qemu(tmp_path: Path) -> None:
     with Lab.up(paused=True) as one, Lab.up(paused=True, cpus=2) as two:
         assert one.run_dir != two.run_dir
