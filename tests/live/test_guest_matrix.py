@@ -64,7 +64,7 @@ def follow(run: Run) -> Json:
     with Lab.up(guest=boot, qemu=qemu, cpus=run.cpus, memory_mib=64, wait="none",
                 lapic=run.lapic if qemu == "10.0" else None) as lab:  # fmt: skip
         lab.wait_serial(rb"CPUs? ready", 20)
-        return trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=20, stall=5,
+        return trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, stall=12,
                      trigger=lambda: lab.serial_send(b"C"))  # fmt: skip
 
 
@@ -120,4 +120,4 @@ def test_the_rfc_as_posted_fails_in_the_one_way_that_its_author_names() -> None:
 def test_a_fault_that_leaves_no_trace_says_so() -> None:
     silent: list[Fault] = [fault for fault in FAULTS if not fault.visible]
     assert silent and all(fault.invisible for fault in silent)
-    assert all(not fault.expected(generation) for fault in silent for generation in fault.generations)
+    assert all(fault.expected(generation) == clean(generation) for fault in silent for generation in fault.generations)

@@ -1,0 +1,311 @@
+"""The main job on real Xen 4.17: boot, crash, follow, judge every stage, take the vmcore, judge it.
+
+What each stage must show was seen on this Xen by hand, and in its sources; the values are asserted, not only verdicts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+import xen_symbols.report
+from tests.unit.test_checks import CHANGES, Machine
+from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.symbols.table import load_symbols
+from xen_symbols.target.qemu_state import parse_cpus
+from xen_symbols.target.qmp import Qmp
+from xen_symbols.xen.locate import locate
+from xencrash.lab.machine import Lab
+from xencrash.session import GdbSession, open_session
+from xencrash.trace import trace
+
+pytestmark = pytest.mark.live
+
+Json = dict[str, Any]
+SCHEMA = json.loads((Path(xen_symbols.report.__file__).parent / "schema.json").read_text())
+# (NMI handler, IST, #MC handler, IST) in Xen 4.17.7, by stage: of the crashing CPU, of every other one.
+NORMAL = ("nmi", 2, "machine_check", 1)
+GATES = {
+    "normal": (NORMAL, NORMAL),
+    "crash-entry": (NORMAL, NORMAL),
+    "shutdown-entry": (NORMAL, NORMAL),
+    "shootdown": (("trap_nop", 0, "machine_check", 0), NORMAL),
+    "shootdown-done": (("trap_nop", 0, "machine_check", 0), ("nmi", 2, "machine_check", 0)),
+    "crash-info": (("trap_nop", 0, "machine_check", 0), ("nmi", 2, "machine_check", 0)),
+    "exec-entry": (("trap_nop", 0, "machine_check", 0), ("nmi", 2, "machine_check", 0)),
+    "handover": (("trap_nop", 0, "trap_nop", 0), ("nmi", 2, "trap_nop", 0)),
+    "crashed": (("trap_nop", 0, "trap_nop", 0), ("nmi", 2, "trap_nop", 0)),
+}  # fmt: skip
+
+
+def xencrash(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "xencrash", *words], capture_output=True, text=True, timeout=timeout)
+
+
+def observed(report: Json, stop: int, check: str, cpu: int | None) -> Any:
+    found = [f["observed"] for f in report["findings"] if (f.get("stop"), f["check"], f["cpu"]) == (stop, check, cpu)]
+    assert len(found) == 1, (stop, check, cpu)
+    return found[0]
+
+
+def gates(report: Json, stop: int, cpu: int) -> tuple[str, int, str, int]:
+    return (
+        observed(report, stop, "nmi-gate-handler", cpu)["symbol"],
+        observed(report, stop, "nmi-gate-ist", cpu),
+        observed(report, stop, "mc-gate-handler", cpu)["symbol"],
+        observed(report, stop, "mc-gate-ist", cpu),
+    )
+
+
+def assert_every_stage(report: Json, crashing: int) -> None:
+    """The values of each stage of a crash of 4 CPUs on 4.17, on CPU `crashing`."""
+    jsonschema.validate(report, SCHEMA)
+    assert [f for f in report["findings"] if f["verdict"] in ("fail", "unknown")] == []
+    assert (report["verdict"], report["crashing_cpu"], report["generation"]["id"]) == ("pass", crashing, "4.17.0")
+    assert report["symbols"]["match"] is True
+    stages = [stage["stage"] for stage in report["stages"]]
+    others = [cpu for cpu in range(4) if cpu != crashing]
+    assert [s for s in stages if s in GATES] == [s for s in GATES if s != "crashed"]
+    for name in ("nmi-taken", "cpu-save", "cpu-stop"):
+        assert sorted(s["cpu"] for s in report["stages"] if s["stage"] == name) == others, name
+    for stop, stage in enumerate(report["stages"]):
+        name = stage["stage"]
+        if name in GATES:
+            assert gates(report, stop, crashing) == GATES[name][0], name
+            assert {gates(report, stop, cpu) for cpu in others} == {GATES[name][1]}, name
+        armed = name not in ("normal", "crash-entry", "shutdown-entry")
+        hook = observed(report, stop, "nmi-dispatch", None)
+        assert hook["symbol"] == ("do_nmi_crash" if armed else None), name
+        done = {cpu: observed(report, stop, "crash-save-done", cpu) for cpu in range(4)}
+        waiting = {cpu: observed(report, stop, "waiting-cpus", cpu) for cpu in range(4)}
+        online = {cpu: observed(report, stop, "online-cpus", cpu) for cpu in range(4)}
+        saved = {cpu: observed(report, stop, "saved-cpus", cpu) for cpu in range(4)}
+        assert done[crashing] is False and waiting[crashing] is False, name
+        if name == "shootdown":
+            assert waiting == {cpu: cpu != crashing for cpu in range(4)}
+            assert saved == {cpu: cpu == crashing for cpu in range(4)}
+            assert not any(done.values()) and all(online.values())
+        if name in ("shootdown-done", "crash-info", "exec-entry", "handover"):
+            assert not any(waiting.values()) and all(saved.values())
+            assert done == {cpu: cpu != crashing for cpu in range(4)}
+            assert online == {cpu: cpu == crashing and name == "shootdown-done" for cpu in range(4)}
+            assert all(observed(report, stop, "lapic-enabled", cpu) is False for cpu in others)
+        assert {observed(report, stop, "lapic-mode", cpu) for cpu in range(4)} == {"xapic"}
+        if name == "handover":
+            assert observed(report, stop, "nmi-latch", crashing) == "open"
+            for cpu in others:
+                assert observed(report, stop, "nmi-latch", cpu) == "blocked"
+                assert observed(report, stop, "nmi-pending", cpu) is True
+                assert observed(report, stop, "lapic-self-nmi", cpu) == "an NMI to itself"
+                assert observed(report, stop, "lapic-lvt", cpu) == []
+                assert observed(report, stop, "cpu-parked", cpu) == "halted in do_nmi_crash, interrupts off"
+
+
+def test_the_crash_key_judged_stage_by_stage_and_in_the_vmcore(tmp_path: Path) -> None:
+    done = xencrash("lab", "run", "--output", str(tmp_path), timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "trace.json").read_text())
+    assert_every_stage(report, report["crashing_cpu"])
+    assert (tmp_path / "trace.xml").read_text().count("<failure") == 0
+    checked = json.loads((tmp_path / "check.json").read_text())
+    jsonschema.validate(checked, SCHEMA)
+    assert (checked["verdict"], checked["crashing_cpu"]) == ("pass", report["crashing_cpu"])
+    assert [stage["stage"] for stage in checked["stages"]] == ["crashed"]
+    for cpu in range(4):
+        assert gates(checked, 0, cpu) == GATES["crashed"][cpu != report["crashing_cpu"]]
+    assert "\x1b" not in done.stdout
+    # The same dump, asked again by the command, without symbols: by the table that Xen carries.
+    again = xencrash("check", str(tmp_path / "vmcore"), "--format", "json")
+    assert again.returncode == 0, again.stderr
+    carried = json.loads(again.stdout)
+    assert carried["symbols"]["source"] == "table embedded in Xen"
+    assert carried["cpus"] == checked["cpus"]
+    (tmp_path / "vmcore").unlink()
+
+
+def follow(lab: Lab, cpu: int, **options: Any) -> Json:
+    return trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60,
+                 trigger=lambda: lab.crash("panic", cpu), **options)  # fmt: skip
+
+
+def test_dom0s_panic_on_another_cpu_and_the_machine_after_it(tmp_path: Path) -> None:
+    with Lab.up(dom0_vcpus=4) as lab:
+        report = follow(lab, 2)
+        assert_every_stage(report, 2)
+        vmcore = lab.wait_vmcore(tmp_path / "vmcore")
+        checked = xencrash("check", str(vmcore), "--symbols", str(lab.symbols), "--format", "json")
+        assert checked.returncode == 0, checked.stderr
+        assert json.loads(checked.stdout)["crashing_cpu"] == 2
+        Path(vmcore).unlink()
+        # After the fact: the crash kernel runs on CPU 2, the others are parked.
+        after = xencrash("check", f"gdb:{lab.gdb_socket}", "--symbols", str(lab.symbols), "--qmp",
+                         str(lab.qmp_socket), "--format", "json")  # fmt: skip
+        assert after.returncode == 0, after.stderr
+        live = json.loads(after.stdout)
+        assert [stage["stage"] for stage in live["stages"]] == ["crashed"]
+        assert {gates(live, 0, cpu) for cpu in (0, 1, 3)} == {GATES["crashed"][1]}
+
+
+class Ram:
+    """The machine's RAM from outside, as a target for finding addresses, and for changing it."""
+
+    kind, format, location = "live", "RAM file", "lab"
+
+    def __init__(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            self.bytes = mmap.mmap(file.fileno(), 0)
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        if address + size > len(self.bytes):
+            raise Unreadable("beyond RAM")
+        return self.bytes[address : address + size]
+
+    def read_physical_many(self, requests: Any) -> list[bytes | Absent]:
+        inside = len(self.bytes)
+        return [
+            self.read_physical(address, size) if address + size <= inside else Absent("beyond RAM")
+            for address, size in requests
+        ]
+
+    def physical_ranges(self) -> list[tuple[int, int]]:
+        return [(0, len(self.bytes))]
+
+    def cpus(self) -> list[Any]:
+        return []
+
+    def notes(self) -> list[Any]:
+        return []
+
+
+class LiveMachine(Machine):
+    """The recorded machine's helpers, on a real one; what was changed can be put back."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.ram = Ram(Path(lab.ram_file))
+        self.symbols = load_symbols(str(lab.symbols))
+        self.memory = locate(self.ram, self.symbols)
+        self.undo: list[tuple[int, bytes]] = []
+
+    def poke(self, address: int, data: bytes) -> None:
+        at = self.memory.physical(address)
+        self.undo.append((at, self.ram.bytes[at : at + len(data)]))
+        self.ram.bytes[at : at + len(data)] = data
+
+    def restore(self) -> None:
+        while self.undo:
+            at, data = self.undo.pop()
+            self.ram.bytes[at : at + len(data)] = data
+
+
+# Changes of memory; what lies in a CPU or its LAPIC cannot be changed from outside.
+NOT_IN_MEMORY = {
+    "lapic-mode", "lapic-enabled", "lapic-lvt", "lapic-self-nmi", "nmi-latch", "nmi-pending", "cpu-parked", "idtr",
+}  # fmt: skip
+
+
+def wrong(report: Json) -> set[tuple[str, int | None, str, str]]:
+    return {(f["check"], f["cpu"], f["verdict"], f["stage"]) for f in report["findings"]
+            if f["verdict"] in ("fail", "unknown")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped() -> Iterator[tuple[Lab, GdbSession, LiveMachine]]:
+    """Real Xen stopped at the handover of a crash on CPU 0, with gdb attached to it."""
+    with Lab.up(dom0_vcpus=4) as lab:
+        report = follow(lab, 0, leave_stopped=True)
+        assert_every_stage(report, 0)
+        with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
+            yield lab, session, LiveMachine(lab)
+
+
+@pytest.mark.parametrize("what", [w for w, (_, c, _) in CHANGES.items() if c not in NOT_IN_MEMORY])
+def test_one_change_of_guest_memory_is_found_and_nothing_else(
+    what: str, stopped: tuple[Lab, GdbSession, LiveMachine]
+) -> None:
+    _, session, machine = stopped
+    change, check, cpu = CHANGES[what]
+    assert wrong(session.xen("crash-check")) == set()
+    change(machine)
+    try:
+        assert wrong(session.xen("crash-check")) == {(check, cpu, "fail", "handover")}
+    finally:
+        machine.restore()
+    assert wrong(session.xen("crash-check")) == set()
+
+
+def test_a_check_changes_nothing(stopped: tuple[Lab, GdbSession, LiveMachine], tmp_path: Path) -> None:
+    lab, session, machine = stopped
+
+    def everything() -> tuple[str, list[Any]]:
+        with Qmp(lab.qmp_socket) as qmp:
+            qmp.execute("xen-save-devices-state", filename=str(tmp_path / "state"), live=False)
+        return hashlib.sha256(machine.ram.bytes).hexdigest(), parse_cpus((tmp_path / "state").read_bytes())
+
+    before = everything()
+    assert session.xen("crash-check")["verdict"] == "pass"
+    session.xen("cpus")
+    session.xen("idt")
+    session.xen("log")
+    assert everything() == before
+
+
+def test_a_cpu_that_is_deaf_for_real_is_the_only_one_blamed() -> None:
+    deaf: list[int] = []
+
+    def divert(session: GdbSession) -> None:
+        """The first other CPU at its handler's first instruction halts elsewhere instead, NMIs latched."""
+        if deaf:
+            return
+        pc = session.mi('-data-evaluate-expression "(unsigned long)$pc"')["value"]
+        if int(pc) != machine.symbols.address("do_nmi_crash", "tT"):
+            return
+        deaf.append(int(session.mi("-thread-info")["current-thread-id"]) - 1)
+        session.cli(f"set var $pc = {loop:#x}")
+
+    with Lab.up(dom0_vcpus=4) as lab:
+        machine = LiveMachine(lab)
+        start, end = machine.symbols.address("_start", "tT"), machine.symbols.address("_etext")
+        text = machine.memory.read(start, end - start)
+        halts = [start + match.start() for match in re.finditer(rb"\xf4\xeb\xfd", text)]  # hlt; jmp back to it
+        first, last = machine.symbols.extent("do_nmi_crash")
+        loop = next(address for address in halts if not first <= address < last)
+        report = follow(lab, 0, on_stop=divert)
+    failures = [f for f in report["findings"] if f["verdict"] == "fail"]
+    assert len(deaf) == 1 and deaf[0] != 0
+    assert {f["cpu"] for f in failures} == {deaf[0], None}
+    assert {f["check"] for f in failures if f["cpu"] is None} == {"shootdown-report"}
+    assert {f["check"] for f in failures if "follows" not in f} == {"nmi-answered"}
+    at_the_end = {f["check"] for f in failures if f["stage"] == "handover" and f["cpu"] == deaf[0]}
+    assert at_the_end == {
+        "nmi-answered", "nmi-entries", "waiting-cpus", "saved-cpus", "online-cpus", "crash-save-done", "crash-notes",
+        "mc-gate-ist", "lapic-enabled", "lapic-lvt", "lapic-self-nmi", "nmi-pending", "cpu-parked",
+    }  # fmt: skip
+    said = next(f["observed"] for f in failures if f["check"] == "shootdown-report")
+    assert f"{{{deaf[0]}}}" in said
+    assert report["stages"][-1]["stage"] == "handover"
+
+
+def test_without_a_crash_kernel_the_path_stops_early_and_it_says_so() -> None:
+    with Lab.up(crash_kernel=False) as lab:
+        report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60,
+                       trigger=lambda: lab.crash("panic"))  # fmt: skip
+    assert report["verdict"] == "unknown"
+    assert "no crash kernel is loaded" in report["undecided"]
+    assert [stage["stage"] for stage in report["stages"]][:2] == ["normal", "crash-entry"]
+
+
+def test_before_xen_has_paging_on() -> None:
+    with Lab.up(wait="none", paused=True) as lab:
+        done = xencrash("check", f"gdb:{lab.gdb_socket}", "--symbols", str(lab.symbols), "--qmp", str(lab.qmp_socket))
+    assert done.returncode == 3
+    assert len(done.stderr.splitlines()) == 1 and "paging" in done.stderr
