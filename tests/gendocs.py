@@ -1,4 +1,4 @@
-"""Write docs/reference.md from the tables: stages, checks and generations. A test sees that it is current."""
+"""Write docs/reference.md and docs/faults.md from the tables. A test sees that they are current."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.generations import GENERATIONS
 from xen_symbols.crashpath.stages import BY_ID
+from xencrash.guests import FAULTS
 
-PATH = Path(__file__).parents[1] / "docs" / "reference.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def reference() -> str:
@@ -48,5 +49,39 @@ def _lines() -> Iterator[str]:
     yield f"| trace-complete | the machine | {consequence} | xen/arch/x86/machine_kexec.c |"
 
 
+def faults() -> str:
+    """The page of the reference guest's faults, and what each is expected to make fail."""
+    return "\n".join(_fault_lines()) + "\n"
+
+
+def _fault_lines() -> Iterator[str]:
+    yield "# Faults of the reference guest"
+    yield ""
+    yield "Generated from `tests/guests/faults.py` by `python -m tests.gendocs`. Each row is run in the tests."
+    yield "C is the crashing CPU, F the faulty one, O each other one; the stage is the first at which it can be seen."
+    yield ""
+    for fault in FAULTS:
+        yield f"## {fault.id}"
+        yield ""
+        yield fault.does
+        yield ""
+        if not fault.visible:
+            yield f"It leaves no trace in any state that can be read: {fault.invisible}"
+            yield ""
+        yield "| generations | finds |"
+        yield "|---|---|"
+        by_findings: dict[str, list[str]] = {}
+        for generation in fault.generations:
+            found = fault.expected(generation)
+            words = "; ".join(f"{e.check} ({e.cpu or 'machine'}, {e.stage})" for e in found) or "nothing"
+            by_findings.setdefault(words, []).append(generation)
+        for words, ids in by_findings.items():
+            yield f"| {', '.join(ids)} | {words} |"
+        yield ""
+
+
+PAGES = {"reference.md": reference, "faults.md": faults}
+
 if __name__ == "__main__":
-    PATH.write_text(reference())
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page())
