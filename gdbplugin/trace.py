@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import gdb
@@ -128,13 +129,16 @@ def run(session: Session, timeout: float | None, say: Callable[[Sequence[Block]]
 def _follow(
     session: Session, follower: Follower, timeout: float | None, say: Callable[[Sequence[Block]], None]
 ) -> None:
+    since = time.monotonic()  # the last stage: stops that are none do not count as going on
     while True:
-        expired = _continue(STALL_SECONDS if follower.begun else timeout)
+        patience = STALL_SECONDS if follower.begun else timeout
+        expired = _continue(None if patience is None else max(0.0, since + patience - time.monotonic()))
         if gdb.selected_thread() is None:
-            raise Undecidable("QEMU went away: the guest was reset with -no-reboot, or QEMU ended; see its log")
+            raise Undecidable(_GONE)
         step = stop(session)
         if step["stage"] is not None:
             say([stage_line(step, step["findings"])])
+            since = time.monotonic()
         if step["finished"] or step["undecided"]:
             return
         if step["stage"] is None and expired and follower.begun:
@@ -162,6 +166,7 @@ def _breakpoints(addresses: Sequence[int]) -> Iterator[None]:
                 point.delete()
 
 
+_GONE = "QEMU went away: the guest was reset with -no-reboot, or QEMU ended; see its log"
 _stops: list[gdb.StopEvent] = []
 
 
@@ -188,6 +193,8 @@ def _continue(seconds: float | None) -> bool:
     timer.start()
     try:
         gdb.execute("continue", to_string=True)
+    except gdb.error as error:
+        raise Undecidable(f"{_GONE} ({error})") from None
     finally:
         timer.cancel()
         gdb.events.stop.disconnect(_note_stop)

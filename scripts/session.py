@@ -63,8 +63,11 @@ class Stopped:
 
 _GONE_REASONS = ("exited", "exited-normally", "exited-signalled")
 # gdb's words when its connection breaks, and the plugin's.
-_GONE_WORDS = re.compile(r"Remote connection closed|Remote communication error|connection to \S+ was lost|"
-                         r"machine is gone|target is not responding|not connected to QEMU", re.IGNORECASE)  # fmt: skip
+_GONE_WORDS = re.compile(
+    r"Remote connection closed|Remote communication error|connection to \S+ was lost|machine is gone|"
+    r"target is not responding|Command aborted|not connected to QEMU",
+    re.IGNORECASE,
+)
 
 
 def parse_live(target: str) -> str:
@@ -178,7 +181,7 @@ class GdbSession:
         payload: Json = result["payload"] or {}
         if result["message"] == "error":
             message = " ".join(str(payload.get("msg", "")).split())
-            if self._attached and _GONE_WORDS.search(message):
+            if self._attached and (self._lost or _GONE_WORDS.search(message)):
                 raise self._target_lost()
             raise MiError(message)
         return payload

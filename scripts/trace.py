@@ -6,6 +6,7 @@ comes out of every trace that could begin, whatever happens to the guest, to QEM
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,8 +83,10 @@ def _follow(
     Raises Undecidable when the trace is lost.
     """
     begun = bool(report["stages"]) and report["stages"][-1]["stage"] != "normal"
+    since = time.monotonic()  # the last stage: stops that are none do not count as going on
     while True:
-        stopped = session.wait_stop(stall if begun else timeout)
+        patience = stall if begun else timeout
+        stopped = session.wait_stop(None if patience is None else since + patience - time.monotonic())
         if stopped is None:
             session.interrupt()
             if begun:
@@ -101,6 +104,7 @@ def _follow(
             report["findings"] += step["findings"]
             report["cpus"], report["crashing_cpu"] = step["cpus"], step["crashing_cpu"]
             progress(stage, step["findings"])
+            since = time.monotonic()
         if step["undecided"]:
             raise Undecidable(step["undecided"])
         if step["finished"]:

@@ -1,0 +1,263 @@
+"""Traces that go well, and traces that end early: a report comes out of each, in time, and no gdb is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.live.machines import gdb, guest, named, ram, target
+from xen_symbols.absence import Undecidable
+from xen_symbols.symbols.table import load_symbols
+from xencrash.lab.machine import Lab
+from xencrash.session import GdbSession, open_session
+from xencrash.trace import trace
+
+pytestmark = pytest.mark.live
+
+Json = dict[str, Any]
+EARLY = 5.0  # seconds within which the end of a machine or of gdb is reported
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with guest() as machine:
+        yield machine
+
+
+@pytest.fixture(autouse=True)
+def no_gdb_is_left() -> Iterator[None]:
+    yield
+    assert _children("gdb") == []
+
+
+def _children(name: str) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            command, rest = status.read_text().split("(", 1)[1].rsplit(")", 1)
+        except OSError:  # it has just ended
+            continue
+        if command == name and int(rest.split()[1]) == os.getpid():
+            found.append(int(status.parent.name))
+    return found
+
+
+def follow(lab: Lab, trigger: Callable[[], None] | None = None, **more: Any) -> Json:
+    more = {"timeout": 20, "stall": 5, **more}
+    press = trigger or (lambda: lab.serial_send(b"C"))
+    return trace(target(lab), str(lab.symbols), str(lab.qmp_socket), trigger=press, **more)
+
+
+def stages(report: Json) -> list[str]:
+    return [stage["stage"] for stage in report["stages"]]
+
+
+def state(lab: Lab) -> str:
+    return str(lab.qmp("query-status")["status"])
+
+
+def test_every_stage_in_order(lab: Lab) -> None:
+    told: list[str] = []
+    report = follow(lab, progress=lambda stage, findings: told.append(stage["stage"]))
+    assert report["verdict"] == "pass" and "undecided" not in report
+    assert told == stages(report)
+    crashing = [name for name in told if name not in ("nmi-taken", "cpu-save", "cpu-stop")]
+    assert crashing == ["normal", "crash-entry", "shutdown-entry", "shootdown", "shootdown-done", "crash-info",
+                        "exec-entry", "handover"]  # fmt: skip
+    for name in ("nmi-taken", "cpu-save", "cpu-stop"):
+        assert sorted(stage["cpu"] for stage in report["stages"] if stage["stage"] == name) == [1, 2, 3]
+    assert {finding["stop"] for finding in report["findings"]} == set(range(len(told)))
+    # The machine runs on, without our breakpoints, into its crash kernel.
+    lab.wait_serial(rb"crash image: alive", 10)
+
+
+def test_it_can_be_left_at_the_last_stage(lab: Lab) -> None:
+    report = follow(lab, leave_stopped=True)
+    assert report["verdict"] == "pass"
+    assert state(lab) == "debug"
+    with open_session(target(lab), str(lab.symbols), str(lab.qmp_socket)) as session:
+        status = session.xen("crash-status")
+    assert (status["stage"], status["crashing_cpu"]) == ("handover", 0)
+
+
+def test_what_is_changed_at_a_stop_is_found_there(lab: Lab) -> None:
+    """Clear crash_save_done of CPU 2 at the last stage: that check, on that CPU, and nothing else."""
+
+    def change(session: GdbSession) -> None:
+        if session.mi(f'-data-evaluate-expression "$pc == {reloc}"')["value"] == "1":
+            where = session.xen("percpu", "crash_save_done", "2")["cpus"][0]["address"]
+            with ram(lab) as memory:
+                memory[int(session.xen("vtop", where)["physical"], 16)] = 0
+
+    reloc = load_symbols(str(lab.symbols)).address("kexec_reloc")
+    report = follow(lab, on_stop=change)
+    assert report["verdict"] == "fail"
+    assert named(report["findings"]) == [("crash-save-done", 2)]
+
+
+def test_a_path_that_stalls(lab: Lab) -> None:
+    """An endless loop where the crashing CPU would leave: the stages so far are judged, and the end is missed."""
+
+    def block(session: GdbSession) -> None:
+        with ram(lab) as memory:
+            at = int(session.xen("vtop", "machine_kexec")["physical"], 16)
+            memory[at : at + 2] = b"\xeb\xfe"  # jmp to itself
+
+    report = follow(lab, on_stop=block, stall=2)
+    assert report["verdict"] == "fail"
+    assert named(report["findings"]) == [("trace-complete", 0)]
+    assert stages(report)[-1] == "exec-entry"
+    assert state(lab) == "running"  # as it was found
+
+
+def test_no_crash_in_time(lab: Lab) -> None:
+    begun = time.monotonic()
+    report = follow(lab, trigger=lambda: None, timeout=1)
+    assert time.monotonic() - begun < 1 + EARLY
+    assert (report["verdict"], report["undecided"]) == ("unknown", "Xen did not crash within 1 s")
+    assert stages(report) == ["normal"]
+    assert state(lab) == "running"
+
+
+def test_a_trace_that_comes_too_late(lab: Lab) -> None:
+    assert follow(lab)["verdict"] == "pass"
+    with pytest.raises(Undecidable, match="has begun to crash already"):
+        follow(lab)
+
+
+def test_somebody_else_stops_the_machine(lab: Lab) -> None:
+    report = follow(lab, trigger=lambda: lab.qmp("stop"))
+    assert report["undecided"] == "the machine was stopped by something else (SIGINT) while it was followed"
+    assert report["verdict"] == "unknown"
+
+
+class Ending:
+    """Something that ends a trace from outside, and when it did."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        self._end = end
+        self.at = 0.0
+
+    def __call__(self, *_: Any) -> None:
+        if not self.at:
+            self.at = time.monotonic()
+            self._end()
+
+    def assert_reported(self, report: Json, says: str) -> None:
+        assert self.at and time.monotonic() - self.at < EARLY
+        assert re.search(says, report["undecided"]), report["undecided"]
+        assert report["verdict"] == "unknown"
+        assert stages(report)[0] == "normal" and len(report["findings"]) > 50  # what was found so far
+
+
+GONE = "QEMU at gdb:.* went away: the guest was reset with -no-reboot, or QEMU ended; see its log"
+
+
+def test_qemu_is_killed_while_a_crash_is_waited_for(lab: Lab) -> None:
+    kill = Ending(lambda: os.kill(lab.qemu_pid, signal.SIGKILL))
+    kill.assert_reported(follow(lab, trigger=kill), GONE)
+
+
+@pytest.mark.parametrize("stage", ["shootdown", "cpu-save"])
+def test_qemu_is_killed_at_a_stage(lab: Lab, stage: str) -> None:
+    kill = Ending(lambda: os.kill(lab.qemu_pid, signal.SIGKILL))
+    report = follow(lab, progress=lambda seen, _: kill() if seen["stage"] == stage else None)
+    kill.assert_reported(report, GONE)
+    assert stages(report)[-1] in (stage, "nmi-taken", "cpu-save", "cpu-stop")
+
+
+def test_the_guest_is_reset(lab: Lab) -> None:
+    """With -no-reboot, as the lab starts it, QEMU then ends."""
+    reset = Ending(lambda: lab.qmp("system_reset"))
+    reset.assert_reported(follow(lab, trigger=reset), GONE)
+
+
+def test_the_guest_is_reset_and_boots_again() -> None:
+    with guest(qemu_args=("-action", "reboot=reset")) as lab:
+        reset = Ending(lambda: lab.qmp("system_reset"))
+        report = follow(lab, trigger=reset)
+        reset.assert_reported(report, "the guest was reset while its crash was followed")
+
+
+def test_gdb_is_killed(lab: Lab) -> None:
+    kill = Ending(lambda: [os.kill(pid, signal.SIGKILL) for pid in _children("gdb")])
+    report = follow(lab, trigger=kill)
+    kill.assert_reported(report, "gdb was killed by SIGKILL; gdb:.* is left as it is")
+
+
+def test_an_error_of_the_trigger_is_the_callers(lab: Lab) -> None:
+    def fail() -> None:
+        raise ValueError("of the caller's")
+
+    with pytest.raises(ValueError, match="of the caller's"):
+        follow(lab, trigger=fail)
+    assert state(lab) == "running"
+
+
+# -- inside gdb -------------------------------------------------------------------------------
+
+
+def _press(lab: Lab, after: float) -> threading.Timer:
+    timer = threading.Timer(after, lambda: lab.serial_send(b"C"))
+    timer.start()
+    return timer
+
+
+def test_the_command_inside_gdb(lab: Lab) -> None:
+    timer = _press(lab, 2)
+    output = gdb(lab, "xen crash trace --timeout 20", "info breakpoints", "xen crash report", "maint info breakpoints")
+    timer.join()
+    lines = [line.split()[0] for line in output.partition("\ntarget ")[0].splitlines()]
+    assert lines[:4] == ["waiting", "crash-entry", "shutdown-entry", "shootdown"] and lines[-1] == "handover"
+    assert len(lines) == 1 + 7 + 3 * 3
+    verdicts = re.findall(r"^PASS +(\d+ pass)", output, re.MULTILINE)
+    assert len(verdicts) == 2 and verdicts[0] == verdicts[1]  # the trace's report, and the same again
+    assert "No breakpoints or watchpoints." in output
+    assert not re.search(r"^-\d+ .*hw breakpoint", output, re.MULTILINE)
+    assert "hit" not in output and "Traceback" not in output
+
+
+def test_the_command_inside_gdb_gives_up(lab: Lab) -> None:
+    output = gdb(lab, "xen crash trace --timeout 1", "info breakpoints", "xen crash status")
+    assert "not decided: Xen did not crash within 1 s" in output
+    assert "No breakpoints or watchpoints." in output
+    assert re.search(r"^stage +normal", output, re.MULTILINE)
+    assert state(lab) == "running"
+
+
+def test_the_command_inside_gdb_loses_qemu(lab: Lab) -> None:
+    timer = threading.Timer(2, lambda: os.kill(lab.qemu_pid, signal.SIGKILL))
+    timer.start()
+    output = gdb(lab, "xen crash trace", timeout=20)
+    timer.join()
+    assert re.search("not decided: .*(went away|was lost|closed)", output), output
+    assert "Traceback" not in output
+
+
+# -- real Xen ---------------------------------------------------------------------------------
+
+
+def test_real_xen_crashes_on_a_cpu_of_choice() -> None:
+    with Lab.up(dom0_vcpus=4) as lab:
+        report = follow(lab, trigger=lambda: lab.crash("panic", cpu=2), timeout=60, stall=30)
+        assert report["verdict"] == "pass", named(report["findings"])
+        assert report["crashing_cpu"] == 2 and stages(report)[-1] == "handover"
+        assert {stage["cpu"] for stage in report["stages"] if stage["stage"] == "nmi-taken"} == {0, 1, 3}
+
+
+def test_real_xen_without_a_crash_kernel() -> None:
+    with Lab.up(crash_kernel=False) as lab:
+        hint = "no crash kernel was loaded: load one with kexec -p in dom0"
+        report = follow(lab, trigger=lab.crash, timeout=3)  # the key does nothing at all
+        assert report["undecided"] == f"Xen did not crash within 3 s; {hint}"
+        report = follow(lab, trigger=lambda: lab.crash("panic"), timeout=30)
+        assert report["undecided"].startswith("no crash kernel is loaded: kexec_crash() returns at once")
+        assert stages(report) == ["normal", "crash-entry"]
