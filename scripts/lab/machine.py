@@ -547,8 +547,9 @@ def _sweep(parent: Path) -> None:
             alive = Lab.attach(folder).alive()
         except LabError:
             alive = False
-        if not alive and time.time() - folder.stat().st_mtime > 86400:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another machine has just ended
+            if not alive and time.time() - folder.stat().st_mtime > 86400:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_folder(run_dir: str | Path | None) -> tuple[Paths, bool]:

@@ -53,6 +53,8 @@ def fault_runs() -> Iterator[Run]:
 
 
 RUNS = (*clean_runs(), *fault_runs())
+# What a fault does only for a moment: a stop of another CPU may fall into it.
+MAY_BE_SEEN: dict[str | None, tuple[str, ...]] = {"second-entry": ("nmi-latch",)}
 
 
 def follow(run: Run) -> Json:
@@ -101,7 +103,8 @@ def expected(run: Run) -> Found:
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_exactly_what_should_fail_does(run: Run, reports: dict[Run, Future[Json]]) -> None:
     report = reports[run].result(timeout=1800)
-    assert first_seen(report, "fail") == expected(run)
+    found = first_seen(report, "fail")
+    assert {item for item in found if item[0] not in MAY_BE_SEEN.get(run.fault, ())} == expected(run)
     assert first_seen(report, "unknown") == set()
     assert report["generation"]["id"] == run.generation
     if not run.fault:
