@@ -25,7 +25,11 @@ from xen_symbols.symbols.table import load_symbols
 from xen_symbols.target.qemu_state import parse_cpus
 from xen_symbols.target.qmp import Qmp
 from xen_symbols.xen.locate import locate
+from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
+from xencrash.lab.packages import Cache
+from xencrash.lab.qemu import Boot
+from xencrash.lab.rows import DEFAULT_XEN, XENS
 from xencrash.session import GdbSession, open_session
 from xencrash.trace import trace
 
@@ -309,3 +313,16 @@ def test_before_xen_has_paging_on() -> None:
         done = xencrash("check", f"gdb:{lab.gdb_socket}", "--symbols", str(lab.symbols), "--qmp", str(lab.qmp_socket))
     assert done.returncode == 3
     assert len(done.stderr.splitlines()) == 1 and "paging" in done.stderr
+
+
+def test_a_guest_that_is_not_xen() -> None:
+    images = xen_images(Cache(), XENS[DEFAULT_XEN])
+    boot = Boot(kernel=images.kernel, symbols=images.symbols, append="console=ttyS0 panic=0 earlyprintk=ttyS0")
+    with Lab.up(guest=boot, wait="none") as lab:
+        lab.wait_serial(rb"Kernel panic", 60)  # Linux without a root: paging is on, and no Xen anywhere
+        for target in (("check",), ("trace",)):
+            done = xencrash(*target, f"gdb:{lab.gdb_socket}", "--symbols", str(lab.symbols), "--qmp",
+                            str(lab.qmp_socket))  # fmt: skip
+            assert done.returncode == 3
+            assert "is it Xen" in done.stderr.splitlines()[-1]
+            assert "Traceback" not in done.stderr
