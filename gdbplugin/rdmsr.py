@@ -6,11 +6,9 @@ This changes registers of a CPU for the length of one instruction and puts them 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import gdb
 
+from gdbplugin.kept import kept_selection, setting
 from gdbplugin.target import LiveTarget, cpu_index
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.xen.memory import XenMemory, image_region
@@ -21,20 +19,6 @@ _IA32_APIC_BASE = 0x1B  # SDM vol. 4, table 2-2
 _CHANGED = ("rip", "rax", "rcx", "rdx", "eflags")
 
 
-@contextlib.contextmanager
-def kept_selection() -> Iterator[None]:
-    """The selected thread and frame are the same afterwards."""
-    thread = gdb.selected_thread()
-    level = gdb.selected_frame().level() if thread is not None else 0
-    try:
-        yield
-    finally:
-        if thread is not None and thread.is_valid():
-            thread.switch()
-            with contextlib.suppress(gdb.error):  # the stack may have become shorter
-                gdb.execute(f"frame {level}", to_string=True)
-
-
 def measure_modes(memory: XenMemory) -> dict[int, int | Absent]:
     """IA32_APIC_BASE by QEMU's CPU index; for a CPU on which it cannot be read, why. Raises Undecidable."""
     target = memory.target
@@ -43,7 +27,7 @@ def measure_modes(memory: XenMemory) -> dict[int, int | Absent]:
     region = image_region(address)
     found: dict[int, int | Absent] = {}
     # Without the second, gdb prints where each step ended.
-    with kept_selection(), _setting("scheduler-locking", "on"), _setting("suppress-cli-notifications", "on"):
+    with kept_selection(), setting("scheduler-locking", "on"), setting("suppress-cli-notifications", "on"):
         for thread in gdb.selected_inferior().threads():
             index = cpu_index(thread)
             if "halted" in (thread.details or ""):
@@ -85,15 +69,3 @@ def _step(address: int) -> int | Absent:
     finally:
         for name, value in saved.items():
             gdb.execute(f"set ${name} = {value}")
-
-
-@contextlib.contextmanager
-def _setting(name: str, value: str) -> Iterator[None]:
-    before = gdb.parameter(name)
-    if isinstance(before, bool):
-        before = "on" if before else "off"
-    gdb.execute(f"set {name} {value}", to_string=True)
-    try:
-        yield
-    finally:
-        gdb.execute(f"set {name} {before}", to_string=True)

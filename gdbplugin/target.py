@@ -68,7 +68,7 @@ class LiveTarget:
 
     def _monitor(self, command: str) -> str:
         try:
-            return gdb.execute(f"monitor {command}", to_string=True)
+            return hmp.plain(gdb.execute(f"monitor {command}", to_string=True))
         except gdb.error as error:
             raise Undecidable(f"{self.location} did not answer 'monitor {command}': {error}") from None
 

@@ -35,18 +35,20 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture(autouse=True)
 def no_gdb_is_left() -> Iterator[None]:
     yield
-    assert _children("gdb") == []
+    assert _gdbs() == []
 
 
-def _children(name: str) -> list[int]:
+def _gdbs() -> list[int]:
+    """The gdbs that are children of this process, whatever their program is called."""
     found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            command, rest = status.read_text().split("(", 1)[1].rsplit(")", 1)
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:  # it has just ended
             continue
-        if command == name and int(rest.split()[1]) == os.getpid():
-            found.append(int(status.parent.name))
+        if parent == os.getpid() and b"--interpreter=mi3" in words:
+            found.append(int(folder.name))
     return found
 
 
@@ -188,7 +190,7 @@ def test_the_guest_is_reset_and_boots_again() -> None:
 
 
 def test_gdb_is_killed(lab: Lab) -> None:
-    kill = Ending(lambda: [os.kill(pid, signal.SIGKILL) for pid in _children("gdb")])
+    kill = Ending(lambda: [os.kill(pid, signal.SIGKILL) for pid in _gdbs()])
     report = follow(lab, trigger=kill)
     kill.assert_reported(report, "gdb was killed by SIGKILL; gdb:.* is left as it is")
 
@@ -220,7 +222,7 @@ def test_the_command_inside_gdb(lab: Lab) -> None:
     assert len(lines) == 1 + 7 + 3 * 3
     verdicts = re.findall(r"^PASS +(\d+ pass)", output, re.MULTILINE)
     assert len(verdicts) == 2 and verdicts[0] == verdicts[1]  # the trace's report, and the same again
-    assert "No breakpoints or watchpoints." in output
+    assert re.search("^No breakpoints", output, re.MULTILINE)
     assert not re.search(r"^-\d+ .*hw breakpoint", output, re.MULTILINE)
     assert "hit" not in output and "Traceback" not in output
 
@@ -228,7 +230,7 @@ def test_the_command_inside_gdb(lab: Lab) -> None:
 def test_the_command_inside_gdb_gives_up(lab: Lab) -> None:
     output = gdb(lab, "xen crash trace --timeout 1", "info breakpoints", "xen crash status")
     assert "not decided: Xen did not crash within 1 s" in output
-    assert "No breakpoints or watchpoints." in output
+    assert re.search("^No breakpoints", output, re.MULTILINE)
     assert re.search(r"^stage +normal", output, re.MULTILINE)
     assert state(lab) == "running"
 

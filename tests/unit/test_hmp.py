@@ -91,3 +91,9 @@ def test_host_threads() -> None:
     text = "* CPU #0: thread_id=4711\r\n  CPU #1: (halted) thread_id=4712\r\n"
     assert hmp.parse_host_threads(text) == [4711, 4712]
     assert hmp.parse_host_threads("unknown command: 'info cpus'\r\n") == []
+
+
+def test_text_that_gdb_wrapped_for_its_machine_interface() -> None:
+    wrapped = '@"FlatView #0\\r\\n"\n@" AS \\"memory\\", root: \\\\ \\303\\t"\n'
+    assert hmp.plain(wrapped) == 'FlatView #0\r\n AS "memory", root: \\ \xc3\t'
+    assert hmp.plain("CPU#0\r\n") == "CPU#0\r\n"

@@ -18,6 +18,24 @@ SOURCE = "QEMU monitor"
 
 _REGISTER = re.compile(r"\b([A-Z][A-Z0-9]{1,3}) ?= *([0-9a-f]+)\b")
 _SEGMENT = re.compile(r"^(LDT|TR|GDT|IDT) ?= *([0-9a-f ]+?) *(?:DPL=.*)?$", re.MULTILINE)
+_MI_OUTPUT = re.compile(r'^@"((?:[^"\\]|\\.)*)"$', re.MULTILINE)
+_MI_ESCAPE = re.compile(r"\\([0-7]{3}|.)")
+_MI_LETTERS = {"n": "\n", "r": "\r", "t": "\t"}
+
+
+def plain(text: str) -> str:
+    """What the monitor printed, as gdb hands it to Python: under MI, gdb 18 hands it on as MI's target output records
+    (`@"…"`, GDB's manual 27.2.2), gdb 13 as it is."""
+    if not text.startswith('@"'):
+        return text
+
+    def unescaped(match: re.Match[str]) -> str:
+        word = match[1]
+        return chr(int(word, 8)) if len(word) == 3 else _MI_LETTERS.get(word, word)
+
+    return "".join(_MI_ESCAPE.sub(unescaped, record) for record in _MI_OUTPUT.findall(text))
+
+
 _GENERAL = ("AX", "BX", "CX", "DX", "SI", "DI", "BP", "SP", "IP")
 _NAMES = {
     **{name: name.lower() for name in ("CR0", "CR2", "CR3", "CR4", "EFER", "CS", "SS")},
