@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from xen_symbols.symbols.table import load_symbols
