@@ -29,6 +29,7 @@ from xen_symbols.report.blocks import Block, report_blocks
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.target import PhysicalCpu
 from xen_symbols.x86 import apic, gate
+from xen_symbols.xen import crashnotes
 from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import CpuState, Read, State, idt_address, per_cpu_address, per_cpu_offsets, read_state
@@ -269,7 +270,7 @@ def _physical(session: Session, symbols: SymbolTable, number: int | None, cpu: P
     return out
 
 
-# -- xen symbols, log, vtop -------------------------------------------------------------------
+# -- xen symbols, log, notes, vtop ------------------------------------------------------------
 
 
 def _symbols(session: Session) -> Json:
@@ -295,6 +296,11 @@ def _symbols(session: Session) -> Json:
 def _log(session: Session) -> Json:
     with session.look() as memory:
         return {"text": printable(read_console(memory))}
+
+
+def _notes(session: Session) -> Json:
+    with session.look() as memory:
+        return crashnotes.describe(memory, read_state(memory))
 
 
 def _vtop(session: Session, address: int) -> Json:
@@ -382,6 +388,13 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         ("log",), "Show Xen's console ring, from its oldest line.",
         "Control characters are shown as escapes, so that no terminal obeys them.", (), _log, tables.log,
+    ),
+    Command(
+        ("notes",), "Show the crash notes: what each CPU has saved, and what Xen says of itself.",
+        "Read from Xen's memory on every target, where they are empty until a crash; on a dump also the notes of the\n"
+        "file, and whether they are the same. The registers are those of Xen in kexec_crash_save_cpu, not of what it\n"
+        "interrupted: xen bt shows that.",
+        (), _notes, tables.notes,
     ),
     Command(
         ("vtop",), "Translate one of Xen's virtual addresses by Xen's own page tables.",

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from xen_symbols.report.blocks import Block, Cell, Lines, Table, cpus_table, show
+from xen_symbols.report.blocks import (
+    Block,
+    Cell,
+    Lines,
+    Table,
+    cpus_table,
+    info_note_lines,
+    note_lines,
+    show,
+)
 
 Json = dict[str, Any]
 
@@ -110,6 +119,23 @@ def symbols(answer: Json) -> Sequence[Block]:
 
 def log(answer: Json) -> Sequence[Block]:
     return [Lines([[Cell(line)] for line in answer["text"].splitlines()])]
+
+
+def notes(answer: Json) -> Sequence[Block]:
+    columns = ["CPU", "buffer at", "state", "saved in", "rsp", "cr3", ""]
+    rows = []
+    for item in answer["buffers"]:
+        registers, control = item["registers"] or {}, item["control"] or {}
+        style = {"saved": "", "empty": "dim"}.get(item["state"], "unknown")
+        rows.append(
+            [_cell(item["cpu"], "strong"), _cell(item["address"]), _cell(item["state"], style),
+             _cell(item["at"] and item["at"]["symbol"]), _cell(registers.get("rsp")), _cell(control.get("cr3")),
+             Cell(item["says"], style)]
+        )  # fmt: skip
+    blocks: list[Block] = [Table("Crash notes in Xen's memory", columns, rows)]
+    lines = [("Xen", text) for text in info_note_lines(answer["info"])]
+    lines += [("in the file", text) for text in note_lines(answer["file"])]
+    return [*blocks, Lines([[Cell(f"{name:13}", "dim"), Cell(text)] for name, text in lines])]
 
 
 def vtop(answer: Json) -> Sequence[Block]:

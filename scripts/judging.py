@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.engine import TOOL, describe_symbols, describe_target, evaluate, new_report
 from xen_symbols.crashpath.generations import identify
 from xen_symbols.crashpath.position import infer
-from xen_symbols.report.blocks import Block, Cell, Lines, Table, stage_line
+from xen_symbols.report.blocks import Block, Cell, Lines, Table, buffer_lines, info_note_lines, note_lines, stage_line
 from xen_symbols.report.console import plain, print_blocks
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus, Report
 from xen_symbols.symbols.table import load_symbols
 from xen_symbols.target.dump import open_dump
+from xen_symbols.target.notes import describe_notes
+from xen_symbols.xen import crashnotes
 from xen_symbols.xen.locate import carried_symbols, locate
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import read_state
@@ -165,7 +166,7 @@ def _dump_info(args: argparse.Namespace) -> Json:
         "schema": SCHEMA_VERSION,
         "target": {"kind": target.kind, "format": target.format, "location": target.location},
         "memory": [[hex(start), hex(end)] for start, end in _joined(target.physical_ranges())],
-        "notes": [{"name": note.name, "type": hex(note.type), "bytes": len(note.desc)} for note in target.notes()],
+        "notes": describe_notes(target.notes()),
         "registers": [
             {"index": cpu.index, "source": cpu.source, "registers": {k: hex(v) for k, v in cpu.registers.items()}}
             for cpu in target.cpus()
@@ -178,7 +179,11 @@ def _dump_info(args: argparse.Namespace) -> Json:
         data["symbols"] = describe_symbols(memory)
         identification = identify(memory)
         data["generation"] = new_report(memory, identification).generation
-        position = infer(read_state(memory), identification.generation)
+        state = read_state(memory)
+        described = crashnotes.describe(memory, state)
+        data["notes"] = described["file"]
+        data["crash_notes"] = {name: described[name] for name in ("buffers", "info")}
+        position = infer(state, identification.generation)
         data["stage"] = position.stage.id
         data["crashing_cpu"] = position.crashing_cpu
         data["online_at_crash"] = sorted(position.online)
@@ -208,9 +213,7 @@ def _info_blocks(data: Json) -> list[Block]:
         f" and {len(memory) - 4} more" * (len(memory) > 4)
     )
     lines.append(line("memory", shown or "not listed"))
-    counted = Counter((note["name"], note["type"], note["bytes"]) for note in data.get("notes", []))
-    for (name, kind, size), count in counted.items():
-        lines.append(line("note", f"{count} x {name} {kind}, {size} bytes"))
+    lines += [line("note", text) for text in note_lines(data.get("notes", []))]
     for cpu in data.get("registers", []):
         where = ", ".join(
             f"{name} {cpu['registers'][name]}" for name in ("rip", "rsp", "cr3") if name in cpu["registers"]
@@ -220,6 +223,9 @@ def _info_blocks(data: Json) -> list[Block]:
         lines.append(line("Xen", f"at physical {target['xen_phys_start']}, found by {target['found_by']}"))
         lines.append(line("symbols", f"{symbols['path']} ({symbols['source']})"))
         lines.append(line("build-id", f"{symbols['build_id']}, in memory {symbols['target_build_id']}"))
+    if "crash_notes" in data:
+        lines += [line("crash notes", text) for text in buffer_lines(data["crash_notes"]["buffers"])]
+        lines += [line("crash info", text) for text in info_note_lines(data["crash_notes"]["info"])]
     if generation:
         lines.append(line("generation", f"{generation['id']} ({generation['introduced']})"))
         lines += [line("", f"evidence: {evidence}") for evidence in generation["evidence"]]

@@ -11,6 +11,7 @@ from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.target import Note
 from xen_symbols.target.notes import (
     cpus_of,
+    describe_notes,
     parse_crash_info,
     parse_crash_regs,
     parse_notes,
@@ -129,3 +130,20 @@ def test_four_thousand_cpus() -> None:
     assert [cpu.registers["rip"] for cpu in cpus_of(parse_notes(writer.xen_notes(registers)))] == [
         each["rip"] for each in registers
     ]
+
+
+def test_a_notes_name_cannot_reach_a_terminal() -> None:
+    (note,) = parse_notes(writer.note("Xen\x1b[2J", 7, b""))
+    assert describe_notes([note]) == [{"name": "Xen\\x1b[2J", "type": "0x7", "bytes": 0, "what": "not known here"}]
+
+
+def test_notes_are_counted_as_their_writer_counts_cpus() -> None:
+    cpu = {"rip": 1, "cr3": 2}
+    xens = parse_notes(writer.xen_notes([cpu, cpu], info=writer.crash_info()))
+    assert [(note["name"], note.get("cpu")) for note in describe_notes(xens)] == [
+        ("CORE", 0), ("Xen", 0), ("Xen", None), ("CORE", 1), ("Xen", 1),
+    ]  # fmt: skip
+    qemus = parse_notes(writer.qemu_notes([writer.qemu_cpu(cpu)] * 2, [cpu] * 2))
+    assert [(note["name"], note.get("cpu"), note["index"]) for note in describe_notes(qemus)] == [
+        ("CORE", None, 0), ("CORE", None, 1), ("QEMU", None, 0), ("QEMU", None, 1),
+    ]  # fmt: skip

@@ -68,7 +68,7 @@ def text(name: str, *arguments: Any, session: RecordedSession | None = None) -> 
 def test_every_command_of_the_design_is_there() -> None:
     assert {command.usage for command in COMMANDS} == {
         "xen idt [CPU] [VECTOR]", "xen percpu NAME [CPU]", "xen lapic [CPU]", "xen cpus", "xen symbols", "xen log",
-        "xen vtop ADDRESS", "xen crash status", "xen crash check", "xen crash report",
+        "xen notes", "xen vtop ADDRESS", "xen crash status", "xen crash check", "xen crash report",
     }  # fmt: skip
 
 
@@ -175,6 +175,70 @@ def test_symbols_name_the_generation_and_its_evidence() -> None:
     assert found["generation"]["id"] == "4.17.0"
     assert "symbol do_nmi_crash" in found["generation"]["evidence"]
     assert "4.17.0" in text("xen symbols")
+
+
+def test_notes_of_a_crash() -> None:
+    found = answer("xen notes", session=RecordedSession("4.17.0-crashed-vmcore"))
+    assert [(b["cpu"], b["state"], b["says"], b["in_crash_saved_cpus"]) for b in found["buffers"]] == [
+        (cpu, "saved", "complete", True) for cpu in range(4)
+    ]
+    first = found["buffers"][0]
+    assert first["at"]["symbol"].startswith("kexec_crash_save_cpu+") and first["registers"]["cs"] == "0xe008"
+    assert set(first["control"]) == {"cr0", "cr2", "cr3", "cr4"}
+    info = found["info"]
+    assert (info["xen_major"], info["xen_minor"], info["tainted"]) == (4, 17, "0x0")
+    assert info["extra_version"] is None and "was not recorded" in info["absent"]["extra_version"]
+    of_cpus = [note for note in found["file"] if "cpu" in note]
+    assert [(note["name"], note["cpu"]) for note in of_cpus] == [(n, c) for c in range(4) for n in ("CORE", "Xen")]
+    assert {note["in_memory"] for note in of_cpus} == {True}
+    shown = text("xen notes", session=RecordedSession("4.17.0-crashed-vmcore"))
+    assert "4 x CORE 0x1, 336 bytes: NT_PRSTATUS" in shown and "NOT what" not in shown
+
+
+CORE_AT, CONTROL_AT = 20, 372  # of the contents in a CPU's buffer
+
+
+@pytest.mark.parametrize(
+    ("at", "content", "state", "says"),
+    [
+        (CORE_AT, bytes(336), "half written", "without NT_PRSTATUS: it was interrupted, or something overwrote it"),
+        (CONTROL_AT, bytes(32), "half written", "without CRASH_REGS: it was interrupted, or something overwrote it"),
+        (CORE_AT + 112 + 8 * 16, bytes(8), "half written", "without rip: it was interrupted, or something overwrote "
+         "it"),
+        (0, b"\xff" * 12, "damaged", "the buffer has no note headers of Xen's"),
+        (CONTROL_AT + 16, b"\1", "saved", "complete"),
+    ],
+)  # fmt: skip
+def test_a_buffer_that_is_not_what_it_should_be(at: int, content: bytes, state: str, says: str) -> None:
+    session = RecordedSession("4.17.0-crashed-vmcore")
+    buffer = int(answer("xen notes", session=session)["buffers"][1]["address"], 16)
+    session.example.write(session.memory.physical(buffer) + at, content)
+    found = answer("xen notes", session=session)
+    assert [b["state"] for b in found["buffers"]] == ["saved", state, "saved", "saved"]
+    assert found["buffers"][1]["says"] == says
+    # The file's own notes were copied before: they are no longer what memory holds.
+    other = [note["in_memory"] for note in found["file"] if note.get("cpu") == 1]
+    assert other == [None, None] if state == "damaged" else False in other
+    if state != "damaged":
+        assert "NOT what Xen's memory holds for CPU 1" in text("xen notes", session=session)
+
+
+def test_an_empty_buffer_is_told_from_one_that_should_not_be() -> None:
+    session = RecordedSession("4.17.0-crashed-vmcore")
+    buffer = int(answer("xen notes", session=session)["buffers"][2]["address"], 16)
+    for at, size in ((CORE_AT, 336), (CONTROL_AT, 32)):
+        session.example.write(session.memory.physical(buffer) + at, bytes(size))
+    found = answer("xen notes", session=session)["buffers"][2]
+    assert (found["state"], found["registers"], found["control"]) == ("empty", None, None)
+    assert found["says"] == "this CPU saved nothing, although crash_saved_cpus has its bit"
+    saved = session.symbols().address("crash_saved_cpus")
+    session.example.write(session.memory.physical(saved), bytes([0b1011]))
+    assert answer("xen notes", session=session)["buffers"][2]["says"] == "this CPU saved nothing"
+
+
+def test_notes_of_a_live_machine_have_no_file() -> None:
+    found = answer("xen notes")
+    assert found["file"] == [] and [b["state"] for b in found["buffers"]] == ["saved"] * 4
 
 
 def test_vtop_ends_where_the_memory_reads() -> None:

@@ -450,12 +450,9 @@ def _crash_notes(context: Context, cpu: int) -> Outcome:
     if isinstance(read.value, Absent):
         return expect(read, allowed)
     notes = read.value
-    if isinstance(notes.registers, Absent) and isinstance(notes.control, Absent):
-        observed = "empty"
-    elif isinstance(notes.registers, Absent) or isinstance(notes.control, Absent):
-        observed = "half written"
-    else:
-        observed = "saved" if _plausible(context, notes.registers, notes.control) else "not Xen's registers"
+    observed = notes.progress
+    if observed == "saved" and not _plausible(context, notes.registers, notes.control):
+        observed = "not Xen's registers"
     if len(allowed) > 1:  # it may be writing them right now
         allowed = (*allowed, "half written", "not Xen's registers")
     return expect(Read(observed, read.address, read.raw, read.symbol), allowed)

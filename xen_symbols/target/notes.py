@@ -9,16 +9,28 @@ QEMU's target/i386/arch_dump.c. The framing is the gABI's, chapter 5, with the
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.target import Note, PhysicalCpu
+from xen_symbols.text import escaped
 
 NT_PRSTATUS = 1
 XEN_CRASH_INFO = 0x1000001
 XEN_CRASH_REGS = 0x1000002
 
+# What a note is, by name and type: xen/include/public/elfnote.h, Linux kernel/crash_core.c, QEMU arch_dump.c.
+_KNOWN = {
+    ("CORE", NT_PRSTATUS): "NT_PRSTATUS: a CPU's registers",
+    ("Xen", XEN_CRASH_REGS): "CRASH_REGS: a CPU's control registers, by Xen",
+    ("Xen", XEN_CRASH_INFO): "CRASH_INFO: which Xen, and where it lies",
+    ("VMCOREINFO_XEN", 0): "Xen's VMCOREINFO: symbols and structures for dump tools",
+    ("VMCOREINFO", 0): "Linux's VMCOREINFO",
+    ("QEMU", 0): "QEMUCPUState: a CPU as QEMU has it",
+}
 # Two notes for each of the 16383 CPUs that Xen can be built for, and some for the machine.
 MAX_NOTES = 40_000
 
@@ -79,7 +91,7 @@ def parse_notes(data: bytes, where: str = "notes") -> list[Note]:
             )
         if len(notes) == MAX_NOTES:
             raise Undecidable(f"{where}: more than {MAX_NOTES} notes; the file is damaged")
-        name = data[name_at : name_at + name_size].split(b"\0", 1)[0].decode("ascii", "backslashreplace")
+        name = escaped(data[name_at : name_at + name_size].split(b"\0", 1)[0].decode("ascii", "backslashreplace"))
         notes.append(Note(name, note_type, data[desc_at : desc_at + desc_size]))
         offset = desc_at + (desc_size + 3 & ~3)
     return notes
@@ -184,3 +196,20 @@ def _xen_cpu(number: int, general: dict[str, int] | Absent, control: dict[str, i
 def _require_size(what: str, desc: bytes, size: int, *, exact: bool) -> None:
     if len(desc) < size or (exact and len(desc) != size):
         raise Undecidable(f"a {what} note of {len(desc)} bytes, {size} are expected; the dump is damaged or foreign")
+
+
+def describe_notes(notes: Sequence[Note]) -> list[dict[str, Any]]:
+    """Each note of a file as JSON: name, type, bytes, what it is, and whose. Xen's go by Xen's CPU numbers
+    (`cpu`), QEMU's by its own (`index`)."""
+    described = []
+    of_qemu = any(note.name == "QEMU" for note in notes)
+    seen: Counter[tuple[str, int]] = Counter()
+    for note in notes:
+        key = (note.name, note.type)
+        out: dict[str, Any] = {"name": note.name, "type": hex(note.type), "bytes": len(note.desc),
+                               "what": _KNOWN.get(key, "not known here")}  # fmt: skip
+        if key in (("CORE", NT_PRSTATUS), ("QEMU", 0), ("Xen", XEN_CRASH_REGS)):
+            out["index" if of_qemu else "cpu"] = seen[key]
+            seen[key] += 1
+        described.append(out)
+    return described

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from xen_symbols.absence import Unreadable
+from xen_symbols.text import escaped
 from xen_symbols.xen.memory import XenMemory
 
 _DATA = "dDbBrR"
@@ -29,4 +30,4 @@ def read_console(memory: XenMemory, last: int | None = None) -> str:
 
 def printable(text: str) -> str:
     """Text with every control character but newline and tab shown as an escape, so that no terminal obeys it."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "" if c == "\r" else repr(c)[1:-1] for c in text)
+    return escaped(text.replace("\r", ""), keep="\n\t")

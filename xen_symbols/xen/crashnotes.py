@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from xen_symbols.absence import Absent, Kind, Undecidable
+from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
+from xen_symbols.target import Note, Target
 from xen_symbols.target.notes import (
     NT_PRSTATUS,
     XEN_CRASH_INFO,
     XEN_CRASH_REGS,
     CrashInfo,
+    describe_notes,
     parse_crash_info,
     parse_crash_regs,
     parse_notes,
     parse_prstatus,
 )
+from xen_symbols.text import escaped
+
+if TYPE_CHECKING:
+    from xen_symbols.xen.memory import XenMemory
+    from xen_symbols.xen.state import CpuState, State
+
+Json = dict[str, Any]
 
 _SIZE = 404  # CORE (20 + 336) and CRASH_REGS (16 + 32); the same from 4.2 to 4.22
 _INFO_SIZE = 96  # CRASH_INFO (16 + 80), appended to CPU 0's
+_STRING_MAX = 256
+# elf_core_save_regs() stores them among the last (rip, cs, rsp); none of them is ever 0 in Xen.
+_NEVER_ZERO = ("rip", "cs", "rsp")
 
 
 @dataclass(frozen=True)
 class CpuNotes:
-    """One CPU's buffer. What was never filled in is Absent, not zero."""
+    """One CPU's buffer. What was never filled in is Absent, not zero. `damaged`: the headers are not Xen's."""
 
     registers: dict[str, int] | Absent
     control: dict[str, int] | Absent
     info: CrashInfo | Absent
+    damaged: bool = False
+
+    @property
+    def progress(self) -> str:
+        """How far kexec_crash_save_cpu() came, registers before control registers: empty, half written, or saved."""
+        if self.damaged:
+            return "damaged"
+        if isinstance(self.registers, Absent) and isinstance(self.control, Absent):
+            return "empty"
+        return "half written" if self.missing else "saved"
+
+    @property
+    def missing(self) -> list[str]:
+        """What a saved buffer has, and this one has not."""
+        if isinstance(self.registers, Absent):
+            missing = ["NT_PRSTATUS"]
+        else:
+            missing = [name for name in _NEVER_ZERO if not self.registers[name]]
+        return missing + ["CRASH_REGS"] * isinstance(self.control, Absent)
 
 
 def size_of(cpu: int) -> int:
@@ -46,5 +78,123 @@ def parse(raw: bytes) -> CpuNotes:
             else Absent("only CPU 0's buffer holds it", Kind.NOT_APPLICABLE),
         )
     except (Undecidable, KeyError):
-        damaged = Absent("the buffer has no note headers of Xen's")
-        return CpuNotes(damaged, damaged, damaged)
+        absent = Absent("the buffer has no note headers of Xen's")
+        return CpuNotes(absent, absent, absent, damaged=True)
+
+
+# -- as JSON ----------------------------------------------------------------------------------
+
+
+def describe(memory: XenMemory, state: State) -> Json:
+    """The notes in Xen's memory, and on a dump those of the file: {"buffers", "info", "file"}.
+
+    Each note of Xen's in the file says whether it is what memory holds (`in_memory`); null where that is not known.
+    """
+    buffers = [_describe_buffer(state, cpu) for cpu in state.cpus.values()]
+    held = {
+        (note.name, note.type, cpu.cpu): note.desc
+        for cpu in state.cpus.values()
+        if cpu.notes.present and not cpu.notes.value.damaged and cpu.notes.raw is not None
+        for note in parse_notes(cpu.notes.raw, "crash_notes")
+    }
+    notes = memory.target.notes()
+    return {
+        "buffers": buffers,
+        "info": _describe_info(memory, state.of(0)),
+        "file": [_compared(*pair, held) for pair in zip(describe_notes(notes), notes, strict=True)],
+    }
+
+
+def _compared(out: Json, note: Note, held: dict[tuple[str, int, int], bytes]) -> Json:
+    if "index" in out or (note.name, note.type) not in (
+        ("CORE", NT_PRSTATUS),
+        ("Xen", XEN_CRASH_REGS),
+        ("Xen", XEN_CRASH_INFO),
+    ):
+        return out
+    theirs = held.get((note.name, note.type, out.get("cpu", 0)))
+    return out | {"in_memory": None if theirs is None else theirs == note.desc}
+
+
+def _describe_buffer(state: State, cpu: CpuState) -> Json:
+    """One CPU's buffer: `state` is empty, half written, saved or damaged, or null when it could not be read.
+
+    The registers are those of Xen in kexec_crash_save_cpu(), not of what the crash interrupted.
+    """
+    saved = state.system["saved"].value
+    in_mask = None if isinstance(saved, Absent) else cpu.cpu in saved
+    out: Json = {"cpu": cpu.cpu, "address": None, "state": None, "in_crash_saved_cpus": in_mask,
+                 "at": None, "registers": None, "control": None}  # fmt: skip
+    notes = cpu.notes.value
+    if isinstance(notes, Absent):
+        return out | {"says": notes.reason}
+    for name in ("registers", "control"):
+        part = getattr(notes, name)
+        out[name] = None if isinstance(part, Absent) else {key: hex(value) for key, value in part.items()}
+    if not isinstance(notes.registers, Absent):
+        pc = notes.registers["rip"]
+        out["at"] = {"symbol": state.symbols.describe(pc), "pc": hex(pc)}
+    address = cpu.notes.address
+    return out | {
+        "address": None if address is None else hex(address),
+        "state": notes.progress,
+        "says": _says(notes, in_mask),
+    }
+
+
+def _says(notes: CpuNotes, in_mask: bool | None) -> str:
+    """What a buffer tells, with Xen's own mark in crash_saved_cpus, which it sets before it writes."""
+    began = {True: ", although crash_saved_cpus has its bit", False: "", None: ""}[in_mask]
+    unmarked = ", although crash_saved_cpus lacks its bit" if in_mask is False else ""
+    if notes.damaged:
+        return str(notes.registers)
+    if notes.progress == "empty":
+        return f"this CPU saved nothing{began}"
+    if notes.progress == "half written":
+        return f"without {', '.join(notes.missing)}: it was interrupted, or something overwrote it{unmarked}"
+    return f"complete{unmarked}"
+
+
+def _describe_info(memory: XenMemory, first: CpuState) -> Json:
+    notes = first.notes.value
+    info = notes if isinstance(notes, Absent) else notes.info
+    if isinstance(info, Absent):
+        return {"absent": {"info": info.reason}}
+    return describe_info(memory.target, info)
+
+
+_STRINGS = ("extra_version", "changeset", "compiler", "compile_date", "compile_time")
+
+
+def describe_info(target: Target, info: CrashInfo) -> Json:
+    """The CRASH_INFO note with its strings; one that could not be read is null, and `absent` says why."""
+    out: Json = {}
+    absences = {}
+    for field in fields(info):
+        value = getattr(info, field.name)
+        if field.name in _STRINGS:
+            text = _string(target, value)
+            if isinstance(text, Absent):
+                absences[field.name] = text.reason
+            out[field.name] = None if isinstance(text, Absent) else text
+        elif field.name.startswith("xen_m"):
+            out[field.name] = value
+        else:
+            out[field.name] = hex(value)
+    out["version"] = f"{info.xen_major}.{info.xen_minor}{out['extra_version'] or ''}"
+    return out | ({"absent": absences} if absences else {})
+
+
+def _string(target: Target, address: int) -> str | Absent:
+    """A string of Xen's by its physical address, up to its NUL."""
+    if not address:
+        return Absent("the note has no address of it")
+    try:
+        # It may lie at the very end of what the target holds: a piece at a time.
+        raw = b""
+        while len(raw) < _STRING_MAX and b"\0" not in raw:
+            room = min(16 - (address + len(raw)) % 16, _STRING_MAX - len(raw))
+            raw += target.read_physical(address + len(raw), room)
+    except Unreadable as error:
+        return error.absent
+    return escaped(raw.split(b"\0", 1)[0].decode("utf-8", "backslashreplace"))
