@@ -146,8 +146,8 @@ class LiveTarget:
             return self._cpus
         with self.batch():
             cpus = self._from_monitor() if self.qmp_socket is None else self._from_device_state(self.qmp_socket)
-            self._cpus = [self._with_measured(cpu) for cpu in cpus]
-        return self._cpus
+            self._cpus = known = [self._with_measured(cpu) for cpu in cpus]
+        return known  # the end of the batch forgets what it read
 
     def _from_device_state(self, socket: str) -> list[PhysicalCpu]:
         try:

@@ -105,7 +105,7 @@ class SyntheticXen:
                 offsets.append((DIRECTMAP + heap - start) % (1 << 64))
                 self.content[heap + 4096] = other
                 idts.append(DIRECTMAP + heap + 4096)
-                heap += 8192 - 512
+                heap += 8192
         self.content[heap] = b"".join(buffers)
         array = DIRECTMAP + heap
         self.end = heap + 16 * count
