@@ -30,6 +30,7 @@ from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.target import PhysicalCpu
 from xen_symbols.x86 import apic, gate
 from xen_symbols.xen import crashnotes
+from xen_symbols.xen.backtrace import backtrace
 from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import CpuState, Read, State, idt_address, per_cpu_address, per_cpu_offsets, read_state
@@ -270,6 +271,19 @@ def _physical(session: Session, symbols: SymbolTable, number: int | None, cpu: P
     return out
 
 
+# -- xen bt -----------------------------------------------------------------------------------
+
+
+def _bt(session: Session, cpu: int | None = None) -> Json:
+    with session.look() as memory:
+        state = read_state(memory, notes=False)
+        chosen = _chosen(state, cpu)
+        absent = [known for known in chosen if not known.exists]
+        if absent:
+            raise Undecidable(f"CPU {absent[0].cpu} is announced and absent: it has no stack")
+        return {"cpus": [backtrace(memory, state, known).to_json() for known in chosen]}
+
+
 # -- xen symbols, log, notes, vtop ------------------------------------------------------------
 
 
@@ -380,6 +394,15 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         ("cpus",), "Show every CPU: Xen's number, gdb's thread, the APIC id, and where it is.",
         "The three numberings are different things; CPUs are matched by APIC id.", (), _cpus, tables.cpus,
+    ),
+    Command(
+        ("bt",), "Show where each CPU is and how it got there, across its exception stacks.",
+        "Names the stack that a CPU is on by the pointers in its TSS, and goes back over the exception frames to what\n"
+        "was interrupted. Calls are found by scanning the stack in use for return addresses behind call instructions,\n"
+        "as Xen's own traces are: it needs no debug information, but some may be left from earlier calls. A frame on\n"
+        "the NMI, #MC, #DF or #DB stack that is not part of the way back is shown as left from an earlier one.\n"
+        "Each frame is a struct cpu_user_regs at the address given.",
+        (_CPU,), _bt, tables.bt,
     ),
     Command(
         ("symbols",), "Show which symbols are used, whether they fit, and which crash path this Xen has.",

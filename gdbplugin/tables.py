@@ -98,6 +98,52 @@ def _physical_cells(cpu: Json) -> list[Cell]:
     ]
 
 
+def bt(answer: Json) -> Sequence[Block]:
+    """Running text: a CPU's steps, each with its calls, from where it is back to where it began."""
+    lines: list[list[Cell]] = [[Cell("Calls are found by scanning the stacks; some may be left from earlier.", "dim")]]
+    for cpu in answer["cpus"]:
+        lines += [[], *_bt_head(cpu)]
+        for step in cpu["steps"]:
+            lines += _bt_step(step)
+        if cpu["end"]:
+            lines.append([Cell(f"  {cpu['end']}", "unknown" if cpu["lost"] else "")])
+        if cpu["guest"] is not None:
+            guest = cpu["guest"]
+            lines.append([Cell(f"    rip {guest['rip']}, cs {guest['cs']}, rsp {guest['rsp']}")])
+        for frame in cpu["frames"]:
+            if frame["state"] != "current":
+                where = f"rip {frame['symbol']}, cs {frame['cs']}, rsp {frame['rsp']}, frame at {frame['address']}"
+                lines.append([Cell(f"  {frame['stack']} stack: {frame['says']} ({where})", "dim")])
+    return [Lines(lines)]
+
+
+def _bt_head(cpu: Json) -> list[list[Cell]]:
+    source = cpu["source"] if cpu["current"] else f"{cpu['source']}: where it saved them, before it went on"
+    lines = [[Cell(f"CPU {cpu['cpu']}", "strong"), Cell(f" ({source})", "dim")]]
+    if "absent" in cpu:
+        lines.append([Cell(f"  no registers: {cpu['absent']}", "unknown")])
+    stacks = cpu["stacks"]
+    if stacks is None:
+        return [*lines, [Cell(f"  stacks not known: {cpu['stacks_absent']}", "unknown")]]
+    lines.append([Cell(f"  stacks {stacks['start']}-{stacks['end']} by {stacks['by']}, named by {stacks['names_by']}",
+                       "dim")])  # fmt: skip
+    if stacks["processor_id"] != cpu["cpu"]:
+        lines.append([Cell(f"  the cpu_info at their end is of CPU {show(stacks['processor_id'])}", "unknown")])
+    return lines
+
+
+def _bt_step(step: Json) -> list[list[Cell]]:
+    where = [Cell(step["at"]["symbol"], "strong"), Cell(f", rsp {step['rsp']} on {step['place']}")]
+    if step["interrupted_by"] is not None:
+        where = [Cell(f"{step['interrupted_by']} interrupted "), *where,
+                 Cell(f" (cs {step['cs']}, frame at {step['frame']})", "dim")]  # fmt: skip
+    lines = [[Cell("  "), *where]]
+    lines += [[Cell(f"    [<{call['address']}>] {call['symbol']}")] for call in step["calls"]]
+    if "absent" in step:
+        lines.append([Cell(f"    {step['absent']}", "unknown")])
+    return lines
+
+
 def symbols(answer: Json) -> Sequence[Block]:
     used = answer["symbols"]
     lines = [

@@ -148,7 +148,8 @@ DEFINE_PER_CPU(uint64_t, gdt_table)[GDT_ENTRIES];
 
 static void init_tss(struct tss *tss, unsigned long stack)
 {
-    tss->rsp[0] = (unsigned long)get_cpu_info();
+    /* Xen's has es, ds, fs and gs above ss, and points to them: what the processor pushes ends with ss. */
+    tss->rsp[0] = (unsigned long)get_cpu_info() + sizeof(struct cpu_user_regs);
     tss->rsp[1] = tss->rsp[2] = POISON_STACK;
     for ( unsigned int i = 0; i < ARRAY_SIZE(tss->ist); i++ )
         tss->ist[i] = POISON_STACK;

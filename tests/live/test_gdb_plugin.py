@@ -19,6 +19,7 @@ from xen_symbols.symbols.table import load_symbols
 from xencrash.guests import build
 from xencrash.lab.machine import Lab
 from xencrash.session import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
+from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
 
@@ -127,6 +128,38 @@ def test_the_log_is_what_was_printed(lab: Lab) -> None:
     assert "4 CPUs ready" in text and "\x1b" not in text
 
 
+@pytest.mark.parametrize(
+    ("generation", "stacks", "of_nmi"),
+    [
+        ("4.3.4", ["#DF", "NMI", "#MC", "primary"], "NMI"),  # the numbers before 6001660473, and since
+        ("4.21.0", ["#MC", "NMI", "#DB", "#DF", "primary"], "NMI"),
+        ("rfc-v1", ["#DF", "NMI", "#MC", "primary"], "primary"),  # which takes IST away from the gates
+    ],
+)
+def test_bt_at_the_handover(generation: str, stacks: list[str], of_nmi: str) -> None:
+    with guest(generation) as machine:
+        trace(target(machine), str(machine.symbols), str(machine.qmp_socket), timeout=60, leave_stopped=True,
+              trigger=lambda: machine.serial_send(b"C"))  # fmt: skip
+        with attach(machine) as session:
+            crashed, *others = session.xen("bt")["cpus"]
+            notes = session.xen("notes")
+    assert [stack["name"] for stack in crashed["stacks"]["list"]] == stacks
+    assert crashed["stacks"]["by"].endswith("which TR points to")
+    assert crashed["steps"][0]["at"]["symbol"] == "kexec_reloc" and crashed["steps"][0]["stack"] == "primary"
+    names = [call["symbol"].partition("+")[0] for step in crashed["steps"] for call in step["calls"]]
+    assert "kexec_crash" in names
+    assert crashed["steps"][-1]["interrupted_by"] == "interrupt 0xf0"  # the serial port's
+    for cpu in others:
+        here, interrupted = cpu["steps"]
+        assert here["at"]["symbol"].startswith("do_nmi_crash+") and here["stack"] == of_nmi
+        assert (interrupted["interrupted_by"], interrupted["stack"]) == ("NMI", "primary")
+        assert interrupted["at"]["symbol"].startswith(("default_idle", "idle_loop"))
+        assert [(f["stack"], f["state"]) for f in cpu["frames"]] == [("NMI", "current")] * (of_nmi == "NMI")
+        assert cpu["stacks"]["processor_id"] == cpu["cpu"] and not cpu["lost"]
+    assert [buffer["state"] for buffer in notes["buffers"]] == ["saved"] * 4
+    assert notes["info"]["extra_version"] == "-reference-guest" and notes["file"] == []
+
+
 # -- nothing is changed -----------------------------------------------------------------------
 
 
@@ -134,7 +167,7 @@ def test_a_check_changes_nothing(lab: Lab) -> None:
     with attach(lab) as session, ram(lab) as memory:
         everything = "thread apply all info registers"
         before, registers = bytes(memory), session.cli(everything)
-        for name in ("crash-check", "crash-status", "cpus", "lapic", "idt", "symbols", "log"):
+        for name in ("crash-check", "crash-status", "cpus", "lapic", "idt", "symbols", "log", "bt", "notes"):
             session.xen(name)
         assert bytes(memory) == before
         assert session.cli(everything) == registers

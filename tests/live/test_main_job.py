@@ -247,6 +247,25 @@ def test_one_change_of_guest_memory_is_found_and_nothing_else(
     assert wrong(session.xen("crash-check")) == set()
 
 
+def test_bt_and_notes_at_the_handover(stopped: tuple[Lab, GdbSession, LiveMachine]) -> None:
+    _, session, _ = stopped
+    crashed, *others = session.xen("bt")["cpus"]
+    assert [stack["name"] for stack in crashed["stacks"]["list"]] == ["#MC", "NMI", "#DB", "#DF", "primary"]
+    assert crashed["steps"][0]["at"]["symbol"] == "kexec_reloc" and crashed["steps"][0]["stack"] == "primary"
+    assert "kexec_crash" in [call["symbol"].partition("+")[0] for call in crashed["steps"][0]["calls"]]
+    for cpu in others:
+        assert cpu["steps"][0]["at"]["symbol"].startswith("do_nmi_crash+") and not cpu["lost"]
+        (frame,) = [frame for frame in cpu["frames"] if frame["stack"] == "NMI"]
+        assert (frame["vector"], frame["state"]) == (2, "moved" if int(frame["cs"], 16) & 3 else "current")
+        if frame["state"] == "current":
+            assert cpu["steps"][0]["stack"] == "NMI" and cpu["steps"][1]["interrupted_by"] == "NMI"
+            names = [call["symbol"].partition("+")[0] for call in cpu["steps"][0]["calls"]]
+            assert names[0] == "do_nmi" and "handle_ist_exception" in names
+    notes = session.xen("notes")
+    assert [(buffer["state"], buffer["says"]) for buffer in notes["buffers"]] == [("saved", "complete")] * 4
+    assert notes["info"]["version"].startswith("4.17.")
+
+
 def test_a_check_changes_nothing(stopped: tuple[Lab, GdbSession, LiveMachine], tmp_path: Path) -> None:
     lab, session, machine = stopped
 

@@ -68,7 +68,7 @@ def text(name: str, *arguments: Any, session: RecordedSession | None = None) -> 
 def test_every_command_of_the_design_is_there() -> None:
     assert {command.usage for command in COMMANDS} == {
         "xen idt [CPU] [VECTOR]", "xen percpu NAME [CPU]", "xen lapic [CPU]", "xen cpus", "xen symbols", "xen log",
-        "xen notes", "xen vtop ADDRESS", "xen crash status", "xen crash check", "xen crash report",
+        "xen bt [CPU]", "xen notes", "xen vtop ADDRESS", "xen crash status", "xen crash check", "xen crash report",
     }  # fmt: skip
 
 
@@ -239,6 +239,19 @@ def test_an_empty_buffer_is_told_from_one_that_should_not_be() -> None:
 def test_notes_of_a_live_machine_have_no_file() -> None:
     found = answer("xen notes")
     assert found["file"] == [] and [b["state"] for b in found["buffers"]] == ["saved"] * 4
+
+
+def test_bt_of_a_recorded_machine() -> None:
+    """The example holds no stacks: where each CPU is is known, and the rest is said to be missing, not made up."""
+    cpus = answer("xen bt")["cpus"]
+    assert [cpu["cpu"] for cpu in cpus] == [0, 1, 2, 3]
+    for cpu in cpus:
+        assert cpu["stacks"] is None and "was not recorded" in cpu["stacks_absent"]
+        assert cpu["lost"] and cpu["frames"] == [] and cpu["steps"][0]["calls"] == []
+    assert cpus[1]["steps"][0]["at"]["symbol"].startswith("do_nmi_crash+")
+    assert "what lies before it is not known" in text("xen bt", 1)
+    with pytest.raises(Undecidable, match="CPU 9 does not exist"):
+        answer("xen bt", 9)
 
 
 def test_vtop_ends_where_the_memory_reads() -> None:

@@ -18,27 +18,11 @@ from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NMI, Gate
+from xen_symbols.xen.frames import HYPERVISOR_CS
+from xen_symbols.xen.stacks import IST_SSP_SIZE, ist_numbers
 from xen_symbols.xen.state import CpuState, Read, State, absent
 
-HYPERVISOR_CS = 0xE008  # xen/include/asm-x86/config.h, __HYPERVISOR_CS64: every gate that Xen installs
 RFLAGS_IF = 1 << 9
-_IST_SSP_SIZE = 64  # struct tss_page begins with the shadow-stack table ist_ssp[8] since 4.14
-
-
-@dataclass(frozen=True)
-class IstNumbers:
-    """Which IST entry each exception uses. Told by the #DF gate, which the crash path never touches."""
-
-    df: int
-    nmi: int
-    mc: int
-    source: str
-
-
-IST_NUMBERS = (
-    IstNumbers(df=1, nmi=2, mc=3, source="xen/include/asm-x86/processor.h (4.2 - 4.13)"),
-    IstNumbers(df=4, nmi=2, mc=1, source="6001660473 (4.14.0)"),
-)
 
 
 @dataclass(slots=True)
@@ -119,7 +103,7 @@ class Context:
         self.nmi = self._entry("entry_NMI", "nmi")
         self.mc = self._entry("entry_MC", "machine_check")
         self.trap_nop = self._entry("trap_nop")
-        self.ist = self._ist_numbers()
+        self.ist = ist_numbers(state)
         self._shown: dict[int, dict[str, Any]] = {}
 
     def _entry(self, *names: str) -> int | Absent:
@@ -137,15 +121,6 @@ class Context:
             return self.symbols.address(name, kinds)
         except Unreadable as error:
             return error.absent
-
-    def _ist_numbers(self) -> IstNumbers | Absent:
-        seen = {
-            cpu.df_gate.value.ist for cpu in self.state.cpus.values() if cpu.df_gate.present and cpu.df_gate.value.ist
-        }
-        rows = [row for row in IST_NUMBERS if row.df in seen]
-        if len(rows) == 1 and len(seen) == 1:
-            return rows[0]
-        return Absent(f"the #DF gates use IST {sorted(seen) or 'none'}, which fits no Xen known here")
 
     # Where a CPU stands
 
@@ -180,7 +155,7 @@ class Context:
         physical = cpu.physical
         if isinstance(physical, Absent) or isinstance(physical.tr_base, Absent) or isinstance(cpu.tss, Absent):
             return True
-        return None if physical.tr_base in (cpu.tss, cpu.tss + _IST_SSP_SIZE) else True
+        return None if physical.tr_base in (cpu.tss, cpu.tss + IST_SSP_SIZE) else True
 
     def show_code(self, address: int) -> dict[str, Any]:
         shown = self._shown.get(address)

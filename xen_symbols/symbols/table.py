@@ -263,6 +263,21 @@ class SymbolTable:
         symbol, offset = found
         return f"{symbol.name}+{offset:#x}" if offset else symbol.name
 
+    def describe_caller(self, address: int) -> str:
+        """`name+0x51/0x80` of a return address: of the function that calls, also where the call is its very end.
+
+        The size is up to the next symbol, as Xen's own traces have it.
+        """
+        found = self.lookup(address - 1)
+        if found is None:
+            return f"{address:#x}"
+        symbol, offset = found
+        addresses, _ = self._by_address
+        after = bisect_right(addresses, address - 1)
+        bounds = self._range(address - 1)
+        end = addresses[after] if after < len(addresses) else bounds[1] if bounds else address
+        return f"{symbol.name}+{offset + 1:#x}/{end - symbol.address:#x}"
+
     def extent(self, name: str) -> tuple[int, int]:
         """(start, end) of a function: by its size, or else up to the next symbol."""
         row = self._require(name, TEXT)

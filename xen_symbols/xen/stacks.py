@@ -1,0 +1,179 @@
+"""A CPU's stacks (xen/include/asm-x86/current.h): which page of them is which, told by its TSS.
+
+Xen gives each CPU 32 KiB, aligned to their size. The IST stacks are pages at the bottom, the primary stack the two
+pages at the top, and at the very end lies struct cpu_info, which begins with the guest's registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.target import PhysicalCpu
+from xen_symbols.x86 import gate, tss
+from xen_symbols.x86.tss import Tss
+from xen_symbols.xen.memory import XenMemory
+from xen_symbols.xen.state import VECTOR_DF, CpuState, State
+
+STACK_SIZE = 32 << 10  # STACK_ORDER 3, in every release
+_PAGE = 4096
+_PRIMARY_SIZE = 2 * _PAGE  # PRIMARY_STACK_SIZE
+IST_SSP_SIZE = 64  # struct tss_page begins with the shadow-stack table ist_ssp[8] since 4.14
+VECTOR_DB = 1
+
+
+@dataclass(frozen=True)
+class IstNumbers:
+    """Which IST entry each exception uses. Told by the #DF gate, which the crash path never touches.
+
+    `first_page` is the page of a CPU's stack that IST 1 has; pages below it hold shadow stacks.
+    """
+
+    df: int
+    nmi: int
+    mc: int
+    db: int
+    first_page: int
+    source: str
+
+    def vector(self, ist: int) -> int | None:
+        """The exception that uses an IST entry."""
+        return {self.df: VECTOR_DF, self.nmi: gate.VECTOR_NMI, self.mc: gate.VECTOR_MC, self.db: VECTOR_DB}.get(ist)
+
+
+IST_NUMBERS = (
+    # #DB has one since 4.7.6, 4.8.4, 4.9.3, 4.10.2 and 4.11; before, the TSS holds poison there.
+    IstNumbers(df=1, nmi=2, mc=3, db=4, first_page=0, source="xen/include/asm-x86/processor.h (4.2 - 4.13)"),
+    IstNumbers(df=4, nmi=2, mc=1, db=3, first_page=1, source="6001660473 (4.14.0)"),
+)
+
+
+def ist_numbers(state: State) -> IstNumbers | Absent:
+    """By the #DF gates of all CPUs: an AMD CPU that holds an HVM guest's state has IST 0 there."""
+    seen = {cpu.df_gate.value.ist for cpu in state.cpus.values() if cpu.df_gate.present and cpu.df_gate.value.ist}
+    rows = [row for row in IST_NUMBERS if row.df in seen]
+    if len(rows) == 1 and len(seen) == 1:
+        return rows[0]
+    return Absent(f"the #DF gates use IST {sorted(seen) or 'none'}, which fits no Xen known here")
+
+
+@dataclass(frozen=True)
+class _CpuInfo:
+    """struct cpu_info, by how far rsp0 (which is &guest_cpu_user_regs.es) lies from its end; offsets from the end."""
+
+    above_rsp0: int
+    processor_id: int
+    current: int
+    source: str
+
+
+_CPU_INFOS = (
+    _CpuInfo(64, 32, 24, "up to 4.10.0"),
+    _CpuInfo(96, 64, 56, "with the fields of XPTI: 4.11 to 4.20, and fixed releases since 4.7.5"),
+    _CpuInfo(80, 64, 56, "without the segment registers of vm86 mode (4.21.0)"),
+)
+REGS_SIZE = 168  # struct cpu_user_regs from r15 to ss, in every release
+
+
+@dataclass(frozen=True)
+class Stack:
+    """[start, end): the page of an IST entry, with the exception that uses it, or with `ist` 0 the primary stack."""
+
+    name: str
+    start: int
+    end: int
+    ist: int = 0
+    vector: int | None = None
+
+
+@dataclass(frozen=True)
+class CpuStacks:
+    """One CPU's stacks; `found_by` says what they are known from.
+
+    `guest_regs`: where the frame lies with which a guest entered Xen, above all that Xen itself pushes.
+    `processor_id` and `current` are cpu_info's: whose stack it says it is, and the vCPU that runs.
+    """
+
+    base: int
+    found_by: str
+    numbering: str
+    stacks: tuple[Stack, ...]
+    guest_regs: int
+    processor_id: int | Absent
+    current: int | Absent
+
+    @property
+    def end(self) -> int:
+        return self.base + STACK_SIZE
+
+    @property
+    def primary(self) -> Stack:
+        return next(stack for stack in self.stacks if not stack.ist)
+
+    def at(self, address: int) -> Stack | None:
+        """The stack that a stack pointer is on: one that has just been entered points at its end."""
+        return next((stack for stack in self.stacks if stack.start < address <= stack.end), None)
+
+    def place(self, address: int) -> str:
+        """Where an address lies, in words."""
+        stack = self.at(address)
+        if stack is not None:
+            return f"the {stack.name} stack"
+        if self.base <= address < self.end:
+            return "below the primary stack: it has overflowed, or this is no stack pointer"
+        return "none of this CPU's stacks"
+
+
+def stacks_of(memory: XenMemory, state: State, cpu: CpuState) -> CpuStacks | Absent:
+    """A CPU's stacks by its TSS; Absent when that cannot be read or is no TSS of Xen's."""
+    if isinstance(cpu.tss, Absent):
+        return cpu.tss
+    loaded = cpu.physical.tr_base if isinstance(cpu.physical, PhysicalCpu) else None
+    # A page of TSS (4.13) begins with ist_ssp[] (4.14): where the TSS is in it, its content tells.
+    for address in (cpu.tss + IST_SSP_SIZE, cpu.tss):
+        try:
+            found = tss.decode(memory.read(address, tss.SIZE))
+        except Unreadable as error:
+            return Absent(f"its TSS could not be read: {error.absent}")
+        base = (found.rsp[0] - 1) & -STACK_SIZE
+        info = next((row for row in _CPU_INFOS if base + STACK_SIZE - found.rsp[0] == row.above_rsp0), None)
+        if info is not None and all(base < found.ist[ist - 1] <= base + STACK_SIZE for ist in (1, 2, 3)):
+            by = f"the TSS at {address:#x}" + (", which TR points to" if loaded == address else "")
+            return _by_tss(memory, cpu, found, base, info, by, ist_numbers(state))
+    return Absent(f"what lies at {cpu.tss:#x} is no TSS of Xen's: its stack pointers are not in one CPU's stacks")
+
+
+def _by_tss(
+    memory: XenMemory, cpu: CpuState, found: Tss, base: int, info: _CpuInfo, by: str, numbers: IstNumbers | Absent
+) -> CpuStacks | Absent:
+    end = base + STACK_SIZE
+    page = (found.ist[0] - 1 - base) // _PAGE
+    numbers, numbering = _agreed(numbers, page)
+    stacks = []
+    for ist, top in enumerate(found.ist, start=1):
+        if base < top <= end - _PRIMARY_SIZE:
+            vector = None if isinstance(numbers, Absent) else numbers.vector(ist)
+            name = f"IST {ist}" if vector is None else gate.VECTOR_NAMES[vector]
+            stacks.append(Stack(name, (top - 1) & -_PAGE, top, ist, vector))
+    stacks.sort(key=lambda stack: stack.start)
+    stacks.append(Stack("primary", end - _PRIMARY_SIZE, end))
+    id_raw, current = memory.read_many([(end - info.processor_id, 4), (end - info.current, 8)])
+    return CpuStacks(
+        base=base,
+        found_by=by,
+        numbering=numbering,
+        stacks=tuple(stacks),
+        guest_regs=found.rsp[0] - REGS_SIZE,
+        processor_id=id_raw if isinstance(id_raw, Absent) else int.from_bytes(id_raw, "little"),
+        current=current if isinstance(current, Absent) else int.from_bytes(current, "little"),
+    )
+
+
+def _agreed(by_gate: IstNumbers | Absent, page: int) -> tuple[IstNumbers | Absent, str]:
+    """The numbers that the #DF gate and the page of IST 1 both say, and what they are known from."""
+    by_page = next((row for row in IST_NUMBERS if row.first_page == page), None)
+    if isinstance(by_gate, Absent):
+        return (by_gate, str(by_gate)) if by_page is None else (by_page, f"the page of IST 1 ({by_page.source})")
+    if by_gate is not by_page:
+        return Absent(why := f"contradictory: the #DF gate says {by_gate.source}, and IST 1 has page {page}"), why
+    return by_gate, f"the #DF gate ({by_gate.source})"
