@@ -19,6 +19,7 @@ from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
 from xencrash.lab.machine import Lab
 from xencrash.serve import GDB_SETTINGS, served, serving
+from xencrash.session import plugin_script
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
@@ -203,11 +204,20 @@ def test_gdb_on_a_dump_sees_xen(crash: Crash, name: str) -> None:
     with serving(served(memory)) as path:
         arguments = ["gdb", "-q", "-nx", "-batch", "-iex", "set debuginfod enabled off"]
         arguments += [part for setting in GDB_SETTINGS for part in ("-iex", setting)]
-        commands = [f"target remote {path}", "info threads", "p/x *(unsigned long*)&idt_tables", "thread apply all bt"]
+        commands = [f"source {plugin_script()}", f"set xen symbols {crash.symbols}", f"target remote {path}"]
+        commands += ["info threads", "p/x *(unsigned long*)&idt_tables", "thread apply all bt"]
+        commands += ["echo === xen\\n", "xen bt", "xen notes"]
         arguments += [crash.symbols, *(part for command in commands for part in ("-ex", command))]
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
     said = done.stdout + done.stderr
     assert f"$1 = {expected:#x}" in said
     for cpu in range(4):
         assert f"Thread {cpu + 1} (CPU {cpu}," in said
+    said, _, ours = said.partition("=== xen\n")
     assert said.count("do_nmi_crash") >= 3, said
+    assert ours.count("do_nmi_crash+") == 3 and "\x1b" not in ours and "Traceback" not in ours, ours
+    # A CPU that was stopped in a guest has its frame moved to the primary stack; each other one is on the NMI's own.
+    assert ours.count("\n  NMI interrupted ") + ours.count("NMI stack: NMI is being handled") == 3, ours
+    assert "#MC interrupted" not in ours and "#DF interrupted" not in ours, ours
+    assert ours.count("saved  kexec_crash_save_cpu+") == 4 and "NOT what Xen's memory holds" not in ours, ours
+    assert ("4 x CORE 0x1, 336 bytes: NT_PRSTATUS" in ours) and (name in AT_HANDOVER) == ("4 x QEMU" in ours), ours
