@@ -105,6 +105,22 @@ def test_plain_text_names_what_is_wrong_where_and_why() -> None:
     assert "\x1b" not in text
 
 
+def test_a_failure_that_persists_is_told_once() -> None:
+    machine = Machine()
+    machine.gate(0, 2, 4, b"\x02")
+    made = machine.report().to_json()
+    first = next(f for f in made["findings"] if f["verdict"] == "fail")
+    other = first | {"stage": "crashed", "observed": 1}
+    made["findings"] += [first | {"stage": "crash-info"}, other, first | {"stage": "exec-entry"}]
+    text = plain(report_blocks(made))
+    assert text.count("FAIL    nmi-gate-ist") == 2
+    assert (
+        "FAIL    nmi-gate-ist CPU 0 at handover\n         expected 0, observed 2\n"
+        "         still at crash-info, exec-entry\n         so an NMI switches to the wrong stack"
+    ) in text
+    assert "FAIL    nmi-gate-ist CPU 0 at crashed\n         expected 0, observed 1\n         so " in text
+
+
 def test_a_pipe_gets_plain_text() -> None:
     stream = io.StringIO()
     print_blocks(report_blocks(report().to_json()), stream)

@@ -183,17 +183,31 @@ def _where(finding: Json) -> str:
     return f"{cpu} at {finding['stage']}"
 
 
+_SAID = ("check", "cpu", "verdict", "expected", "observed", "reason", "follows")
+
+
+def _persisting(findings: Iterable[Json]) -> list[list[Json]]:
+    """Failures and unknowns in order, each with those of later stops that say just the same."""
+    kinds: dict[tuple[str, ...], list[Json]] = {}
+    for finding in findings:
+        if finding["verdict"] in ("fail", "unknown"):
+            said = tuple(json.dumps(finding.get(name), sort_keys=True) for name in _SAID)
+            kinds.setdefault(said, []).append(finding)
+    return list(kinds.values())
+
+
 def problems(report: Json) -> Lines | None:
-    """Every failure and unknown, in words: what, where, expected, observed, consequence, where to look."""
+    """Every failure and unknown, in words: what, where first, expected, observed, consequence, where to look."""
     lines: list[list[Cell]] = []
-    for finding in report["findings"]:
+    for finding, *later in _persisting(report["findings"]):
         verdict = finding["verdict"]
-        if verdict not in ("fail", "unknown"):
-            continue
         lines.append(
             [Cell(f"{verdict.upper():8}", verdict), Cell(f"{finding['check']} ", "strong"), Cell(_where(finding))]
         )
         lines.append([Cell(f"         expected {show(finding['expected'])}, observed {show(finding['observed'])}")])
+        if later:
+            stages = dict.fromkeys(other["stage"] for other in later)
+            lines.append([Cell(f"         still at {', '.join(stages)}", "dim")])
         if finding.get("follows"):
             lines.append([Cell(f"         follows from {finding['follows']} of this CPU", "dim")])
         elif finding.get("reason"):
