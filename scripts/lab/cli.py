@@ -26,11 +26,11 @@ Real Xen with a real Linux dom0 and a real crash kernel in QEMU (no KVM needed),
 _EPILOG = "exit status: 0 done, 2 bad usage, 3 a step failed (which, why and what to do is on standard error)"
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, summary: str) -> None:
     """Add `lab` and its sub-commands to the command's sub-parsers; each sets `run`."""
     lab = commands.add_parser(
         "lab",
-        help="real Xen, or a reference guest, in QEMU",
+        help=summary,
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

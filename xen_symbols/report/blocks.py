@@ -294,4 +294,13 @@ def report_blocks(report: Json) -> list[Block]:
 
 
 def to_json_text(report: Json) -> str:
-    return json.dumps(report, indent=2) + "\n"
+    """The report as JSON, with a line for each CPU, stage and finding: fit for grep, and json's fast encoder does it
+    (indenting takes the slow one: seconds for the 120,000 findings of 4096 CPUs)."""
+    members = (f"  {json.dumps(name)}: {_json_member(value)}" for name, value in report.items())
+    return "{\n" + ",\n".join(members) + "\n}\n"
+
+
+def _json_member(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n    " + ",\n    ".join(map(json.dumps, value)) + "\n  ]"
+    return json.dumps(value)
