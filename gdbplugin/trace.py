@@ -23,15 +23,15 @@ from xen_symbols.crashpath.follow import STALL_SECONDS, Follower, Progress, no_c
 from xen_symbols.report.blocks import Block, Cell, Lines, report_blocks, stage_line
 
 
-def begin(session: Session) -> Json:
-    """Judge the state before the crash.
+def begin(session: Session, gates: str = "") -> Json:
+    """Judge the state before the crash. With the argument `gates`, every change of a gate is listed, too.
 
     {"anchors": [{"address", "name"}], "crash_kernel_loaded": or null, "report": the report so far}.
     """
     with session.look() as memory:
         if memory.target.kind != "live":
             raise Undecidable(f"{memory.target.location} is a dump, which does not run: judge it with xen crash check")
-        session.follower = Follower(memory, session.identification(memory))
+        session.follower = Follower(memory, session.identification(memory), gates=gates == "gates")
     return {
         "anchors": [{"address": hex(address), "name": name} for address, name in session.follower.anchors.items()],
         "crash_kernel_loaded": session.follower.crash_kernel_loaded,
@@ -42,13 +42,13 @@ def begin(session: Session) -> Json:
 def stop(session: Session) -> Json:
     """Judge the stop at which the machine is.
 
-    {"stage", "cpu", "at", "findings", "cpus", "crashing_cpu", "begun", "finished", "undecided"}: the stage is null for
-    a stop that is none of the crash path's; `findings` are those of this stop alone; `undecided` says why the trace is
-    over before its time.
+    {"stage", "cpu", "at", "findings", "gate_changes", "cpus", "crashing_cpu", "begun", "finished", "undecided"}: the
+    stage is null for a stop that is none of the crash path's; `findings` and `gate_changes` are those of this stop
+    alone; `undecided` says why the trace is over before its time.
     """
     follower = _follower(session)
     report = follower.report
-    stages, findings = len(report.stages), len(report.findings)
+    stages, findings, changes = len(report.stages), len(report.findings), len(report.gate_changes or ())
     finished, undecided = False, None
     try:
         finished = _step(session, follower).finished
@@ -58,6 +58,7 @@ def stop(session: Session) -> Json:
     return {
         **seen,
         "findings": [finding.to_json() for finding in report.findings[findings:]],
+        "gate_changes": (report.gate_changes or [])[changes:],
         "cpus": list(report.cpus),
         "crashing_cpu": report.crashing_cpu,
         "begun": follower.begun,

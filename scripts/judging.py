@@ -77,6 +77,7 @@ def trace_live(args: argparse.Namespace) -> Json:
         args.qmp,
         timeout=args.timeout,
         leave_stopped=args.leave_stopped,
+        gates=args.gates,
         allow_mismatch=args.allow_build_id_mismatch,
         progress=tell_stage,
     )

@@ -9,12 +9,14 @@ from typing import Any
 from xen_symbols import __version__
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
+from xen_symbols.crashpath.gatechanges import GateChange
 from xen_symbols.crashpath.generations import Generation, Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer
 from xen_symbols.crashpath.stages import CrashStep, Position
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.x86 import apic
+from xen_symbols.x86.gate import Gate
 from xen_symbols.xen.console import read_console
 from xen_symbols.xen.memory import XenMemory, image_region
 from xen_symbols.xen.state import CpuState, Read, State, read_state
@@ -182,9 +184,24 @@ def _seen(context: Context) -> StageSeen:
 
 def gate_json(symbols: SymbolTable, read: Read) -> dict[str, Any] | None:
     """A gate as the JSON contract gives it; None when it could not be read."""
-    if not read.present:
-        return None
-    gate = read.value
+    return _gate_json(symbols, read.value) if read.present else None
+
+
+def gate_change_json(report: Report, symbols: SymbolTable, change: GateChange) -> dict[str, Any]:
+    """A change of a gate as the JSON contract gives it, between two of the report's stages."""
+    return {
+        "cpu": change.cpu,
+        "vector": change.vector,
+        "changed": list(change.changed),
+        "before": _gate_json(symbols, change.before),
+        "after": _gate_json(symbols, change.after),
+        "since": None if change.since is None else report.stages[change.since].stage,
+        "stage": report.stages[change.stop].stage,
+        "stop": change.stop,
+    }
+
+
+def _gate_json(symbols: SymbolTable, gate: Gate) -> dict[str, Any]:
     return {
         "handler": {"address": hex(gate.handler), "symbol": symbols.describe(gate.handler)},
         "selector": hex(gate.selector),

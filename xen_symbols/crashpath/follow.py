@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.crashpath.engine import add_stage, context_at, new_report
+from xen_symbols.crashpath.engine import add_stage, context_at, gate_change_json, new_report
+from xen_symbols.crashpath.gatechanges import GateHistory, gates_of
 from xen_symbols.crashpath.generations import TEXT, Identification, identify
 from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Position, Role, Span, Stage
@@ -52,8 +53,11 @@ class Progress:
 class Follower:
     """The trace's state machine, for one crash."""
 
-    def __init__(self, memory: XenMemory, identification: Identification | None = None) -> None:
-        """Raises Undecidable for a Xen that has crashed already, or that cannot be told."""
+    def __init__(self, memory: XenMemory, identification: Identification | None = None, *, gates: bool = False) -> None:
+        """`gates` also lists every change of an NMI or #MC gate in the report.
+
+        Raises Undecidable for a Xen that has crashed already, or that cannot be told.
+        """
         self.memory = memory
         self.identification = identification or identify(memory)
         self.generation = self.identification.generation
@@ -70,10 +74,14 @@ class Follower:
         self._seen: dict[int, Span] = {}
         self._entries: dict[int, int] = {}
         self._again: set[int] = set()
-        self._start()
+        self._history: GateHistory | None = None
+        self._start(gates)
 
-    def _start(self) -> None:
+    def _start(self, gates: bool) -> None:
         state = self._read()
+        if gates:
+            self._history = GateHistory(gates_of(state))
+            self.report.gate_changes = []
         flags = state.system["kexec_flags"]
         self.crash_kernel_loaded = crash_image_loaded(flags.value) if flags.present else None
         position = infer(state, self.generation)
@@ -191,6 +199,9 @@ class Follower:
     def _judge(self, state: State, position: Position) -> tuple[StageSeen, tuple[Finding, ...]]:
         entries = self._entries if "nmi-taken" in self._anchors else None
         findings = add_stage(self.report, context_at(self.memory, state, position, self.generation, entries))
+        if self._history is not None and self.report.gate_changes is not None:
+            changes = self._history.see(gates_of(state), len(self.report.stages) - 1)
+            self.report.gate_changes += [gate_change_json(self.report, state.symbols, change) for change in changes]
         return self.report.stages[-1], tuple(findings)
 
     def _require_image(self, state: State) -> None:

@@ -178,6 +178,28 @@ def stage_line(stage: Json, findings: Iterable[Json]) -> Lines:
     return Lines([line])
 
 
+def gate_changes_table(report: Json) -> Table:
+    """Each change of a gate between two stops, with what it changed from and to."""
+    rows = [
+        [
+            Cell(str(change["cpu"]), "strong"),
+            Cell({2: "NMI", 18: "#MC"}[change["vector"]]),
+            Cell("; ".join(_property_change(change, name) for name in change["changed"])),
+            Cell(change["since"] or "-"),
+            Cell(change["stage"]),
+        ]
+        for change in report["gate_changes"]
+    ]
+    return Table("Changes of gates", ["CPU", "gate", "what changed", "after stage", "seen at"], rows)
+
+
+def _property_change(change: Json, name: str) -> str:
+    if name == "reserved":  # not a field of a gate's own: the raw bytes hold it
+        return f"raw {change['before']['raw']} -> {change['after']['raw']}"
+    shown = {"ist": "IST", "dpl": "DPL"}.get(name, name)
+    return f"{shown} {show(change['before'][name])} -> {show(change['after'][name])}"
+
+
 def _where(finding: Json) -> str:
     cpu = "the machine" if finding["cpu"] is None else f"CPU {finding['cpu']}"
     return f"{cpu} at {finding['stage']}"
@@ -284,6 +306,8 @@ def report_blocks(report: Json) -> list[Block]:
     blocks: list[Block] = [header(report)]
     if len(report["stages"]) > 1:
         blocks.append(stages_table(report))
+    if "gate_changes" in report:
+        blocks.append(gate_changes_table(report))
     if report["cpus"]:
         blocks.append(cpus_table(report))
     found = problems(report)

@@ -121,6 +121,7 @@ class Report:
     cpus: Sequence[Mapping[str, Any]] = ()
     stages: list[StageSeen] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    gate_changes: list[Mapping[str, Any]] | None = None  # of a trace that was asked for them
     undecided: str | None = None  # why nothing (more) could be decided: target lost, no generation, …
 
     @property
@@ -148,6 +149,8 @@ class Report:
             "findings": [finding.to_json() for finding in self.findings],
             "verdict": str(self.verdict),
         }
+        if self.gate_changes is not None:
+            out["gate_changes"] = [dict(change) for change in self.gate_changes]
         if self.undecided is not None:
             out["undecided"] = self.undecided
         return out
