@@ -1,17 +1,20 @@
 """Recorded examples: the bytes, registers and symbols of a real Xen that one judgement reads, and nothing else.
 
 `record` writes an example from any target; `load` gives it back as a target and its symbols, with memory that a test
-may change. An example is JSON, so that a person can read it:
+may change. An example is JSON, so that a person can read it. Of a row of the lab, which it boots and crashes, or of any
+dump (with a file by QEMU's xen-save-devices-state for its CPUs, where there is one):
 
-    python -m tests.recording DUMP XEN-SYMS EXAMPLE.json [DEVICE-STATE]
+    python -m tests.recording lab 4.20 --qemu 10.0
+    python -m tests.recording dump DUMP XEN-SYMS EXAMPLE [DEVICE-STATE]
 """
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import dataclasses
 import json
-import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from xen_symbols.symbols.table import SymbolTable, load_symbols
 from xen_symbols.target import Lapic, Note, PhysicalCpu
 from xen_symbols.target.dump import open_dump
 from xen_symbols.target.qemu_state import parse_cpus
+from xen_symbols.target.qmp import Qmp
 from xen_symbols.xen.locate import locate
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -208,11 +212,60 @@ def load(name: str) -> tuple[Example, SymbolTable]:
     return Example(data["kind"], data["format"], name, memory, [_cpu(cpu) for cpu in data["cpus"]], notes), symbols
 
 
+def names() -> list[str]:
+    """The recorded examples."""
+    return sorted(path.stem for path in RECORDED.glob("*.json"))
+
+
+def _save(name: str, example: dict[str, Any]) -> None:
+    (RECORDED / f"{name}.json").write_text(json.dumps(example, indent=1) + "\n")
+
+
+def record_row(xen: str, qemu: str) -> None:
+    """Crash a row of the lab; record it live at two stages, and its vmcore."""
+    from xencrash.lab.machine import Lab
+    from xencrash.trace import trace
+
+    with Lab.up(xen=xen, qemu=qemu, progress=print) as lab:
+        symbols = str(lab.symbols)
+
+        def at_stage(stage: dict[str, Any], findings: object) -> None:
+            if stage["stage"] in ("shootdown", "handover"):
+                name = f"{xen}-{stage['stage']}"
+                with Qmp(lab.qmp_socket) as qmp, tempfile.TemporaryDirectory() as folder:
+                    state = Path(folder) / "state"
+                    qmp.execute("xen-save-devices-state", filename=str(state), live=False)
+                    cpus = parse_cpus(state.read_bytes())
+                about = f"Xen {xen} under QEMU {qemu}, stopped at {stage['stage']}"
+                _save(name, record(open_dump(str(lab.ram_file), base=0), load_symbols(symbols), about, cpus))
+
+        report = trace(f"gdb:{lab.gdb_socket}", symbols, str(lab.qmp_socket), timeout=60, progress=at_stage,
+                       trigger=lab.crash)  # fmt: skip
+        if report["verdict"] != "pass":
+            raise SystemExit(f"the crash was not clean ({report['verdict']}): see xencrash lab run --xen {xen}")
+        with tempfile.TemporaryDirectory() as folder:
+            vmcore = lab.wait_vmcore(Path(folder) / "vmcore")
+            about = f"the vmcore that the crash kernel wrote after a crash of Xen {xen} under QEMU {qemu}"
+            _save(f"{xen}-crashed-vmcore", record(open_dump(str(vmcore)), load_symbols(symbols), about))
+
+
 def main() -> None:
-    dump, syms, out, *state = sys.argv[1:]
-    cpus = parse_cpus(Path(state[0]).read_bytes()) if state else None
-    example = record(open_dump(dump), load_symbols(syms), Path(out).stem, cpus)
-    Path(out).write_text(json.dumps(example, indent=1) + "\n")
+    parser = argparse.ArgumentParser(prog="python -m tests.recording", description="Record examples of real Xens.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    lab = commands.add_parser("lab", help="boot and crash a row of the lab: three examples")
+    lab.add_argument("xen", metavar="XEN", help="a row of scripts/lab/rows.py")
+    lab.add_argument("--qemu", default="7.2", metavar="QEMU", help="default: %(default)s")
+    dump = commands.add_parser("dump", help="any dump: one example")
+    dump.add_argument("dump", metavar="DUMP")
+    dump.add_argument("symbols", metavar="XEN-SYMS")
+    dump.add_argument("example", metavar="EXAMPLE", help="its name, without .json")
+    dump.add_argument("state", metavar="DEVICE-STATE", nargs="?", help="QEMU's device state of the same moment")
+    args = parser.parse_args()
+    if args.command == "lab":
+        record_row(args.xen, args.qemu)
+        return
+    cpus = parse_cpus(Path(args.state).read_bytes()) if args.state else None
+    _save(args.example, record(open_dump(args.dump), load_symbols(args.symbols), args.example, cpus))
 
 
 if __name__ == "__main__":
