@@ -21,7 +21,7 @@ import gdb
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.target import Note, PhysicalCpu, Target, hmp
 from xen_symbols.target.dump import open_dump
-from xen_symbols.target.qemu_state import parse_cpus
+from xen_symbols.target.qemu_state import parse_cpus, unsavable
 from xen_symbols.target.qmp import Qmp, QmpError
 
 PACKET = 2048  # the most that QEMU's stub returns for one read (gdbstub.c, MAX_PACKET_LENGTH / 2)
@@ -153,6 +153,9 @@ class LiveTarget:
         try:
             with Qmp(socket) as qmp:
                 self._require_same_machine(qmp)
+                if why := unsavable(qmp.execute("query-migrate")):
+                    absence = Absent(f"QEMU cannot save this machine's device state ({why})")
+                    return hmp.without_qmp(self._from_monitor(), absence)
                 return parse_cpus(device_state(qmp))
         except QmpError as error:
             raise Undecidable(str(error)) from None

@@ -160,8 +160,9 @@ class Lab:
 
         `guest` boots that instead of Xen and dom0. `lapic` is "xapic", "x2apic" or None (what this QEMU does).
         `wait` is how far: "dom0" (a shell answers, and the crash kernel is loaded unless `crash_kernel` is
-        false), "xen" (all CPUs are up) or "none". With `pvh` dom0 is a PVH guest, a vCPU in SVM guest mode: under
-        TCG it comes as far as "ACPI: Core revision" and stays there, which is what "dom0" then waits for.
+        false), "xen" (all CPUs are up) or "none". With `pvh` dom0 is a PVH guest, its vCPUs in SVM
+        guest mode, and no crash kernel is loaded: kexec finds no place for one there. It gets no RDTSCP, on whose
+        intercept Xen kills it under TCG.
         `paused` stops before the first instruction, and waits for nothing. `cpu_args` is added to QEMU's -cpu,
         `qemu_args` to its command line. An owned machine dies with the thread that called this; one that is
         not is for `Lab.attach` and `down`.
@@ -172,6 +173,7 @@ class Lab:
         row = _row(QEMUS, qemu, "QEMU")
         if pvh:
             xen_args, qemu_args = f"dom0=pvh {xen_args}", ("-device", row.iommu, *qemu_args)
+            cpu_args = f"-rdtscp,{cpu_args}".rstrip(",")
         cache = Cache(progress=progress)
         cpu = cpu_of(row, lapic)
         program = Program(images.qemu_words(cache, row), f"{cpu},{cpu_args}" if cpu_args else cpu)
@@ -198,7 +200,7 @@ class Lab:
         )
         try:
             if not paused:
-                lab._wait_until_up(wait, crash_kernel, pvh)
+                lab._wait_until_up(wait, crash_kernel and not pvh)
         except BaseException:
             lab.down(keep=True)
             raise
@@ -242,14 +244,12 @@ class Lab:
             raise
         return lab
 
-    def _wait_until_up(self, wait: str, crash_kernel: bool, pvh: bool) -> None:
+    def _wait_until_up(self, wait: str, crash_kernel: bool) -> None:
         if wait == "none":
             return
         begun = time.monotonic()
         self._boots("booting Xen", self.paths.serial_log, _XEN_UP)
-        if wait == "dom0" and pvh:
-            self._boots("booting a PVH dom0", self.paths.serial_log, rb"ACPI: Core revision")
-        elif wait == "dom0":
+        if wait == "dom0":
             self._boots("booting dom0", self.paths.line_log, _DOM0_UP)
             self._progress(f"dom0 is up after {time.monotonic() - begun:.1f} s")
             if crash_kernel:

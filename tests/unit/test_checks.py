@@ -252,6 +252,56 @@ def test_ist_0_while_an_amd_cpu_holds_a_guests_state_is_no_alarm() -> None:
     }  # fmt: skip
 
 
+def test_guests_state_on_every_cpu_is_no_alarm_either() -> None:
+    def guests(machine: Machine, tr_base: int) -> None:
+        for cpu in range(4):
+            for vector in (NMI, 8, MC):
+                machine.gate(cpu, vector, 4, b"\0")
+            machine.physical(cpu, lambda p: replace(p, tr_base=tr_base))
+
+    assert _shootdown_findings(lambda m: guests(m, 0xFFFF888000001000)) == set()
+
+    def one_lost(machine: Machine) -> None:  # its NMI gate has an IST, and no #DF gate tells which is right
+        guests(machine, 0xFFFF888000001000)
+        machine.gate(1, NMI, 4, b"\x02")
+
+    assert _shootdown_findings(one_lost) == {("nmi-gate-ist", 1, "unknown")}
+
+
+def test_idtr_of_a_cpu_outside_xen_is_judged_by_whose_it_may_be() -> None:
+    """Without QMP whether a CPU is in a guest is not known."""
+
+    def outside(machine: Machine, rip: int, ist: bool) -> None:
+        for vector in () if ist else (NMI, 8, MC):
+            machine.gate(1, vector, 4, b"\0")
+        machine.physical(1, lambda p: replace(p, guest_mode=Absent("no QMP"), idtr=(0xFFFFFE0000000000, 0xFFF),
+                                              tr_base=0xFFFFFE0000003000,
+                                              registers={**p.registers, "rip": rip}))  # fmt: skip
+
+    linux, xen = 0xFFFFFFFF81539F10, 0xFFFF82D0402F9C06
+    assert _shootdown_findings(lambda m: outside(m, linux, ist=False)) == set()
+    assert _shootdown_findings(lambda m: outside(m, linux, ist=True)) == {("idtr", 1, "unknown")}
+    assert _shootdown_findings(lambda m: outside(m, xen, ist=False)) == {("idtr", 1, "fail")}
+
+
+def test_a_cpu_on_its_way_into_the_halt_loop_is_no_alarm_at_the_handover() -> None:
+    machine = Machine()
+    start = machine.symbols.address("do_nmi_crash", "tT")
+    machine.physical(1, lambda p: replace(p, halted=False, nmi_pending=False,
+                                          registers={**p.registers, "rip": start + 0x20}))  # fmt: skip
+    machine.lapic(1, icr_low=0xFD)
+    report = machine.report()
+    assert bad(report) == set()
+    late = [f for f in report.findings if f.cpu == 1 and f.check in ("cpu-parked", "nmi-pending", "lapic-self-nmi")]
+    assert [f.verdict for f in late] == [Verdict.SKIP] * 3
+    # The crash kernel runs, and it has still not halted.
+    crash_kernel = 0xFFFFFFFF81000000
+    machine.physical(0, lambda p: replace(p, registers={**p.registers, "rip": crash_kernel}))
+    assert {(check, verdict) for check, cpu, verdict in bad(machine.report()) if cpu == 1} == {
+        ("cpu-parked", "unknown"), ("nmi-pending", "unknown"), ("lapic-self-nmi", "unknown"),
+    }  # fmt: skip
+
+
 def test_evidence_names_the_bytes() -> None:
     machine = Machine()
     machine.gate(0, NMI, 4, b"\x02")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,16 @@ def test_lapics_give_their_cpus_the_apic_ids() -> None:
     with_them = hmp.with_lapics(cpus, [found])
     assert with_them[1].apic_id == 6 and with_them[1].lapic == found[1]
     assert isinstance(with_them[0].apic_id, Absent)
+
+
+def test_where_qmp_cannot_tell_the_rest_either_that_is_the_reason() -> None:
+    cpus = hmp.parse_registers(text("qemu-7.2-registers"))
+    found = hmp.parse_lapic(text("qemu-7.2-lapic"), 6)
+    assert found is not None
+    why = Absent("QEMU cannot save it")
+    first, second, *_ = hmp.without_qmp(hmp.with_lapics(cpus, [found]), why)
+    assert (first.lapic, first.nmi_blocked, first.nmi_pending, first.guest_mode) == (why, why, why, why)
+    assert second.lapic == replace(found[1], apic_base=why)
 
 
 @pytest.mark.parametrize("qemu", QEMUS)

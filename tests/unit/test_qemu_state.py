@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.recording import RECORDED
 from xen_symbols.absence import Unreadable
 from xen_symbols.target import Lapic
-from xen_symbols.target.qemu_state import parse_cpus, sections
+from xen_symbols.target.qemu_state import parse_cpus, sections, unsavable
 
 STATE = (RECORDED / "qemu-7.2-handover.devstate").read_bytes()
 
@@ -71,3 +71,10 @@ def test_a_damaged_state_is_unreadable_or_complete(at: int, change: int) -> None
     damaged[at] ^= change
     with contextlib.suppress(Unreadable):
         assert len(parse_cpus(bytes(damaged))) == 4
+
+
+def test_a_machine_whose_state_qemu_cannot_save_is_known_beforehand() -> None:
+    reasons = ["some other blocker", "non-migratable device: amd-iommu"]
+    assert unsavable({"blocked-reasons": reasons}) == "non-migratable device: amd-iommu"
+    assert unsavable({"blocked-reasons": reasons[:1]}) is None
+    assert unsavable({}) is None

@@ -19,6 +19,7 @@ from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NMI, Gate
 from xen_symbols.xen.frames import HYPERVISOR_CS
+from xen_symbols.xen.memory import image_region
 from xen_symbols.xen.stacks import IST_SSP_SIZE, ist_numbers
 from xen_symbols.xen.state import CpuState, Read, State, absent
 
@@ -280,9 +281,11 @@ def _judge_handler(vector: int) -> Callable[[Context, int], Outcome]:
 def _judge_ist(vector: int) -> Callable[[Context, int], Outcome]:
     def judge(context: Context, cpu: int) -> Outcome:
         allowed = _ISTS[vector](context, cpu)
-        if isinstance(allowed, Absent):
-            return _from_absence(allowed, None)
         read = _property(_gate_read(context, cpu, vector), lambda g: g.ist)
+        if isinstance(allowed, Absent):  # as when every CPU holds a guest's state: no #DF gate tells the numbers
+            if read.value == 0 and context.guest_state_loaded(context.state.of(cpu)):
+                return expect(read, (0,))
+            return _from_absence(allowed, None)
         if read.value == 0 and 0 not in allowed:
             loaded = context.guest_state_loaded(context.state.of(cpu))
             if loaded is None:
@@ -584,8 +587,11 @@ def _on_its_way(context: Context, cpu: int) -> Outcome | None:
     physical = context.physical(cpu)
     if isinstance(physical, Absent) or context.other(cpu).reached(OtherStep.PARKED):
         return None
-    awake = physical.halted is False and _in_function(context, physical, context.generation.parks_in)
-    return unknown("it has signed off and is still on its way into the halt loop") if awake else None
+    if physical.halted is not False or not _in_function(context, physical, context.generation.parks_in):
+        return None
+    if context.position.stage is CRASHED:
+        return unknown("it is awake where it should halt: look again, it may have been on its way into the halt loop")
+    return skip("it has signed off and is still on its way into the halt loop: nobody waits for that")
 
 
 def _in_function(context: Context, physical: PhysicalCpu, name: str) -> bool:
@@ -679,6 +685,11 @@ def _cpu_parked(context: Context, cpu: int) -> Outcome:
     return expect(_physical_read(context, cpu, where), (parked,))
 
 
+def _outside_xen(context: Context, physical: PhysicalCpu) -> bool:
+    rip = physical.registers.get("rip")
+    return rip is not None and image_region(rip) != image_region(context.symbols.address("idle_pg_table"))
+
+
 def _idtr(context: Context, cpu: int) -> Outcome:
     state = context.state.of(cpu)
     fred = context.state.system["fred"]
@@ -688,7 +699,13 @@ def _idtr(context: Context, cpu: int) -> Outcome:
     def table(physical: PhysicalCpu) -> tuple[int, int] | Absent:
         if physical.guest_mode is True:
             return Absent("it is in a guest: IDTR is the guest's", Kind.NOT_APPLICABLE)
-        return physical.idtr
+        if not isinstance(physical.guest_mode, Absent) or not _outside_xen(context, physical):
+            return physical.idtr
+        if physical.idtr == (state.idt.value, 0xFFF):
+            return physical.idtr
+        if context.guest_state_loaded(state):
+            return Absent("it runs outside Xen with an HVM guest's state: IDTR is the guest's", Kind.NOT_APPLICABLE)
+        return Absent(f"it runs outside Xen, in an HVM guest perhaps, whose IDTR this is: {physical.guest_mode.reason}")
 
     if not state.idt.present:
         return _from_absence(state.idt.value, None)

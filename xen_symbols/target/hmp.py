@@ -111,6 +111,17 @@ def with_lapics(cpus: Sequence[PhysicalCpu], lapics: Sequence[tuple[int, Lapic]]
     ]
 
 
+def without_qmp(cpus: Sequence[PhysicalCpu], why: Absent) -> list[PhysicalCpu]:
+    """Those CPUs of the monitor's, with `why` not even QMP tells the rest."""
+    return [
+        replace(
+            cpu, nmi_blocked=why, nmi_pending=why, guest_mode=why,
+            lapic=why if isinstance(cpu.lapic, Absent) else replace(cpu.lapic, apic_base=why),
+        )
+        for cpu in cpus
+    ]  # fmt: skip
+
+
 def parse_host_threads(text: str) -> list[int]:
     """The host's thread of each CPU, by cpu_index, from `info cpus`: no other machine of this host has them."""
     return [int(thread) for thread in re.findall(r"CPU #\d+:.*?thread_id=(\d+)", text)]

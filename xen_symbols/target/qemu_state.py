@@ -8,8 +8,9 @@ found by name and instance, never by position, and only in the versions whose la
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from xen_symbols.absence import Unreadable
 from xen_symbols.target import Lapic, PhysicalCpu
@@ -78,6 +79,16 @@ def _ends_here(data: bytes, at: int, identity: int) -> bool:
         return data[at] == 0
     following = _section_header(data, at)
     return following is not None and following[0] != identity
+
+
+def unsavable(migration: Mapping[str, Any]) -> str | None:
+    """Why the device state must not be asked for, from the answer to `query-migrate`; None if it may.
+
+    xen-save-devices-state follows a device without a description of its state (amd-iommu up to QEMU 10.0) to a null
+    pointer, and QEMU dies. QEMU names such devices first (migration/savevm.c, qemu_savevm_non_migratable_list).
+    """
+    reasons = [str(reason) for reason in migration.get("blocked-reasons", ())]
+    return next((reason for reason in reasons if reason.startswith("non-migratable device")), None)
 
 
 def parse_cpus(data: bytes) -> list[PhysicalCpu]:

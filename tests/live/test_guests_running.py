@@ -1,0 +1,108 @@
+"""Xen is read rightly, and no alarm raised, whatever the CPUs happen to run: HVM guests, or user space of dom0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.live.machines import guest, named
+from xencrash.lab.machine import Lab
+from xencrash.session import GdbSession, open_session
+from xencrash.trace import trace
+
+pytestmark = pytest.mark.live
+
+Json = dict[str, Any]
+TRIES = 40
+
+
+def xen_facts(session: GdbSession) -> Json:
+    """What every command says of one stop."""
+    address = session.xen("idt", "0", "2")["gates"][0]["address"]
+    facts = {name: session.xen(name) for name in ("cpus", "idt", "lapic", "crash-status", "crash-check", "log")}
+    return facts | {"percpu": session.xen("percpu", "crash_save_done"), "vtop": session.xen("vtop", address)}
+
+
+def assert_the_same_from_every_cpu(session: GdbSession, cpus: int) -> Json:
+    """The facts of this stop, which are those whichever vCPU is selected."""
+    found = []
+    for thread in range(1, cpus + 1):
+        session.mi(f"-thread-select {thread}")
+        found.append(xen_facts(session))
+    assert all(facts == found[0] for facts in found)
+    return found[0]
+
+
+def attach(lab: Lab, qmp: bool = True) -> GdbSession:
+    return open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket) if qmp else None)
+
+
+def test_a_pvh_dom0_in_guest_mode() -> None:
+    with Lab.up(xen="4.20", qemu="10.0", cpus=2, pvh=True) as lab:
+        lab.dom0("(while :; do :; done) >/dev/null 2>&1 &")
+        with attach(lab) as session:
+            for _ in range(TRIES):
+                inside = [cpu["cpu"] for cpu in session.xen("cpus")["cpus"] if cpu["guest_mode"]]
+                if inside:
+                    break
+                session.run()
+                session.wait_stop(0.05)
+                session.interrupt()
+            assert inside, f"no CPU was in its guest in {TRIES} stops"
+            facts = assert_the_same_from_every_cpu(session, 2)
+            report = facts["crash-check"]
+            unknown = [f for f in report["findings"] if f["verdict"] == "unknown"]
+            assert (unknown, report["verdict"], report["stages"][0]["stage"]) == ([], "pass", "normal")
+            # svm_ctxt_switch_to cleared the IST of all three while the guest's state is loaded.
+            ists = {(gate["cpu"], gate["name"]): gate["gate"]["ist"] for gate in facts["idt"]["gates"]}
+            assert {ists[inside[0], name] for name in ("NMI", "#DF", "#MC")} == {0}
+            assert "Building a PVH Dom0" in facts["log"]["text"]
+            idtr = {f["cpu"]: f["verdict"] for f in report["findings"] if f["check"] == "idtr"}
+            assert idtr == {cpu: "skip" if cpu in inside else "pass" for cpu in range(2)}
+            session.leave(running=False)
+        with attach(lab, qmp=False) as session:  # the monitor does not say who is in a guest
+            report = session.xen("crash-check")
+            assert named(report["findings"]) == []
+            assert {f["check"] for f in report["findings"] if f["verdict"] == "unknown"} == {"lapic-mode"}
+            assert [cpu["guest_mode"] for cpu in session.xen("cpus")["cpus"]] == [None, None]
+            session.leave(running=True)
+        # A crash while the guest runs: Xen has no crash kernel, so its path ends at its entry.
+        report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60,
+                       trigger=lambda: lab.crash("panic"))  # fmt: skip
+        assert [stage["stage"] for stage in report["stages"]] == ["normal", "crash-entry"]
+        assert "no crash kernel is loaded" in report["undecided"] and named(report["findings"]) == []
+
+
+def test_dom0_busy_in_user_space_on_every_cpu_and_a_crash_then() -> None:
+    with Lab.up(cpus=2, dom0_vcpus=2) as lab:
+        for cpu in range(2):
+            lab.dom0(f"(taskset -p {1 << cpu} $$; while :; do :; done) >/dev/null 2>&1 &")
+        with attach(lab) as session:
+            for _ in range(TRIES):
+                if any(cpu["ring"] == 3 for cpu in session.xen("cpus")["cpus"]):
+                    break
+                session.run()
+                session.wait_stop(0.05)
+                session.interrupt()
+            facts = assert_the_same_from_every_cpu(session, 2)
+            assert any(cpu["ring"] == 3 for cpu in facts["cpus"]["cpus"])
+            assert facts["crash-check"]["verdict"] == "pass"
+        report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, trigger=lab.crash)
+        assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
+        # After the fact: the crash kernel runs on the crashing CPU, the other one is parked.
+        lab.wait_serial(rb"\[ +\d+\.\d+\]", 30, since=lab.serial_log.read_bytes().rindex(b"Executing kexec image"))
+        with attach(lab) as session:
+            facts = assert_the_same_from_every_cpu(session, 2)
+            assert (facts["crash-check"]["verdict"], facts["crash-status"]["stage"]) == ("pass", "crashed")
+            assert facts["crash-status"]["crashing_cpu"] == report["crashing_cpu"]
+
+
+def test_a_machine_whose_device_state_qemu_cannot_save_lives_on() -> None:
+    """QEMU up to 10.0 dies of xen-save-devices-state when it has an amd-iommu."""
+    with guest(qemu_args=("-device", "amd-iommu")) as lab, attach(lab) as session:
+        report = session.xen("crash-check")
+        unknown = [finding for finding in report["findings"] if finding["verdict"] == "unknown"]
+        assert {finding["check"] for finding in unknown} == {"lapic-mode"}
+        assert all("non-migratable device: amd-iommu" in finding["reason"] for finding in unknown)
+        assert lab.alive() and named(report["findings"]) == []

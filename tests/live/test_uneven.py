@@ -1,0 +1,136 @@
+"""Uneven machines: absent CPUs, parked CPUs, one CPU, many; each CPU is judged for what it is, and none unseen."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xen_symbols.crashpath.engine import evaluate
+from xencrash.judging import open_xen
+from xencrash.lab.machine import Lab
+from xencrash.session import open_session
+from xencrash.trace import trace
+
+pytestmark = pytest.mark.live
+
+Json = dict[str, Any]
+
+
+def follow(lab: Lab, **options: Any) -> Json:
+    options = {"timeout": 60, "trigger": lab.crash, **options}
+    return trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), **options)
+
+
+def verdicts(report: Json) -> dict[int, set[str]]:
+    """The verdicts given of each CPU."""
+    found: dict[int, set[str]] = defaultdict(set)
+    for finding in report["findings"]:
+        if finding["cpu"] is not None:
+            found[finding["cpu"]].add(finding["verdict"])
+    return dict(found)
+
+
+def assert_passed(report: Json) -> None:
+    wrong = [f for f in report["findings"] if f["verdict"] in ("fail", "unknown")]
+    assert (report.get("undecided"), wrong) == (None, [])
+    assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
+
+
+def test_announced_and_absent_cpus() -> None:
+    with Lab.up(cpus=2, max_cpus=4) as lab:
+        with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
+            cpus = session.xen("cpus")["cpus"]
+            assert [(cpu["cpu"], cpu["exists"]) for cpu in cpus] == [(0, True), (1, True), (2, False), (3, False)]
+            assert all("announced and absent" in cpu["absent"] for cpu in cpus[2:])
+        report = follow(lab)
+        assert_passed(report)
+        assert verdicts(report) == {0: {"pass", "skip"}, 1: {"pass", "skip"}}
+        assert {cpu["cpu"]: cpu["role"] for cpu in report["cpus"]} == {
+            report["crashing_cpu"]: "crashing", 1 - report["crashing_cpu"]: "other",
+        }  # fmt: skip
+
+
+def test_parked_cpus_before_and_through_a_crash_and_in_the_vmcore(tmp_path: Path) -> None:
+    with Lab.up(cpus=4, xen_args="maxcpus=2", cpu_args="vendor=GenuineIntel") as lab:
+        first: list[Json] = []
+        report = follow(lab, progress=lambda stage, findings: first.extend(findings) if not first else None)
+        assert_passed(report)
+        handlers = {f["cpu"]: f["observed"]["symbol"] for f in first if f["check"] == "nmi-gate-handler"}
+        assert handlers == {0: "nmi", 1: "nmi", 2: "trap_nop", 3: "trap_nop"}
+        assert set(verdicts(report)) == {0, 1, 2, 3}
+        assert [cpu["role"] for cpu in report["cpus"]][2:] == ["offline", "offline"]
+        vmcore = lab.wait_vmcore(tmp_path / "vmcore")
+        dump = evaluate(open_xen(str(vmcore), str(lab.symbols))).to_json()
+        vmcore.unlink()
+    assert (dump["verdict"], dump["crashing_cpu"]) == ("pass", report["crashing_cpu"])
+    for cpu in dump["cpus"][2:]:
+        assert (cpu["role"], cpu["nmi_gate"]["handler"]["symbol"], cpu["mc_gate"]["ist"]) == ("offline", "trap_nop", 1)
+    # Only what concerns each CPU that exists is asked of a parked one; nothing of what only running CPUs do.
+    asked = {f["check"] for f in dump["findings"] if f["cpu"] == 2 and f["verdict"] == "pass"}
+    assert "nmi-gate-handler" in asked and "crash-notes" in asked and not asked & {"nmi-answered", "cpu-parked"}
+
+
+def test_one_cpu() -> None:
+    with Lab.up(cpus=1) as lab:
+        report = follow(lab)
+    assert_passed(report)
+    assert verdicts(report) == {0: {"pass", "skip"}}
+    assert "nmi-taken" not in [stage["stage"] for stage in report["stages"]]
+
+
+@pytest.mark.parametrize("cpu", [0, 1, 2, 3])
+def test_a_crash_on_each_cpu_in_turn(cpu: int) -> None:
+    with Lab.up(cpus=4, dom0_vcpus=4) as lab:
+        report = follow(lab, trigger=lambda: lab.crash("panic", cpu=cpu))
+    assert_passed(report)
+    assert report["crashing_cpu"] == cpu
+    assert {s["cpu"] for s in report["stages"] if s["stage"] == "nmi-taken"} == {0, 1, 2, 3} - {cpu}
+
+
+def test_sixteen_cpus() -> None:
+    with Lab.up(cpus=16) as lab:
+        report = follow(lab)
+    assert_passed(report)
+    assert set(verdicts(report)) == set(range(16))
+    assert len({s["cpu"] for s in report["stages"] if s["stage"] == "cpu-stop"}) == 15
+
+
+def test_x2apic_and_back() -> None:
+    """Each CPU's LAPIC mode and ICR at every stage, from QEMU's device state; then every source, at one stop."""
+    stops: list[dict[int, Json]] = []
+    seen: list[tuple[Json, dict[int, Json]]] = []
+
+    with Lab.up(qemu="10.0", cpus=3, dom0_vcpus=3) as lab:
+        report = follow(
+            lab, trigger=lambda: lab.crash("panic", cpu=1), leave_stopped=True,
+            on_stop=lambda session: stops.append({cpu["cpu"]: cpu for cpu in session.xen("lapic")["cpus"]}),
+            progress=lambda stage, _: seen.append((stage, stops[-1])) if stops else None,
+        )  # fmt: skip
+        assert_passed(report)
+        for stage, cpus in seen:
+            name, subject = stage["stage"], stage["cpu"]
+            assert {cpu["mode_source"] for cpu in cpus.values()} == {"QEMU device state"}
+            if name in ("crash-entry", "shutdown-entry", "shootdown"):
+                assert {cpu["mode"] for cpu in cpus.values()} == {"x2apic"}, name
+            if name in ("nmi-taken", "cpu-save", "cpu-stop"):  # each other one switches for itself
+                assert cpus[subject]["mode"] == cpus[1]["mode"] == "x2apic", name
+            if name in ("shootdown-done", "crash-info", "exec-entry", "handover"):
+                own = "x2apic" if name == "shootdown-done" else "xapic"
+                assert {number: cpu["mode"] for number, cpu in cpus.items()} == {0: "xapic", 1: own, 2: "xapic"}, name
+        assert {stage["stage"] for stage, _ in seen} >= {"nmi-taken", "cpu-stop", "shootdown-done", "handover"}
+        last = seen[-1][1]
+        assert [last[cpu]["apic_base"] for cpu in range(3)] == ["0xfee00900", "0xfee00800", "0xfee00800"]
+        # The self-NMI was written in xAPIC mode: the destination is in the upper byte.
+        assert [(last[cpu]["icr_low"], last[cpu]["icr_high"]) for cpu in (0, 2)] == [("0x400", "0x0"),
+                                                                                   ("0x400", "0x2000000")]  # fmt: skip
+        # The shootdown's own NMI was written in x2APIC mode by CPU 1, whose register kept that form.
+        assert int(last[1]["icr_high"], 16) < 1 << 24
+        with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols)) as session:  # no QMP: monitor, memory
+            inferred = {cpu["cpu"]: cpu for cpu in session.xen("lapic")["cpus"]}
+    for number, cpu in inferred.items():
+        assert cpu["mode_source"].startswith("inferred from")
+        assert [cpu[name] for name in ("mode", "spiv", "icr_low", "icr_high")] == [
+            last[number][name] for name in ("mode", "spiv", "icr_low", "icr_high")]  # fmt: skip
