@@ -127,18 +127,28 @@ def _undecided(path: str, why: str) -> Json:
     return Report(TOOL, target, nothing, undecided=why).to_json()
 
 
+def first_problem(report: Json) -> str:
+    """Why a report is not `pass`, in a few words; empty if it is."""
+    for verdict in ("fail", "unknown"):
+        for finding in report["findings"]:
+            if finding["verdict"] == verdict:
+                where = "" if finding["cpu"] is None else f" on CPU {finding['cpu']}"
+                return f"{verdict}: {finding['check']}{where} at {finding['stage']}"
+        if report.get("undecided"):
+            return str(report["undecided"])
+    return "" if report["verdict"] == "pass" else "nothing could be judged"
+
+
 def _summary(reports: list[Json]) -> Table:
     rows = []
     for report in reports:
-        problem = next((f for f in report["findings"] if f["verdict"] in ("fail", "unknown")), None)
-        words = report.get("undecided") or (problem and f"{problem['check']} on CPU {problem['cpu']}") or ""
         rows.append(
             [
                 Cell(report["verdict"], report["verdict"]),
                 Cell(report["target"]["location"]),
                 Cell((report["generation"] or {}).get("id", "-")),
                 Cell("-" if report["crashing_cpu"] is None else str(report["crashing_cpu"])),
-                Cell(words),
+                Cell(first_problem(report)),
             ]
         )
     return Table("Dumps", ["verdict", "dump", "generation", "crashed on CPU", "first problem"], rows)

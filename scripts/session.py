@@ -381,10 +381,11 @@ def open_session(
     qmp: str | None = None,
     *,
     allow_mismatch: bool = False,
+    gdb: str | None = None,
 ) -> GdbSession:
     """A session attached to a machine, with the plugin told what the user said. Raises Undecidable."""
     parse_live(target)
-    session = GdbSession()
+    session = GdbSession(gdb)
     try:
         for name, path in (("symbols", symbols), ("qmp-socket", qmp)):
             session.set(name, str(Path(path).absolute()) if path else None)

@@ -36,18 +36,20 @@ def trace(
     leave_stopped: bool = False,
     allow_mismatch: bool = False,
     gates: bool = False,
+    gdb: str | None = None,
 ) -> Json:
     """Wait for Xen to crash, judge every stage of its crash path, let it run on, and return the JSON report.
 
     `timeout` bounds the wait for the crash to begin (None: for ever), `stall` the time between two stages, in seconds.
     `trigger` is called once the machine runs with the breakpoints set; `on_stop` at each stop, before it is judged;
     `progress` after it, with the stage as the report has it and its findings, the machine still stopped.
-    `leave_stopped` leaves it at the last stage; `gates` lists every change of a gate in the report. What ends a trace
-    early stands in the report as `undecided`; what prevents its beginning is raised as Undecidable.
+    `leave_stopped` leaves it at the last stage; `gates` lists every change of a gate in the report; `gdb` is the
+    program to use (None: `find_gdb`). What ends a trace early stands in the report as
+    `undecided`; what prevents its beginning is raised as Undecidable.
     """
     report: Json | None = None
     try:
-        with open_session(target, symbols, qmp, allow_mismatch=allow_mismatch) as session:
+        with open_session(target, symbols, qmp, allow_mismatch=allow_mismatch, gdb=gdb) as session:
             begin = session.xen("crash-trace-begin", *(["gates"] if gates else []))
             report = begin["report"]
             for anchor in begin["anchors"]:

@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from xencrash.lab.errors import LabError
-from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, QEMUS, XENS
+from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, QEMUS, XENS
 
 _DESCRIPTION = """\
 Real Xen with a real Linux dom0 and a real crash kernel in QEMU (no KVM needed), from Debian's packages:
@@ -22,7 +23,15 @@ Real Xen with a real Linux dom0 and a real crash kernel in QEMU (no KVM needed),
   xencrash lab dump --output vmcore    take the crash kernel's vmcore
   xencrash check vmcore
   xencrash lab down
+
+  xencrash lab run                     all of that at once
+  xencrash lab matrix                  the same for several Xens, QEMUs, gdbs and LAPIC modes
+  xencrash lab repeat -n 50            and many times, at random moments
 """
+_CRASHES_EPILOG = (
+    "exit status: 0 every crash passed, 1 at least one failed, 2 bad usage, 3 one could not be decided or got "
+    "(a package that its source has no more is told, and does not count)"
+)
 _EPILOG = "exit status: 0 done, 2 bad usage, 3 a step failed (which, why and what to do is on standard error)"
 
 
@@ -74,6 +83,28 @@ def add_parser(commands: Any, summary: str) -> None:
     machine_options(run)
     _crash_options(run)
     run.add_argument("--output", default="xencrash-run", metavar="DIR", help="default: %(default)s")
+
+    matrix = _step(
+        steps, "matrix", run_matrix, "crash every Xen on every QEMU, with every gdb, in every LAPIC mode",
+        "Boot, crash and judge a machine for each cell of the matrix of the lab's rows, and show a table of verdicts. "
+        "Without options the cells are a few in which every pair of rows appears; --xen, --qemu, --gdb and --lapic "
+        "take all that have what is named. What a cell needs and cannot get is `skip`, with the reason. "
+        "Reports and logs of every cell, and what went wrong, stay in the output folder.",
+        _CRASHES_EPILOG,
+    )  # fmt: skip
+    matrix.add_argument("--all", action="store_true", help="every cell")
+    _cells_options(matrix, "xencrash-matrix")
+
+    repeat = _step(
+        steps, "repeat", run_repeat, "crash Xen many times in a row, at random moments",
+        "Boot, crash and judge one machine after the other, over the cells of the matrix: by the crash key or by "
+        "dom0's panic on a random CPU, with dom0 idle or busy on all its vCPUs, after a random time. Every one must "
+        "pass: one that does not is a false alarm, or a find. --seed repeats a run.",
+        _CRASHES_EPILOG,
+    )  # fmt: skip
+    repeat.add_argument("-n", "--number", type=_count, default=50, metavar="N", help="default: 50")
+    repeat.add_argument("--seed", type=int, metavar="N", help="of the random choices; default: a new one, told")
+    _cells_options(repeat, "xencrash-repeat")
 
     dump = _step(
         steps, "dump", run_dump, "take a dump of the machine",
@@ -211,6 +242,18 @@ def run_run(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def run_matrix(args: argparse.Namespace) -> int:
+    from xencrash.lab.matrix import run
+
+    return run(args)
+
+
+def run_repeat(args: argparse.Namespace) -> int:
+    from xencrash.lab.repeat import run
+
+    return run(args)
+
+
 def run_dump(args: argparse.Namespace) -> int:
     lab = _lab(args)
     if args.format == "vmcore":
@@ -258,8 +301,10 @@ def run_guests(args: argparse.Namespace) -> int:
     return 0
 
 
-def _step(steps: Any, name: str, run: Any, summary: str, description: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = steps.add_parser(name, help=summary, description=description, epilog=_EPILOG)
+def _step(
+    steps: Any, name: str, run: Any, summary: str, description: str, epilog: str = _EPILOG
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = steps.add_parser(name, help=summary, description=description, epilog=epilog)
     parser.set_defaults(run=run)
     return parser
 
@@ -267,6 +312,15 @@ def _step(steps: Any, name: str, run: Any, summary: str, description: str) -> ar
 def _crash_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--how", choices=("key", "panic"), default=None, help="default: key, or panic with --cpu")
     parser.add_argument("--cpu", type=int, metavar="N", help="the CPU to crash on (needs --dom0-vcpus)")
+
+
+def _cells_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """Which cells of the matrix, and what to do with them."""
+    for name, rows in (("xen", XENS), ("qemu", QEMUS), ("gdb", GDBS), ("lapic", ("xapic", "x2apic"))):
+        parser.add_argument(f"--{name}", choices=rows, action="append", help="only cells with this; may be repeated")
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="so many machines at a time; default: 1")
+    parser.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--format", choices=("table", "json", "junit", "markdown"), default="table")
 
 
 def _run_dir(parser: argparse.ArgumentParser, text: str = "of the machine; default: the only one there is") -> None:

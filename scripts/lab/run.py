@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from xencrash.lab.errors import LabError
 from xencrash.lab.machine import Lab
+
+Json = dict[str, Any]
 
 # The guest is up in a fraction of a second; Xen's crash key is answered at once.
 _CRASH_BEGINS_IN = 60.0
@@ -23,56 +25,78 @@ def run(args: argparse.Namespace) -> int:
     The exit status is the trace's; that of the vmcore's check when the trace passed.
     """
     from xencrash import judging
-    from xencrash.cli import finish, render, show, status_of, write
+    from xencrash.cli import finish, show, status_of
     from xencrash.lab.cli import machine_arguments, progress
-    from xencrash.trace import trace
 
-    output = Path(args.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"running the lab: {output}: {error.strerror}") from error
+    output = folder(args.output)
     tell = progress()
-    with Lab.up(**machine_arguments(args), progress=tell) as lab, _kept_logs(lab, output):
+    with machine(output, **machine_arguments(args), progress=tell) as lab:
         tell("following the crash")
-        report = trace(
-            f"gdb:{lab.gdb_socket}",
-            str(lab.symbols),
-            str(lab.qmp_socket),
-            timeout=_CRASH_BEGINS_IN,
-            progress=judging.tell_stage,
-            trigger=lambda: _crash(lab, args),
-        )
-        for name, format in (("trace.json", "json"), ("trace.xml", "junit")):
-            write(render(report, format), str(output / name))
+        report = follow(lab, output, lambda: _crash(lab, args), progress=judging.tell_stage)
         status = finish(report, argparse.Namespace(format="table", output=None))
         if args.guest or report.get("undecided"):
             return status
         tell("the crash kernel copies the vmcore")
-        vmcore = lab.wait_vmcore(output / "vmcore")
-        tell("judging the vmcore")
-        options = argparse.Namespace(symbols=str(lab.symbols), base=None, allow_build_id_mismatch=False)
-        checked = judging.check_dump(str(vmcore), options)
-    write(render(checked, "json"), str(output / "check.json"))
+        checked = check_vmcore(lab, output)
     print("\nThe vmcore:", flush=True)
     show(checked)
     print(f"\nThe reports, the vmcore and the logs are in {output}", file=sys.stderr)
     return status or status_of(checked)
 
 
-def _crash(lab: Any, args: argparse.Namespace) -> None:
+def folder(path: str | Path) -> Path:
+    """A folder for what a run leaves, made where it is not there. Raises LabError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LabError(f"running the lab: {path}: {error.strerror}") from error
+    return Path(path)
+
+
+@contextlib.contextmanager
+def machine(output: Path, **arguments: Any) -> Iterator[Lab]:
+    """A machine by `Lab.up`'s arguments, whose logs are in `output` whatever happens to it."""
+    with Lab.up(**arguments) as lab:
+        try:
+            yield lab
+        finally:
+            for log in (lab.serial_log, lab.qemu_log, lab.paths.line_log):
+                if log.exists():
+                    shutil.copy(log, output)
+
+
+def follow(lab: Lab, output: Path, crash: Callable[[], None], **options: Any) -> Json:
+    """The report on a crash that `crash` causes, also left as `trace.json` and `trace.xml`; `options` are `trace`'s."""
+    from xencrash.cli import render, write
+    from xencrash.trace import trace
+
+    report = trace(
+        f"gdb:{lab.gdb_socket}",
+        str(lab.symbols),
+        str(lab.qmp_socket),
+        timeout=_CRASH_BEGINS_IN,
+        trigger=crash,
+        **options,
+    )
+    for name, format in (("trace.json", "json"), ("trace.xml", "junit")):
+        write(render(report, format), str(output / name))
+    return report
+
+
+def check_vmcore(lab: Lab, output: Path) -> Json:
+    """The report on the vmcore that the crash kernel takes, also left as `check.json` beside the `vmcore`."""
+    from xencrash import judging
+    from xencrash.cli import render, write
+
+    vmcore = lab.wait_vmcore(output / "vmcore")
+    options = argparse.Namespace(symbols=str(lab.symbols), base=None, allow_build_id_mismatch=False)
+    checked = judging.check_dump(str(vmcore), options)
+    write(render(checked, "json"), str(output / "check.json"))
+    return checked
+
+
+def _crash(lab: Lab, args: argparse.Namespace) -> None:
     if args.guest:
         lab.serial_send(b"C")
     else:
         lab.crash(args.how or ("key" if args.cpu is None else "panic"), args.cpu)
-
-
-@contextlib.contextmanager
-def _kept_logs(lab: Any, output: Path) -> Iterator[None]:
-    """The logs are in `output` whatever happens to the machine."""
-    try:
-        yield
-    finally:
-        for log in (lab.serial_log, lab.qemu_log, lab.paths.line_log):
-            if Path(log).exists():
-                shutil.copy(log, output)

@@ -1,0 +1,61 @@
+"""`xencrash lab matrix`: each Xen, QEMU, gdb and LAPIC mode of the lab, crashed and judged; or a few that cover all."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterable, Sequence
+
+from xencrash.lab.crashes import CPUS, Cell, crash_all, finish
+from xencrash.lab.rows import GDBS, QEMUS, XENS
+
+DIMENSIONS = ("xen", "qemu", "gdb", "lapic")
+# The ways of crashing, dealt to the cells in turn.
+_WAYS = (("key", None), *(("panic", cpu) for cpu in range(CPUS)))
+
+
+def cells() -> tuple[Cell, ...]:
+    """Every cell there is: a LAPIC mode that a QEMU does not have makes none."""
+    rows = [
+        (xen, qemu, gdb, lapic)
+        for xen, qemu, gdb in itertools.product(XENS, QEMUS, GDBS)
+        for lapic in sorted(QEMUS[qemu].cpu, reverse=True)
+    ]
+    ways = itertools.cycle(_WAYS)
+    return tuple(Cell("-".join(row), *row, how=how, cpu=cpu) for row, (how, cpu) in zip(rows, ways, strict=False))
+
+
+def covering(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """Some of the cells, in which each pair of values of two dimensions appears that appears in any."""
+    left = {cell: _pairs(cell) for cell in cells}
+    chosen = []
+    while any(left.values()):
+        best = max(left, key=lambda cell: len(left[cell]))
+        chosen.append(best)
+        covered = left.pop(best)
+        left = {cell: pairs - covered for cell, pairs in left.items()}
+    return tuple(chosen)
+
+
+def _pairs(cell: Cell) -> frozenset[tuple[str, ...]]:
+    values = [(name, getattr(cell, name)) for name in DIMENSIONS]
+    return frozenset((*one, *other) for one, other in itertools.combinations(values, 2))
+
+
+def chosen(args: argparse.Namespace, cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """Those of the cells that the options --xen, --qemu, --gdb and --lapic leave. Raises UsageError for none."""
+    from xencrash.cli import UsageError
+
+    wanted = {name: getattr(args, name) for name in DIMENSIONS if getattr(args, name)}
+    left = tuple(cell for cell in cells if all(getattr(cell, name) in values for name, values in wanted.items()))
+    if not left:
+        reasons = "; ".join(f"QEMU {row.name}: {row.reason}" for row in QEMUS.values())
+        raise UsageError(f"there is no such cell in the matrix ({reasons})")
+    return left
+
+
+def run(args: argparse.Namespace) -> int:
+    everything = cells()
+    filtered = any(getattr(args, name) for name in DIMENSIONS)
+    selected = chosen(args, everything if args.all or filtered else covering(everything))
+    return finish(crash_all(selected, args.output, args.jobs), args.format, "The matrix")

@@ -1,0 +1,152 @@
+"""The matrix's cells and those that cover it, what is random in a run of crashes, and what outcomes add up to."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from xencrash.cli import UsageError
+from xencrash.lab import crashes, matrix, repeat
+from xencrash.lab.crashes import Cell, crash, render, status_of
+from xencrash.lab.errors import LabError, PackageGone
+
+Json = dict[str, Any]
+
+
+def outcome(verdict: str = "pass", *, gone: bool = False, **more: Any) -> Json:
+    cell = {"name": "one", "xen": "4.17", "qemu": "7.2", "gdb": "debian", "lapic": "xapic", "how": "panic", "cpu": 2}
+    came = {"verdict": verdict, "reason": "" if verdict == "pass" else "why | so", "gone": gone, "seconds": 31.4}
+    found = {"load": 0, "delay": 0.0, "generation": "4.17.0", "crashing_cpu": 2, "lapic_modes": ["xapic"]}
+    return {**cell, **came, **found, **more}
+
+
+def test_a_mode_that_a_qemu_does_not_have_makes_no_cell() -> None:
+    cells = matrix.cells()
+    assert len(cells) == len({cell.name for cell in cells}) == 18
+    assert {(cell.qemu, cell.lapic) for cell in cells} == {("7.2", "xapic"), ("10.0", "xapic"), ("10.0", "x2apic")}
+    assert {(cell.how, cell.cpu) for cell in cells} == {("key", None), *(("panic", cpu) for cpu in range(4))}
+
+
+def test_the_default_selection_covers_every_pair() -> None:
+    def pairs(cells: tuple[Cell, ...]) -> set[tuple[str, ...]]:
+        return set().union(*map(matrix._pairs, cells))
+
+    few = matrix.covering(matrix.cells())
+    assert pairs(few) == pairs(matrix.cells())
+    assert len(few) == 7
+    assert few[0].name == "4.17-7.2-debian-xapic"
+    assert all(pairs(few[:i] + few[i + 1 :]) != pairs(few) for i in range(len(few)))
+
+
+def _args(**given: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{**dict.fromkeys(matrix.DIMENSIONS), **given})
+
+
+def test_filters() -> None:
+    left = matrix.chosen(_args(xen=["4.20"], lapic=["x2apic"]), matrix.cells())
+    assert [cell.name for cell in left] == ["4.20-10.0-debian-x2apic", "4.20-10.0-18.1-x2apic"]
+    with pytest.raises(UsageError, match="x2APIC only since QEMU 9"):
+        matrix.chosen(_args(qemu=["7.2"], lapic=["x2apic"]), matrix.cells())
+
+
+def test_a_seed_gives_the_same_crashes_and_they_go_over_all_cells() -> None:
+    cells = matrix.cells()
+    one, again, other = (repeat.moments(50, seed, cells) for seed in (7, 7, 8))
+    assert one == again != other
+    assert len({cell.name for cell in one}) == 50
+    rows = [(cell.xen, cell.qemu, cell.gdb, cell.lapic) for cell in one]
+    assert all(len(set(rows[at : at + 18])) == 18 for at in (0, 18))
+    assert {cell.load > 0 for cell in one} == {False, True}
+    assert {cell.cpu for cell in one} == {None, 0, 1, 2, 3}
+    assert all(0 <= cell.delay <= 2 for cell in one)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "status"),
+    [
+        (["pass", "pass"], 0),
+        (["pass", "fail", "unknown"], 1),
+        (["pass", "unknown"], 3),
+        (["pass", "skip"], 3),
+        (["pass", "gone"], 0),
+        (["pass", "gone", "fail"], 1),
+        (["gone", "unknown"], 3),
+        (["gone"], 3),
+        ([], 3),
+    ],
+)
+def test_the_exit_status(verdicts: list[str], status: int) -> None:
+    outcomes = [outcome("skip", gone=True) if verdict == "gone" else outcome(verdict) for verdict in verdicts]
+    assert status_of(outcomes) == status
+
+
+def test_a_package_that_is_gone_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert crashes.finish([outcome(), outcome("skip", gone=True)], "table", "The matrix") == 0
+    assert "NOT RUN, ITS PACKAGE IS GONE: one: why | so" in capsys.readouterr().err
+
+
+def test_formats() -> None:
+    outcomes = [outcome(), outcome("fail", load=5, delay=0.5, how="key", cpu=None)]
+    markdown = render(outcomes, "markdown", "T").splitlines()
+    assert markdown[0] == "## T" and markdown[2] == "2 crashes: 1 fail, 1 pass."
+    moment = "key, 5 busy loops in dom0, after 0.50 s"
+    assert markdown[-1] == f"| 4.17 | 7.2 | debian | xapic | {moment} | 4.17.0 | CPU 2 | fail | 31 | why \\| so |"
+    assert render(outcomes, "table", "T").splitlines()[-1] == "2 crashes: 1 fail, 1 pass"
+    assert json.loads(render(outcomes, "json", "T"))["cells"] == outcomes
+    junit = ET.fromstring(render(outcomes, "junit", "T"))
+    assert [len(case) for case in junit.iter("testcase")] == [0, 1]
+
+
+CELL = Cell("one", "4.17", "7.2", "debian", "xapic", how="panic", cpu=2)
+
+
+@pytest.mark.parametrize(("error", "gone"), [(PackageGone("no more"), True), (LabError("no network"), False)])
+def test_what_cannot_be_got_is_a_skip(
+    error: LabError, gone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(cell: Cell) -> str:
+        raise error
+
+    monkeypatch.setattr(crashes, "_get", nothing)
+    found = crash(CELL, tmp_path)
+    assert (found["verdict"], found["reason"], found["gone"]) == ("skip", str(error), gone)
+
+
+def report(verdict: str = "pass", cpu: int = 2, mode: str = "xapic") -> Json:
+    finding = {"check": "lapic-mode", "stage": "normal", "cpu": 1, "verdict": verdict, "observed": mode}
+    return {"verdict": verdict, "crashing_cpu": cpu, "generation": {"id": "4.17.0"}, "findings": [finding]}
+
+
+@pytest.mark.parametrize(
+    ("reports", "verdict", "reason"),
+    [
+        ([report(), report()], "pass", ""),
+        ([report(), report("fail")], "fail", "fail: lapic-mode on CPU 1 at normal"),
+        ([report(cpu=1), report(cpu=1)], "unknown", "CPU 2 was to crash, not {1}"),
+        ([report(mode="x2apic")], "unknown", "the local APICs were to be in xapic mode, not x2apic"),
+        ([report(), LabError("no vmcore")], "unknown", "no vmcore"),
+        ([report("fail"), LabError("no vmcore")], "fail", "fail: lapic-mode on CPU 1 at normal"),
+        ([LabError("does not boot")], "unknown", "does not boot"),
+    ],
+)
+def test_the_worst_counts(
+    reports: list[Any], verdict: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(cell: Cell, gdb: str, output: Path) -> Any:
+        for item in itertools.chain(reports):
+            if isinstance(item, LabError):
+                raise item
+            yield item
+
+    monkeypatch.setattr(crashes, "_get", lambda cell: "gdb")
+    monkeypatch.setattr(crashes, "_reports", given)
+    (tmp_path / "vmcore").touch()
+    found = crash(CELL, tmp_path)
+    assert (found["verdict"], found["reason"]) == (verdict, reason)
+    assert (tmp_path / "vmcore").exists() is (verdict != "pass")
