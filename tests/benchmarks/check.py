@@ -1,14 +1,14 @@
-"""What judging a dump costs, as ratios to `python -c pass` measured in the same run.
+"""What judging a dump costs, as ratios to `python3 -c pass` by the same interpreter in the same run.
 
-    python -m tests.benchmarks.check [VMCORE XEN-SYMS]
-
-Synthesised dumps of 4, 256 and 4096 CPUs in 4 GB, and 4 CPUs in a sparse 64 GB; with arguments, a real one as well, and
-crash(8) and xen-crashdump-analyser on it where they are installed.
+Synthesised dumps of 4, 256 and 4096 CPUs in 4 GB, and of 4 CPUs in a sparse 64 GB; a real one when it is given, and
+then crash(8) and xen-crashdump-analyser on it, where they are installed. Processes are run in turn with the empty
+program, so that a busy machine slows both; CPU time is user and system together.
 """
 
 from __future__ import annotations
 
-import resource
+import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -16,40 +16,65 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests import dumpwriter
 from tests.syntheticxen import SyntheticXen
 from xen_symbols.crashpath.engine import evaluate
-from xen_symbols.report.model import Verdict
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.table import SymbolTable, load_symbols
 from xen_symbols.target.dump import open_dump
-from xen_symbols.xen.locate import locate
+from xen_symbols.xen.locate import carried_symbols, locate
 
-RUNS = 7
+SYNTHETIC = ((4, 4), (4, 64), (256, 4), (4096, 4))  # CPUs, GB
+# Runs the command and then says the peak of its own resident memory, pages of the mapped dump included.
+_PEAK = """
+import contextlib, os, sys
+from xencrash.cli import main
+with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    main(sys.argv[1:])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
 
 
-def median(run: Callable[[], object], runs: int = RUNS) -> float:
-    """Median wall time of several runs, seconds."""
+@dataclass(frozen=True)
+class Cost:
+    """Medians of one process, seconds."""
+
+    wall: float
+    cpu: float
+
+
+def run(command: Sequence[str]) -> Cost:
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"
+    )
+    _, child.returncode, usage = os.wait4(child.pid, 0)
+    return Cost(time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
+
+
+def in_turn(runs: int, *commands: Sequence[str]) -> list[Cost]:
+    """The cost of each command, all of them run once in each round."""
+    rounds = [[run(command) for command in commands] for _ in range(runs)]
+    return [
+        Cost(statistics.median(cost.wall for cost in costs), statistics.median(cost.cpu for cost in costs))
+        for costs in zip(*rounds, strict=True)
+    ]
+
+
+def ratios(cost: Cost, empty: Cost) -> str:
+    return f"{cost.wall / empty.wall:.1f} x python3 -c pass ({cost.cpu / empty.cpu:.1f} x its CPU time)"
+
+
+def median(runs: int, work: Callable[[], object]) -> float:
+    """Median CPU time of work in this process, seconds."""
     times = []
     for _ in range(runs):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
     return statistics.median(times)
-
-
-def process(*command: str) -> Callable[[], object]:
-    return lambda: subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-
-
-def peak_kib(command: Sequence[str]) -> int:
-    """Peak resident memory of one child, KiB."""
-    code = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL); "
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )
-    return int(subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True).stdout)
 
 
 def synthesise(directory: Path, cpus: int, gigabytes: int) -> tuple[str, str]:
@@ -62,44 +87,72 @@ def synthesise(directory: Path, cpus: int, gigabytes: int) -> tuple[str, str]:
     return str(dump), str(symbols)
 
 
-def measure(name: str, dump: str, symbols: str, baseline: float) -> float:
-    """Print a line for one dump; returns the in-process seconds."""
-    command = [sys.executable, "-m", "xencrash", "check", dump, "--symbols", symbols, "--format", "json"]
-    whole = median(process(*command))
-    parts = {
-        "symbols": median(lambda: load_symbols(symbols).get("idle_pg_table")),
-        "opening": median(lambda: locate(open_dump(dump), load_symbols(symbols)))
-        - median(lambda: load_symbols(symbols).get("idle_pg_table")),
+def measure(name: str, dump: str, symbols: str | None, python: str, runs: int) -> float:
+    """Print the lines for one dump; returns the seconds of its checks."""
+    words = ["check", dump, "--format", "json", *(["--symbols", symbols] if symbols else [])]
+    empty, whole = in_turn(runs, [python, "-c", "pass"], [python, "-m", "xencrash", *words])
+    peak = subprocess.run([python, "-c", _PEAK, *words], capture_output=True, text=True, check=True, cwd="/").stdout
+    print(f"{name}: {ratios(whole, empty)}, {whole.wall * 1e3:.0f} ms; {int(peak) / 1024:.0f} MB at the peak")
+
+    def table() -> SymbolTable:
+        return load_symbols(symbols) if symbols else carried_symbols(open_dump(dump))
+
+    loaded = table()
+    memory = locate(open_dump(dump), loaded)
+    seconds = {
+        "symbols": median(runs, lambda: table().get("idle_pg_table")),
+        "opening": median(runs, lambda: locate(open_dump(dump), loaded)),
+        "checks": median(runs, lambda: evaluate(memory)),
     }
-    memory = locate(open_dump(dump), load_symbols(symbols))
-    assert evaluate(memory).verdict is Verdict.PASS, name
-    parts["checks"] = median(lambda: evaluate(memory))
-    inside = sum(parts.values())
-    shown = ", ".join(f"{part} {seconds * 1000:.1f} ms" for part, seconds in parts.items())
-    print(f"{name:24} process {whole / baseline:5.1f} x python, {peak_kib(command) / 1024:.0f} MB; inside: {shown}")
-    return inside
+    print("    inside: " + ", ".join(f"{part} {value * 1e3:.1f} ms" for part, value in seconds.items()), flush=True)
+    return seconds["checks"]
+
+
+def compare(dump: str, symbols: str, python: str, runs: int) -> None:
+    """What the peers make of the same file, or that they are not here."""
+    with tempfile.TemporaryDirectory() as out:
+        for tool, words in (
+            ("crash", ["--hyper", "-s", symbols, dump]),
+            ("xen-crashdump-analyser", ["--core", dump, "--xen-symtab", symbols, "--outdir", out]),
+        ):
+            if not shutil.which(tool):
+                print(f"{tool}: not installed")
+                continue
+            empty, whole = in_turn(runs, [python, "-c", "pass"], [tool, *words])
+            once = subprocess.run([tool, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            lines = [line for line in (once.stdout + once.stderr).splitlines() if line.strip()]
+            print(f"{tool}: {ratios(whole, empty)}; exit status {once.returncode}")
+            print(f"    last line: {lines[-1].strip() if lines else 'none'}")
+            if written := sorted(path.name for path in Path(out).iterdir()):
+                print(f"    files that it wrote: {', '.join(written)}")
 
 
 def main() -> None:
-    baseline = median(process(sys.executable, "-c", "pass"))
-    print(f"python -c pass           {baseline * 1000:.1f} ms")
-    inside = {}
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.check", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("vmcore", nargs="?", help="a real dump, judged as well")
+    parser.add_argument("symbols", nargs="?", help="its xen-syms; default: what Xen itself carries")
+    parser.add_argument("-n", type=int, default=15, metavar="RUNS", help="runs of each thing (default: %(default)s)")
+    parser.add_argument(
+        "--python", default=sys.executable, metavar="PATH",
+        help="interpreter of a venv with a plain `pip install`: an editable one starts its finder in the empty "
+        "program, too, which flatters the ratio (default: the one that runs this)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    checks = {}
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        for cpus, gigabytes in ((4, 4), (4, 64), (256, 4), (4096, 4)):
-            dump, symbols = synthesise(directory, cpus, gigabytes)
-            inside[cpus, gigabytes] = measure(f"{cpus} CPUs, {gigabytes} GB", dump, symbols, baseline)
-    per_cpu = (inside[4096, 4] - inside[256, 4]) / (4096 - 256)
-    print(f"per CPU                  {per_cpu * 1e6:.0f} us")
-    print(f"64 GB to 4 GB            {inside[4, 64] / inside[4, 4]:.2f}")
-    if len(sys.argv) == 3:
-        dump, symbols = sys.argv[1:]
-        measure("real", dump, symbols, baseline)
-        for tool in ("crash", "xen-crashdump-analyser"):
-            if shutil.which(tool):
-                command = [tool, "--hyper", symbols, dump] if tool == "crash" else [tool, "-c", dump, "-x", symbols]
-                print(f"{tool:24} {median(process(*command)) / baseline:.1f} x python")
-    print(f"this process             {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+        for cpus, gigabytes in SYNTHETIC:
+            dump, symbols = synthesise(Path(name), cpus, gigabytes)
+            checks[cpus, gigabytes] = measure(f"{cpus} CPUs, {gigabytes} GB", dump, symbols, args.python, args.n)
+            Path(dump).unlink()
+    print(f"each CPU: {(checks[4096, 4] - checks[256, 4]) / (4096 - 256) * 1e6:.0f} us of checks")
+    if args.vmcore:
+        real = f"{args.vmcore}, {Path(args.vmcore).stat().st_size / 1e9:.1f} GB"
+        measure(real, args.vmcore, args.symbols, args.python, args.n)
+        if args.symbols:
+            compare(args.vmcore, args.symbols, args.python, args.n)
 
 
 if __name__ == "__main__":
