@@ -78,7 +78,9 @@ def _parser(with_lab: bool = True) -> argparse.ArgumentParser:
 
     check = _command(
         commands, "check", run_check, "judge what is there now: a dump, or a stopped or parked live machine",
-        "Judge the state that a dump or a live machine is in. Several dumps give a line each and the worst status.",
+        "Judge the state that a dump or a live machine is in. Several dumps give a line each (as json a list of "
+        "reports, as junit one document); --output then names a directory for a report of each. The status is the "
+        "worst: 1 when a check of any failed, else 3 when any could not be decided or opened.",
     )  # fmt: skip
     _target_options(check, many=True)
     _output_options(check)

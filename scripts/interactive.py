@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from xencrash.judging import open_xen
+from xen_symbols.api import open_dump
 from xencrash.session import find_gdb, gdb_arguments, parse_live, plugin_script
 
 
@@ -41,7 +41,7 @@ def _target(args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...]]]:
         return
     from xencrash.serve import GDB_SETTINGS, served, serving
 
-    memory = open_xen(args.target, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch)
+    memory = open_dump(args.target, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch)
     with serving(served(memory, args.base)) as socket:
         yield socket, GDB_SETTINGS
 

@@ -9,11 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xen_symbols import api
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.crashpath.engine import TOOL, describe_symbols, describe_target, evaluate, new_report
+from xen_symbols.crashpath.engine import TOOL, describe_symbols, describe_target, new_report
 from xen_symbols.crashpath.generations import identify
 from xen_symbols.crashpath.position import infer
-from xen_symbols.report.blocks import Block, Cell, Lines, Table, buffer_lines, info_note_lines, note_lines, stage_line
+from xen_symbols.report.blocks import (
+    Block,
+    Cell,
+    Lines,
+    buffer_lines,
+    dumps_table,
+    info_note_lines,
+    note_lines,
+    stage_line,
+    to_json_list,
+)
 from xen_symbols.report.console import plain, print_blocks
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus, Report
 from xen_symbols.symbols.table import load_symbols
@@ -21,26 +32,15 @@ from xen_symbols.target.dump import open_dump
 from xen_symbols.target.notes import describe_notes
 from xen_symbols.xen import crashnotes
 from xen_symbols.xen.locate import carried_symbols, locate
-from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import read_state
 
 Json = dict[str, Any]
 
 
-def open_xen(path: str, symbols: str | None, *, base: int | None = None, allow_mismatch: bool = False) -> XenMemory:
-    """Xen in a dump. Raises Undecidable."""
-    target = open_dump(path, base=base)
-    table = carried_symbols(target) if symbols is None else load_symbols(symbols)
-    return locate(target, table, allow_mismatch=allow_mismatch)
-
-
 def check_dump(path: str, args: argparse.Namespace) -> Json:
     """The report on one dump. Raises Undecidable."""
-    memory = open_xen(path, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch)
-    try:
-        return evaluate(memory).to_json()
-    except Unreadable as error:
-        raise Undecidable(f"{path}: {error}") from None
+    xen = api.open_dump(path, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch)
+    return api.evaluate(xen).to_json()
 
 
 def check_live(args: argparse.Namespace) -> Json:
@@ -95,6 +95,11 @@ def check_many(args: argparse.Namespace) -> int:
     live = [target for target in args.target if target.startswith("gdb:")]
     if live:
         raise UsageError(f"{live[0]} is a live machine: check it alone")
+    if args.output:
+        try:
+            Path(args.output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{args.output}: {error.strerror}; several dumps need a directory") from None
     reports: list[Json] = []
     for path in args.target:
         try:
@@ -103,20 +108,17 @@ def check_many(args: argparse.Namespace) -> int:
             print(f"xencrash: {error}", file=sys.stderr)
             reports.append(_undecided(path, str(error)))
     if args.output:
-        directory = Path(args.output)
         suffix = {"json": ".json", "junit": ".xml", "table": ".txt"}[args.format]
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"{args.output}: {error.strerror}; several dumps need a directory") from None
         for number, (path, report) in enumerate(zip(args.target, reports, strict=True)):
-            write(render(report, args.format), str(directory / f"{number}-{Path(path).name}{suffix}"))
-        print_blocks([_summary(reports)], sys.stdout)
-    elif args.format == "table":
-        print_blocks([_summary(reports)], sys.stdout)
+            write(render(report, args.format), str(Path(args.output) / f"{number}-{Path(path).name}{suffix}"))
+    if args.output or args.format == "table":
+        print_blocks([dumps_table(reports)], sys.stdout)
+    elif args.format == "json":
+        write(to_json_list(reports), None)
     else:
-        write(json.dumps(reports, indent=2) + "\n" if args.format == "json" else "".join(
-            render(report, args.format) for report in reports), None)  # fmt: skip
+        from xen_symbols.report.junit import to_junit
+
+        write(to_junit(*reports), None)
     statuses = [status_of(report) for report in reports]
     return next((s for s in (ExitStatus.FAILED, ExitStatus.UNDECIDED) if s in statuses), ExitStatus.PASSED)
 
@@ -125,33 +127,6 @@ def _undecided(path: str, why: str) -> Json:
     nothing = {"path": None, "build_id": None, "match": None}
     target = {"kind": "dump", "format": "unknown", "location": path}
     return Report(TOOL, target, nothing, undecided=why).to_json()
-
-
-def first_problem(report: Json) -> str:
-    """Why a report is not `pass`, in a few words; empty if it is."""
-    for verdict in ("fail", "unknown"):
-        for finding in report["findings"]:
-            if finding["verdict"] == verdict:
-                where = "" if finding["cpu"] is None else f" on CPU {finding['cpu']}"
-                return f"{verdict}: {finding['check']}{where} at {finding['stage']}"
-        if report.get("undecided"):
-            return str(report["undecided"])
-    return "" if report["verdict"] == "pass" else "nothing could be judged"
-
-
-def _summary(reports: list[Json]) -> Table:
-    rows = []
-    for report in reports:
-        rows.append(
-            [
-                Cell(report["verdict"], report["verdict"]),
-                Cell(report["target"]["location"]),
-                Cell((report["generation"] or {}).get("id", "-")),
-                Cell("-" if report["crashing_cpu"] is None else str(report["crashing_cpu"])),
-                Cell(first_problem(report)),
-            ]
-        )
-    return Table("Dumps", ["verdict", "dump", "generation", "crashed on CPU", "first problem"], rows)
 
 
 def info(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests import dumpwriter
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.mapfile import ListedRows
@@ -210,6 +211,20 @@ def load(name: str) -> tuple[Example, SymbolTable]:
     memory = {int(address, 16): bytes.fromhex(content) for address, content in data["memory"].items()}
     notes = [Note(name, kind, bytes.fromhex(desc)) for name, kind, desc in data["notes"]]
     return Example(data["kind"], data["format"], name, memory, [_cpu(cpu) for cpu in data["cpus"]], notes), symbols
+
+
+def write_files(folder: Path, target: Example, symbols: SymbolTable) -> tuple[Path, Path]:
+    """An example as files again: an ELF core of what one judgement reads, its notes with it, and the symbols."""
+    folder.mkdir(exist_ok=True)
+    ranges = target.physical_ranges()
+    content = {start: target.read_physical(start, end - start) for start, end in ranges}
+    notes = b"".join(dumpwriter.note(note.name, note.type, note.desc) for note in target.notes())
+    with (folder / "vmcore").open("wb") as file:
+        dumpwriter.write_elf(file, ranges, content, notes)
+    listed = (symbols.rows.symbol(row) for row in range(len(symbols.rows.addresses())))
+    lines = (f"{s.address:016x} {s.kind} {f'{s.file}#' if s.file else ''}{s.name}\n" for s in listed)
+    (folder / "xen-syms.map").write_text("".join(lines))
+    return folder / "vmcore", folder / "xen-syms.map"
 
 
 def names() -> list[str]:

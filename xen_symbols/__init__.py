@@ -1,3 +1,17 @@
 """What x86 Xen looks like in memory when it crashes. Never imports gdb."""
 
 __version__ = "0.1.0"
+__all__ = ["evaluate", "open_dump"]
+
+TYPE_CHECKING = False  # typing's own is not worth its import here
+if TYPE_CHECKING:
+    from xen_symbols.api import evaluate, open_dump
+
+
+def __getattr__(name: str) -> object:
+    """The API is imported when it is asked for: importing the package costs nothing."""
+    if name in __all__:
+        from xen_symbols import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -120,7 +120,7 @@ def _crash_later(lab: Lab, cell: Cell) -> None:
 
 
 def _judged(report: Json) -> tuple[Verdict, str]:
-    from xencrash.judging import first_problem
+    from xen_symbols.report.blocks import first_problem
 
     return Verdict[report["verdict"].upper()], first_problem(report)
 

@@ -221,6 +221,47 @@ def test_what_a_target_cannot_hold_is_skipped_with_the_reason() -> None:
     ]
 
 
+def memory_alone(name: str) -> Machine:
+    """As a raw image of memory shows it: no CPU's registers."""
+    machine = Machine(name)
+    machine.example.physical_cpus, machine.example.kind = [], "dump"
+    return machine
+
+
+NEED_REGISTERS = {"lapic-mode", "lapic-enabled", "lapic-lvt", "lapic-self-nmi", "nmi-latch", "nmi-pending",
+                  "cpu-parked", "idtr"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in names() if not name.endswith("-shootdown")])
+def test_of_memory_alone_everything_that_it_decides_passes(name: str) -> None:
+    report = memory_alone(name).report()
+    assert (report.verdict, bad(report), report.undecided) == (Verdict.PASS, set(), None)
+    assert [(s.stage, s.cpu) for s in report.stages] == [("handover", None)]
+    assert report.crashing_cpu == {"4.20": 1}.get(name.split("-")[0], 0)
+    reason = "the dump holds no registers of any CPU"
+    assert {f.check for f in report.findings if f.verdict is Verdict.SKIP and f.reason == reason} == NEED_REGISTERS
+
+
+@pytest.mark.parametrize("what", [what for what, (_, check, _) in CHANGES.items() if check not in NEED_REGISTERS])
+def test_of_memory_alone_no_change_is_taken_for_good(what: str) -> None:
+    change, check, cpu = CHANGES[what]
+    machine = memory_alone("4.17.0-handover")
+    change(machine)
+    report = machine.report()
+    if what == "#MC handler of one CPU not swapped":  # as while the crashing CPU swaps them
+        assert report.verdict is Verdict.UNKNOWN and bad(report) == set()
+        assert "memory does not show that Xen handed over" in str(report.undecided)
+    else:
+        assert bad(report) == {(check, cpu, "fail")}
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name.endswith("-shootdown")])
+def test_of_memory_alone_a_crash_on_its_way_is_unknown(name: str) -> None:
+    report = memory_alone(name).report()
+    assert (report.verdict, bad(report), [s.stage for s in report.stages]) == (Verdict.UNKNOWN, set(), ["crashing"])
+    assert "how far the crash came cannot be told" in str(report.undecided)
+
+
 def _shootdown_findings(change: Callable[[Machine], object]) -> set[tuple[str, int | None, str]]:
     machine = Machine("4.17.0-shootdown")
     change(machine)

@@ -17,10 +17,10 @@ import xen_symbols.report
 from tests.recording import load
 from tests.unit.test_checks import Machine
 from xen_symbols.crashpath.engine import evaluate
-from xen_symbols.report.blocks import report_blocks, show
+from xen_symbols.report.blocks import dumps_table, report_blocks, show
 from xen_symbols.report.console import draw, plain, print_blocks
 from xen_symbols.report.junit import to_junit
-from xen_symbols.report.model import ExitStatus, Finding, Report, Verdict, worst
+from xen_symbols.report.model import ExitStatus, Finding, Report, StageSeen, Verdict, worst
 from xen_symbols.xen.console import printable
 from xen_symbols.xen.locate import locate
 
@@ -93,6 +93,13 @@ def test_junit_counts_and_names() -> None:
         ("handover.cpu0", "nmi-gate-ist (stop 0)")
     ]
     assert "\x1b" not in to_junit(made)
+
+
+def test_a_xen_that_has_not_crashed_is_said_to_run() -> None:
+    made = report(crashing_cpu=None, stages=[StageSeen("normal", None, None, None)]).to_json()
+    assert "\ncrashed     no: Xen runs; judged as a running one\n" in plain(report_blocks(made))
+    (row,) = dumps_table([made]).rows
+    assert [cell.text for cell in row] == ["pass", "4.17.0-handover", "4.17.0", "not crashed", ""]
 
 
 def test_plain_text_names_what_is_wrong_where_and_why() -> None:

@@ -15,7 +15,7 @@ FOLDERS = ("xen_symbols", "gdbplugin", "scripts")
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # A layer may import itself and what stands to its left.
-LAYERS = ("absence", "x86", "report", "symbols", "target", "xen", "crashpath")
+LAYERS = ("absence", "x86", "report", "symbols", "target", "xen", "crashpath", "api")
 HOMES = {
     "gdb": ("gdbplugin/",),
     "pygdbmi": ("scripts/",),

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from xen_symbols import __version__
-from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
 from xen_symbols.crashpath.gatechanges import GateChange
 from xen_symbols.crashpath.generations import Generation, Identification, identify
-from xen_symbols.crashpath.position import crashing_cpu, infer
-from xen_symbols.crashpath.stages import CrashStep, Position
+from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
+from xen_symbols.crashpath.stages import CRASHING, CrashStep, Position
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.x86 import apic
@@ -154,9 +154,17 @@ def evaluate(memory: XenMemory, identification: Identification | None = None) ->
     """Judge what is there now. Raises Undecidable when it cannot be told which Xen this is or where it stands."""
     identification = identification or identify(memory)
     report = new_report(memory, identification)
-    state = read_state(memory)
+    try:
+        state = read_state(memory)
+    except Unreadable as error:
+        raise Undecidable(f"{memory.target.location}: {error}") from None
     position = infer(state, identification.generation)
     add_stage(report, context_at(memory, state, position, identification.generation))
+    if position.stage is CRASHING and is_memory_alone(state):
+        report.undecided = (
+            f"{memory.target.location}: how far the crash came cannot be told: the dump holds no registers of any CPU, "
+            "and memory does not show that Xen handed over; every step was allowed for"
+        )
     if position.crashing_cpu is not None:
         report.target = {**report.target, "crashing_cpu_by": list(crashing_cpu(state, identification.generation)[1])}
     return report

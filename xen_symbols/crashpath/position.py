@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
 from xen_symbols.crashpath.generations import TEXT, Generation
 from xen_symbols.crashpath.stages import (
+    BY_ID,
     CRASHED,
     CRASHING,
     NORMAL,
@@ -147,8 +148,24 @@ def infer(state: State, generation: Generation) -> Position:
         position = at_stage(*other, crashing_cpu=cpu, online=online)
         return Position(position.stage, other[1], cpu, Span(CrashStep.NOTHING, CrashStep.NEUTRALISED),
                         position.others, online)  # fmt: skip
+    if is_memory_alone(state) and _neutralised(state, generation):
+        done = Span(CrashStep.NEUTRALISED, CrashStep.NEUTRALISED)
+        return Position(BY_ID["handover"], None, cpu, done, dict.fromkeys(online - {cpu}, _SHOT), online)
     anywhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
     return Position(CRASHING, None, cpu, anywhere, dict.fromkeys(online - {cpu}, _ANYWHERE), online)
+
+
+def is_memory_alone(state: State) -> bool:
+    """Whether this is an image of memory without any CPU's registers."""
+    physical = [cpu.physical for cpu in state.cpus.values() if cpu.exists]
+    return all(isinstance(one, Absent) and one.kind is Kind.NOT_HELD for one in physical)
+
+
+def _neutralised(state: State, generation: Generation) -> bool:
+    """Whether memory shows the crashing CPU's last write: no #MC gate is left with its handler (77ad1faa6b)."""
+    trap_nop = state.symbols.get("trap_nop", TEXT)
+    gates = [cpu.mc_gate for cpu in state.cpus.values() if cpu.mc_gate.present]
+    return generation.swaps_mc and bool(gates) and all(read.value.handler == trap_nop for read in gates)
 
 
 def _handed_over(state: State, crashing: PhysicalCpu | Absent) -> bool:

@@ -82,7 +82,9 @@ def header(report: Json) -> Lines:
     if generation:
         evidence = "; ".join(generation["evidence"])
         lines.append([Cell("generation  ", "dim"), Cell(generation["id"], "strong"), Cell(f" ({evidence})")])
-    if report["crashing_cpu"] is not None:
+    if has_not_crashed(report):
+        lines.append([Cell("crashed     ", "dim"), Cell("no", "strong"), Cell(": Xen runs; judged as a running one")])
+    elif report["crashing_cpu"] is not None:
         lines.append([Cell("crashed on  ", "dim"), Cell(f"CPU {report['crashing_cpu']}", "strong")])
     return Lines(lines)
 
@@ -205,6 +207,36 @@ def _where(finding: Json) -> str:
     return f"{cpu} at {finding['stage']}"
 
 
+def has_not_crashed(report: Json) -> bool:
+    """Whether Xen runs as if nothing had happened: the last stage seen is `normal`."""
+    return bool(report["stages"]) and report["stages"][-1]["stage"] == "normal"
+
+
+def first_problem(report: Json) -> str:
+    """Why a report is not `pass`, in a few words; empty if it is."""
+    for verdict in ("fail", "unknown"):
+        for finding in report["findings"]:
+            if finding["verdict"] == verdict:
+                where = "" if finding["cpu"] is None else f" on CPU {finding['cpu']}"
+                return f"{verdict}: {finding['check']}{where} at {finding['stage']}"
+        if report.get("undecided"):
+            return str(report["undecided"])
+    return "" if report["verdict"] == "pass" else "nothing could be judged"
+
+
+def dumps_table(reports: Sequence[Json]) -> Table:
+    """Several dumps, a line each: the verdict, and what is wrong first, failures before unknowns."""
+    rows = []
+    for report in reports:
+        location, crashed_on = report["target"]["location"], report["crashing_cpu"]
+        crashed = "not crashed" if has_not_crashed(report) else "-" if crashed_on is None else str(crashed_on)
+        problem = first_problem(report).removeprefix(f"{location}: ")
+        generation = (report["generation"] or {}).get("id", "-")
+        cells = [location, generation, crashed, problem]
+        rows.append([Cell(report["verdict"], report["verdict"]), *map(Cell, cells)])
+    return Table("Dumps", ["verdict", "dump", "generation", "crashed on CPU", "first problem"], rows)
+
+
 _SAID = ("check", "cpu", "verdict", "expected", "observed", "reason", "follows")
 
 
@@ -322,6 +354,11 @@ def to_json_text(report: Json) -> str:
     (indenting takes the slow one: seconds for the 120,000 findings of 4096 CPUs)."""
     members = (f"  {json.dumps(name)}: {_json_member(value)}" for name, value in report.items())
     return "{\n" + ",\n".join(members) + "\n}\n"
+
+
+def to_json_list(reports: Iterable[Json]) -> str:
+    """Several reports as one JSON document: a list, each as `to_json_text` gives it."""
+    return "[\n" + ",\n".join(to_json_text(report).rstrip("\n") for report in reports) + "\n]\n"
 
 
 def _json_member(value: Any) -> str:

@@ -9,21 +9,31 @@ from xml.etree import ElementTree as ET
 from xen_symbols.report.blocks import show
 
 
-def to_junit(report: Mapping[str, Any]) -> str:
-    """JUnit XML. A failure is <failure>, an unknown (or an undecided report) <error>, a skip <skipped>."""
+def to_junit(*reports: Mapping[str, Any]) -> str:
+    """JUnit XML. A failure is <failure>, an unknown (or an undecided report) <error>, a skip <skipped>.
+
+    With several reports the names of suites and cases begin with the target's.
+    """
     root = ET.Element("testsuites", name="xencrash")
-    stages = list(dict.fromkeys(finding["stage"] for finding in report["findings"]))
-    for stage in stages:
-        findings = [finding for finding in report["findings"] if finding["stage"] == stage]
-        suite = ET.SubElement(root, "testsuite", _counts(findings) | {"name": stage})
-        for finding in findings:
-            _case(suite, finding)
-    if report.get("undecided"):
-        suite = ET.SubElement(root, "testsuite", name="xencrash", tests="1", failures="0", errors="1", skipped="0")
-        case = ET.SubElement(suite, "testcase", classname="xencrash", name="decided")
-        ET.SubElement(case, "error", message=_legal(report["undecided"]))
+    for report in reports:
+        _suites(root, report, f"{_legal(report['target']['location'])}: " if len(reports) > 1 else "")
     ET.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _suites(root: ET.Element, report: Mapping[str, Any], prefix: str) -> None:
+    stages: dict[str, list[Mapping[str, Any]]] = {}
+    for finding in report["findings"]:
+        stages.setdefault(finding["stage"], []).append(finding)
+    for stage, findings in stages.items():
+        suite = ET.SubElement(root, "testsuite", _counts(findings) | {"name": f"{prefix}{stage}"})
+        for finding in findings:
+            _case(suite, finding, prefix)
+    if report.get("undecided"):
+        counts = {"tests": "1", "failures": "0", "errors": "1", "skipped": "0"}
+        suite = ET.SubElement(root, "testsuite", counts | {"name": f"{prefix}xencrash"})
+        case = ET.SubElement(suite, "testcase", classname=f"{prefix}xencrash", name="decided")
+        ET.SubElement(case, "error", message=_legal(report["undecided"]))
 
 
 def _counts(findings: list[Mapping[str, Any]]) -> dict[str, str]:
@@ -36,10 +46,11 @@ def _counts(findings: list[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def _case(suite: ET.Element, finding: Mapping[str, Any]) -> None:
+def _case(suite: ET.Element, finding: Mapping[str, Any], prefix: str) -> None:
     where = "machine" if finding["cpu"] is None else f"cpu{finding['cpu']}"
     stop = "" if finding.get("stop") is None else f" (stop {finding['stop']})"
-    case = ET.SubElement(suite, "testcase", classname=f"{finding['stage']}.{where}", name=f"{finding['check']}{stop}")
+    names = {"classname": f"{prefix}{finding['stage']}.{where}", "name": f"{finding['check']}{stop}"}
+    case = ET.SubElement(suite, "testcase", names)
     element = {"fail": "failure", "unknown": "error", "skip": "skipped"}.get(finding["verdict"])
     if element is None:
         return

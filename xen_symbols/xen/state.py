@@ -178,7 +178,11 @@ def read_state(memory: XenMemory, *, notes: bool = True) -> State:
     answers = iter(memory.read_many(requests))
     note_buffers = _read_notes(memory, existing, crash_notes, count) if notes else {}
 
-    physical, unmatched = _match(memory.target.cpus(), existing, apic_ids, idts)
+    known = memory.target.cpus()
+    physical, unmatched = _match(known, existing, apic_ids, idts)
+    no_cpu = Absent("no physical CPU could be matched to it")
+    if memory.target.kind == "dump" and not known:  # a raw image of memory
+        no_cpu = Absent("the dump holds no registers of any CPU", Kind.NOT_HELD)
     cpus = {}
     for cpu, offset in enumerate(per_cpu):
         if cpu not in idts:
@@ -202,7 +206,7 @@ def read_state(memory: XenMemory, *, notes: bool = True) -> State:
             crash_save_done=done,
             tss=Absent("no symbol names the TSS", Kind.NO_SYMBOL) if tss_at is None else (tss_at + offset) % (1 << 64),
             notes=note_buffers.get(cpu, absent("not read")),
-            physical=physical.get(cpu, Absent("no physical CPU could be matched to it")),
+            physical=physical.get(cpu, no_cpu),
         )
     return State(symbols, system, cpus, tuple(unmatched))
 

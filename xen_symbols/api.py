@@ -1,0 +1,30 @@
+"""Xen in a dump, for scripts: what `xencrash check` does, in two calls. docs/api.md shows how."""
+
+from __future__ import annotations
+
+import os
+
+from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.symbols.table import load_symbols
+from xen_symbols.target import dump
+from xen_symbols.xen.locate import carried_symbols, locate
+from xen_symbols.xen.memory import XenMemory
+
+__all__ = ["evaluate", "open_dump"]
+
+
+def open_dump(
+    path: str | os.PathLike[str],
+    symbols: str | os.PathLike[str] | None = None,
+    *,
+    base: int | None = None,
+    allow_mismatch: bool = False,
+) -> XenMemory:
+    """Xen in the dump at `path`. Raises Undecidable: one line that says what is wrong and what to do.
+
+    `symbols` is xen-syms, a .map or an image; without it the table that Xen carries is used. `base` is the
+    physical address of a raw image's first byte. `allow_mismatch` goes on with symbols of another build.
+    """
+    target = dump.open_dump(os.fspath(path), base=base)
+    table = carried_symbols(target) if symbols is None else load_symbols(os.fspath(symbols))
+    return locate(target, table, allow_mismatch=allow_mismatch)
