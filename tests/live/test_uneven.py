@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from xen_symbols.crashpath.engine import evaluate
-from xencrash.judging import open_xen
+from xen_symbols import evaluate, open_dump
 from xencrash.lab.machine import Lab
 from xencrash.session import open_session
 from xencrash.trace import trace
@@ -63,7 +62,7 @@ def test_parked_cpus_before_and_through_a_crash_and_in_the_vmcore(tmp_path: Path
         assert set(verdicts(report)) == {0, 1, 2, 3}
         assert [cpu["role"] for cpu in report["cpus"]][2:] == ["offline", "offline"]
         vmcore = lab.wait_vmcore(tmp_path / "vmcore")
-        dump = evaluate(open_xen(str(vmcore), str(lab.symbols))).to_json()
+        dump = evaluate(open_dump(vmcore, lab.symbols)).to_json()
         vmcore.unlink()
     assert (dump["verdict"], dump["crashing_cpu"]) == ("pass", report["crashing_cpu"])
     for cpu in dump["cpus"][2:]:
