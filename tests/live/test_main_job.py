@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import jsonschema
 import pytest
 
 import xen_symbols.report
-from tests.unit.test_checks import CHANGES, Machine
+from tests.unit.test_checks import CHANGES, RENAMED, Machine
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import load_symbols
 from xen_symbols.target.qemu_state import parse_cpus
@@ -37,7 +38,31 @@ pytestmark = pytest.mark.live
 
 Json = dict[str, Any]
 SCHEMA = json.loads((Path(xen_symbols.report.__file__).parent / "schema.json").read_text())
-# (NMI handler, IST, #MC handler, IST) in Xen 4.17.7, by stage: of the crashing CPU, of every other one.
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where what is shown differs between the lab's rows."""
+
+    xen: str
+    qemu: str
+    lapic: str
+    generation: str
+    unhooked: str | None = None  # what the NMI is dispatched to before the crash
+    renamed: bool = False  # the entry points have the names of 4.18 and later
+
+
+ROWS = {
+    f"{row.xen}-{row.qemu}-{row.lapic}": row
+    for row in (
+        Row("4.17", "7.2", "xapic", "4.17.0"),
+        Row("4.14", "7.2", "xapic", "4.3.4", unhooked="do_nmi"),
+        Row("4.20", "10.0", "xapic", "4.17.0", renamed=True),
+        Row("4.20", "10.0", "x2apic", "4.17.0", renamed=True),
+    )
+}
+MAIN = ROWS["4.17-7.2-xapic"]
+# (NMI handler, IST, #MC handler, IST) by stage: of the crashing CPU, of every other one.
 NORMAL = ("nmi", 2, "machine_check", 1)
 GATES = {
     "normal": (NORMAL, NORMAL),
@@ -71,11 +96,29 @@ def gates(report: Json, stop: int, cpu: int) -> tuple[str, int, str, int]:
     )
 
 
-def assert_every_stage(report: Json, crashing: int) -> None:
-    """The values of each stage of a crash of 4 CPUs on 4.17, on CPU `crashing`."""
+def expected(row: Row, gates: tuple[str, int, str, int]) -> tuple[str, int, str, int]:
+    nmi, nmi_ist, mc, mc_ist = gates
+    return (RENAMED.get(nmi, nmi), nmi_ist, RENAMED.get(mc, mc), mc_ist) if row.renamed else gates
+
+
+def assert_lapic_modes(report: Json, stop: int, crashing: int, row: Row) -> None:
+    name = report["stages"][stop]["stage"]
+    modes = {cpu: observed(report, stop, "lapic-mode", cpu) for cpu in range(4)}
+    if name in ("normal", "crash-entry", "shutdown-entry", "shootdown"):
+        assert set(modes.values()) == {row.lapic}, name
+    elif name == "shootdown-done":
+        assert modes == {cpu: row.lapic if cpu == crashing else "xapic" for cpu in range(4)}
+    elif name in GATES:
+        assert set(modes.values()) == {"xapic"}, name
+    else:  # an other CPU is on its way, through `disabled`
+        assert set(modes.values()) <= {row.lapic, "xapic", *(("disabled",) * (row.lapic == "x2apic"))}, name
+
+
+def assert_every_stage(report: Json, crashing: int, row: Row = MAIN) -> None:
+    """The values of each stage of a crash of 4 CPUs, on CPU `crashing`."""
     jsonschema.validate(report, SCHEMA)
     assert [f for f in report["findings"] if f["verdict"] in ("fail", "unknown")] == []
-    assert (report["verdict"], report["crashing_cpu"], report["generation"]["id"]) == ("pass", crashing, "4.17.0")
+    assert (report["verdict"], report["crashing_cpu"], report["generation"]["id"]) == ("pass", crashing, row.generation)
     assert report["symbols"]["match"] is True
     stages = [stage["stage"] for stage in report["stages"]]
     others = [cpu for cpu in range(4) if cpu != crashing]
@@ -85,11 +128,11 @@ def assert_every_stage(report: Json, crashing: int) -> None:
     for stop, stage in enumerate(report["stages"]):
         name = stage["stage"]
         if name in GATES:
-            assert gates(report, stop, crashing) == GATES[name][0], name
-            assert {gates(report, stop, cpu) for cpu in others} == {GATES[name][1]}, name
+            assert gates(report, stop, crashing) == expected(row, GATES[name][0]), name
+            assert {gates(report, stop, cpu) for cpu in others} == {expected(row, GATES[name][1])}, name
         armed = name not in ("normal", "crash-entry", "shutdown-entry")
         hook = observed(report, stop, "nmi-dispatch", None)
-        assert hook["symbol"] == ("do_nmi_crash" if armed else None), name
+        assert hook["symbol"] == ("do_nmi_crash" if armed else row.unhooked), name
         done = {cpu: observed(report, stop, "crash-save-done", cpu) for cpu in range(4)}
         waiting = {cpu: observed(report, stop, "waiting-cpus", cpu) for cpu in range(4)}
         online = {cpu: observed(report, stop, "online-cpus", cpu) for cpu in range(4)}
@@ -104,7 +147,7 @@ def assert_every_stage(report: Json, crashing: int) -> None:
             assert done == {cpu: cpu != crashing for cpu in range(4)}
             assert online == {cpu: cpu == crashing and name == "shootdown-done" for cpu in range(4)}
             assert all(observed(report, stop, "lapic-enabled", cpu) is False for cpu in others)
-        assert {observed(report, stop, "lapic-mode", cpu) for cpu in range(4)} == {"xapic"}
+        assert_lapic_modes(report, stop, crashing, row)
         if name == "handover":
             assert observed(report, stop, "nmi-latch", crashing) == "open"
             for cpu in others:
@@ -222,12 +265,13 @@ def wrong(report: Json) -> set[tuple[str, int | None, str, str]]:
             if f["verdict"] in ("fail", "unknown")}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def stopped() -> Iterator[tuple[Lab, GdbSession, LiveMachine]]:
-    """Real Xen stopped at the handover of a crash on CPU 0, with gdb attached to it."""
-    with Lab.up(dom0_vcpus=4) as lab:
+@pytest.fixture(scope="module", params=ROWS)
+def stopped(request: pytest.FixtureRequest) -> Iterator[tuple[Lab, GdbSession, LiveMachine]]:
+    """Real Xen of each row, stopped at the handover of a crash on CPU 0, with gdb attached to it."""
+    row = ROWS[request.param]
+    with Lab.up(xen=row.xen, qemu=row.qemu, lapic=row.lapic, dom0_vcpus=4) as lab:
         report = follow(lab, 0, leave_stopped=True)
-        assert_every_stage(report, 0)
+        assert_every_stage(report, 0, row)
         with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
             yield lab, session, LiveMachine(lab)
 

@@ -20,6 +20,9 @@ from xen_symbols.xen.state import idt_address, per_cpu_address
 NMI, MC = 2, 18
 
 
+RENAMED = {"nmi": "entry_NMI", "machine_check": "entry_MC"}  # abe93fc8aa (4.18.0)
+
+
 class Machine:
     """A recorded example with helpers that name what they change."""
 
@@ -55,7 +58,8 @@ class Machine:
         self.physical(cpu, change)
 
     def text(self, name: str) -> bytes:
-        return self.symbols.address(name, "tT").to_bytes(8, "little")
+        renamed = RENAMED.get(name, name)
+        return self.symbols.address(renamed if self.symbols.has(renamed) else name, "tT").to_bytes(8, "little")
 
     def report(self) -> Report:
         self.memory.forget()
@@ -76,6 +80,13 @@ def handler(machine: Machine, cpu: int, vector: int, name: str) -> None:
 def unhalted(machine: Machine) -> None:
     elsewhere = machine.symbols.address("kexec_reloc")
     machine.physical(1, lambda p: replace(p, halted=False, registers={**p.registers, "rip": elsewhere}))
+
+
+def unhooked(machine: Machine) -> None:
+    if machine.symbols.has("exception_table"):  # until e7f147bf4a (4.17.0)
+        machine.poke(machine.symbols.address("exception_table") + 8 * NMI, machine.text("do_nmi"))
+    else:
+        machine.variable("traps.c#nmi_callback", bytes(8))
 
 
 # What is done at the handover of Xen 4.17.7 (CPU 0 crashed) -> the check that must fail, and its CPU.
@@ -103,7 +114,7 @@ CHANGES: dict[str, tuple[Callable[[Machine], object], str, int | None]] = {
     "a waiting bit set": (lambda m: m.variable("waiting_to_crash", b"\x04"), "waiting-cpus", 2),
     "a saved bit cleared": (lambda m: m.variable("crash_saved_cpus", b"\x07"), "saved-cpus", 3),
     "an online bit set": (lambda m: m.variable("cpu_online_map", b"\x02"), "online-cpus", 1),
-    "the hook taken away": (lambda m: m.variable("traps.c#nmi_callback", bytes(8)), "nmi-dispatch", None),
+    "the hook taken away": (unhooked, "nmi-dispatch", None),
     "another owner": (lambda m: m.variable("kexec.c#crashing_cpu", b"\x03"), "crash-owner", None),
     "x2apic_enabled set": (lambda m: m.variable("x2apic_enabled", b"\1"), "x2apic-enabled", None),
     "notes of one CPU empty": (lambda m: m.poke(m.notes(1) + 20, bytes(336)), "crash-notes", 1),
