@@ -9,7 +9,7 @@ import pytest
 
 from tests.recording import Example, load, names
 from xen_symbols.absence import Absent, Kind
-from xen_symbols.crashpath.checks import CHECKS
+from xen_symbols.crashpath.checks import CHECKS, Outcome
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.report.model import Finding, Report, Verdict
 from xen_symbols.target import Lapic, PhysicalCpu
@@ -362,3 +362,25 @@ def test_evidence_names_the_bytes() -> None:
     assert finding.evidence[0].address == address
     assert finding.evidence[0].raw == machine.memory.read(address, 16)
     assert (finding.expected, finding.observed) == (0, 2)
+
+
+def test_a_failure_says_what_it_does_by_what_should_have_been_there() -> None:
+    def reason(change: Callable[[Machine], object], name: str = "4.17.0-handover") -> str | None:
+        machine = Machine(name)
+        change(machine)
+        return next(f.reason for f in machine.report().findings if f.verdict is Verdict.FAIL)
+
+    assert "its return goes wild" in str(reason(lambda m: m.gate(0, NMI, 4, b"\x02")))
+    assert "the stack that happens to be current" in str(reason(lambda m: m.gate(2, NMI, 4, b"\x00")))
+    assert "instead of being ignored" in str(reason(lambda m: handler(m, 1, MC, "machine_check")))
+    assert "counts as done already" in str(reason(lambda m: m.per_cpu("crash_save_done", 0, b"\1")))
+    assert "over the first" in str(reason(lambda m: m.per_cpu("crash_save_done", 2, b"\0")))
+
+
+def test_each_explanation_is_of_a_value_that_its_check_can_expect() -> None:
+    """A key of `instead_of` that no check expects would never be said."""
+    for check in CHECKS:
+        for expected in check.instead_of:
+            shown = {"symbol": expected} if isinstance(expected, str) and check.id.endswith("handler") else expected
+            outcome = Outcome(Verdict.FAIL, shown, "something else")
+            assert check.explain(outcome) == check.instead_of[expected] != check.consequence

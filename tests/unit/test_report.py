@@ -107,7 +107,7 @@ def test_plain_text_names_what_is_wrong_where_and_why() -> None:
     machine.gate(0, 2, 4, b"\x02")
     text = plain(report_blocks(machine.report().to_json()))
     assert "FAIL    nmi-gate-ist CPU 0 at handover\n         expected 0, observed 2\n" in text
-    assert "a nested one overwrites the frame of the first" in text
+    assert "that one's frame is overwritten" in text
     assert "evidence memory idt_tables 0x" in text
     assert "\x1b" not in text
 

@@ -7,8 +7,8 @@ be on either side of a step, both values are allowed: a race window is no alarm.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from xen_symbols.absence import Absent, Kind, Unreadable
@@ -176,13 +176,24 @@ class Subject(enum.Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """One invariant. `consequence` says what its failure would do to a real crash, `look` where to look."""
+    """One invariant. `source` says where to look, `consequence` what its failure would do to a real crash; where that
+    hangs on what should have been there, `instead_of` says it by the expected value, a handler's by its name."""
 
     id: str
     subject: Subject
     source: str
     consequence: str
     judge: Callable[[Context, int], Outcome]
+    instead_of: Mapping[Any, str] = field(default_factory=dict)
+
+    def explain(self, outcome: Outcome) -> str:
+        """What a failure would do to a real crash."""
+        expected = outcome.allowed
+        if isinstance(expected, dict):
+            expected = expected.get("symbol")
+        if isinstance(expected, list):
+            return self.consequence
+        return self.instead_of.get(expected, self.consequence)
 
 
 MACHINE = -1  # the `cpu` that a judge of the whole machine is called with
@@ -308,27 +319,46 @@ def _judge_bits(vector: int, of: Callable[[Gate], Any], allowed: Any) -> Callabl
     return judge
 
 
-def _gate_checks(prefix: str, vector: int, event: str) -> tuple[Check, ...]:
-    steps = "crash-path steps C7, C14 and O2 (77ad1faa6b and followers)"
-    rows: tuple[tuple[str, str, str, Callable[[Context, int], Outcome]], ...] = (
-        ("present", "SDM vol. 3, 6.14.1", f"{event} raises #NP on that CPU instead of being handled",
-         _judge_bits(vector, lambda g: g.present, True)),
-        ("handler", steps, f"{event} on that CPU runs the wrong code: the shootdown misses it, or the dump is lost",
-         _judge_handler(vector)),
-        ("selector", "__HYPERVISOR_CS", f"{event} loads a wrong CS: #GP, or code runs in the wrong mode",
-         _judge_bits(vector, lambda g: g.selector, HYPERVISOR_CS)),
-        ("type", "SDM vol. 3, 6.14.1", f"{event} is entered with interrupts on, or the gate is no 64-bit gate at all",
-         _judge_bits(vector, lambda g: g.type, INTERRUPT_GATE)),
-        ("dpl", "SDM vol. 3, 6.12.1.1", f"a guest can raise {event} by a software interrupt",
-         _judge_bits(vector, lambda g: g.dpl, 0)),
-        ("ist", steps, f"{event} switches to the wrong stack: a nested one overwrites the frame of the first, "
-         "or it is taken on a stack that is not Xen's", _judge_ist(vector)),
-        ("reserved", "SDM vol. 3, 6.14.1", "the gate's reserved bits are not 0: something other than Xen's helpers "
-         "wrote it", _judge_bits(vector, lambda g: g.reserved == (0, 0), True)),
+_CRASH_C = "xen/arch/x86/crash.c, nmi_shootdown_cpus and do_nmi_crash (77ad1faa6b)"
+_KEXEC_C = "xen/arch/x86/machine_kexec.c, machine_kexec (77ad1faa6b)"
+_GATE_HELPERS = "xen/arch/x86/traps.c and its _set_gate helpers; SDM vol. 3, 6.14.1"
+# What another handler than the expected one does.
+_INSTEAD_OF_HANDLER = {
+    "trap_nop": "the event is handled in full on a machine that is half torn down, instead of being ignored",
+    "nmi_crash": "the shootdown NMI does not reach do_nmi_crash on that CPU: it saves nothing and does not stop",
+    **dict.fromkeys(("nmi", "entry_NMI"),
+                    "an NMI on that CPU runs other code than Xen's handler: it is lost, or worse"),
+    **dict.fromkeys(("machine_check", "entry_MC"),
+                    "a machine check on that CPU runs other code than Xen's handler: the error is lost, or worse"),
+}  # fmt: skip
+_INSTEAD_OF_IST_0 = (
+    "{event} there switches to an IST stack: if the handler of an earlier one is still on it, that one's frame is "
+    "overwritten and its return goes wild"
+)
+
+
+def _gate_checks(prefix: str, vector: int, event: str, handler_source: str) -> tuple[Check, ...]:
+    instead_of_ist = {0: _INSTEAD_OF_IST_0.format(event=event)}
+    rows: tuple[tuple[str, str, str, Callable[[Context, int], Outcome], Mapping[Any, str]], ...] = (
+        ("present", _GATE_HELPERS, f"{event} on that CPU raises #NP instead of reaching any handler",
+         _judge_bits(vector, lambda g: g.present, True), {}),
+        ("handler", handler_source, f"{event} on that CPU runs the wrong code: the crash goes on without it, or ends",
+         _judge_handler(vector), _INSTEAD_OF_HANDLER),
+        ("selector", _GATE_HELPERS, f"{event} on that CPU loads a wrong CS: #GP, or code in the wrong mode",
+         _judge_bits(vector, lambda g: g.selector, HYPERVISOR_CS), {}),
+        ("type", _GATE_HELPERS, f"{event} on that CPU is entered with interrupts on (type 15, a trap gate), or "
+         "raises #GP (any other)", _judge_bits(vector, lambda g: g.type, INTERRUPT_GATE), {}),
+        ("dpl", "xen/arch/x86/traps.c; SDM vol. 3, 6.12.1.1",
+         f"a guest on that CPU can run this handler at will, by a software interrupt (int ${vector:#x})",
+         _judge_bits(vector, lambda g: g.dpl, 0), {}),
+        ("ist", _CRASH_C, f"{event} on that CPU is taken on the stack that happens to be current, a guest's in the "
+         "SYSCALL window, or on that of another exception, which may be in use", _judge_ist(vector), instead_of_ist),
+        ("reserved", _GATE_HELPERS, "the gate's reserved bits are not 0: something other than Xen's helpers wrote it, "
+         "and what else it wrote is not known", _judge_bits(vector, lambda g: g.reserved == (0, 0), True), {}),
     )  # fmt: skip
     return tuple(
-        Check(f"{prefix}-gate-{name}", Subject.TABLES, source, consequence, judge)
-        for name, source, consequence, judge in rows
+        Check(f"{prefix}-gate-{name}", Subject.TABLES, source, consequence, judge, instead_of)
+        for name, source, consequence, judge, instead_of in rows
     )
 
 
@@ -726,56 +756,75 @@ def _x2apic_enabled(context: Context, _cpu: int) -> Outcome:
 
 
 CHECKS: tuple[Check, ...] = (
-    *_gate_checks("nmi", VECTOR_NMI, "an NMI"),
-    *_gate_checks("mc", VECTOR_MC, "a machine check"),
-    Check("nmi-dispatch", Subject.MACHINE, "cbeeaa7da0, e7f147bf4a",
-          "the shootdown NMI runs the normal handler: no other CPU saves its state or stops", _nmi_dispatch),
-    Check("waiting-cpus", Subject.MACHINE, "77ad1faa6b, review of the RFC by its author",
+    *_gate_checks("nmi", VECTOR_NMI, "an NMI", _CRASH_C),
+    *_gate_checks("mc", VECTOR_MC, "a machine check", _KEXEC_C),
+    Check("nmi-dispatch", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus (cbeeaa7da0, e7f147bf4a)",
+          "the shootdown NMI runs the normal handler: no other CPU saves its state or stops", _nmi_dispatch,
+          {None: "an ordinary NMI stops a CPU of a machine that has not crashed"}),
+    Check("waiting-cpus", Subject.MACHINE, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b, and its author's review)",
           "the crashing CPU waits a full second for CPUs that have already answered, or does not wait for those that "
-          "have not", _waiting),
-    Check("waiting-cpus", Subject.CPUS, "f12c1f0b09",
-          "the crashing CPU waits a full second for it although it answered, or leaves while it still runs", _waiting),
-    Check("nmi-answered", Subject.OTHERS, "77ad1faa6b",
+          "have not", _waiting,
+          {0: "the crashing CPU waits a full second for CPUs that have already answered"}),
+    Check("waiting-cpus", Subject.CPUS, "xen/arch/x86/crash.c, do_nmi_crash (f12c1f0b09)",
+          "the crashing CPU waits a full second for it although it answered, or leaves while it still runs", _waiting,
+          {False: "the crashing CPU waits a full second for it, and says that it could not shoot it down",
+           True: "the crashing CPU does not wait for it: it leaves while this CPU still runs"}),
+    Check("nmi-answered", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
           "this CPU never took the shootdown NMI: it runs on under the crash kernel, and its registers are lost",
           _nmi_answered),
-    Check("nmi-entries", Subject.OTHERS, "77ad1faa6b",
+    Check("nmi-entries", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
           "it entered the handler more or less than once: something opened NMIs on a parked CPU, or it never came",
           _nmi_entries),
     Check("saved-cpus", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
-          "its registers are missing from the dump, or would be saved twice", _saved),
+          "its registers are missing from the dump, or would be saved twice", _saved,
+          {False: "its notes count as saved although they are not: its registers are missing from the dump",
+           True: "its registers are missing from the dump"}),
     Check("online-cpus", Subject.CPUS, "xen/arch/x86/smp.c, __stop_this_cpu",
           "Xen still counts it as running: later steps are sent to a CPU that is halted, or skip one that is not",
-          _online),
-    Check("crash-save-done", Subject.CPUS, "77ad1faa6b",
-          "a second NMI saves its state again and stops it twice, or its first one saves nothing", _crash_save_done),
+          _online,
+          {False: "Xen still counts it as running: later steps are sent to a CPU that is halted",
+           True: "Xen does not count it as running: later steps of the crash leave it out"}),
+    Check("crash-save-done", Subject.CPUS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
+          "a second NMI saves its state again and stops it twice, or its first one saves nothing", _crash_save_done,
+          {False: "its first NMI saves nothing and does not stop its LAPIC: it counts as done already",
+           True: "a second NMI, such as the one it queued to itself, saves its state again over the first"}),
     Check("crash-notes", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
-          "its registers are missing from the dump, or are not its own", _crash_notes),
+          "its registers are missing from the dump, or are not its own", _crash_notes,
+          {"saved": "its registers are missing from the dump, or are not its own",
+           "empty": "the dump shows registers of this CPU that this crash did not save"}),
     Check("crash-info-note", Subject.MACHINE, "xen/common/kexec.c, kexec_crash_save_info",
           "tools cannot tell where Xen lies in the dump", _crash_info_note),
-    Check("crash-owner", Subject.MACHINE, "470f58c159",
+    Check("crash-owner", Subject.MACHINE, "xen/common/kexec.c, one_cpu_only (470f58c159)",
           "two CPUs may walk the crash path at once", _crash_owner),
-    Check("kexecing", Subject.MACHINE, "xen/common/kexec.c",
-          "the local APICs are not returned to the mode that the crash kernel expects", _kexecing),
-    Check("shootdown-report", Subject.MACHINE, "f12c1f0b09",
+    Check("kexecing", Subject.MACHINE, "xen/common/kexec.c, kexec_crash; read by disable_local_APIC",
+          "the local APICs are not returned to the mode in which the firmware left them, as the crash kernel expects",
+          _kexecing, {False: "Xen behaves as on its way into a crash kernel, and it is not"}),
+    Check("shootdown-report", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus (f12c1f0b09)",
           "Xen itself said that it could not shoot down every CPU", _shootdown_report),
-    Check("x2apic-enabled", Subject.MACHINE, "xen/arch/x86/crash.c",
-          "Xen goes on to use the LAPIC in the wrong mode", _x2apic_enabled),
+    Check("x2apic-enabled", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus",
+          "Xen goes on to use the crashing CPU's LAPIC in the wrong mode: #GP, or writes that go nowhere",
+          _x2apic_enabled),
     Check("lapic-mode", Subject.ONLINE, "xen/arch/x86/apic.c, disable_local_APIC",
           "the crash kernel finds the LAPIC in a mode that it does not expect and hangs or faults", _lapic_mode),
     Check("lapic-enabled", Subject.ONLINE, "xen/arch/x86/apic.c, disable_local_APIC",
-          "a stopped CPU still takes interrupts, or a running one none", _lapic_enabled),
+          "a stopped CPU still takes interrupts, or a running one none", _lapic_enabled,
+          {False: "this stopped CPU still takes interrupts", True: "this CPU takes no interrupts, and should"}),
     Check("lapic-lvt", Subject.OTHERS, "xen/arch/x86/apic.c, clear_local_APIC",
-          "a local interrupt wakes the parked CPU", _lapic_lvt),
-    Check("lapic-self-nmi", Subject.OTHERS, "77ad1faa6b",
+          "a local interrupt (the entries named are not masked) wakes the parked CPU", _lapic_lvt),
+    Check("lapic-self-nmi", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
           "nothing is queued behind the NMI latch: a later iret on this CPU (from a machine check) would let it "
           "run on", _lapic_self_nmi),
-    Check("nmi-latch", Subject.ONLINE, "77ad1faa6b, enable_nmis",
+    Check("nmi-latch", Subject.ONLINE, "xen/arch/x86/machine_kexec.c, enable_nmis (77ad1faa6b)",
           "the crash kernel starts with NMIs blocked and its watchdog is dead, or a parked CPU can be woken",
-          _nmi_latch),
-    Check("nmi-pending", Subject.OTHERS, "77ad1faa6b", "no NMI is queued behind the latch of the parked CPU",
+          _nmi_latch,
+          {"open": "the crash kernel starts with NMIs blocked: its watchdog and its own crash NMIs are dead",
+           "blocked": "NMIs are open on this CPU while it runs its NMI handler, or is parked in it: the next one "
+           "starts it again"}),
+    Check("nmi-pending", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
+          "nothing waits behind the NMI latch of the parked CPU: an iret there (from a machine check) lets it run on",
           _nmi_pending),
-    Check("cpu-parked", Subject.OTHERS, "77ad1faa6b", "it still runs while the crash kernel takes the machine over",
-          _cpu_parked),
+    Check("cpu-parked", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash's halt loop (77ad1faa6b)",
+          "it still runs, or can be woken, while the crash kernel takes the machine over", _cpu_parked),
     Check("idtr", Subject.ONLINE, "xen/arch/x86/cpu/common.c, load_system_tables",
           "the CPU does not use the IDT that Xen writes to: whatever the gates say, it takes other handlers", _idtr),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,15 +26,16 @@ TOOL: Mapping[str, Any] = {"name": "xencrash", "version": __version__}
 _CONSOLE_TAIL = 2048
 
 
-def judge(context: Context, stop: int = 0) -> list[Finding]:
-    """Every check, for every CPU that it concerns, at one moment; `stop` is its index in the report's stages."""
+def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> list[Finding]:
+    """Every check, for every CPU that it concerns, at one moment; `stop` is its index in the report's stages, and
+    `earlier` what was found at the stages before."""
     subjects = {subject: _subjects(subject, context) for subject in Subject}
     findings = []
     for check in CHECKS:
         for cpu in subjects[check.subject]:
             outcome = check.judge(context, cpu)
             findings.append(_finding(check, context.position, cpu, outcome, stop))
-    return _follow(findings)
+    return _follow(findings, earlier)
 
 
 def _subjects(subject: Subject, context: Context) -> list[int]:
@@ -57,7 +58,7 @@ def _may_have_table(cpu: CpuState) -> bool:
 
 
 def _finding(check: Check, position: Position, cpu: int, outcome: Outcome, stop: int) -> Finding:
-    reason = check.consequence if outcome.verdict is Verdict.FAIL and not outcome.reason else outcome.reason
+    reason = check.explain(outcome) if outcome.verdict is Verdict.FAIL and not outcome.reason else outcome.reason
     return Finding(
         check=check.id,
         stage=position.stage.id,
@@ -77,15 +78,18 @@ _CAUSE = "nmi-answered"
 _MACHINE_CONSEQUENCES = ("shootdown-report", "waiting-cpus")
 
 
-def _follow(findings: list[Finding]) -> list[Finding]:
-    """Mark the failures that follow from a CPU that never answered."""
+def _follow(findings: list[Finding], earlier: Sequence[Finding]) -> list[Finding]:
+    """Mark the failures that follow from a CPU that never answered. What failed before the wait was over may be why it
+    did not, and follows from nothing."""
     silent = {f.cpu for f in findings if f.check == _CAUSE and f.verdict is Verdict.FAIL}
     if not silent:
         return findings
+    causes = {(f.check, f.cpu) for f in earlier if f.verdict is Verdict.FAIL and f.follows is None}
     marked = []
     for finding in findings:
         explained = finding.cpu in silent or (finding.cpu is None and finding.check in _MACHINE_CONSEQUENCES)
-        if finding.verdict is Verdict.FAIL and finding.check != _CAUSE and explained:
+        own = finding.check == _CAUSE or (finding.check, finding.cpu) in causes
+        if finding.verdict is Verdict.FAIL and explained and not own:
             finding = replace(finding, follows=_CAUSE)
         marked.append(finding)
     return marked
@@ -175,7 +179,7 @@ def add_stage(report: Report, context: Context) -> list[Finding]:
     position = context.position
     report.crashing_cpu = position.crashing_cpu
     report.stages.append(_seen(context))
-    findings = judge(context, stop=len(report.stages) - 1)
+    findings = judge(context, len(report.stages) - 1, report.findings)
     report.findings += findings
     report.cpus = [describe_cpu(context, cpu) for cpu in context.state.cpus.values() if cpu.exists]
     return findings

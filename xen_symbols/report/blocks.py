@@ -251,9 +251,10 @@ def _persisting(findings: Iterable[Json]) -> list[list[Json]]:
 
 
 def problems(report: Json) -> Lines | None:
-    """Every failure and unknown, in words: what, where first, expected, observed, consequence, where to look."""
+    """Every failure and unknown, in words: what, where first, expected, observed, consequence, where to look. Those
+    that follow from another come last."""
     lines: list[list[Cell]] = []
-    for finding, *later in _persisting(report["findings"]):
+    for finding, *later in sorted(_persisting(report["findings"]), key=lambda same: bool(same[0].get("follows"))):
         verdict = finding["verdict"]
         lines.append(
             [Cell(f"{verdict.upper():8}", verdict), Cell(f"{finding['check']} ", "strong"), Cell(_where(finding))]
