@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from xen_symbols import __version__
 from xen_symbols.absence import Undecidable
-from xen_symbols.report.model import ExitStatus, Verdict
+from xen_symbols.report.model import ExitStatus, Finding, Report, Verdict
 
 Json = dict[str, Any]
 
@@ -158,8 +158,8 @@ def run_check(args: argparse.Namespace) -> int:
 
     if len(args.target) > 1:
         return judging.check_many(args)
-    report = judging.check_live(args) if is_live(args.target[0]) else judging.check_dump(args.target[0], args)
-    return finish(report, args)
+    target = args.target[0]
+    return finish(judging.check_live(args) if is_live(target) else judging.check_dump(target, args), args)
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -184,14 +184,35 @@ def run_gdb(args: argparse.Namespace) -> int:
     return run(args)
 
 
-def finish(report: Json, args: argparse.Namespace) -> int:
+def finish(report: Report | Json, args: argparse.Namespace) -> int:
     """Write a report in the asked format, say on standard error why it is undecided, and return its status."""
-    write(render(report, args.format), args.output) if args.format != "table" or args.output else show(report)
+    if isinstance(report, Report):
+        if args.format == "json":
+            return _finish_json(report, args)
+        report = report.to_json()
+    if args.format != "table" or args.output:
+        write(render(report, args.format), args.output)
+    else:
+        show(report)
+    _say_why(report)
+    return status_of(report)
+
+
+def _finish_json(report: Report, args: argparse.Namespace) -> int:
+    """The same, without ever holding all findings as JSON."""
+    from xen_symbols.report.jsontext import json_text
+
+    write_pieces(json_text(report.members()), args.output)
+    unknowns = [finding for finding in report.findings if finding.verdict is Verdict.UNKNOWN]
+    _say_why({**report.members(), "findings": map(Finding.to_json, unknowns)})
+    return report.exit_status
+
+
+def _say_why(report: Json) -> None:
     if report.get("undecided"):
         print(f"xencrash: {report['undecided']}", file=sys.stderr)
     elif report["verdict"] == str(Verdict.UNKNOWN):
         print(f"xencrash: {_first_unknown(report)}", file=sys.stderr)
-    return status_of(report)
 
 
 def status_of(report: Json) -> int:
@@ -210,9 +231,9 @@ def _first_unknown(report: Json) -> str:
 def render(report: Json, format: str) -> str:
     """A report as text in one of the formats."""
     if format == "json":
-        from xen_symbols.report.blocks import to_json_text
+        from xen_symbols.report.jsontext import json_text
 
-        return to_json_text(report)
+        return "".join(json_text(report))
     if format == "junit":
         from xen_symbols.report.junit import to_junit
 
@@ -231,13 +252,18 @@ def show(report: Json) -> None:
 
 
 def write(text: str, output: str | None) -> None:
+    """As `write_pieces`."""
+    write_pieces([text], output)
+
+
+def write_pieces(pieces: Iterable[str], output: str | None) -> None:
     """To a file, or to standard output. Raises UsageError for a file that cannot be written."""
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.writelines(pieces)
         sys.stdout.flush()
         return
     try:
         with open(output, "w", encoding="utf-8") as file:  # noqa: PTH123 - pathlib is not worth its import here
-            file.write(text)
+            file.writelines(pieces)
     except OSError as error:
         raise UsageError(f"{output}: {error.strerror}") from None

@@ -23,9 +23,9 @@ from xen_symbols.report.blocks import (
     info_note_lines,
     note_lines,
     stage_line,
-    to_json_list,
 )
 from xen_symbols.report.console import plain, print_blocks
+from xen_symbols.report.jsontext import json_texts
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus, Report
 from xen_symbols.symbols.table import load_symbols
 from xen_symbols.target.dump import open_dump
@@ -37,10 +37,9 @@ from xen_symbols.xen.state import read_state
 Json = dict[str, Any]
 
 
-def check_dump(path: str, args: argparse.Namespace) -> Json:
+def check_dump(path: str, args: argparse.Namespace) -> Report:
     """The report on one dump. Raises Undecidable."""
-    xen = api.open_dump(path, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch)
-    return api.evaluate(xen).to_json()
+    return api.evaluate(api.open_dump(path, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch))
 
 
 def check_live(args: argparse.Namespace) -> Json:
@@ -90,7 +89,7 @@ def tell_stage(stage: Json, findings: Sequence[Json]) -> None:
 
 def check_many(args: argparse.Namespace) -> int:
     """Judge several dumps: a line for each, a report for each with --output DIR, and the worst status."""
-    from xencrash.cli import UsageError, render, status_of, write
+    from xencrash.cli import UsageError, render, status_of, write, write_pieces
 
     live = [target for target in args.target if target.startswith("gdb:")]
     if live:
@@ -103,7 +102,7 @@ def check_many(args: argparse.Namespace) -> int:
     reports: list[Json] = []
     for path in args.target:
         try:
-            reports.append(check_dump(path, args))
+            reports.append(check_dump(path, args).to_json())
         except Undecidable as error:
             print(f"xencrash: {error}", file=sys.stderr)
             reports.append(_undecided(path, str(error)))
@@ -114,7 +113,7 @@ def check_many(args: argparse.Namespace) -> int:
     if args.output or args.format == "table":
         print_blocks([dumps_table(reports)], sys.stdout)
     elif args.format == "json":
-        write(to_json_list(reports), None)
+        write_pieces(json_texts(reports), None)
     else:
         from xen_symbols.report.junit import to_junit
 

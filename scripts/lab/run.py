@@ -90,7 +90,7 @@ def check_vmcore(lab: Lab, output: Path) -> Json:
 
     vmcore = lab.wait_vmcore(output / "vmcore")
     options = argparse.Namespace(symbols=str(lab.symbols), base=None, allow_build_id_mismatch=False)
-    checked = judging.check_dump(str(vmcore), options)
+    checked = judging.check_dump(str(vmcore), options).to_json()
     write(render(checked, "json"), str(output / "check.json"))
     return checked
 

@@ -51,24 +51,30 @@ def _from_absence(absence: Absent, allowed: Any) -> Outcome:
     return Outcome(Verdict.UNKNOWN, allowed, None, reason=absence.reason)
 
 
-def evidence_of(read: Read) -> tuple[Evidence, ...]:
-    if read.address is None:
-        return (Evidence(read.source),) if read.source else ()
-    return (Evidence("memory", read.address, read.raw, read.symbol),)
-
-
 def _expected_json(allowed: Sequence[Any]) -> Any:
     return allowed[0] if len(allowed) == 1 else {"one_of": list(allowed)}
 
 
-def expect(read: Read, allowed: Sequence[Any], show: Callable[[Any], Any] = lambda value: value) -> Outcome:
-    """Pass when the value read is one of those allowed."""
-    distinct = allowed if len(allowed) == 1 else list(dict.fromkeys(allowed))
-    shown = _expected_json([show(value) for value in distinct])
-    if isinstance(read.value, Absent):
-        return _from_absence(read.value, shown)
-    verdict = Verdict.PASS if read.value in distinct else Verdict.FAIL
-    return Outcome(verdict, shown, show(read.value), evidence_of(read))
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def expect(
+    read: Read,
+    allowed: Sequence[Any],
+    show: Callable[[Any], Any] = _as_it_is,
+    of: Callable[[Any], Any] = _as_it_is,
+) -> Outcome:
+    """Pass when what was read, or what `of` takes out of it, is one of those allowed; `show` makes JSON of them."""
+    distinct = allowed if len(allowed) == 1 else tuple(dict.fromkeys(allowed))
+    shown = show(distinct[0]) if len(distinct) == 1 else _expected_json([show(value) for value in distinct])
+    value = read.value
+    if not isinstance(value, Absent):
+        value = of(value)
+    if isinstance(value, Absent):
+        return _from_absence(value, shown)
+    verdict = Verdict.PASS if value in distinct else Verdict.FAIL
+    return Outcome(verdict, shown, show(value), read.evidence)
 
 
 def timed(span: Span, step: int, before: Any, after: Any) -> tuple[Any, ...]:
@@ -106,6 +112,7 @@ class Context:
         self.trap_nop = self._entry("trap_nop")
         self.ist = ist_numbers(state)
         self._shown: dict[int, dict[str, Any]] = {}
+        self._words: dict[tuple[str, int], Read] = {}
 
     def _entry(self, *names: str) -> int | Absent:
         for name in names:
@@ -164,6 +171,18 @@ class Context:
             name = self.symbols.describe(address) if address else None
             shown = self._shown[address] = {"address": hex(address), "symbol": name}
         return shown
+
+    def mask_word(self, mask: str, cpu: int) -> Read:
+        """One of Xen's cpumask_t; its evidence is the 64-bit word that has the CPU's bit, not all of the mask."""
+        word = cpu // 64
+        read = self._words.get((mask, word))
+        if read is None:
+            read = self.state.system[mask]
+            if read.address is not None and read.raw is not None:
+                at = 8 * word
+                read = Read(read.value, read.address + at, read.raw[at : at + 8], read.symbol)
+            self._words[mask, word] = read
+        return read
 
 
 class Subject(enum.Enum):
@@ -274,17 +293,12 @@ def _gate_read(context: Context, cpu: int, vector: int) -> Read:
     return state.nmi_gate if vector == VECTOR_NMI else state.mc_gate
 
 
-def _property(read: Read, of: Callable[[Gate], Any]) -> Read:
-    value = read.value if isinstance(read.value, Absent) else of(read.value)
-    return Read(value, read.address, read.raw, read.symbol, read.source)
-
-
 def _judge_handler(vector: int) -> Callable[[Context, int], Outcome]:
     def judge(context: Context, cpu: int) -> Outcome:
         allowed = _HANDLERS[vector](context, cpu)
         if isinstance(allowed, Absent):
             return _from_absence(allowed, None)
-        return expect(_property(_gate_read(context, cpu, vector), lambda g: g.handler), allowed, context.show_code)
+        return expect(_gate_read(context, cpu, vector), allowed, context.show_code, lambda gate: gate.handler)
 
     return judge
 
@@ -292,12 +306,13 @@ def _judge_handler(vector: int) -> Callable[[Context, int], Outcome]:
 def _judge_ist(vector: int) -> Callable[[Context, int], Outcome]:
     def judge(context: Context, cpu: int) -> Outcome:
         allowed = _ISTS[vector](context, cpu)
-        read = _property(_gate_read(context, cpu, vector), lambda g: g.ist)
+        read = _gate_read(context, cpu, vector)
+        cleared = read.present and read.value.ist == 0
         if isinstance(allowed, Absent):  # as when every CPU holds a guest's state: no #DF gate tells the numbers
-            if read.value == 0 and context.guest_state_loaded(context.state.of(cpu)):
-                return expect(read, (0,))
+            if cleared and context.guest_state_loaded(context.state.of(cpu)):
+                return expect(read, (0,), of=lambda gate: gate.ist)
             return _from_absence(allowed, None)
-        if read.value == 0 and 0 not in allowed:
+        if cleared and 0 not in allowed:
             loaded = context.guest_state_loaded(context.state.of(cpu))
             if loaded is None:
                 return unknown(
@@ -307,14 +322,14 @@ def _judge_ist(vector: int) -> Callable[[Context, int], Outcome]:
                 )  # fmt: skip
             if loaded:
                 allowed = (*allowed, 0)
-        return expect(read, allowed)
+        return expect(read, allowed, of=lambda gate: gate.ist)
 
     return judge
 
 
 def _judge_bits(vector: int, of: Callable[[Gate], Any], allowed: Any) -> Callable[[Context, int], Outcome]:
     def judge(context: Context, cpu: int) -> Outcome:
-        return expect(_property(_gate_read(context, cpu, vector), of), (allowed,))
+        return expect(_gate_read(context, cpu, vector), (allowed,), of=of)
 
     return judge
 
@@ -391,9 +406,8 @@ def _nmi_dispatch(context: Context, _cpu: int) -> Outcome:
     return expect(read, allowed, context.show_code)
 
 
-def _membership(read: Read, cpu: int) -> Read:
-    value = read.value if isinstance(read.value, Absent) else cpu in read.value
-    return Read(value, read.address, read.raw, read.symbol, read.source)
+def _expect_member(context: Context, mask: str, cpu: int, allowed: Sequence[bool]) -> Outcome:
+    return expect(context.mask_word(mask, cpu), allowed, of=lambda cpus: cpu in cpus)
 
 
 def _waiting(context: Context, cpu: int) -> Outcome:
@@ -402,11 +416,12 @@ def _waiting(context: Context, cpu: int) -> Outcome:
         return skip("this generation counts the CPUs that it waits for") if cpu != MACHINE else _waiting_count(context)
     if cpu == MACHINE:
         return skip("this generation keeps a mask, judged per CPU")
-    read = _membership(context.state.system["waiting_mask"], cpu)
-    if not context.is_other(cpu) or context.crash.before(CrashStep.ARMED):
-        return expect(read, (False,))
-    allowed = timed(context.other(cpu), OtherStep.SIGNED_OFF, True, False)
-    return expect(read, allowed if context.crash.reached(CrashStep.ARMED) else (False, *allowed))
+    allowed: tuple[bool, ...] = (False,)
+    if context.is_other(cpu) and not context.crash.before(CrashStep.ARMED):
+        allowed = timed(context.other(cpu), OtherStep.SIGNED_OFF, True, False)
+        if not context.crash.reached(CrashStep.ARMED):
+            allowed = (False, *allowed)
+    return _expect_member(context, "waiting_mask", cpu, allowed)
 
 
 def _waiting_count(context: Context) -> Outcome:
@@ -421,13 +436,13 @@ def _waiting_count(context: Context) -> Outcome:
 
 
 def _saved(context: Context, cpu: int) -> Outcome:
-    return expect(_membership(context.state.system["saved"], cpu), _by_role(context, cpu, CrashStep.SAVED,
-                  OtherStep.NOTES_SAVED, before=False, after=True, offline=False))  # fmt: skip
+    return _expect_member(context, "saved", cpu, _by_role(context, cpu, CrashStep.SAVED,
+                          OtherStep.NOTES_SAVED, before=False, after=True, offline=False))  # fmt: skip
 
 
 def _online(context: Context, cpu: int) -> Outcome:
-    return expect(_membership(context.state.system["online"], cpu), _by_role(context, cpu, CrashStep.STOPPED,
-                  OtherStep.STOPPED, before=True, after=False, offline=False))  # fmt: skip
+    return _expect_member(context, "online", cpu, _by_role(context, cpu, CrashStep.STOPPED,
+                          OtherStep.STOPPED, before=True, after=False, offline=False))  # fmt: skip
 
 
 def _by_role(
@@ -521,17 +536,21 @@ def _nmi_answered(context: Context, cpu: int) -> Outcome:
         return skip("the wait is not over")
     state = context.state
     signs = {
-        "crash_saved_cpus": _membership(state.system["saved"], cpu),
+        "crash_saved_cpus": context.mask_word("saved", cpu),
         "crash_save_done": state.of(cpu).crash_save_done,
-        "cpu_online_map": _membership(state.system["online"], cpu),
-        "waiting_to_crash": _membership(state.system["waiting_mask"], cpu),
+        "cpu_online_map": context.mask_word("online", cpu),
+        "waiting_to_crash": context.mask_word("waiting_mask", cpu),
     }
-    read = {name: sign.value for name, sign in signs.items() if sign.present}
+    read = {
+        name: sign.value if name == "crash_save_done" else cpu in sign.value
+        for name, sign in signs.items()
+        if sign.present
+    }
     if not read:
         return unknown("none of its signs could be read", "answered")
     answered = any(value == (name.startswith("crash_save") or name == "crash_saved_cpus")
                    for name, value in read.items())  # fmt: skip
-    evidence = tuple(item for sign in signs.values() if sign.present for item in evidence_of(sign))
+    evidence = tuple(item for sign in signs.values() if sign.present for item in sign.evidence)
     verdict = Verdict.PASS if answered else Verdict.FAIL
     return Outcome(verdict, "answered", "answered" if answered else "did not answer", evidence)
 
@@ -666,20 +685,14 @@ def _nmi_latch(context: Context, cpu: int) -> Outcome:
     if context.is_crashing(cpu):
         if not context.generation.swaps_mc or not context.crash.reached(CrashStep.NEUTRALISED):
             return skip("NMIs are opened in machine_kexec")
-        return expect(read, ("open",), _latch) if not read.present else expect(_map(read, _latch), ("open",))
+        return expect(read, ("open",), of=_latch)
     if not context.other(cpu).reached(OtherStep.NMI_TAKEN):
         return skip("it has not surely taken the NMI")
-    return expect(_map(read, _latch), ("blocked",))
+    return expect(read, ("blocked",), of=_latch)
 
 
-def _latch(blocked: Any) -> Any:
-    return blocked if isinstance(blocked, str) else "blocked" if blocked else "open"
-
-
-def _map(read: Read, function: Callable[[Any], Any]) -> Read:
-    if isinstance(read.value, Absent):
-        return read
-    return Read(function(read.value), read.address, read.raw, read.symbol, read.source)
+def _latch(blocked: bool) -> str:
+    return "blocked" if blocked else "open"
 
 
 def _nmi_pending(context: Context, cpu: int) -> Outcome:

@@ -348,21 +348,3 @@ def report_blocks(report: Json) -> list[Block]:
         blocks.append(found)
     blocks.append(verdict_line(report))
     return blocks
-
-
-def to_json_text(report: Json) -> str:
-    """The report as JSON, with a line for each CPU, stage and finding: fit for grep, and json's fast encoder does it
-    (indenting takes the slow one: seconds for the 120,000 findings of 4096 CPUs)."""
-    members = (f"  {json.dumps(name)}: {_json_member(value)}" for name, value in report.items())
-    return "{\n" + ",\n".join(members) + "\n}\n"
-
-
-def to_json_list(reports: Iterable[Json]) -> str:
-    """Several reports as one JSON document: a list, each as `to_json_text` gives it."""
-    return "[\n" + ",\n".join(to_json_text(report).rstrip("\n") for report in reports) + "\n]\n"
-
-
-def _json_member(value: Any) -> str:
-    if isinstance(value, list) and value:
-        return "[\n    " + ",\n    ".join(map(json.dumps, value)) + "\n  ]"
-    return json.dumps(value)

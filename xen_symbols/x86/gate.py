@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 SIZE = 16
 
@@ -39,6 +40,7 @@ class Gate:
         return encode(self)
 
 
+@lru_cache(maxsize=256)  # thousands of CPUs have the same few gates
 def decode(raw: bytes) -> Gate:
     """A gate from its 16 bytes. Every bit is kept, so that `encode` gives the same bytes."""
     low, high = _LAYOUT.unpack(raw)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xen_symbols.absence import Absent, Kind, Unreadable
+from xen_symbols.report.model import Evidence
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.target import PhysicalCpu
 from xen_symbols.x86 import gate
@@ -36,10 +37,21 @@ class Read:
     raw: bytes | None = None
     symbol: str | None = None
     source: str | None = None
+    _evidence: tuple[Evidence, ...] | None = field(default=None, compare=False, repr=False)
 
     @property
     def present(self) -> bool:
         return not isinstance(self.value, Absent)
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Where it was read, as findings tell it; made once, however many of them rest on it."""
+        if self._evidence is None:
+            if self.address is not None:
+                self._evidence = (Evidence("memory", self.address, self.raw, self.symbol),)
+            else:
+                self._evidence = (Evidence(self.source),) if self.source else ()
+        return self._evidence
 
 
 def absent(reason: str | Absent, kind: Kind = Kind.UNREAD) -> Read:
