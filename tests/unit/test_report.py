@@ -123,7 +123,7 @@ def test_a_failure_that_persists_is_told_once() -> None:
     assert text.count("FAIL    nmi-gate-ist") == 2
     assert (
         "FAIL    nmi-gate-ist CPU 0 at handover\n         expected 0, observed 2\n"
-        "         still at crash-info, exec-entry\n         so an NMI switches to the wrong stack"
+        "         still at crash-info, exec-entry\n         so an NMI there switches to an IST stack"
     ) in text
     assert "FAIL    nmi-gate-ist CPU 0 at crashed\n         expected 0, observed 1\n         so " in text
 
