@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ exit status:
   1  at least one check failed   3  could not be decided (the reason is on standard error)
 """
 
-
+PHYSICAL_BITS = 52  # the most that x86-64 has: SDM vol. 3, 4.1.4
 LAB = "real Xen, or a reference guest, in QEMU"
 
 
@@ -127,7 +128,7 @@ def _target_options(parser: argparse.ArgumentParser, many: bool = False) -> None
         "--symbols", metavar="FILE", help="xen-syms, a .map, or an image; default: what Xen itself carries"
     )
     parser.add_argument("--qmp", metavar="SOCKET", help="QEMU's QMP socket: LAPIC mode, NMI latch, IDTR of every CPU")
-    parser.add_argument("--base", type=_number, metavar="ADDRESS", help="physical address of a raw image's first byte")
+    parser.add_argument("--base", type=_address, metavar="ADDRESS", help="physical address of a raw image's first byte")
     parser.add_argument(
         "--allow-build-id-mismatch", action="store_true", help="go on with symbols of another build; the report says so"
     )
@@ -138,15 +139,18 @@ def _output_options(parser: argparse.ArgumentParser, formats: tuple[str, ...] = 
     parser.add_argument("--output", metavar="FILE", help="write the report there instead of standard output")
 
 
-def _number(text: str) -> int:
-    return int(text, 0)
+def _address(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := int(text, 0)) < 1 << PHYSICAL_BITS:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no physical address, such as 0x100000")
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
 
 
 def is_live(target: str) -> bool:

@@ -165,7 +165,7 @@ def write_kdump(
     excluded: Iterable[int] = (),
     version: int = 6,
     status: int = 0,
-    split: tuple[int, int] | None = None,
+    split: bool = False,
 ) -> None:
     """A kdump: zero pages share one, `excluded` page frames are memory that was left out."""
     compress = compress or COMPRESSORS[compression]
@@ -177,12 +177,12 @@ def write_kdump(
     bitmaps = _bitmap(memory, each) + _bitmap((f for f in memory if f not in left_out), each)
     file.write(_kdump_header(version, status, sub_blocks, len(bitmaps) // PAGE, frames))
     file.seek(PAGE)
-    file.write(_kdump_sub_header(split or (0, 0), split is not None, 2 * PAGE, len(notes), frames))
+    file.write(_kdump_sub_header(split, 2 * PAGE, len(notes), frames))
     file.seek(2 * PAGE)
     file.write(notes)
     file.seek((1 + sub_blocks) * PAGE)
     file.write(bitmaps)
-    dumped = [f for f in memory if f not in left_out and (not split or split[0] <= f < split[1])]
+    dumped = [f for f in memory if f not in left_out]
     at = file.tell() + 24 * len(dumped)
     descriptors, pages, zeros = [struct.pack("<QIIQ", at, PAGE, 0, 0)] * len(dumped), [bytes(PAGE)], bytes(PAGE)
     at += PAGE
@@ -222,9 +222,8 @@ def _kdump_header(version: int, status: int, sub_blocks: int, bitmap_blocks: int
     )
 
 
-def _kdump_sub_header(window: tuple[int, int], split: bool, notes_at: int, notes_size: int, frames: int) -> bytes:
-    start, end = window
-    return struct.pack("<QIIQQQQQQQQQQQ", 0, 1, split, start, end, 0, 0, notes_at, notes_size, 0, 0, start, end, frames)
+def _kdump_sub_header(split: bool, notes_at: int, notes_size: int, frames: int) -> bytes:
+    return struct.pack("<QIIQQQQQQQQQQQ", 0, 1, split, 0, 0, 0, 0, notes_at, notes_size, 0, 0, 0, 0, frames)
 
 
 # Flattened

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.crashpath.engine import evaluate
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols import evaluate
+from xen_symbols import open_dump as open_xen
+from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.target.dump import Dump, open_dump
-from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
 from xencrash.lab.machine import Lab
 from xencrash.serve import GDB_SETTINGS, served, serving
@@ -61,7 +60,7 @@ class Crash:
     ram: dict[int, bytes] = field(default_factory=dict)  # at the handover, a page of each MiB
 
     def memory(self, name: str) -> XenMemory:
-        return locate(open_dump(str(self.folder / name)), load_symbols(self.symbols))
+        return open_xen(self.folder / name, self.symbols)
 
     def dump(self, name: str) -> Dump:
         return open_dump(str(self.folder / name))
@@ -155,11 +154,23 @@ def test_every_dump_has_the_live_machines_verdict_and_facts(crash: Crash, name: 
     assert facts(report["cpus"]) == facts(crash.report["cpus"])
 
 
-def test_a_raw_image_has_the_live_machines_facts(crash: Crash) -> None:
-    memory = locate(open_dump(str(crash.folder / "raw"), base=0), load_symbols(crash.symbols))
-    report = evaluate(memory).to_json()
+def test_a_raw_image_has_the_live_machines_verdict_and_facts(crash: Crash) -> None:
+    report = evaluate(open_xen(crash.folder / "raw", crash.symbols, base=0)).to_json()
     assert facts(report["cpus"]) == facts(crash.report["cpus"])
-    assert not [finding for finding in report["findings"] if finding["verdict"] == "fail"]
+    assert (report["verdict"], report.get("undecided")) == ("pass", None)
+    assert (report["stages"][-1]["stage"], report["crashing_cpu"]) == ("handover", crash.report["crashing_cpu"])
+
+
+def test_a_split_dump_is_put_together_first(crash: Crash) -> None:
+    parts = [crash.folder / f"part-{number}" for number in (1, 2)]
+    subprocess.run(["makedumpfile", "-c", "-d", "0", "--split", crash.folder / "vmcore", *parts],
+                   capture_output=True, check=True)  # fmt: skip
+    for part in parts:
+        with pytest.raises(Undecidable, match="one file of a split dump; .* makedumpfile --reassemble"):
+            open_xen(part, crash.symbols)
+    whole = crash.folder / "reassembled"
+    subprocess.run(["makedumpfile", "--reassemble", *parts, whole], capture_output=True, check=True)
+    assert evaluate(open_xen(whole, crash.symbols)).to_json()["verdict"] == "pass"
 
 
 def test_dumps_at_the_handover_hold_the_machines_memory(crash: Crash, name: str) -> None:

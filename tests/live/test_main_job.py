@@ -185,8 +185,25 @@ def follow(lab: Lab, cpu: int, **options: Any) -> Json:
                  trigger=lambda: lab.crash("panic", cpu), **options)  # fmt: skip
 
 
+def assert_not_crashed(lab: Lab, dump: Path) -> None:
+    """A dump of a Xen that runs is judged as one, in words too."""
+    done = xencrash("check", str(dump), "--symbols", str(lab.symbols))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\ncrashed     no: Xen runs; judged as a running one\n" in done.stdout
+    assert "CPUs at stage normal" in done.stdout
+    checked = json.loads(xencrash("check", str(dump), "--format", "json").stdout)
+    jsonschema.validate(checked, SCHEMA)
+    assert (checked["verdict"], checked["crashing_cpu"]) == ("pass", None)
+    for cpu in range(4):
+        assert gates(checked, 0, cpu) == NORMAL
+        assert observed(checked, 0, "crash-save-done", cpu) is False
+        assert observed(checked, 0, "online-cpus", cpu) is True
+    dump.unlink()
+
+
 def test_dom0s_panic_on_another_cpu_and_the_machine_after_it(tmp_path: Path) -> None:
     with Lab.up(dom0_vcpus=4) as lab:
+        assert_not_crashed(lab, lab.dump_guest_memory(tmp_path / "running"))
         report = follow(lab, 2)
         assert_every_stage(report, 2)
         vmcore = lab.wait_vmcore(tmp_path / "vmcore")
@@ -378,7 +395,7 @@ def test_before_xen_has_paging_on() -> None:
     assert len(done.stderr.splitlines()) == 1 and "paging" in done.stderr
 
 
-def test_a_guest_that_is_not_xen() -> None:
+def test_a_guest_that_is_not_xen(tmp_path: Path) -> None:
     images = xen_images(Cache(), XENS[DEFAULT_XEN])
     boot = Boot(kernel=images.kernel, symbols=images.symbols, append="console=ttyS0 panic=0 earlyprintk=ttyS0")
     with Lab.up(guest=boot, wait="none") as lab:
@@ -389,3 +406,10 @@ def test_a_guest_that_is_not_xen() -> None:
             assert done.returncode == 3
             assert "is it Xen" in done.stderr.splitlines()[-1]
             assert "Traceback" not in done.stderr
+        dumps = [lab.dump_guest_memory(tmp_path / name, name) for name in ("elf", "kdump-zlib")]
+        for dump in dumps:
+            for symbols in (["--symbols", str(lab.symbols)], []):
+                done = xencrash("check", str(dump), *symbols)
+                assert (done.returncode, done.stdout) == (3, "")
+                assert re.fullmatch(rf"xencrash: .*{dump}.*is it Xen.*\n", done.stderr), done.stderr
+            dump.unlink()

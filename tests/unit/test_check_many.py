@@ -95,6 +95,14 @@ def test_usage(dumps: Dumps, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "xencrash: gdb:localhost:1 is a live machine: check it alone\n"
 
 
+@pytest.mark.parametrize("base", ["zz", "-1", "0x10000000000000", "1.5"])
+def test_a_base_that_is_no_address(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["check", "ram", f"--base={base}"])
+    assert caught.value.code == 2
+    assert f"argument --base: '{base}' is no physical address, such as 0x100000" in capsys.readouterr().err
+
+
 def test_the_help_says_which_status_wins(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["check", "--help"])

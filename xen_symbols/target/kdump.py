@@ -47,9 +47,10 @@ class KdumpMemory:
         if block_size != PAGE:
             raise Undecidable(f"kdump header +0x1ac: blocks of {block_size} bytes; x86-64 has {PAGE}")
         sub = _SUB_HEADER.unpack(require(image, PAGE, _SUB_HEADER.size, "kdump sub header"))
-        split, (start, end) = sub[2], sub[3:5]
+        if sub[2]:
+            raise Undecidable("one file of a split dump; put all of them together with makedumpfile --reassemble")
         if version >= 6:
-            (start, end), frames = sub[11:13], sub[13]
+            frames = sub[13]
         if frames > _MAX_FRAMES:
             raise Undecidable(f"kdump header: {frames:#x} page frames; more than {_MAX_FRAMES:#x} are not believable")
         bitmaps_at, bitmaps_size = (1 + sub_blocks) * PAGE, bitmap_blocks * PAGE
@@ -67,11 +68,8 @@ class KdumpMemory:
         self._memory_at, self._dumped_at = bitmaps_at, bitmaps_at + (bitmaps_size // 2 if both else 0)
         self._descriptors_at = bitmaps_at + bitmaps_size
         self._notes_at = sub[7:9] if version >= 4 else (0, 0)
-        window: tuple[int, int] = (min(start, frames), min(end, frames)) if split else (0, frames)
-        self._first, self._end = window
         self._pages: dict[int, bytes] = {}
         self._rank = self._count()
-        self._skipped = self._dumped_before(self._first)
         if not status & _INCOMPLETE:
             self._check_end()
 
@@ -95,10 +93,8 @@ class KdumpMemory:
         """The pages of the second bitmap, a range per run of them."""
         starts, ends = array("Q"), array("Q")
         for start, end in self._runs():
-            start, end = max(start, self._first), min(end, self._end)
-            if start < end:
-                starts.append(start * PAGE)
-                ends.append(end * PAGE)
+            starts.append(start * PAGE)
+            ends.append(end * PAGE)
         return Ranges(starts, ends)
 
     def _page(self, frame: int) -> bytes:
@@ -118,10 +114,7 @@ class KdumpMemory:
             raise Unreadable("the dump has no memory there")
         if not self._bit(self._dumped_at, frame):
             raise Unreadable("the page was left out when the dump was written")
-        if not self._first <= frame < self._end:
-            raise Unreadable("the page is in another file of this split dump")
-        index = self._dumped_before(frame) - self._skipped
-        at = self._descriptors_at + index * _DESCRIPTOR.size
+        at = self._descriptors_at + self._dumped_before(frame) * _DESCRIPTOR.size
         offset, size, compression, _ = _DESCRIPTOR.unpack(self._image.read(at, _DESCRIPTOR.size))
         if not 0 < size <= PAGE or (not compression and size != PAGE):
             raise Unreadable(f"bad page descriptor at offset {at:#x}: {size} bytes, compression {compression:#x}")
@@ -151,7 +144,7 @@ class KdumpMemory:
 
     def _check_end(self) -> None:
         """Refuse a file that lost its end: the last page's bytes are the last ones in the file."""
-        count = self._dumped_before(self._end) - self._skipped
+        count = self._dumped_before(self._frames)
         tail = min(count, _LAST_DESCRIPTORS)
         pages_at = self._descriptors_at + count * _DESCRIPTOR.size
         what = f"the descriptors of {count} kdump pages"

@@ -184,7 +184,10 @@ def carried_symbols(target: Target) -> SymbolTable:
             return embedded.load_memory(target.location, memory.read, region + _IMAGE_MIN_OFFSET, region + _IMAGE_MAX)
         except Undecidable:
             continue
-    raise Undecidable(f"no symbol table of Xen's own was found in {target.location}; give its xen-syms with --symbols")
+    raise Undecidable(
+        f"no symbol table of Xen's own was found in {target.location}: is it Xen? "
+        "If so, give its xen-syms with --symbols"
+    )
 
 
 def _images(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[XenMemory, int]]:
