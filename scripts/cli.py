@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ exit status:
 """
 
 PHYSICAL_BITS = 52  # the most that x86-64 has: SDM vol. 3, 4.1.4
+COMMANDS = ("trace", "check", "gdb", "info", "lab")
 LAB = "real Xen, or a reference guest, in QEMU"
 
 
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit status; errors are one line on standard error."""
     words = list(sys.argv[1:] if argv is None else argv)
     ours, theirs = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    parser = _parser(with_lab="lab" in ours[:1])
+    parser = _parser(next((word for word in ours[:1] if word in COMMANDS), None))
     args = parser.parse_args(ours)
     if theirs and args.run is not run_gdb:
         parser.error("only gdb takes arguments after --")
@@ -55,56 +57,70 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(with_lab: bool = True) -> argparse.ArgumentParser:
-    """The command's parser. Without the lab's steps it costs half: every other run does without them."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """At the terminal's width. argparse would import shutil for that, and make one of these for every argument."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS", 0)) or os.get_terminal_size().columns
+        except (ValueError, OSError):
+            columns = 80
+        super().__init__(prog, width=columns - 2)
+
+
+def _parser(asked: str | None = None) -> argparse.ArgumentParser:
+    """The command's parser, or as much of it as takes the one sub-command that is `asked` for: all of them cost more
+    than judging a dump."""
     parser = argparse.ArgumentParser(
         prog="xencrash",
         description="Validate the crash path of x86 Xen: live in QEMU, stage by stage, or in a dump.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action="version", version=f"xencrash {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog="xencrash")
 
-    trace = _command(
-        commands, "trace", run_trace, "follow a crash live, stage by stage, and judge each",
-        "Attach to QEMU's gdbstub, wait for Xen to crash, stop at each stage of the crash path, read every gate and "
-        "every CPU there, and judge them. The machine then runs on into its crash kernel.",
-    )  # fmt: skip
-    _target_options(trace)
-    _output_options(trace)
-    trace.add_argument("--timeout", type=_seconds, metavar="S", help="give up after S seconds without a crash")
-    trace.add_argument("--gates", action="store_true", help="also list every change of an NMI or #MC gate")
-    trace.add_argument("--leave-stopped", action="store_true", help="leave the machine stopped at the last stage")
+    if asked in (None, "trace"):
+        trace = _command(
+            commands, "trace", run_trace, "follow a crash live, stage by stage, and judge each",
+            "Attach to QEMU's gdbstub, wait for Xen to crash, stop at each stage of the crash path, read every gate "
+            "and every CPU there, and judge them. The machine then runs on into its crash kernel.",
+        )  # fmt: skip
+        _target_options(trace)
+        _output_options(trace)
+        trace.add_argument("--timeout", type=_seconds, metavar="S", help="give up after S seconds without a crash")
+        trace.add_argument("--gates", action="store_true", help="also list every change of an NMI or #MC gate")
+        trace.add_argument("--leave-stopped", action="store_true", help="leave the machine stopped at the last stage")
 
-    check = _command(
-        commands, "check", run_check, "judge what is there now: a dump, or a stopped or parked live machine",
-        "Judge the state that a dump or a live machine is in. Several dumps give a line each (as json a list of "
-        "reports, as junit one document); --output then names a directory for a report of each. The status is the "
-        "worst: 1 when a check of any failed, else 3 when any could not be decided or opened.",
-    )  # fmt: skip
-    _target_options(check, many=True)
-    _output_options(check)
+    if asked in (None, "check"):
+        check = _command(
+            commands, "check", run_check, "judge what is there now: a dump, or a stopped or parked live machine",
+            "Judge the state that a dump or a live machine is in. Several dumps give a line each (as json a list of "
+            "reports, as junit one document); --output then names a directory for a report of each. The status is the "
+            "worst: 1 when a check of any failed, else 3 when any could not be decided or opened.",
+        )  # fmt: skip
+        _target_options(check, many=True)
+        _output_options(check)
 
-    gdb = _command(
-        commands, "gdb", run_gdb, "an interactive gdb with the plugin loaded",
-        "Start gdb with the xen commands, the symbols and the target loaded. Arguments after -- go to gdb.",
-    )  # fmt: skip
-    _target_options(gdb)
+    if asked in (None, "gdb"):
+        gdb = _command(
+            commands, "gdb", run_gdb, "an interactive gdb with the plugin loaded",
+            "Start gdb with the xen commands, the symbols and the target loaded. Arguments after -- go to gdb.",
+        )  # fmt: skip
+        _target_options(gdb)
 
-    info = _command(
-        commands, "info", run_info, "what this is: format, notes, CPUs, symbols, build-id, generation and evidence",
-        "Say what a target is and what is known of it, without judging it.",
-    )  # fmt: skip
-    _target_options(info)
-    _output_options(info, formats=("table", "json"))
+    if asked in (None, "info"):
+        info = _command(
+            commands, "info", run_info, "what this is: format, notes, CPUs, symbols, build-id, generation and evidence",
+            "Say what a target is and what is known of it, without judging it.",
+        )  # fmt: skip
+        _target_options(info)
+        _output_options(info, formats=("table", "json"))
 
-    if with_lab:
+    if asked in (None, "lab"):
         from xencrash.lab import cli as lab
 
         lab.add_parser(commands, LAB)
-    else:
-        commands.add_parser("lab", help=LAB)
     return parser
 
 
@@ -113,7 +129,7 @@ def _command(
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=description, epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )  # fmt: skip
     parser.set_defaults(run=run)
     return parser
@@ -158,12 +174,20 @@ def is_live(target: str) -> bool:
 
 
 def run_check(args: argparse.Namespace) -> int:
+    target, *more = args.target
+    if not more and not is_live(target):
+        return finish(check_dump(target, args), args)
     from xencrash import judging
 
-    if len(args.target) > 1:
-        return judging.check_many(args)
-    target = args.target[0]
-    return finish(judging.check_live(args) if is_live(target) else judging.check_dump(target, args), args)
+    return judging.check_many(args) if more else finish(judging.check_live(args), args)
+
+
+def check_dump(path: str, args: argparse.Namespace) -> Report:
+    """The report on one dump. Raises Undecidable."""
+    from xen_symbols import api
+
+    xen = api.open_dump(path, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch)
+    return api.evaluate(xen)
 
 
 def run_info(args: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xen_symbols import api
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.engine import TOOL, describe_symbols, describe_target, new_report
 from xen_symbols.crashpath.generations import identify
@@ -35,11 +34,6 @@ from xen_symbols.xen.locate import carried_symbols, locate
 from xen_symbols.xen.state import read_state
 
 Json = dict[str, Any]
-
-
-def check_dump(path: str, args: argparse.Namespace) -> Report:
-    """The report on one dump. Raises Undecidable."""
-    return api.evaluate(api.open_dump(path, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch))
 
 
 def check_live(args: argparse.Namespace) -> Json:
@@ -89,7 +83,7 @@ def tell_stage(stage: Json, findings: Sequence[Json]) -> None:
 
 def check_many(args: argparse.Namespace) -> int:
     """Judge several dumps: a line for each, a report for each with --output DIR, and the worst status."""
-    from xencrash.cli import UsageError, render, status_of, write, write_pieces
+    from xencrash.cli import UsageError, check_dump, render, status_of, write, write_pieces
 
     live = [target for target in args.target if target.startswith("gdb:")]
     if live:

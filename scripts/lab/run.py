@@ -85,12 +85,11 @@ def follow(lab: Lab, output: Path, crash: Callable[[], None], **options: Any) ->
 
 def check_vmcore(lab: Lab, output: Path) -> Json:
     """The report on the vmcore that the crash kernel takes, also left as `check.json` beside the `vmcore`."""
-    from xencrash import judging
-    from xencrash.cli import render, write
+    from xencrash.cli import check_dump, render, write
 
     vmcore = lab.wait_vmcore(output / "vmcore")
     options = argparse.Namespace(symbols=str(lab.symbols), base=None, allow_build_id_mismatch=False)
-    checked = judging.check_dump(str(vmcore), options).to_json()
+    checked = check_dump(str(vmcore), options).to_json()
     write(render(checked, "json"), str(output / "check.json"))
     return checked
 
