@@ -12,7 +12,7 @@ struct sdt { char signature[4]; uint32_t length; uint8_t rest[28]; } __attribute
 struct madt { struct sdt header; uint32_t local_apic, flags; uint8_t entries[]; } __attribute__((packed));
 struct madt_lapic { uint8_t type, length, acpi_id, apic_id; uint32_t flags; } __attribute__((packed));
 
-#define MADT_LAPIC      0
+#define MADT_LAPIC      0                       /* ACPI 6.5, 5.2.12.2, "Processor Local APIC Structure" */
 #define LAPIC_ENABLED   1
 
 static bool signed_as(const void *at, const char *signature)
@@ -23,6 +23,7 @@ static bool signed_as(const void *at, const char *signature)
     return true;
 }
 
+/* In the BIOS's read-only memory: ACPI 6.5, 5.2.5.1. */
 static const struct madt *find_madt(void)
 {
     for ( unsigned long at = 0xe0000; at < 0x100000; at += 16 )

@@ -7,24 +7,15 @@
 #include "xen.h"
 #include "fault.h"
 
-/* IA32_APIC_BASE: SDM vol. 3, "x2APIC Mode" and "x2APIC State Transitions". */
-#define MSR_APIC_BASE       0x01b
-#define APIC_BASE_EXTD      (1UL << 10)
-#define APIC_BASE_EN        (1UL << 11)
+#define CPUID_1_ECX_X2APIC  (1U << 21)          /* SDM vol. 2, CPUID, "Feature Information Returned in ECX" */
 
-#define CPUID_1_ECX_X2APIC  (1U << 21)
-
-/* Register offsets in xAPIC mode; in x2APIC mode the register is MSR 0x800 + offset / 16. */
-#define MSR_X2APIC          0x800
-#define APIC_ID             0x020
+/* Registers beside those that machine.h has. */
 #define APIC_TPR            0x080
 #define APIC_EOI            0x0b0
 #define APIC_LDR            0x0d0
 #define APIC_DFR            0x0e0
 #define APIC_SPIV           0x0f0
 #define APIC_ESR            0x280
-#define APIC_ICR            0x300
-#define APIC_ICR2           0x310
 #define APIC_LVTT           0x320
 #define APIC_LVTTHMR        0x330
 #define APIC_LVTPC          0x340
@@ -33,6 +24,7 @@
 #define APIC_LVTERR         0x370
 #define APIC_TMICT          0x380
 
+/* SDM vol. 3, "Spurious-Interrupt Vector Register" and "Local Vector Table". */
 #define SPIV_ENABLED        (1U << 8)
 #define LVT_MASKED          (1U << 16)
 #define LVT_NMI             (4U << 8)
@@ -49,13 +41,13 @@ static enum apic_mode apic_boot_mode = APIC_MODE_INVALID;
 
 static uint32_t apic_read(unsigned int reg)
 {
-    return x2apic_enabled ? (uint32_t)rdmsr(MSR_X2APIC + reg / 16) : LOCAL_APIC[reg / 4];
+    return x2apic_enabled ? (uint32_t)rdmsr(MSR_X2APIC(reg)) : LOCAL_APIC[reg / 4];
 }
 
 static void apic_write(unsigned int reg, uint32_t value)
 {
     if ( x2apic_enabled )
-        wrmsr(MSR_X2APIC + reg / 16, value);
+        wrmsr(MSR_X2APIC(reg), value);
     else
         LOCAL_APIC[reg / 4] = value;
 }
@@ -187,7 +179,7 @@ void send_IPI(uint32_t apic_id, uint32_t icr)
 {
     if ( x2apic_enabled )
     {
-        wrmsr(MSR_X2APIC + APIC_ICR / 16, (uint64_t)apic_id << 32 | icr);
+        wrmsr(MSR_X2APIC(APIC_ICR), (uint64_t)apic_id << 32 | icr);
         return;
     }
     while ( LOCAL_APIC[APIC_ICR / 4] & ICR_BUSY )
@@ -209,7 +201,7 @@ void send_self_nmi(uint32_t wrong_by)
         break;
 
     case APIC_MODE_X2APIC:
-        wrmsr(MSR_X2APIC + APIC_ICR / 16, (rdmsr(MSR_X2APIC + APIC_ID / 16) + wrong_by) << 32 | ICR_NMI);
+        wrmsr(MSR_X2APIC(APIC_ICR), (rdmsr(MSR_X2APIC(APIC_ID)) + wrong_by) << 32 | ICR_NMI);
         break;
 
     default:

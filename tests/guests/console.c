@@ -4,23 +4,18 @@
  */
 #include "xen.h"
 
-/* National Semiconductor PC16550D datasheet, "Registers". */
-#define COM1            0x3f8
-#define UART_DATA       (COM1 + 0)
+/* National Semiconductor PC16550D datasheet, "Registers": those beside machine.h's. */
 #define UART_DLL        (COM1 + 0)              /* while DLAB is set */
 #define UART_DLM        (COM1 + 1)
 #define UART_IER        (COM1 + 1)
 #define UART_FCR        (COM1 + 2)
 #define UART_LCR        (COM1 + 3)
 #define UART_MCR        (COM1 + 4)
-#define UART_LSR        (COM1 + 5)
 #define IER_RECEIVED    0x01
 #define FCR_ENABLE      0x07                    /* both FIFOs on, and empty */
 #define LCR_8N1         0x03
 #define LCR_DLAB        0x80
 #define MCR_OUT2        0x0b                    /* DTR, RTS, and OUT2: on a PC it lets the interrupt through */
-#define LSR_RECEIVED    0x01
-#define LSR_CAN_SEND    0x20
 
 #define CONRING_SIZE    16384
 
@@ -54,13 +49,6 @@ void console_listen(void)
             printk("'C' pressed -> triggering crashdump\n");
             start_crash();
         }
-}
-
-static void serial_putc(char c)
-{
-    while ( !(inb(UART_LSR) & LSR_CAN_SEND) )
-        cpu_relax();
-    outb(UART_DATA, c);
 }
 
 static void putc(char c)

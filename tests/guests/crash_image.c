@@ -5,33 +5,20 @@
  * says on the debug console (port 0xe9) and on the serial port that it is alive and in which mode it finds
  * the local APIC, then sends itself an NMI: if that arrives, NMIs are open.
  *
- * Its first word is the jump to its code, the second becomes 1 when it runs.
+ * What it and Xen agree on is in layout.h. Its first word is the jump to its code.
  */
-#include <stdbool.h>
-#include <stdint.h>
-
 #include "layout.h"
+#include "machine.h"
 
 #define DEBUG_PORT      0xe9                    /* QEMU: -device isa-debugcon */
 #define EXIT_PORT       0xf4                    /* QEMU: -device isa-debug-exit,iobase=0xf4; status 2 * value + 1 */
 #define EXIT_OPEN       0x10
 #define EXIT_SHUT       0x11
-#define COM1            0x3f8
-#define COM1_LSR        (COM1 + 5)
-#define LSR_CAN_SEND    0x20
 
-/* SDM vol. 3, "IA32_APIC_BASE MSR" and "Local APIC Register Address Map". */
-#define MSR_APIC_BASE   0x01b
-#define APIC_BASE_EXTD  (1UL << 10)
-#define APIC_BASE_EN    (1UL << 11)
-#define MSR_X2APIC_ID   0x802
-#define MSR_X2APIC_ICR  0x830
-#define LAPIC           ((volatile uint32_t *)0xfee00000)
-#define LAPIC_ID        (0x020 / 4)
-#define LAPIC_ICR       (0x300 / 4)
-#define LAPIC_ICR2      (0x310 / 4)
-#define ICR_NMI         0x400
+/* Where the local APIC lies after reset: SDM vol. 3, "Local APIC Register Address Map". */
+#define LOCAL_APIC      ((volatile uint32_t *)0xfee00000)
 
+/* Its own selectors. */
 #define CODE            0x08
 #define DATA            0x10
 
@@ -48,47 +35,17 @@ extern volatile uint64_t runs;
 static char stack[4096] __attribute__((aligned(16), used));
 asm ( ".globl stack_top; .set stack_top, stack + 4096" );
 
-static inline void outb(uint16_t port, uint8_t value)
-{
-    asm volatile ( "outb %0, %1" :: "a" (value), "Nd" (port) );
-}
-
-static inline uint8_t inb(uint16_t port)
-{
-    uint8_t value;
-
-    asm volatile ( "inb %1, %0" : "=a" (value) : "Nd" (port) );
-    return value;
-}
-
-static inline uint64_t rdmsr(uint32_t msr)
-{
-    uint32_t low, high;
-
-    asm volatile ( "rdmsr" : "=a" (low), "=d" (high) : "c" (msr) );
-    return low | (uint64_t)high << 32;
-}
-
-static inline void wrmsr(uint32_t msr, uint64_t value)
-{
-    asm volatile ( "wrmsr" :: "c" (msr), "a" ((uint32_t)value), "d" ((uint32_t)(value >> 32)) : "memory" );
-}
-
 static void say(const char *text)
 {
     for ( ; *text; text++ )
     {
         outb(DEBUG_PORT, *text);
-        while ( !(inb(COM1_LSR) & LSR_CAN_SEND) )
-            ;
-        outb(COM1, *text);
+        serial_putc(*text);
     }
 }
 
-/* SDM vol. 3, "Segment Descriptors" and "64-Bit Mode IDT". */
-static const uint64_t gdt[] = { 0, 0x00af9b000000ffff, 0x00cf93000000ffff };
-static struct { uint64_t a, b; } idt[32];
-struct table_register { uint16_t limit; uint64_t base; } __attribute__((packed));
+static const uint64_t gdt[] = { 0, [CODE / 8] = SEGMENT_CODE64, [DATA / 8] = SEGMENT_DATA };
+static idt_entry_t idt[FIRST_IRQ_VECTOR];
 
 static volatile unsigned int nmis;
 void nmi_entry(void);
@@ -112,10 +69,7 @@ __attribute__((used)) static void on_exception(void)
 
 static void set_gate(unsigned int vector, void (*handler)(void))
 {
-    uint64_t offset = (uint64_t)handler;
-
-    idt[vector].a = (offset & 0xffff) | (uint64_t)CODE << 16 | 0x8eUL << 40 | (offset & 0xffff0000) << 32;
-    idt[vector].b = offset >> 32;
+    idt[vector] = (idt_entry_t){ gate_lower(CODE, INTERRUPT_GATE, 0, handler), (uint64_t)handler >> 32 };
 }
 
 static void own_tables(void)
@@ -123,7 +77,7 @@ static void own_tables(void)
     struct table_register gdtr = { sizeof(gdt) - 1, (uint64_t)gdt };
     struct table_register idtr = { sizeof(idt) - 1, (uint64_t)idt };
 
-    for ( unsigned int vector = 0; vector < 32; vector++ )
+    for ( unsigned int vector = 0; vector < FIRST_IRQ_VECTOR; vector++ )
         set_gate(vector, failed);
     set_gate(VECTOR_NMI, nmi_entry);
     asm volatile ( "lgdt %0                 \n\t"
@@ -140,15 +94,15 @@ static void own_tables(void)
 static void send_self_nmi(uint64_t mode)
 {
     if ( mode & APIC_BASE_EXTD )
-        wrmsr(MSR_X2APIC_ICR, rdmsr(MSR_X2APIC_ID) << 32 | ICR_NMI);
+        wrmsr(MSR_X2APIC(APIC_ICR), rdmsr(MSR_X2APIC(APIC_ID)) << 32 | ICR_NMI);
     else if ( mode & APIC_BASE_EN )
     {
-        LAPIC[LAPIC_ICR2] = LAPIC[LAPIC_ID];
-        LAPIC[LAPIC_ICR] = ICR_NMI;
+        LOCAL_APIC[APIC_ICR2 / 4] = LOCAL_APIC[APIC_ID / 4];
+        LOCAL_APIC[APIC_ICR / 4] = ICR_NMI;
     }
 }
 
-__attribute__((used)) static void main(unsigned int exits)
+__attribute__((used)) static void main(uint32_t flags)
 {
     uint64_t mode = rdmsr(MSR_APIC_BASE);
 
@@ -159,10 +113,10 @@ __attribute__((used)) static void main(unsigned int exits)
 
     send_self_nmi(mode);
     for ( unsigned int i = 0; i < 1000 && !nmis; i++ )
-        inb(COM1_LSR);                          /* takes its time */
+        inb(UART_LSR);                          /* takes its time */
     say(nmis ? "crash image: NMIs are open\r\n" : "crash image: NMIs are shut\r\n");
 
-    if ( exits )
+    if ( flags & CRASH_IMAGE_EXITS )
         outb(EXIT_PORT, nmis ? EXIT_OPEN : EXIT_SHUT);
     halt_for_good();
 }

@@ -162,12 +162,12 @@ void kexec_init(void)
 }
 
 /*
- * For CPUs that are too late: the crash image says in its second word that it runs (crash_image.c). Without
- * PAUSE, for which QEMU's TCG takes the lock that the crashing CPU needs for its delays.
+ * For CPUs that are too late: the crash image says when it runs. Without PAUSE, for which QEMU's TCG takes
+ * the lock that the crashing CPU needs for its delays.
  */
 noinline void wait_for_crash_image(void)
 {
-    while ( !((volatile uint64_t *)__va(CRASH_IMAGE_START))[1] )
+    while ( !((volatile uint64_t *)__va(CRASH_IMAGE_START))[CRASH_IMAGE_RUNS] )
         barrier();
 }
 

@@ -29,8 +29,15 @@
 #define PAGE_SIZE          0x1000
 
 /*
+ * What Xen and the crash image agree on: it is entered at its start, with flags in EDI, and one of its eight-byte
+ * words becomes 1 when it runs.
+ */
+#define CRASH_IMAGE_RUNS   1                    /* the number of that word */
+#define CRASH_IMAGE_EXITS  1                    /* flag: the image ends the machine */
+
+/*
  * Selectors. The GDT is loaded so far below its table that the table's first descriptor has Xen's selector
- * 0xe000: a PV guest owns all lower ones.
+ * 0xe000 (FIRST_RESERVED_GDT_BYTE of public/arch-x86/xen.h): a PV guest owns all lower ones.
  */
 #define FIRST_RESERVED_SELECTOR 0xe000
 #define HYPERVISOR_CS      0xe008

@@ -9,14 +9,6 @@
 
 /* -- Gates: SDM vol. 3, "64-Bit Mode IDT" ----------------------------------------------------------- */
 
-static uint64_t gate_lower(unsigned int type, unsigned int dpl, void (*handler)(void))
-{
-    uint64_t offset = (uint64_t)handler;
-
-    return (offset & 0xffff) | (uint64_t)HYPERVISOR_CS << 16 | (uint64_t)type << GATE_TYPE_SHIFT |
-           (uint64_t)dpl << GATE_DPL_SHIFT | GATE_PRESENT | (offset & 0xffff0000) << 32;
-}
-
 /* One store, and no compiler may make it two. */
 static void _write_gate_lower(idt_entry_t *gate, uint64_t lower)
 {
@@ -28,13 +20,13 @@ void _set_gate(idt_entry_t *gate, unsigned int type, unsigned int dpl, void (*ha
 {
     _write_gate_lower(gate, 0);
     *(volatile uint64_t *)&gate->b = (uint64_t)handler >> 32;
-    _write_gate_lower(gate, gate_lower(type, dpl, handler));
+    _write_gate_lower(gate, gate_lower(HYPERVISOR_CS, type, dpl, handler));
 }
 
 /* The lower half anew, so IST is off. The upper half is the same for every handler in the image. */
 void _set_gate_lower(idt_entry_t *gate, unsigned int type, unsigned int dpl, void (*handler)(void))
 {
-    _write_gate_lower(gate, gate_lower(type, dpl, handler));
+    _write_gate_lower(gate, gate_lower(HYPERVISOR_CS, type, dpl, handler));
 }
 
 /* Another handler; type, privilege level and IST stay. */
@@ -158,8 +150,6 @@ static void init_tss(struct tss *tss, unsigned long stack)
     tss->io_map_base = sizeof(*tss);
 }
 
-struct table_register { uint16_t limit; uint64_t base; } __attribute__((packed));
-
 /* GDT, TSS and IDT of the CPU that calls. */
 void load_system_tables(void)
 {
@@ -179,9 +169,9 @@ void load_system_tables(void)
 
     init_tss(tss, (unsigned long)(get_cpu_info() + 1) - STACK_SIZE);
 
-    /* SDM vol. 3, "Segment Descriptors" and "TSS Descriptor in 64-bit mode". */
-    gdt[(HYPERVISOR_CS - FIRST_RESERVED_SELECTOR) / 8] = 0x00af9b000000ffff;
-    gdt[(HYPERVISOR_DS - FIRST_RESERVED_SELECTOR) / 8] = 0x00cf93000000ffff;
+    /* SDM vol. 3, "TSS Descriptor in 64-bit mode": present, 64-bit TSS (available). */
+    gdt[(HYPERVISOR_CS - FIRST_RESERVED_SELECTOR) / 8] = SEGMENT_CODE64;
+    gdt[(HYPERVISOR_DS - FIRST_RESERVED_SELECTOR) / 8] = SEGMENT_DATA;
     gdt[tss_slot] = (sizeof(*tss) - 1) | (base & 0xffffff) << 16 | 0x89UL << 40 | (base >> 24 & 0xff) << 56;
     gdt[tss_slot + 1] = base >> 32;
 

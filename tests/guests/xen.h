@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "layout.h"
+#include "machine.h"
 
 /* Everything is in one image: addresses are relative to RIP, without a table of them in between. */
 #pragma GCC visibility push(hidden)
@@ -18,55 +19,6 @@
 #define noreturn        __attribute__((noreturn))
 #define ARRAY_SIZE(a)   (sizeof(a) / sizeof((a)[0]))
 #define PRINTF(f, a)    __attribute__((format(printf, f, a)))
-
-/* -- The processor: instructions that C has no words for ------------------------------------------- */
-
-static inline void local_irq_disable(void) { asm volatile ( "cli" ::: "memory" ); }
-static inline void local_irq_enable(void)  { asm volatile ( "sti" ::: "memory" ); }
-static inline void halt(void)              { asm volatile ( "hlt" ::: "memory" ); }
-/* No interrupt is taken between STI and the instruction behind it: the one that ends the HLT is not lost. */
-static inline void safe_halt(void)         { asm volatile ( "sti; hlt" ::: "memory" ); }
-static inline void cpu_relax(void)         { asm volatile ( "pause" ::: "memory" ); }
-static inline void barrier(void)           { asm volatile ( "" ::: "memory" ); }
-
-static inline void outb(uint16_t port, uint8_t value)
-{
-    asm volatile ( "outb %0, %1" :: "a" (value), "Nd" (port) );
-}
-
-static inline uint8_t inb(uint16_t port)
-{
-    uint8_t value;
-
-    asm volatile ( "inb %1, %0" : "=a" (value) : "Nd" (port) );
-    return value;
-}
-
-static inline uint64_t rdmsr(uint32_t msr)
-{
-    uint32_t low, high;
-
-    asm volatile ( "rdmsr" : "=a" (low), "=d" (high) : "c" (msr) );
-    return low | (uint64_t)high << 32;
-}
-
-static inline void wrmsr(uint32_t msr, uint64_t value)
-{
-    asm volatile ( "wrmsr" :: "c" (msr), "a" ((uint32_t)value), "d" ((uint32_t)(value >> 32)) : "memory" );
-}
-
-static inline uint32_t cpuid_ecx(uint32_t leaf)
-{
-    uint32_t eax = leaf, ecx = 0, ebx, edx;
-
-    asm volatile ( "cpuid" : "+a" (eax), "+c" (ecx), "=b" (ebx), "=d" (edx) );
-    return ecx;
-}
-
-#define read_cr(n) ({ unsigned long cr_; asm volatile ( "mov %%cr" #n ", %0" : "=r" (cr_) ); cr_; })
-
-#define MSR_FS_BASE     0xc0000100
-#define MSR_GS_BASE     0xc0000101
 
 /* -- Memory ---------------------------------------------------------------------------------------- */
 
@@ -175,17 +127,7 @@ void init_cpu_info(unsigned int cpu, void *stack);
 
 /* -- Descriptor tables (traps.c) ------------------------------------------------------------------- */
 
-/* SDM vol. 3, "64-Bit Mode IDT". */
-typedef struct { uint64_t a, b; } idt_entry_t;
 #define IDT_ENTRIES     256
-
-#define GATE_IST_SHIFT  32
-#define GATE_IST_MASK   (7UL << GATE_IST_SHIFT)
-#define GATE_TYPE_SHIFT 40
-#define GATE_DPL_SHIFT  45
-#define GATE_PRESENT    (1UL << 47)
-#define INTERRUPT_GATE  14                      /* SDM vol. 3, table "System-Segment and Gate-Descriptor Types" */
-#define TRAP_GATE       15
 #define IST_NONE        0
 
 #if HAS_PER_CPU_IDT
@@ -269,13 +211,6 @@ uint32_t get_apic_id(void);
 void send_IPI(uint32_t apic_id, uint32_t icr);
 void send_self_nmi(uint32_t wrong_by);          /* 0, or how far off its own APIC id */
 
-/* SDM vol. 3, "Interrupt Command Register (ICR)". */
-#define ICR_NMI         0x400
-#define ICR_INIT        0x500
-#define ICR_STARTUP     0x600
-#define ICR_BUSY        (1U << 12)
-#define ICR_ASSERT      (1U << 14)
-
 void smp_send_nmi_allbutself(void);
 void __stop_this_cpu(void);
 
@@ -318,7 +253,6 @@ void machine_crash_shutdown(void);
 void machine_kexec(void);
 void kexec_reloc(unsigned long image, unsigned long page_table, unsigned long flags) noreturn;
 
-#define CRASH_IMAGE_EXITS 1                     /* kexec_reloc(), flags: the image ends the machine */
 void wait_for_crash_image(void);
 
 /* -- Command line ---------------------------------------------------------------------------------- */
