@@ -339,7 +339,6 @@ _KEXEC_C = "xen/arch/x86/machine_kexec.c, machine_kexec (77ad1faa6b)"
 _GATE_HELPERS = "xen/arch/x86/traps.c and its _set_gate helpers; SDM vol. 3, 6.14.1"
 # What another handler than the expected one does.
 _INSTEAD_OF_HANDLER = {
-    "trap_nop": "the event is handled in full on a machine that is half torn down, instead of being ignored",
     "nmi_crash": "the shootdown NMI does not reach do_nmi_crash on that CPU: it saves nothing and does not stop",
     **dict.fromkeys(("nmi", "entry_NMI"),
                     "an NMI on that CPU runs other code than Xen's handler: it is lost, or worse"),
@@ -353,12 +352,16 @@ _INSTEAD_OF_IST_0 = (
 
 
 def _gate_checks(prefix: str, vector: int, event: str, handler_source: str) -> tuple[Check, ...]:
+    instead_of_handler = {
+        **_INSTEAD_OF_HANDLER,
+        "trap_nop": f"{event} there is handled in full on a machine that is half torn down, instead of being ignored",
+    }
     instead_of_ist = {0: _INSTEAD_OF_IST_0.format(event=event)}
     rows: tuple[tuple[str, str, str, Callable[[Context, int], Outcome], Mapping[Any, str]], ...] = (
         ("present", _GATE_HELPERS, f"{event} on that CPU raises #NP instead of reaching any handler",
          _judge_bits(vector, lambda g: g.present, True), {}),
         ("handler", handler_source, f"{event} on that CPU runs the wrong code: the crash goes on without it, or ends",
-         _judge_handler(vector), _INSTEAD_OF_HANDLER),
+         _judge_handler(vector), instead_of_handler),
         ("selector", _GATE_HELPERS, f"{event} on that CPU loads a wrong CS: #GP, or code in the wrong mode",
          _judge_bits(vector, lambda g: g.selector, HYPERVISOR_CS), {}),
         ("type", _GATE_HELPERS, f"{event} on that CPU is entered with interrupts on (type 15, a trap gate), or "

@@ -264,7 +264,8 @@ def problems(report: Json) -> Lines | None:
             stages = dict.fromkeys(other["stage"] for other in later)
             lines.append([Cell(f"         still at {', '.join(stages)}", "dim")])
         if finding.get("follows"):
-            lines.append([Cell(f"         follows from {finding['follows']} of this CPU", "dim")])
+            whose = "" if finding["cpu"] is None else " of this CPU"
+            lines.append([Cell(f"         follows from {finding['follows']}{whose}", "dim")])
         elif finding.get("reason"):
             lines.append([Cell(f"         {'so ' if verdict == 'fail' else ''}{finding['reason']}")])
         for item in finding["evidence"]:
