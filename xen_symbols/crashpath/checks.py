@@ -66,14 +66,13 @@ def expect(
     of: Callable[[Any], Any] = _as_it_is,
 ) -> Outcome:
     """Pass when what was read, or what `of` takes out of it, is one of those allowed; `show` makes JSON of them."""
-    distinct = allowed if len(allowed) == 1 else tuple(dict.fromkeys(allowed))
-    shown = show(distinct[0]) if len(distinct) == 1 else _expected_json([show(value) for value in distinct])
-    value = read.value
-    if not isinstance(value, Absent):
-        value = of(value)
+    if len(allowed) > 1:
+        allowed = tuple(dict.fromkeys(allowed))
+    shown = show(allowed[0]) if len(allowed) == 1 else _expected_json([show(value) for value in allowed])
+    value = read.value if isinstance(read.value, Absent) else of(read.value)
     if isinstance(value, Absent):
         return _from_absence(value, shown)
-    verdict = Verdict.PASS if value in distinct else Verdict.FAIL
+    verdict = Verdict.PASS if value in allowed else Verdict.FAIL
     return Outcome(verdict, shown, show(value), read.evidence)
 
 
@@ -84,6 +83,9 @@ def timed(span: Span, step: int, before: Any, after: Any) -> tuple[Any, ...]:
     if span.reached(step):
         return (after,)
     return (before, after)
+
+
+_ANYWHERE = Span(OtherStep.NOTHING, OtherStep.PARKED)
 
 
 class Context:
@@ -140,7 +142,7 @@ class Context:
         return cpu in self.position.online and not self.is_crashing(cpu)
 
     def other(self, cpu: int) -> Span:
-        return self.position.others.get(cpu, Span(OtherStep.NOTHING, OtherStep.PARKED))
+        return self.position.others.get(cpu, _ANYWHERE)
 
     @property
     def crash(self) -> Span:
