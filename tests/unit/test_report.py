@@ -112,6 +112,19 @@ def test_plain_text_names_what_is_wrong_where_and_why() -> None:
     assert "\x1b" not in text
 
 
+def test_what_follows_names_a_cpu_only_where_the_finding_has_one() -> None:
+    machine = Machine()
+    machine.gate(0, 2, 4, b"\x02")
+    made = machine.report().to_json()
+    first = next(f for f in made["findings"] if f["verdict"] == "fail") | {"follows": "nmi-answered"}
+    made["findings"] = [first, first | {"check": "shootdown-report", "cpu": None}]
+    lines = plain(report_blocks(made)).splitlines()
+    assert [line.strip() for line in lines if "follows" in line] == [
+        "follows from nmi-answered of this CPU",
+        "follows from nmi-answered",
+    ]
+
+
 def test_a_failure_that_persists_is_told_once() -> None:
     machine = Machine()
     machine.gate(0, 2, 4, b"\x02")
