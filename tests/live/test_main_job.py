@@ -308,7 +308,10 @@ def test_one_change_of_guest_memory_is_found_and_nothing_else(
     assert wrong(session.xen("crash-check")) == set()
 
 
-def test_bt_and_notes_at_the_handover(stopped: tuple[Lab, GdbSession, LiveMachine]) -> None:
+def test_bt_and_notes_at_the_handover(
+    stopped: tuple[Lab, GdbSession, LiveMachine], request: pytest.FixtureRequest
+) -> None:
+    row = ROWS[request.node.callspec.params["stopped"]]
     _, session, _ = stopped
     crashed, *others = session.xen("bt")["cpus"]
     assert [stack["name"] for stack in crashed["stacks"]["list"]] == ["#MC", "NMI", "#DB", "#DF", "primary"]
@@ -321,10 +324,11 @@ def test_bt_and_notes_at_the_handover(stopped: tuple[Lab, GdbSession, LiveMachin
         if frame["state"] == "current":
             assert cpu["steps"][0]["stack"] == "NMI" and cpu["steps"][1]["interrupted_by"] == "NMI"
             names = [call["symbol"].partition("+")[0] for call in cpu["steps"][0]["calls"]]
-            assert names[0] == "do_nmi" and "handle_ist_exception" in names
+            # exception_table[] led the entry code to do_nmi_crash itself, until e7f147bf4a (4.17.0).
+            assert (names[0] == "do_nmi") is (row.unhooked is None) and "handle_ist_exception" in names
     notes = session.xen("notes")
     assert [(buffer["state"], buffer["says"]) for buffer in notes["buffers"]] == [("saved", "complete")] * 4
-    assert notes["info"]["version"].startswith("4.17.")
+    assert notes["info"]["version"].startswith(f"{row.xen}.")
 
 
 def test_a_check_changes_nothing(stopped: tuple[Lab, GdbSession, LiveMachine], tmp_path: Path) -> None:
