@@ -77,8 +77,8 @@ def add_parser(commands: Any, summary: str) -> None:
 
     run = _step(
         steps, "run", run_run, "all of it: boot, crash, take the vmcore, judge, stop",
-        "Boot a machine, crash it, take the vmcore, judge it, and end the machine. The report and the exit status "
-        "are those of `xencrash check`.",
+        "Boot a machine, crash it, follow and judge every stage, take the vmcore, judge it too, and end the machine. "
+        "The exit status is the trace's; the vmcore's when the trace passed.",
     )  # fmt: skip
     machine_options(run)
     _crash_options(run)

@@ -1,4 +1,4 @@
-"""One suite of the Target protocol's promises, on every kind of target; tests/live/test_dumps.py has it for real Xen's.
+"""One suite of the Target protocol's promises, on every kind of target; real Xen's are the recorded examples.
 
 The reference guest is stopped at the handover in both QEMUs: live through gdb, with QMP and without, in each of QEMU's
 dumps, in one that is served to gdb, and as a raw image of its RAM, which is also what each is compared with.

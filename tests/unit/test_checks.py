@@ -270,7 +270,18 @@ def test_of_memory_alone_no_change_is_taken_for_good(what: str) -> None:
 def test_of_memory_alone_a_crash_on_its_way_is_unknown(name: str) -> None:
     report = memory_alone(name).report()
     assert (report.verdict, bad(report), [s.stage for s in report.stages]) == (Verdict.UNKNOWN, set(), ["crashing"])
-    assert "how far the crash came cannot be told" in str(report.undecided)
+    assert "how far it came cannot be told" in str(report.undecided)
+
+
+def test_a_crash_between_two_stages_or_stuck_there_is_no_pass() -> None:
+    machine = Machine()
+    inside = machine.symbols.address("machine_kexec", "tT") + 4
+    machine.physical(0, lambda p: replace(p, registers={**p.registers, "rip": inside}))
+    report = machine.report()
+    assert (report.verdict, bad(report), [s.stage for s in report.stages]) == (Verdict.UNKNOWN, set(), ["crashing"])
+    assert "no CPU is at the beginning of a stage" in str(report.undecided)
+    machine.gate(1, NMI, 5, b"\x8f")
+    assert machine.report().verdict is Verdict.FAIL
 
 
 def _shootdown_findings(change: Callable[[Machine], object]) -> set[tuple[str, int | None, str]]:

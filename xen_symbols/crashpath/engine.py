@@ -164,10 +164,13 @@ def evaluate(memory: XenMemory, identification: Identification | None = None) ->
         raise Undecidable(f"{memory.target.location}: {error}") from None
     position = infer(state, identification.generation)
     add_stage(report, context_at(memory, state, position, identification.generation))
-    if position.stage is CRASHING and is_memory_alone(state):
+    if position.stage is CRASHING:
+        why = "no CPU is at the beginning of a stage"
+        if is_memory_alone(state):
+            why = "the dump holds no registers of any CPU, and memory does not show that Xen handed over"
         report.undecided = (
-            f"{memory.target.location}: how far the crash came cannot be told: the dump holds no registers of any CPU, "
-            "and memory does not show that Xen handed over; every step was allowed for"
+            f"{memory.target.location}: Xen is on its way through the crash path, or stuck there, and how far it came "
+            f"cannot be told: {why}; every step was allowed for"
         )
     if position.crashing_cpu is not None:
         report.target = {**report.target, "crashing_cpu_by": list(crashing_cpu(state, identification.generation)[1])}
