@@ -32,6 +32,10 @@ _CRASHES_EPILOG = (
     "exit status: 0 every crash passed, 1 at least one failed, 2 bad usage, 3 one could not be decided or got "
     "(a package that its source has no more is told, and does not count)"
 )
+_RUN_EPILOG = (
+    "exit status: 0 every check passed, 1 at least one failed, 2 bad usage, 3 a step failed or could not be decided "
+    "(which, why and what to do is on standard error)"
+)
 _EPILOG = "exit status: 0 done, 2 bad usage, 3 a step failed (which, why and what to do is on standard error)"
 
 
@@ -79,6 +83,7 @@ def add_parser(commands: Any, summary: str) -> None:
         steps, "run", run_run, "all of it: boot, crash, take the vmcore, judge, stop",
         "Boot a machine, crash it, follow and judge every stage, take the vmcore, judge it too, and end the machine. "
         "The exit status is the trace's; the vmcore's when the trace passed.",
+        _RUN_EPILOG,
     )  # fmt: skip
     machine_options(run)
     _crash_options(run)
