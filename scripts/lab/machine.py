@@ -48,6 +48,7 @@ _KEXEC = (
     "kexec -p /boot/vmlinuz --initrd=/boot/crash.cpio.gz "
     '--append="console=ttyS0 irqpoll nr_cpus=1 reset_devices loglevel=5"'
 )
+_RESUMES_IN = 5.0  # seconds from gdb's "running" to QEMU's, on a loaded host
 _TO_XEN = rb"Serial input to Xen"
 _DIED = rb"Panic on CPU \d+|Kernel panic - not syncing|Hardware Dom0 halted"
 _XEN_UP = rb"Brought up \d+ CPUs"
@@ -362,15 +363,23 @@ class Lab:
         """
         if how not in ("key", "panic") or (how == "key" and cpu is not None):
             raise LabError(f"crashing Xen: there is no way {how!r}" + (" to choose the CPU" if cpu is not None else ""))
-        status = self.qmp("query-status")["status"]
-        if status != "running":
-            raise LabError(f"crashing Xen: the machine is stopped ({status}), by a debugger perhaps: let it run first")
+        self._require_running()
         if how == "key":
             self._console_to_xen()
             self.serial_send(b"C")
         else:
             panic = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
             self._send_dom0(panic if cpu is None else f"taskset -p {1 << cpu:x} $$ >/dev/null && {{ {panic}; }}")
+
+    def _require_running(self) -> None:
+        """A gdb that has just let the machine run says so before QEMU has heard of it: that moment is waited for."""
+        deadline = time.monotonic() + _RESUMES_IN
+        while (status := self.qmp("query-status")["status"]) != "running":
+            if time.monotonic() > deadline:
+                raise LabError(
+                    f"crashing Xen: the machine is stopped ({status}), by a debugger perhaps: let it run first"
+                )
+            time.sleep(0.02)
 
     def crash_seen(self, since: int, timeout: float = 10.0) -> None:
         """Wait until the crash shows on the console after offset `since`, or a debugger has stopped the machine."""

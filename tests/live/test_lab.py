@@ -177,7 +177,9 @@ def test_no_machine_outlives_its_owner(sign: signal.Signals, tmp_path: Path) -> 
 
 def test_ctrl_c_while_booting_in_the_background_leaves_no_machine(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with subprocess.Popen([*COMMAND, "lab", "up", "--run-dir", run_dir], stderr=subprocess.PIPE, text=True) as command:
+    # A shell that runs the tests in the background may have them ignore SIGINT, and what they start would inherit that.
+    words = ["env", "--default-signal=INT", *COMMAND, "lab", "up", "--run-dir", run_dir]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as command:
         deadline = time.monotonic() + 60
         while not (run_dir / "state.json").exists() and time.monotonic() < deadline:
             time.sleep(0.05)

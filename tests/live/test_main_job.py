@@ -118,6 +118,7 @@ def assert_every_stage(report: Json, crashing: int, row: Row = MAIN) -> None:
     """The values of each stage of a crash of 4 CPUs, on CPU `crashing`."""
     jsonschema.validate(report, SCHEMA)
     assert [f for f in report["findings"] if f["verdict"] in ("fail", "unknown")] == []
+    assert report.get("undecided") is None
     assert (report["verdict"], report["crashing_cpu"], report["generation"]["id"]) == ("pass", crashing, row.generation)
     assert report["symbols"]["match"] is True
     stages = [stage["stage"] for stage in report["stages"]]

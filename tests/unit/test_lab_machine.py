@@ -155,3 +155,16 @@ def test_what_was_made_is_made_again_when_it_is_broken(tmp_path: Path) -> None:
         assert images._made(cache, "thing", [Path("in_1.deb")], build) == made
         assert path.read_text() == "content"
     assert [text for text in told if "broken" in text] == [f"{made.name} in the cache is broken: making it again"] * 2
+
+
+def test_a_crash_waits_for_a_machine_that_gdb_has_just_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no longer than that for one that is stopped."""
+    statuses = iter(["paused", "paused", "running"])
+    lab = object.__new__(machine.Lab)
+    monkeypatch.setattr(lab, "qmp", lambda command: {"status": next(statuses)}, raising=False)
+    lab._require_running()
+    assert list(statuses) == []
+    monkeypatch.setattr(lab, "qmp", lambda command: {"status": "paused"})
+    monkeypatch.setattr(machine, "_RESUMES_IN", 0.05)
+    with pytest.raises(LabError, match=r"the machine is stopped \(paused\), by a debugger perhaps: let it run first"):
+        lab._require_running()
