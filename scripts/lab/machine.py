@@ -43,6 +43,7 @@ Progress = Callable[[str], None]
 CRASH_KERNEL_MIB = 256
 DOM0_MIB = 512
 BOOT_TIMEOUT = 600.0  # 32 vCPUs on two busy host cores boot within this
+_STALLED = 180.0  # seconds without a word on the console: a boot of dom0 under TCG hangs for good once in a long while
 
 _KEXEC = (
     "kexec -p /boot/vmlinuz --initrd=/boot/crash.cpio.gz "
@@ -61,6 +62,10 @@ _PHASES = (  # the newest that a log shows is where the machine is
     ("dom0 runs", "line", _DOM0_UP),
     ("Xen runs", "serial", _XEN_UP),
 )
+
+
+class _Stalled(LabError):
+    """A boot that came to a standstill."""
 
 
 @dataclass(frozen=True)
@@ -184,28 +189,46 @@ class Lab:
         else:
             boot, name, wait = guest, guest.kernel.name, "none"
         paths, temporary = _run_folder(run_dir)
-        lab = cls._start(
-            paths,
-            temporary,
-            program,
-            boot,
-            name,
-            row.name,
-            owned,
-            progress,
-            cpus=cpus,
-            max_cpus=max_cpus,
-            memory_mib=memory_mib,
-            paused=paused,
-            extra=qemu_args,
-        )
-        try:
+
+        def start_one() -> Lab:
+            return cls._start(
+                paths,
+                temporary,
+                program,
+                boot,
+                name,
+                row.name,
+                owned,
+                progress,
+                cpus=cpus,
+                max_cpus=max_cpus,
+                memory_mib=memory_mib,
+                paused=paused,
+                extra=qemu_args,
+            )
+
+        def wait_for(lab: Lab) -> None:
             if not paused:
                 lab._wait_until_up(wait, crash_kernel and not pvh)
-        except BaseException:
-            lab.down(keep=True)
-            raise
-        return lab
+
+        return cls._boot_twice(start_one, wait_for, progress)
+
+    @classmethod
+    def _boot_twice(cls, start_one: Callable[[], Lab], wait_for: Callable[[Lab], None], progress: Progress) -> Lab:
+        """The started machine that was waited for; one whose boot comes to a standstill is started once more."""
+        for last in (False, True):
+            lab = start_one()
+            try:
+                wait_for(lab)
+                return lab
+            except BaseException as error:
+                lab.down(keep=True)
+                if last or not isinstance(error, _Stalled):
+                    raise
+                progress(f"{error}; once more")
+                lab.serial_log.replace(lab.serial_log.with_suffix(".stalled.log"))
+                lab.paths.line_log.unlink(missing_ok=True)
+        raise AssertionError("the last boot returns or raises")
 
     @classmethod
     def _start(
@@ -257,10 +280,19 @@ class Lab:
                 self.load_crash_kernel()
 
     def _boots(self, step: str, log: Path, sign: bytes) -> None:
+        size, heard = 0, time.monotonic()
+
         def ready() -> bool | None:
+            nonlocal size, heard
             if re.search(_DIED, _read(self.serial_log)):
                 raise LabError(f"{step}: it died: {self._logs()}")
-            return True if re.search(sign, _read(log), re.MULTILINE) else None
+            if re.search(sign, _read(log), re.MULTILINE):
+                return True
+            if (now := self.serial_size()) != size:
+                size, heard = now, time.monotonic()
+            elif time.monotonic() - heard > _STALLED:
+                raise _Stalled(f"{step}: the console said nothing for {_STALLED:.0f} s: {self._logs()}")
+            return None
 
         self._until(step, BOOT_TIMEOUT, ready)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from xencrash.lab import machine
 from xencrash.lab.errors import LabError
 from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
@@ -67,6 +68,14 @@ def test_the_crash_key_leads_to_the_exact_vmcore(tmp_path: Path) -> None:
         run_dir, pid = lab.run_dir, lab.qemu_pid
     assert not run_dir.exists()
     assert start_time(pid) is None
+
+
+def test_a_boot_that_says_nothing_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_STALLED", 0.0)
+    told: list[str] = []
+    with pytest.raises(LabError, match=r"booting Xen: the console said nothing for 0 s"):
+        Lab.up(progress=told.append)
+    assert [text.split()[0] for text in told] == ["starting", "booting", "starting"]
 
 
 def test_dom0s_panic_crashes_the_chosen_cpu(tmp_path: Path) -> None:

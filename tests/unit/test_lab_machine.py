@@ -168,3 +168,29 @@ def test_a_crash_waits_for_a_machine_that_gdb_has_just_let_run(monkeypatch: pyte
     monkeypatch.setattr(machine, "_RESUMES_IN", 0.05)
     with pytest.raises(LabError, match=r"the machine is stopped \(paused\), by a debugger perhaps: let it run first"):
         lab._require_running()
+
+
+@pytest.mark.parametrize(("stalls", "boots"), [(0, 1), (1, 2), (2, 2)])
+def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(tmp_path: Path, stalls: int, boots: int) -> None:
+    started: list[machine.Lab] = []
+    told: list[str] = []
+
+    def start_one() -> machine.Lab:
+        paths = Paths(tmp_path)
+        paths.serial_log.write_text(f"boot {len(started)}")
+        started.append(machine.Lab(paths, machine.State(0, -1, "", 1, 1, "Xen", "7.2", True), False, told.append))
+        return started[-1]
+
+    def wait_for(lab: machine.Lab) -> None:
+        if len(started) <= stalls:
+            raise machine._Stalled("booting dom0: silence")
+
+    if stalls < 2:
+        assert machine.Lab._boot_twice(start_one, wait_for, told.append) is started[-1]
+    else:
+        with pytest.raises(LabError, match="booting dom0: silence"):
+            machine.Lab._boot_twice(start_one, wait_for, told.append)
+    assert len(started) == boots
+    assert told == ["booting dom0: silence; once more"] * min(stalls, 1)
+    if stalls:  # what the first one said can still be read
+        assert (tmp_path / "serial.stalled.log").read_text() == "boot 0"
