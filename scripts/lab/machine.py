@@ -211,24 +211,30 @@ class Lab:
             if not paused:
                 lab._wait_until_up(wait, crash_kernel and not pvh)
 
-        return cls._boot_twice(start_one, wait_for, progress)
+        return cls._boot_twice(start_one, wait_for, paths, progress)
 
     @classmethod
-    def _boot_twice(cls, start_one: Callable[[], Lab], wait_for: Callable[[Lab], None], progress: Progress) -> Lab:
+    def _boot_twice(
+        cls, start_one: Callable[[], Lab], wait_for: Callable[[Lab], None], paths: Paths, progress: Progress
+    ) -> Lab:
         """The started machine that was waited for; one whose boot comes to a standstill is started once more."""
-        for last in (False, True):
-            lab = start_one()
-            try:
-                wait_for(lab)
-                return lab
-            except BaseException as error:
-                lab.down(keep=True)
-                if last or not isinstance(error, _Stalled):
-                    raise
-                progress(f"{error}; once more")
-                lab.serial_log.replace(lab.serial_log.with_suffix(".stalled.log"))
-                lab.paths.line_log.unlink(missing_ok=True)
-        raise AssertionError("the last boot returns or raises")
+        try:
+            return cls._boot(start_one, wait_for)
+        except _Stalled as stalled:
+            kept = paths.serial_log.with_suffix(".stalled.log")
+            paths.serial_log.replace(kept)
+            paths.line_log.unlink(missing_ok=True)
+            progress(f"{stalled} (now {kept.name}); starting it once more")
+        return cls._boot(start_one, wait_for)
+
+    @staticmethod
+    def _boot(start_one: Callable[[], Lab], wait_for: Callable[[Lab], None]) -> Lab:
+        lab = start_one()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(lab.down, keep=True)
+            wait_for(lab)
+            on_failure.pop_all()
+        return lab
 
     @classmethod
     def _start(

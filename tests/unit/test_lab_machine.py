@@ -186,11 +186,11 @@ def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(tmp_path: Path, st
             raise machine._Stalled("booting dom0: silence")
 
     if stalls < 2:
-        assert machine.Lab._boot_twice(start_one, wait_for, told.append) is started[-1]
+        assert machine.Lab._boot_twice(start_one, wait_for, Paths(tmp_path), told.append) is started[-1]
     else:
         with pytest.raises(LabError, match="booting dom0: silence"):
-            machine.Lab._boot_twice(start_one, wait_for, told.append)
+            machine.Lab._boot_twice(start_one, wait_for, Paths(tmp_path), told.append)
     assert len(started) == boots
-    assert told == ["booting dom0: silence; once more"] * min(stalls, 1)
+    assert told == ["booting dom0: silence (now serial.stalled.log); starting it once more"] * min(stalls, 1)
     if stalls:  # what the first one said can still be read
         assert (tmp_path / "serial.stalled.log").read_text() == "boot 0"
