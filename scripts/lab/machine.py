@@ -221,10 +221,9 @@ class Lab:
         try:
             return cls._boot(start_one, wait_for)
         except _Stalled as stalled:
-            kept = paths.serial_log.with_suffix(".stalled.log")
-            paths.serial_log.replace(kept)
-            paths.line_log.unlink(missing_ok=True)
-            progress(f"{stalled} (now {kept.name}); starting it once more")
+            for log in (paths.serial_log, paths.line_log, paths.qemu_log):
+                log.replace(log.with_suffix(".stalled.log"))
+            progress(f"{stalled} (now *.stalled.log); starting it once more")
         return cls._boot(start_one, wait_for)
 
     @staticmethod
