@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xen_symbols.crashpath.checks import CHECKS
+from xen_symbols.crashpath.gatechanges import CHANGES
 from xen_symbols.crashpath.generations import GENERATIONS
-from xen_symbols.crashpath.stages import BY_ID
+from xen_symbols.crashpath.stages import BY_ID, CrashStep, Role
+from xen_symbols.x86.gate import VECTOR_NAMES
 from xencrash.guests import FAULTS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -47,6 +49,29 @@ def _lines() -> Iterator[str]:
         yield f"| {check.id} | {check.subject.value} | {check.consequence} | {check.source} |"
     consequence = "no crash kernel starts, and the dump is lost"
     yield f"| trace-complete | the machine | {consequence} | xen/arch/x86/machine_kexec.c |"
+    yield ""
+    yield "## Changes of gates"
+    yield ""
+    yield "Those that `gate-change` allows, each between the stages named, in the generations named."
+    yield ""
+    yield "| gate | becomes | not before | not after | generations | source |"
+    yield "|---|---|---|---|---|---|"
+    for change in CHANGES:
+        gate = f"{VECTOR_NAMES[change.vector]} gate, {change.whose.value}"
+        becomes = f"{'IST' if change.property == 'ist' else change.property} {change.to}"
+        if change.with_guest:
+            becomes += ", with an HVM guest's state"
+        made_in = [generation.id for generation in GENERATIONS if change.made_in(generation)]
+        generations = "all" if len(made_in) == len(GENERATIONS) else ", ".join(made_in)
+        row = (gate, becomes, _stage_at(change.first - 1), _stage_at(change.last), generations, change.source)
+        yield f"| {' | '.join(row)} |"
+
+
+def _stage_at(step: int) -> str:
+    """The first stage at which the crashing CPU has completed a step."""
+    if step < CrashStep.SAVED:
+        return "normal"
+    return next(s.id for s in BY_ID.values() if s.role is Role.CRASHING and s.crash_step == step)
 
 
 def faults() -> str:

@@ -61,6 +61,26 @@ static inline noreturn void park(unsigned int cpu)
 
 #if HARDENED
 
+static volatile unsigned int turn;
+
+static inline void await_turn(unsigned int number)
+{
+    while ( turn < number )
+        barrier();
+}
+
+/* Off and on again, each for so long that the next CPU gets one step further meanwhile. */
+static void take_ist_off_and_on(unsigned int cpu)
+{
+    set_ist(&idt_of(cpu)[VECTOR_MC], IST_NONE);
+    turn = 1;
+    await_turn(2);                              /* it has saved its registers */
+    set_ist(&idt_of(cpu)[VECTOR_MC], IST_MCE);
+    turn = 3;
+    while ( cpumask_test_cpu(cpu + 1, &cpu_online_map) )
+        barrier();
+}
+
 #if HOOKS_CALLBACK
 static noinline int do_nmi_crash(const struct cpu_user_regs *regs, int this)
 #else
@@ -78,6 +98,10 @@ noinline void do_nmi_crash(struct cpu_user_regs *regs)
     if ( faulty_cpu(WAIT_ENDS_EARLY, cpu) )
         wait_for_crash_image();
 
+    if ( faulty_cpu(MC_GATE_IST_TWICE, cpu) )
+        take_ist_off_and_on(cpu);
+    if ( faulty_cpu(MC_GATE_IST_TWICE, cpu - 1) )
+        await_turn(1);
     if ( !REWRITES_GATES && !faulty_cpu(MC_GATE_IST, cpu) )
         set_ist(&idt_of(cpu)[VECTOR_MC], IST_NONE);
 
@@ -90,6 +114,11 @@ noinline void do_nmi_crash(struct cpu_user_regs *regs)
     {
         if ( !faulty_cpu(NOTES_MISSING, cpu) )
             kexec_crash_save_cpu();
+        if ( faulty_cpu(MC_GATE_IST_TWICE, cpu - 1) )
+        {
+            turn = 2;
+            await_turn(3);
+        }
         __stop_this_cpu();
 
         this_cpu(crash_save_done) = !faulty_cpu(SAVE_DONE_NEVER, cpu);

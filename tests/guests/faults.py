@@ -158,6 +158,8 @@ FAULTS: tuple[Fault, ...] = (
                           Expected("mc-gate-ist", "F", "shootdown", ("REWRITES_GATES",)))),
     Fault("mc-gate-ist-restored", "A lost race in the rewriting of another CPU's #MC gate brings its IST back.",
           ("HARDENED",), (Expected("mc-gate-ist", "F", "handover"),)),
+    Fault("mc-gate-ist-twice", "A CPU takes the IST off its own #MC gate, puts it back, and takes it off again.",
+          ("HARDENED", "!REWRITES_GATES"), (Expected("gate-change", "F", "cpu-stop"),), cpus=3, most_cpus=3),
     Fault("mc-not-swapped", "No #MC gate is led to trap_nop before the jump.",
           ("HARDENED",), (Expected("mc-gate-handler", "C", "handover"), Expected("mc-gate-handler", "O", "handover"))),
     Fault("mc-swapped-on-crasher-only", "Only the crashing CPU's own #MC gate is led to trap_nop.",

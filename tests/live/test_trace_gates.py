@@ -1,14 +1,21 @@
-"""`trace --gates`: every change of every gate between the stages of a real crash, and nothing else."""
+"""`trace --gates`: every change of every gate between the stages of a real crash, and nothing else; and those that no
+Xen makes fail."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
 
 from tests.live.machines import guest, target
+from tests.live.test_main_job import LiveMachine, follow
 from tests.unit.test_report import SCHEMA
+from xen_symbols.x86.gate import SIZE, decode, encode
+from xen_symbols.xen.state import idt_address
+from xencrash.lab.machine import Lab
+from xencrash.session import GdbSession
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
@@ -51,3 +58,44 @@ def test_every_change_of_a_clean_crash(generation: str, expected: set[tuple[int,
     stages = {(c["cpu"], c["vector"], c["changed"][0]): (c["since"], c["stage"]) for c in report["gate_changes"]}
     assert stages[0, MC, "ist"][1] == "shootdown"
     assert stages[0, MC, "handler"] == stages[1, MC, "handler"] == ("exec-entry", "handover")
+
+
+def test_changes_that_real_xen_does_not_make() -> None:
+    """While another CPU is at its handler's first instruction, the #MC IST of one that is not there yet goes off, as if
+    by itself, and on again, which no Xen does; after the shootdown the NMI handler of CPU 3 is another for a while."""
+    stops: list[str] = []
+    flickering: list[int] = []
+
+    def write(session: GdbSession, cpu: int, vector: int, **properties: int) -> None:
+        address = idt_address(machine.memory, cpu) + SIZE * vector
+        gate = decode(machine.memory.read(address, SIZE))
+        session.mi(f"-data-write-memory-bytes {address:#x} {encode(replace(gate, **properties)).hex()}")
+
+    def meddle(session: GdbSession) -> None:
+        pc = int(session.mi('-data-evaluate-expression "(unsigned long)$pc"')["value"])
+        at = machine.symbols.describe(pc)
+        if at == "do_nmi_crash" and not flickering:
+            stopped = int(session.mi("-thread-info")["current-thread-id"]) - 1
+            flickering.append(1 if stopped != 1 else 2)
+            write(session, flickering[0], MC, ist=0)
+        elif stops[-1:] == ["do_nmi_crash"] and stops.count("do_nmi_crash") == 1:
+            write(session, flickering[0], MC, ist=1)
+        elif at in ("kexec_crash_save_info", "machine_kexec"):
+            handler = "trap_nop" if at == "kexec_crash_save_info" else "nmi"
+            write(session, 3, NMI, handler=machine.symbols.address(handler, "tT"))
+        stops.append(at)
+
+    with Lab.up(dom0_vcpus=4) as lab:
+        machine = LiveMachine(lab)
+        report = follow(lab, 0, on_stop=meddle)
+    failures = [finding for finding in report["findings"] if finding["verdict"] == "fail"]
+    after = 1 + next(n for n, stage in enumerate(report["stages"]) if stage["stage"] == "nmi-taken")
+    found = [(f["check"], f["cpu"], f["stop"], f["observed"], f.get("follows")) for f in failures]
+    info = next(n for n, stage in enumerate(report["stages"]) if stage["stage"] == "crash-info")
+    assert [row for row in found if row[0] == "gate-change"] == [
+        ("gate-change", flickering[0], after, ["#MC IST 0 -> 1, after nmi-taken"], None),
+        ("gate-change", 3, info, ["NMI handler nmi -> trap_nop, after shootdown-done"], "nmi-gate-handler"),
+        ("gate-change", 3, info + 1, ["NMI handler trap_nop -> nmi, after crash-info"], "nmi-gate-handler"),
+    ]
+    assert [row[:3] for row in found if row[0] != "gate-change"] == [("nmi-gate-handler", 3, info)]
+    assert report["stages"][-1]["stage"] == "handover"

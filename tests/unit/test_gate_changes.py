@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jsonschema
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_checks import MC, NMI, Machine
 from tests.unit.test_report import SCHEMA
-from xen_symbols.crashpath.engine import evaluate, gate_change_json
-from xen_symbols.crashpath.gatechanges import GateHistory, gates_of
+from xen_symbols.crashpath import generations
+from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
+from xen_symbols.crashpath.engine import evaluate, gate_change_json, judge
+from xen_symbols.crashpath.gatechanges import GateChange, GateHistory, Moment, moment_of
+from xen_symbols.crashpath.position import at_stage
+from xen_symbols.crashpath.stages import BY_ID, NORMAL, OtherStep, Position, Span
 from xen_symbols.report.blocks import report_blocks
 from xen_symbols.report.console import plain
-from xen_symbols.x86.gate import SIZE, decode
+from xen_symbols.report.model import Verdict
+from xen_symbols.x86.gate import SIZE, Gate, decode
 from xen_symbols.xen.state import read_state
 
 GATES = st.dictionaries(
@@ -23,32 +31,33 @@ GATES = st.dictionaries(
 )
 
 
+HERE = Position(NORMAL, None, None, Span(0, 0), {}, frozenset())
+
+
 @given(st.lists(GATES, min_size=2))
 def test_the_changes_lead_from_the_first_gates_to_the_last(readings: list[dict]) -> None:  # type: ignore[type-arg]
     """Applied in order they give every gate as it was last read, and each begins where the one before it ended."""
-    history = GateHistory(readings[0])
-    now = dict(readings[0])
-    for stop, gates in enumerate(readings[1:]):
-        changes = history.see(gates, stop)
-        for change in changes:
-            key = (change.cpu, change.vector)
-            assert change.changed and change.before == now[key] and change.after == gates[key]
-            assert change.stop == stop and (change.since is None or change.since < stop)
-        assert len({(change.cpu, change.vector) for change in changes}) == len(changes)
+    history = GateHistory()
+    now: dict[tuple[int, int], Gate] = {}
+    for stop, gates in enumerate(readings):
+        seen = history.see(Moment(gates, HERE, stop))
+        assert seen.keys() == now.keys() & gates.keys()
+        for key, change in seen.items():
+            assert (change.cpu, change.vector) == key and change.before == now[key] and change.after == gates[key]
+            assert bool(change.changed) is (change.before != change.after)
+            assert change.now.stop == stop and change.since.stop is not None and change.since.stop < stop
         now |= gates
-    assert history.see(now, len(readings)) == []
+    assert not any(change.changed for change in history.see(Moment(now, HERE, len(readings))).values())
 
 
 def test_each_property_has_its_name() -> None:
     before = decode(bytes.fromhex("b32008e0028e2040d082ffff00000000"))
-    history = GateHistory({(0, NMI): before})
     found = {}
-    for stop, (byte, bit) in enumerate(itertools.product(range(SIZE), range(8))):
+    for byte, bit in itertools.product(range(SIZE), range(8)):
         raw = bytearray(before.raw)
         raw[byte] ^= 1 << bit
-        (change,) = history.see({(0, NMI): decode(bytes(raw))}, stop)
-        found[byte, bit] = change.changed
-        history = GateHistory({(0, NMI): before})
+        then, now = (Moment({(0, NMI): gate}, HERE) for gate in (before, decode(bytes(raw))))
+        found[byte, bit] = GateChange(0, NMI, then, now).changed
     assert all(len(names) == 1 for names in found.values())
     assert {names[0] for names in found.values()} == {
         "handler", "selector", "ist", "type", "dpl", "present", "reserved",
@@ -56,15 +65,132 @@ def test_each_property_has_its_name() -> None:
     assert [found[4, bit][0] for bit in range(8)] == ["ist"] * 3 + ["reserved"] * 5
 
 
+ALL = frozenset(range(4))
+
+
+def at(stage: str, cpu: int = 0, online: frozenset[int] = ALL, **seen: int) -> Position:
+    """A position with CPU 0 crashing; `seen` is what each other CPU has completed at least, as cpu1=3."""
+    if stage == "normal":
+        return Position(NORMAL, None, None, Span(0, 0), dict.fromkeys(online, Span(0, 0)), online)
+    spans = {int(name[3:]): Span(low, OtherStep.PARKED) for name, low in seen.items()}
+    return at_stage(BY_ID[stage], cpu, None if stage == "crash-entry" else 0, online, spans)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One gate of a recorded machine, which has been something else at an earlier stop."""
+
+    cpu: int
+    vector: int
+    was: dict[str, Any]
+    since: Position
+    now: Position
+    generation: str = "4.17.0"
+    guest: bool = False
+    poke: bytes = b""  # its IST byte, where it is not to be 0
+
+    def outcome(self) -> Outcome:
+        machine = Machine("4.17.0-handover")
+        if self.poke:
+            machine.gate(self.cpu, self.vector, 4, self.poke)
+        state = read_state(machine.memory)
+        guests = frozenset({self.cpu}) if self.guest else frozenset()
+        now = moment_of(state, self.now, 1)
+        symbols = machine.symbols
+        was = {k: symbols.address(v) if isinstance(v, str) else v for k, v in self.was.items()}
+        key = (self.cpu, self.vector)
+        since = Moment({**now.gates, key: replace(now.gates[key], **was)}, self.since, 0, guests)
+        history = GateHistory()
+        history.see(since)
+        generation = generations.BY_ID[self.generation]
+        context = Context(state, self.now, generation, gates_before=history.see(now))
+        return next(check for check in CHECKS if check.id == "gate-change").judge(context, self.cpu)
+
+
+ARMING = (at("shutdown-entry"), at("shootdown"))
+LEAVING = (at("exec-entry"), at("handover"))
+TAKEN = (at("nmi-taken", 1, cpu2=1), at("cpu-stop", 2, cpu1=1))
+PARTED = (at("normal", online=frozenset({0, 1, 2})), at("crash-entry", online=frozenset({0, 1, 2})))
+# The recorded gates: NMI trap_nop/0 on CPU 0, nmi/2 elsewhere; #MC trap_nop/0 on all. `was` is what each comes from.
+ALLOWED = {
+    "the crashing CPU's NMI gate": Case(0, NMI, {"handler": "nmi", "ist": 2}, *ARMING),
+    "its #MC gate": Case(0, MC, {"ist": 1}, *ARMING),
+    "another's #MC gate by itself": Case(1, MC, {"ist": 1}, at("nmi-taken", 1), at("cpu-save", 1)),
+    "later, when it answers late": Case(1, MC, {"ist": 1}, at("crash-info"), at("handover")),
+    "its IST by the crashing CPU of the RFC": Case(1, MC, {"ist": 1}, *ARMING, "rfc-v1"),
+    "#MC handlers": Case(3, MC, {"handler": "machine_check"}, *LEAVING),
+    "whole by the RFC": Case(3, MC, {"handler": "machine_check", "ist": 1}, *LEAVING, "rfc-v1"),
+    "an IST that the handover brings back": Case(2, MC, {"ist": 0}, *LEAVING, poke=b"\x01"),
+    "a guest's state loaded": Case(1, MC, {"ist": 1}, at("normal"), at("crash-entry"), guest=True),
+    "and given up": Case(1, NMI, {"ist": 0}, at("normal"), at("shootdown"), guest=True),
+    "a CPU that comes back": Case(3, MC, {"ist": 1}, *PARTED),
+    "nothing": Case(1, NMI, {}, *ARMING),
+}
+FORBIDDEN = {
+    "too early": (Case(0, MC, {"ist": 1}, at("crash-entry"), at("shutdown-entry")), ("mc-gate-ist",)),
+    "too late": (Case(0, NMI, {"handler": "nmi", "ist": 2}, at("shootdown"), at("shootdown-done")),
+                 ("nmi-gate-handler", "nmi-gate-ist")),
+    "a gate that this generation leaves alone": (Case(0, NMI, {"handler": "nmi"}, *ARMING, "4.21.2"),
+                                                 ("nmi-gate-handler",)),
+    "by the crashing CPU, where each does it itself": (Case(1, MC, {"ist": 1}, *ARMING), ("mc-gate-ist",)),
+    "IST back": (Case(1, MC, {"ist": 0}, *TAKEN, poke=b"\x01"), ("mc-gate-ist",)),
+    "IST back on the crashing CPU": (Case(0, NMI, {"ist": 0}, *TAKEN, poke=b"\x02"), ("nmi-gate-ist",)),
+    "no guest's state": (Case(1, MC, {"ist": 1}, at("normal"), at("crash-entry")), ("mc-gate-ist",)),
+    "a guest's state on a CPU that is in the handler": (
+        Case(1, MC, {"ist": 0}, *TAKEN, guest=True, poke=b"\x01"), ("mc-gate-ist",)),
+    "the type": (Case(1, NMI, {"type": 15}, *ARMING), ("nmi-gate-type",)),
+    "anything in 4.2": (Case(0, MC, {"handler": "machine_check"}, *LEAVING, "4.2.0"), ("mc-gate-handler",)),
+    "what a CPU that comes back does, once the crash is on": (
+        Case(3, NMI, {"ist": 0}, at("shootdown", online=PARTED[0].online),
+             at("handover", online=PARTED[0].online)), ("nmi-gate-ist",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ALLOWED)
+def test_what_xen_does_to_a_gate_is_allowed(what: str) -> None:
+    case = ALLOWED[what]
+    outcome = case.outcome()
+    assert outcome.verdict is Verdict.PASS
+    assert len(outcome.observed) == len(case.was) and not outcome.because_of
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_what_xen_does_not_do_to_a_gate_there_fails(what: str) -> None:
+    case, wrong = FORBIDDEN[what]
+    outcome = case.outcome()
+    assert (outcome.verdict, outcome.because_of) == (Verdict.FAIL, wrong)
+    assert all(text.endswith(f"after {case.since.stage.id}") for text in outcome.observed)
+
+
+def test_a_change_that_a_check_of_the_stage_sees_follows_from_it() -> None:
+    machine = Machine()
+    state = read_state(machine.memory)
+    before = moment_of(state, at("exec-entry"), 0)
+    machine.gate(2, NMI, 4, b"\x00")
+    machine.memory.forget()
+    state = read_state(machine.memory)
+    history = GateHistory()
+    history.see(before)
+    seen = history.see(moment_of(state, at("handover"), 1))
+    context = Context(state, at("handover"), generations.BY_ID["4.17.0"], gates_before=seen)
+    found = {(f.check, f.follows) for f in judge(context) if f.cpu == 2 and f.verdict is Verdict.FAIL}
+    assert found == {("nmi-gate-ist", None), ("gate-change", "nmi-gate-ist")}
+
+
+def test_of_one_look_no_change_is_judged() -> None:
+    assert "gate-change" not in {finding.check for finding in Machine().report().findings}
+
+
 def test_a_change_of_a_real_xens_gate_is_listed_and_printed() -> None:
     machine = Machine()
-    history = GateHistory(gates_of(read_state(machine.memory)))
+    history = GateHistory()
+    history.see(moment_of(read_state(machine.memory), HERE))
     machine.gate(2, NMI, 4, b"\x00")
     machine.memory.forget()
     report = evaluate(machine.memory)
     state = read_state(machine.memory)
-    changes = [gate_change_json(report, state.symbols, change) for change in history.see(gates_of(state), 0)]
-    report.gate_changes = list(changes)
+    seen = history.see(moment_of(state, at("handover"), 0)).values()
+    report.gate_changes = [gate_change_json(state.symbols, change) for change in seen if change.changed]
     made = report.to_json()
     jsonschema.validate(made, SCHEMA)
     (change,) = made["gate_changes"]

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xen_symbols.absence import Absent, Kind, Unreadable
+from xen_symbols.crashpath.gatechanges import NORMAL, GateChange, Key, allowed
 from xen_symbols.crashpath.generations import TEXT, Generation, Hook
 from xen_symbols.crashpath.stages import CRASHED, CrashStep, OtherStep, Position, Span
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.x86 import apic
-from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NMI, Gate
+from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NAMES, VECTOR_NMI, Gate
 from xen_symbols.xen.frames import HYPERVISOR_CS
 from xen_symbols.xen.memory import image_region
 from xen_symbols.xen.stacks import IST_SSP_SIZE, ist_numbers
@@ -35,6 +36,7 @@ class Outcome:
     observed: Any
     evidence: tuple[Evidence, ...] = ()
     reason: str | None = None
+    because_of: tuple[str, ...] = ()  # the checks which explain this failure, where all of them fail for the same CPU
 
 
 def skip(reason: str) -> Outcome:
@@ -100,7 +102,9 @@ class Context:
         xen_phys_start: int | Absent = Absent("not known"),  # noqa: B008 - a frozen value
         console_tail: str | Absent = Absent("the console ring was not read"),  # noqa: B008
         nmi_entries: dict[int, int] | None = None,
+        gates_before: Mapping[Key, GateChange] | None = None,
     ) -> None:
+        """`nmi_entries` and `gates_before` are what a trace alone knows; None for any other look at a machine."""
         self.state = state
         self.position = position
         self.generation = generation
@@ -108,6 +112,7 @@ class Context:
         self.xen_phys_start = xen_phys_start
         self.console_tail = console_tail
         self.nmi_entries = nmi_entries
+        self.gates_before = gates_before
         # abe93fc8aa (4.18.0) renamed the entry points.
         self.nmi = self._entry("entry_NMI", "nmi")
         self.mc = self._entry("entry_MC", "machine_check")
@@ -190,6 +195,7 @@ class Context:
 class Subject(enum.Enum):
     MACHINE = "the machine"
     TABLES = "each CPU that has an IDT"
+    FOLLOWED = "each CPU that has an IDT, from stop to stop of a trace"
     ONLINE = "each CPU that was online"
     OTHERS = "each other CPU that was online"
     CPUS = "each CPU that exists"
@@ -380,6 +386,48 @@ def _gate_checks(prefix: str, vector: int, event: str, handler_source: str) -> t
         Check(f"{prefix}-gate-{name}", Subject.TABLES, source, consequence, judge, instead_of)
         for name, source, consequence, judge, instead_of in rows
     )
+
+
+def _gate_becomes(context: Context, vector: int, name: str, to: str | int) -> Any:
+    """A gate's handler (its address) or IST, as the table of changes names it."""
+    if name == "handler":
+        return (context.nmi if vector == VECTOR_NMI else context.mc) if to == NORMAL else context.address(str(to))
+    if to != NORMAL or isinstance(context.ist, Absent):
+        return context.ist if to == NORMAL else to
+    return context.ist.nmi if vector == VECTOR_NMI else context.ist.mc
+
+
+def _gate_change(context: Context, cpu: int) -> Outcome:
+    def words(vector: int, name: str, *values: Any) -> str:
+        shown = [context.show_code(value)["symbol"] if name == "handler" else value for value in values]
+        what = f"{VECTOR_NAMES[vector]} {'IST' if name == 'ist' else name}"
+        return f"{what} {' -> '.join(map(str, shown))}"
+
+    may: dict[str, None] = {}
+    observed, undecided, wrong = [], [], []
+    evidence: tuple[Evidence, ...] = ()
+    for vector, prefix in ((VECTOR_NMI, "nmi"), (VECTOR_MC, "mc")):
+        read = _gate_read(context, cpu, vector)
+        if isinstance(read.value, Absent):
+            return _from_absence(read.value, None)
+        change = (context.gates_before or {}).get((cpu, vector))
+        if change is None:
+            return skip("its gates were not read before")
+        rows = allowed(change, context.generation)
+        becomes = [(row.property, _gate_becomes(context, vector, row.property, row.to)) for row in rows]
+        may |= dict.fromkeys(words(vector, *one) for one in becomes if not isinstance(one[1], Absent))
+        for name in change.changed:
+            after = getattr(change.after, name)
+            observed.append(f"{words(vector, name, getattr(change.before, name), after)}, after {change.last_stage}")
+            if (name, after) in becomes:
+                continue
+            absences = [value for what, value in becomes if what == name and isinstance(value, Absent)]
+            undecided += absences
+            wrong += [] if absences else [f"{prefix}-gate-{name}"]
+        evidence += read.evidence if change.changed else ()
+    if undecided and not wrong:
+        return _from_absence(undecided[0], list(may))
+    return Outcome(Verdict.FAIL if wrong else Verdict.PASS, list(may), observed, evidence, because_of=tuple(wrong))
 
 
 # Bookkeeping
@@ -776,6 +824,9 @@ def _x2apic_enabled(context: Context, _cpu: int) -> Outcome:
 CHECKS: tuple[Check, ...] = (
     *_gate_checks("nmi", VECTOR_NMI, "an NMI", _CRASH_C),
     *_gate_checks("mc", VECTOR_MC, "a machine check", _KEXEC_C),
+    Check("gate-change", Subject.FOLLOWED, "xen/arch/x86/crash.c and machine_kexec.c (77ad1faa6b); docs/reference.md",
+          "something changed a gate as, or when, this crash path never does: an NMI or a machine check that came in "
+          "between went elsewhere, whatever the gate is now", _gate_change),
     Check("nmi-dispatch", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus (cbeeaa7da0, e7f147bf4a)",
           "the shootdown NMI runs the normal handler: no other CPU saves its state or stops", _nmi_dispatch,
           {None: "an ordinary NMI stops a CPU of a machine that has not crashed"}),

@@ -9,7 +9,7 @@ from typing import Any
 from xen_symbols import __version__
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
-from xen_symbols.crashpath.gatechanges import GateChange
+from xen_symbols.crashpath.gatechanges import GateChange, Key
 from xen_symbols.crashpath.generations import Generation, Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING, CrashStep, Position
@@ -31,10 +31,16 @@ def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> l
     `earlier` what was found at the stages before."""
     subjects = {subject: _subjects(subject, context) for subject in Subject}
     findings = []
+    failed = {(f.check, f.cpu) for f in earlier if f.verdict is Verdict.FAIL}
     for check in CHECKS:
         for cpu in subjects[check.subject]:
             outcome = check.judge(context, cpu)
-            findings.append(_finding(check, context.position, cpu, outcome, stop))
+            finding = _finding(check, context.position, cpu, outcome, stop)
+            if finding.verdict is Verdict.FAIL:
+                failed.add((check.id, cpu))
+            if outcome.because_of and all((cause, cpu) in failed for cause in outcome.because_of):
+                finding.follows = outcome.because_of[0]
+            findings.append(finding)
     return _follow(findings, earlier)
 
 
@@ -42,7 +48,9 @@ def _subjects(subject: Subject, context: Context) -> list[int]:
     if subject is Subject.MACHINE:
         return [MACHINE]
     existing = [cpu.cpu for cpu in context.state.cpus.values() if cpu.exists]
-    if subject is Subject.TABLES:
+    if subject is Subject.FOLLOWED and context.gates_before is None:
+        return []
+    if subject in (Subject.TABLES, Subject.FOLLOWED):
         return [cpu for cpu in existing if _may_have_table(context.state.of(cpu))]
     if subject is Subject.CPUS:
         return existing
@@ -102,9 +110,15 @@ def xen_phys_start(memory: XenMemory) -> int | Absent:
 
 
 def context_at(
-    memory: XenMemory, state: State, position: Position, generation: Generation, entries: dict[int, int] | None = None
+    memory: XenMemory,
+    state: State,
+    position: Position,
+    generation: Generation,
+    entries: dict[int, int] | None = None,
+    gates_before: Mapping[Key, GateChange] | None = None,
 ) -> Context:
-    """A context for the checks; the end of the console is read only where a check needs it."""
+    """A context for the checks; the end of the console is read only where a check needs it. `entries` and
+    `gates_before` are a trace's."""
     tail: str | Absent = Absent("not needed at this stage")
     if generation.announces and position.crash.reached(CrashStep.WAITED):
         try:
@@ -114,6 +128,7 @@ def context_at(
     return Context(
         state, position, generation,
         xen_phys_start=xen_phys_start(memory), console_tail=tail, nmi_entries=entries,
+        gates_before=gates_before,
     )  # fmt: skip
 
 
@@ -202,7 +217,7 @@ def gate_json(symbols: SymbolTable, read: Read) -> dict[str, Any] | None:
     return _gate_json(symbols, read.value) if read.present else None
 
 
-def gate_change_json(report: Report, symbols: SymbolTable, change: GateChange) -> dict[str, Any]:
+def gate_change_json(symbols: SymbolTable, change: GateChange) -> dict[str, Any]:
     """A change of a gate as the JSON contract gives it, between two of the report's stages."""
     return {
         "cpu": change.cpu,
@@ -210,9 +225,9 @@ def gate_change_json(report: Report, symbols: SymbolTable, change: GateChange) -
         "changed": list(change.changed),
         "before": _gate_json(symbols, change.before),
         "after": _gate_json(symbols, change.after),
-        "since": None if change.since is None else report.stages[change.since].stage,
-        "stage": report.stages[change.stop].stage,
-        "stop": change.stop,
+        "since": None if change.since.stop is None else change.last_stage,
+        "stage": change.now.position.stage.id,
+        "stop": change.now.stop,
     }
 
 

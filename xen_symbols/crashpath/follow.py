@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.engine import add_stage, context_at, gate_change_json, new_report
-from xen_symbols.crashpath.gatechanges import GateHistory, gates_of
+from xen_symbols.crashpath.gatechanges import GateHistory, moment_of
 from xen_symbols.crashpath.generations import TEXT, Identification, identify
 from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Position, Role, Span, Stage
@@ -74,13 +74,12 @@ class Follower:
         self._seen: dict[int, Span] = {}
         self._entries: dict[int, int] = {}
         self._again: set[int] = set()
-        self._history: GateHistory | None = None
+        self._history = GateHistory()
         self._start(gates)
 
     def _start(self, gates: bool) -> None:
         state = self._read()
         if gates:
-            self._history = GateHistory(gates_of(state))
             self.report.gate_changes = []
         flags = state.system["kexec_flags"]
         self.crash_kernel_loaded = crash_image_loaded(flags.value) if flags.present else None
@@ -90,8 +89,9 @@ class Follower:
                 f"Xen has begun to crash already (stage {position.stage.id}): it cannot be followed from its start; "
                 "judge it with check"
             )
+        self._history.see(moment_of(state, position, None if position.stage is not NORMAL else 0))
         if position.stage is NORMAL:
-            self._judge(state, position)
+            add_stage(self.report, context_at(self.memory, state, position, self.generation))
 
     def _read(self) -> State:
         self.memory.forget()
@@ -198,10 +198,11 @@ class Follower:
 
     def _judge(self, state: State, position: Position) -> tuple[StageSeen, tuple[Finding, ...]]:
         entries = self._entries if "nmi-taken" in self._anchors else None
-        findings = add_stage(self.report, context_at(self.memory, state, position, self.generation, entries))
-        if self._history is not None and self.report.gate_changes is not None:
-            changes = self._history.see(gates_of(state), len(self.report.stages) - 1)
-            self.report.gate_changes += [gate_change_json(self.report, state.symbols, change) for change in changes]
+        before = self._history.see(moment_of(state, position, len(self.report.stages)))
+        findings = add_stage(self.report, context_at(self.memory, state, position, self.generation, entries, before))
+        if self.report.gate_changes is not None:
+            changes = [change for change in before.values() if change.changed]
+            self.report.gate_changes += [gate_change_json(state.symbols, change) for change in changes]
         return self.report.stages[-1], tuple(findings)
 
     def _require_image(self, state: State) -> None:

@@ -1,27 +1,72 @@
-"""What changed each CPU's NMI and #MC gate between the stops of a trace, from the gates as they were read there."""
+"""What changed each CPU's NMI and #MC gate between the stops of a trace, and which changes Xen makes.
+
+The changes are found by reading every gate again at each stop. Most of what could be wrong with a gate the checks of
+each stage see; what they cannot see is a change that comes and goes where a gate may be on either side of a step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import enum
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
+from xen_symbols.crashpath.generations import Generation, Hook
+from xen_symbols.crashpath.stages import CrashStep, OtherStep, Position
 from xen_symbols.x86.gate import VECTOR_MC, VECTOR_NMI, Gate
 from xen_symbols.xen.state import State
 
 Key = tuple[int, int]  # CPU (Xen's number), vector
 Gates = Mapping[Key, Gate]
 
+# -- What changed -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One stop: every NMI and #MC gate that could be read, and how far each CPU had come.
+
+    `stop` is its index in the report's stages, None before the first. `guests` are the CPUs whose #DF gate has no IST:
+    AMD CPUs that hold an HVM guest's state.
+    """
+
+    gates: Gates
+    position: Position
+    stop: int | None = None
+    guests: frozenset[int] = frozenset()
+
+
+def moment_of(state: State, position: Position, stop: int | None = None) -> Moment:
+    """The gates as they were read at a stop."""
+    reads = {
+        (cpu.cpu, vector): read
+        for cpu in state.cpus.values()
+        for vector, read in ((VECTOR_NMI, cpu.nmi_gate), (VECTOR_MC, cpu.mc_gate))
+    }
+    guests = {cpu.cpu for cpu in state.cpus.values() if cpu.df_gate.present and not cpu.df_gate.value.ist}
+    return Moment({key: read.value for key, read in reads.items() if read.present}, position, stop, frozenset(guests))
+
 
 @dataclass(frozen=True)
 class GateChange:
-    """One gate that differs from how it was last read. `since` and `stop` are indices into the report's stages."""
+    """One gate as it is now and as it was when it was read last."""
 
     cpu: int
     vector: int
-    before: Gate
-    after: Gate
-    since: int | None  # None: it was last read before the first stage
-    stop: int
+    since: Moment
+    now: Moment
+
+    @property
+    def before(self) -> Gate:
+        return self.since.gates[self.cpu, self.vector]
+
+    @property
+    def after(self) -> Gate:
+        return self.now.gates[self.cpu, self.vector]
+
+    @property
+    def last_stage(self) -> str:
+        """The stage at which it was read last."""
+        return self.since.position.stage.id
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -30,28 +75,131 @@ class GateChange:
         return tuple(name for name in names if getattr(self.before, name) != getattr(self.after, name))
 
 
-def gates_of(state: State) -> Gates:
-    """Every NMI and #MC gate that could be read at one moment."""
-    reads = {
-        (cpu.cpu, vector): read
-        for cpu in state.cpus.values()
-        for vector, read in ((VECTOR_NMI, cpu.nmi_gate), (VECTOR_MC, cpu.mc_gate))
-    }
-    return {key: read.value for key, read in reads.items() if read.present}
-
-
 class GateHistory:
-    """Each gate as it was last read, and at which stop. A gate that cannot be read at a stop keeps what is known."""
+    """When each gate was read last. A gate that cannot be read at a stop keeps what is known."""
 
-    def __init__(self, gates: Gates) -> None:
-        self._last: dict[Key, tuple[Gate, int | None]] = {key: (gate, None) for key, gate in gates.items()}
+    def __init__(self) -> None:
+        self._last: dict[Key, Moment] = {}
 
-    def see(self, gates: Gates, stop: int) -> list[GateChange]:
-        """The changes that a stop's gates show."""
-        changes = []
-        for key, gate in sorted(gates.items()):
-            before, since = self._last.get(key, (gate, None))
-            if before != gate:
-                changes.append(GateChange(*key, before, gate, since, stop))
-            self._last[key] = (gate, stop)
-        return changes
+    def see(self, now: Moment) -> dict[Key, GateChange]:
+        """Each gate that was read before, compared with what it is now, whether it changed or not."""
+        known = {key: self._last[key] for key in sorted(now.gates) if key in self._last}
+        self._last |= dict.fromkeys(now.gates, now)
+        return {key: GateChange(*key, since, now) for key, since in known.items()}
+
+
+# -- What Xen changes -------------------------------------------------------------------------
+
+
+class Whose(enum.Enum):
+    """Whose gate it is."""
+
+    CRASHING = "the crashing CPU's"
+    OTHER = "another's that was online"
+    NOT_CRASHING = "every other's"
+    EVERY = "every CPU's"
+    OFFLINE = "that of a CPU going offline, or coming back"
+
+
+NORMAL = "normal"  # the handler, or the IST, of a running Xen
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change that Xen makes to a gate.
+
+    `property` of gate `vector` becomes `to`: a handler's name, an IST, or NORMAL. The crashing CPU does it, or lets it
+    happen, on its way to one of the steps `first` to `last`; `until` is the step from which on the gate's own CPU does
+    it no more. `with_guest`: only where an HVM guest's state is loaded, or was.
+    """
+
+    whose: Whose
+    vector: int
+    property: str
+    to: str | int
+    first: CrashStep
+    last: CrashStep
+    source: str
+    made_in: Callable[[Generation], bool]
+    until: OtherStep | None = None
+    with_guest: bool = False
+
+    def allows(self, change: GateChange, generation: Generation) -> bool:
+        """Whether a gate may have been changed so between two moments, whatever it became."""
+        before, after = change.since.position, change.now.position
+        own = before.others.get(change.cpu)
+        return (
+            change.vector == self.vector
+            and self.made_in(generation)
+            and self._is_whose(change)
+            and not after.crash.before(self.first)
+            and not before.crash.reached(self.last)
+            and not (self.until is not None and own is not None and own.reached(self.until))
+            and not (self.with_guest and change.cpu not in change.since.guests | change.now.guests)
+        )
+
+    def _is_whose(self, change: GateChange) -> bool:
+        position = change.now.position
+        online = change.cpu in position.online and change.cpu in change.since.position.online
+        return {
+            Whose.CRASHING: change.cpu == position.crashing_cpu,
+            Whose.OTHER: change.cpu != position.crashing_cpu and change.cpu in position.online,
+            Whose.NOT_CRASHING: change.cpu != position.crashing_cpu,
+            Whose.EVERY: True,
+            Whose.OFFLINE: not online,
+        }[self.whose]
+
+
+_NMI_SHOOTDOWN = "77ad1faa6b, nmi_shootdown_cpus"
+_RFC = "RFC of 2012-12-04"
+# 4.2 to 4.10 bit by bit; enable_each_ist and disable_each_ist since.
+_SVM = "f9fc2e584d, svm_ctxt_switch_to and svm_ctxt_switch_from"
+_PLAY_DEAD = "73cb1383bf, play_dead"
+_COPIED = "cc08c73c8c, cpu_smpboot_alloc: a CPU that comes online starts with a copy of the table"
+
+_ARMED = (CrashStep.ARMED, CrashStep.ARMED)
+_ANSWERING = (CrashStep.WAITED, CrashStep.NEUTRALISED)  # one that answers late does it as late as it answers
+_LEAVING = (CrashStep.NEUTRALISED, CrashStep.NEUTRALISED)
+_RUNNING = (CrashStep.NOTHING, CrashStep.ARMED)
+_EVER = (CrashStep.NOTHING, CrashStep.NEUTRALISED)
+
+
+def _by_itself(generation: Generation) -> bool:
+    return generation.swaps_mc and not generation.clears_remote_ist
+
+
+def _any(_generation: Generation) -> bool:
+    return True
+
+
+CHANGES: tuple[Change, ...] = (
+    Change(Whose.CRASHING, VECTOR_NMI, "handler", "trap_nop", *_ARMED, _NMI_SHOOTDOWN + " (until ad9c7d86c9)",
+           lambda g: g.own_nmi_gate),
+    Change(Whose.CRASHING, VECTOR_NMI, "ist", 0, *_ARMED, _NMI_SHOOTDOWN + " (until ad9c7d86c9)",
+           lambda g: g.own_nmi_gate),
+    Change(Whose.CRASHING, VECTOR_MC, "ist", 0, *_ARMED, _NMI_SHOOTDOWN, lambda g: g.swaps_mc),
+    Change(Whose.NOT_CRASHING, VECTOR_NMI, "handler", "nmi_crash", *_ARMED, _NMI_SHOOTDOWN + " (until cbeeaa7da0)",
+           lambda g: g.hook is Hook.GATE),
+    *(Change(Whose.NOT_CRASHING, vector, "ist", 0, *_ARMED, f"{_RFC}, nmi_shootdown_cpus",
+             lambda g: g.clears_remote_ist) for vector in (VECTOR_NMI, VECTOR_MC)),
+    Change(Whose.OTHER, VECTOR_MC, "ist", 0, *_ANSWERING, "77ad1faa6b, do_nmi_crash", _by_itself),
+    Change(Whose.EVERY, VECTOR_MC, "handler", "trap_nop", *_LEAVING, "77ad1faa6b, machine_kexec",
+           lambda g: g.swaps_mc),
+    Change(Whose.EVERY, VECTOR_MC, "ist", 0, *_LEAVING, f"{_RFC}, machine_kexec", lambda g: g.clears_remote_ist),
+    # The word in which the handler is replaced also holds the IST, which a late CPU may take away at that instant.
+    Change(Whose.OTHER, VECTOR_MC, "ist", NORMAL, *_LEAVING, "77ad1faa6b, machine_kexec: it may overtake do_nmi_crash",
+           _by_itself),
+    Change(Whose.OFFLINE, VECTOR_NMI, "handler", "trap_nop", *_EVER, _PLAY_DEAD, lambda g: g.dead_cpus_use_trap_nop),
+    Change(Whose.OFFLINE, VECTOR_NMI, "ist", 0, *_EVER, _PLAY_DEAD, lambda g: g.dead_cpus_use_trap_nop),
+    *(Change(Whose.OFFLINE, vector, name, to, *_RUNNING, _COPIED, _any)
+      for vector in (VECTOR_NMI, VECTOR_MC) for name, to in (("handler", NORMAL), ("ist", 0), ("ist", NORMAL))),
+    # A CPU that has taken the NMI switches no more; the crashing one has its interrupts off by then.
+    *(Change(whose, vector, "ist", to, *steps, _SVM, _any, OtherStep.NMI_TAKEN, with_guest=True)
+      for whose, steps in ((Whose.CRASHING, _RUNNING), (Whose.NOT_CRASHING, _EVER))
+      for vector in (VECTOR_NMI, VECTOR_MC) for to in (0, NORMAL)),
+)  # fmt: skip
+
+
+def allowed(change: GateChange, generation: Generation) -> list[Change]:
+    """Every change that Xen may have made to this gate between the two moments."""
+    return [row for row in CHANGES if row.allows(change, generation)]
