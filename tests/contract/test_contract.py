@@ -1,4 +1,5 @@
-"""One suite of the Target protocol's promises, on every kind of target; real Xen's are the recorded examples.
+"""One suite of the Target protocol's promises, on every kind of target. Real Xen's are here as recorded examples; the
+whole dumps of real Xen, by every producer, keep them in tests/live/test_dumps.py.
 
 The reference guest is stopped at the handover in both QEMUs: live through gdb, with QMP and without, in each of QEMU's
 dumps, in one that is served to gdb, and as a raw image of its RAM, which is also what each is compared with.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests import dumpwriter as writer
 from tests import recording
 from tests.contract import promises
 from tests.contract.promises import PROMISES, Subject, Truth, broken
-from tests.live.machines import guest, run_gdb, target
+from tests.live.machines import build_id, guest, run_gdb, target
 from tests.syntheticxen import BUILD_ID, HEAP, PHYS_START, SyntheticXen
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import load_symbols
@@ -77,12 +77,6 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
 
     yield machine
     shutil.rmtree(folder)
-
-
-def build_id(symbols: str) -> bytes:
-    """What binutils says of an ELF file."""
-    notes = subprocess.run(["readelf", "-n", symbols], capture_output=True, text=True, check=True).stdout
-    return bytes.fromhex(notes.partition("Build ID: ")[2].split()[0])
 
 
 def stopped(qemu: str, folder: Path) -> Stopped:

@@ -53,6 +53,12 @@ def rows(output: str, title: str) -> list[list[str]]:
     return [line.split() for line in lines[start:end]]
 
 
+def build_id(symbols: str) -> bytes:
+    """What binutils says of an ELF file."""
+    notes = subprocess.run(["readelf", "-n", symbols], capture_output=True, text=True, check=True).stdout
+    return bytes.fromhex(notes.partition("Build ID: ")[2].split()[0])
+
+
 @contextlib.contextmanager
 def ram(lab: Lab) -> Iterator[mmap.mmap]:
     """The machine's RAM, to be read and changed; the offset is the physical address."""

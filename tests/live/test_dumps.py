@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,12 +12,18 @@ from typing import Any
 
 import pytest
 
+from tests.contract.promises import QEMUS_NOTES, XENS_NOTES, Subject, broken, ram
+from tests.live.machines import build_id
 from xen_symbols import evaluate
 from xen_symbols import open_dump as open_xen
 from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.symbols.table import load_symbols
+from xen_symbols.target import PhysicalCpu, hmp
 from xen_symbols.target.dump import Dump, open_dump
 from xen_symbols.xen.memory import XenMemory
+from xen_symbols.xen.state import read_state
 from xencrash.lab.machine import Lab
+from xencrash.lab.rows import QEMUS, XENS
 from xencrash.serve import GDB_SETTINGS, served, serving
 from xencrash.session import plugin_script
 from xencrash.trace import trace
@@ -25,7 +32,7 @@ pytestmark = pytest.mark.live
 
 Json = dict[str, Any]
 
-MACHINES = [("4.17", "7.2"), ("4.20", "10.0")]  # Xen, QEMU
+MACHINES = [("4.14", "7.2"), ("4.17", "7.2"), ("4.20", "10.0")]  # Xen, QEMU
 # name → what Dump.format says
 AT_HANDOVER = {
     "qemu-elf": "ELF core",
@@ -49,6 +56,19 @@ _MAKEDUMPFILE = {
     "makedumpfile-flattened-elf": ("-E", "-F"),
 }
 
+_DEVICE_STATE = "it is not in memory, and the target holds no device state"
+_NO_REGISTERS = "the dump holds no registers of any CPU"
+_AS_SAVED = "Xen's notes say where the CPU was when it saved its registers, and the machine where it is"
+# What a dump may show of a CPU otherwise than the machine did at the handover, by the field and by who wrote the dump:
+# null for this reason, or with Xen's notes where the CPU was earlier. Every other field is the same, value for value.
+MAY_DIFFER: dict[str, dict[str, str]] = {
+    **{
+        name: {"QEMU": _DEVICE_STATE, "Linux": _DEVICE_STATE, "nobody": _NO_REGISTERS}
+        for name in ("halted", "nmi_blocked", "nmi_pending", "guest_mode", "lapic")
+    },
+    "at": {"Linux": _AS_SAVED, "nobody": _NO_REGISTERS},
+}
+
 
 @dataclass
 class Crash:
@@ -57,6 +77,7 @@ class Crash:
     folder: Path
     symbols: str = ""
     report: Json = field(default_factory=dict)
+    cpus: list[PhysicalCpu] = field(default_factory=list)  # at the handover, as QEMU's monitor prints them
     ram: dict[int, bytes] = field(default_factory=dict)  # at the handover, a page of each MiB
 
     def memory(self, name: str) -> XenMemory:
@@ -96,6 +117,8 @@ def crash(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def take_at_handover(lab: Lab, taken: Crash, raw_kdump: bool) -> None:
+    registers = lab.qmp("human-monitor-command", **{"command-line": "info registers -a"})
+    taken.cpus = hmp.parse_registers(hmp.plain(registers))
     lab.dump_guest_memory(taken.folder / "qemu-elf")
     lab.dump_guest_memory(taken.folder / "qemu-elf-paging", paging=True)
     lab.dump_guest_memory(taken.folder / "qemu-kdump-zlib", format="kdump-zlib")
@@ -132,16 +155,38 @@ def name(request: pytest.FixtureRequest) -> str:
     return taken
 
 
-def facts(cpus: list[Json]) -> list[Json]:
-    """What every source can know of a CPU: all that is in memory."""
-    in_memory = ("cpu", "apic_id", "nmi_gate", "mc_gate", "crash_save_done")
-    return [{key: cpu[key] for key in in_memory} for cpu in cpus]
+def compare(live: Json, dump: Json, writer: str) -> None:
+    """Every field of every CPU, and every finding at the handover, on the machine and in a dump by `writer`."""
+    for ours, theirs in zip(live["cpus"], dump["cpus"], strict=True):
+        assert ours.keys() == theirs.keys() - {"absent"}
+        for name, value in ours.items():
+            why = MAY_DIFFER.get(name, {}).get(writer)
+            if why is None:
+                assert theirs[name] == value, f"{name} of CPU {ours['cpu']}"
+            elif why is not _AS_SAVED:
+                assert (theirs[name], theirs["absent"][name]) == (None, why)
+    found = verdicts(dump, 0)
+    last = verdicts(live, len(live["stages"]) - 1)
+    del last["trace-complete", live["crashing_cpu"]]  # only a trace has one
+    assert found.keys() == last.keys()
+    changed = {check: (last[check], found[check]) for check in found if found[check] != last[check]}
+    assert set(changed.values()) <= {("pass", "skip")}, changed
+
+
+def verdicts(report: Json, stop: int) -> dict[tuple[str, int | None], str]:
+    return {(f["check"], f["cpu"]): f["verdict"] for f in report["findings"] if f["stop"] == stop}
+
+
+def test_every_xen_and_every_qemu_of_the_lab_is_here() -> None:
+    assert {xen for xen, _ in MACHINES} == set(XENS)
+    assert {qemu for _, qemu in MACHINES} == set(QEMUS)
 
 
 def test_the_live_machine_passed(crash: Crash) -> None:
     assert crash.report.get("undecided") is None
     assert crash.report["stages"][-1]["stage"] == "handover"
     assert [cpu["cpu"] for cpu in crash.report["cpus"]] == [0, 1, 2, 3]
+    assert not any("absent" in cpu or "absent" in cpu["lapic"] for cpu in crash.report["cpus"])
 
 
 def test_every_dump_has_the_live_machines_verdict_and_facts(crash: Crash, name: str) -> None:
@@ -151,12 +196,12 @@ def test_every_dump_has_the_live_machines_verdict_and_facts(crash: Crash, name: 
     assert report["verdict"] == crash.report["verdict"] == "pass"
     assert report["generation"]["id"] == crash.report["generation"]["id"]
     assert report["crashing_cpu"] == crash.report["crashing_cpu"]
-    assert facts(report["cpus"]) == facts(crash.report["cpus"])
+    compare(crash.report, report, "QEMU" if name in AT_HANDOVER else "Linux")
 
 
 def test_a_raw_image_has_the_live_machines_verdict_and_facts(crash: Crash) -> None:
     report = evaluate(open_xen(crash.folder / "raw", crash.symbols, base=0)).to_json()
-    assert facts(report["cpus"]) == facts(crash.report["cpus"])
+    compare(crash.report, report, "nobody")
     assert (report["verdict"], report.get("undecided")) == ("pass", None)
     assert (report["stages"][-1]["stage"], report["crashing_cpu"]) == ("handover", crash.report["crashing_cpu"])
 
@@ -202,11 +247,40 @@ def test_cpus_of_xens_notes_are_xens(crash: Crash) -> None:
             assert memory.read_uint(top - 64, 4) == cpu.xen_cpu, "cpu_info.processor_id"
 
 
-def test_cpus_of_qemus_notes(crash: Crash) -> None:
-    for name in AT_HANDOVER:
+def test_registers_of_xens_notes_are_those_that_it_saved(crash: Crash) -> None:
+    """What Xen's memory held of each CPU's notes at the handover, value for value, and so the place in the report."""
+    saved = [cpu.notes.value for cpu in read_state(crash.memory("qemu-elf")).cpus.values()]
+    for name in AFTER:
         cpus = crash.dump(name).cpus()
-        assert [cpu.index for cpu in cpus] == [0, 1, 2, 3]
-        assert all(isinstance(cpu.idtr, tuple) and cpu.idtr[1] == 0xFFF for cpu in cpus)
+        assert [cpu.registers for cpu in cpus] == [notes.registers | notes.control for notes in saved], name
+        shown = [cpu["at"]["pc"] for cpu in evaluate(crash.memory(name)).to_json()["cpus"]]
+        assert shown == [hex(notes.registers["rip"]) for notes in saved], name
+
+
+def test_registers_of_qemus_notes_are_those_of_the_stop(crash: Crash) -> None:
+    """Each register that QEMU's monitor prints, but for EFER, which QEMU's note does not hold."""
+    assert len(crash.cpus) == 4
+    for name in AT_HANDOVER:
+        for live, noted in zip(crash.cpus, crash.dump(name).cpus(), strict=True):
+            printed = {register: value for register, value in live.registers.items() if register != "efer"}
+            assert len(printed) == 24
+            assert {register: noted.registers[register] for register in printed} == printed
+            assert (noted.index, noted.idtr, noted.tr_base) == (live.index, live.idtr, live.tr_base)
+
+
+def test_every_dump_keeps_the_promises_of_a_target(crash: Crash, name: str) -> None:
+    """What the machine's RAM held at the handover is the truth after it, too: the crash kernel has its own memory."""
+    of_qemu = name in AT_HANDOVER
+    subject = Subject(
+        crash.dump(name),
+        load_symbols(crash.symbols),
+        ram(str(crash.folder / "raw")),
+        build_id(crash.symbols),
+        4,
+        QEMUS_NOTES if of_qemu else XENS_NOTES,
+        frozenset({"CORE", "QEMU"} if of_qemu else {"CORE", "Xen", "VMCOREINFO_XEN"}),
+    )
+    assert broken(subject) == {}
 
 
 def test_gdb_on_a_dump_sees_xen(crash: Crash, name: str) -> None:
@@ -230,5 +304,6 @@ def test_gdb_on_a_dump_sees_xen(crash: Crash, name: str) -> None:
     # A CPU that was stopped in a guest has its frame moved to the primary stack; each other one is on the NMI's own.
     assert ours.count("\n  NMI interrupted ") + ours.count("NMI stack: NMI is being handled") == 3, ours
     assert "#MC interrupted" not in ours and "#DF interrupted" not in ours, ours
-    assert ours.count("saved  kexec_crash_save_cpu+") == 4 and "NOT what Xen's memory holds" not in ours, ours
+    saved = re.findall(r"saved  (?:kexec_crash_save_cpu\+|elf_core_save_regs )", ours)
+    assert len(saved) == 4 and "NOT what Xen's memory holds" not in ours, ours
     assert ("4 x CORE 0x1, 336 bytes: NT_PRSTATUS" in ours) and (name in AT_HANDOVER) == ("4 x QEMU" in ours), ours

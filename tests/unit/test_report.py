@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import xen_symbols.report
 from tests.recording import load
 from tests.unit.test_checks import Machine
+from xen_symbols.absence import Absent
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.report.blocks import dumps_table, report_blocks, show
 from xen_symbols.report.console import draw, plain, print_blocks
@@ -70,6 +72,24 @@ def test_a_real_report_keeps_the_contract() -> None:
     assert made["stages"] == [
         {"stage": "handover", "cpu": 0, "at": {"symbol": "kexec_reloc", "pc": "0xffff82d040204000"}}
     ]
+
+
+def test_each_null_of_a_cpu_has_its_reason_beside_it() -> None:
+    """Of a machine known by QEMU's monitor alone: registers of the local APIC, and no IA32_APIC_BASE."""
+    machine = Machine()
+    gone = Absent("needs QMP")
+    machine.lapic(1, apic_base=gone)
+    machine.physical(2, lambda p: replace(p, lapic=gone, nmi_blocked=gone))
+    machine.physical(3, lambda p: replace(p, registers={}))
+    made = machine.report().to_json()
+    jsonschema.validate(made, SCHEMA)
+    _, monitors, without, still = made["cpus"]
+    assert (monitors["lapic"]["mode"], monitors["lapic"]["apic_base"]) == (None, None)
+    assert monitors["lapic"]["absent"] == {"mode": "needs QMP", "apic_base": "needs QMP"}
+    assert monitors["lapic"]["spiv"] is not None and "absent" not in monitors
+    assert (without["lapic"], without["nmi_blocked"]) == (None, None)
+    assert without["absent"] == {"nmi_blocked": "needs QMP", "lapic": "needs QMP"}
+    assert (still["at"], still["absent"]) == (None, {"at": "no registers"})
 
 
 def test_the_contract_refuses_a_failure_without_a_reason() -> None:

@@ -15,6 +15,7 @@ from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING, CrashStep, Position
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import Gate
 from xen_symbols.xen.console import read_console
@@ -244,39 +245,40 @@ def _gate_json(symbols: SymbolTable, gate: Gate) -> dict[str, Any]:
 
 
 def describe_cpu(context: Context, cpu: CpuState) -> dict[str, Any]:
-    """One CPU as the JSON contract gives it. What is not known is null, and `absent` says why."""
-    out: dict[str, Any] = {
-        "cpu": cpu.cpu,
-        "role": _role(context, cpu.cpu),
-        "nmi_gate": gate_json(context.symbols, cpu.nmi_gate),
-        "mc_gate": gate_json(context.symbols, cpu.mc_gate),
-    }
-    absences: dict[str, str] = {}
-
-    def put(name: str, value: Any) -> None:
-        if isinstance(value, Absent):
-            absences[name] = value.reason
-            value = None
-        out[name] = value
-
-    for name, read in (("nmi_gate", cpu.nmi_gate), ("mc_gate", cpu.mc_gate)):
-        if isinstance(read.value, Absent):
-            absences[name] = read.value.reason
-    put("apic_id", cpu.apic_id.value)
-    put("crash_save_done", cpu.crash_save_done.value)
+    """One CPU as the JSON contract gives it. What is not known is null, and `absent` beside it says why."""
     physical = cpu.physical
-    for name in ("halted", "nmi_blocked", "nmi_pending", "guest_mode"):
-        put(name, physical if isinstance(physical, Absent) else getattr(physical, name))
-    if isinstance(physical, Absent):
-        put("lapic", physical)
-        put("at", physical)
-    else:
-        put("lapic", physical.lapic if isinstance(physical.lapic, Absent) else _lapic_json(physical))
-        pc = physical.registers.get("rip")
-        put("at", Absent("no registers") if pc is None else {"symbol": context.symbols.describe(pc), "pc": hex(pc)})
-    if absences:
-        out["absent"] = absences
-    return out
+    lapic = physical if isinstance(physical, Absent) else physical.lapic
+    return _with_reasons(
+        {
+            "cpu": cpu.cpu,
+            "role": _role(context, cpu.cpu),
+            "nmi_gate": _gate_or_why(context.symbols, cpu.nmi_gate),
+            "mc_gate": _gate_or_why(context.symbols, cpu.mc_gate),
+            "apic_id": cpu.apic_id.value,
+            "crash_save_done": cpu.crash_save_done.value,
+            **{
+                name: physical if isinstance(physical, Absent) else getattr(physical, name)
+                for name in ("halted", "nmi_blocked", "nmi_pending", "guest_mode")
+            },
+            "lapic": lapic if isinstance(lapic, Absent) else _lapic_json(lapic),
+            "at": physical if isinstance(physical, Absent) else _at(context, physical),
+        }
+    )
+
+
+def _with_reasons(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as JSON: an Absent is null, and its reason stands in `absent`."""
+    reasons = {name: value.reason for name, value in values.items() if isinstance(value, Absent)}
+    return {**values, **dict.fromkeys(reasons), "absent": reasons} if reasons else values
+
+
+def _gate_or_why(symbols: SymbolTable, read: Read) -> dict[str, Any] | Absent:
+    return _gate_json(symbols, read.value) if read.present else read.value
+
+
+def _at(context: Context, physical: PhysicalCpu) -> dict[str, Any] | Absent:
+    pc = physical.registers.get("rip")
+    return Absent("no registers") if pc is None else {"symbol": context.symbols.describe(pc), "pc": hex(pc)}
 
 
 def _role(context: Context, cpu: int) -> str:
@@ -285,11 +287,13 @@ def _role(context: Context, cpu: int) -> str:
     return "other" if cpu in context.position.online else "offline"
 
 
-def _lapic_json(physical: Any) -> dict[str, Any]:
-    lapic = physical.lapic
+def _lapic_json(lapic: Lapic) -> dict[str, Any]:
     base = lapic.apic_base
-    out = {"mode": None if isinstance(base, Absent) else apic.mode(base).value, "source": lapic.source}
-    for name in ("apic_base", "spiv", "icr_low", "icr_high"):
-        value = getattr(lapic, name)
-        out[name] = None if isinstance(value, Absent) else hex(value)
-    return out
+    registers = {name: getattr(lapic, name) for name in ("apic_base", "spiv", "icr_low", "icr_high")}
+    return _with_reasons(
+        {
+            "mode": base if isinstance(base, Absent) else apic.mode(base).value,
+            "source": lapic.source,
+            **{name: value if isinstance(value, Absent) else hex(value) for name, value in registers.items()},
+        }
+    )
