@@ -18,20 +18,24 @@ import gdb
 from gdbplugin.commands import Json
 from gdbplugin.session import Session
 from gdbplugin.target import cpu_index
+from gdbplugin.watch import end_watching, watch
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.follow import STALL_SECONDS, Follower, Progress, no_crash
 from xen_symbols.report.blocks import Block, Cell, Lines, report_blocks, stage_line
 
 
 def begin(session: Session, gates: str = "") -> Json:
-    """Judge the state before the crash. With the argument `gates`, every change of a gate is listed, too.
+    """Judge the state before the crash. With the argument `gates`, every change of a gate is listed, too,
+    with whoever a watchpoint saw write to it.
 
     {"anchors": [{"address", "name"}], "crash_kernel_loaded": or null, "report": the report so far}.
     """
+    end_watching()
     with session.look() as memory:
         if memory.target.kind != "live":
             raise Undecidable(f"{memory.target.location} is a dump, which does not run: judge it with xen crash check")
         session.follower = Follower(memory, session.identification(memory), gates=gates == "gates")
+    watch(session.follower.gate_addresses, session.follower.wrote)
     return {
         "anchors": [{"address": hex(address), "name": name} for address, name in session.follower.anchors.items()],
         "crash_kernel_loaded": session.follower.crash_kernel_loaded,
@@ -72,6 +76,7 @@ def end(session: Session, stalled: str | None = None) -> Json:
 
     {"findings": what that adds, "verdict": of the whole}; -xen-crash-report has the whole report.
     """
+    end_watching()
     follower = _follower(session)
     added = [] if stalled is None else [follower.stalled(stalled).to_json()]
     session.report, session.follower = follower.report.to_json(), None
@@ -153,7 +158,7 @@ def _follow(
 
 @contextlib.contextmanager
 def _breakpoints(addresses: Sequence[int]) -> Iterator[None]:
-    """Hardware breakpoints (never a watchpoint on a gate: it loses NMIs), of which the user sees nothing."""
+    """Hardware breakpoints, of which the user sees nothing."""
     made = []
     try:
         for address in addresses:

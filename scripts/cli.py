@@ -89,7 +89,11 @@ def _parser(asked: str | None = None) -> argparse.ArgumentParser:
         _target_options(trace)
         _output_options(trace)
         trace.add_argument("--timeout", type=_seconds, metavar="S", help="give up after S seconds without a crash")
-        trace.add_argument("--gates", action="store_true", help="also list every change of an NMI or #MC gate")
+        trace.add_argument(
+            "--gates",
+            action="store_true",
+            help="also list every change of an NMI or #MC gate, and who wrote it where that was seen",
+        )
         trace.add_argument("--leave-stopped", action="store_true", help="leave the machine stopped at the last stage")
 
     if asked in (None, "check"):

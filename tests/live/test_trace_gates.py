@@ -15,7 +15,7 @@ from tests.unit.test_report import SCHEMA
 from xen_symbols.x86.gate import SIZE, decode, encode
 from xen_symbols.xen.state import idt_address
 from xencrash.lab.machine import Lab
-from xencrash.session import GdbSession
+from xencrash.session import GdbSession, open_session
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
@@ -35,6 +35,14 @@ def made(report: dict[str, Any]) -> set[tuple[int, int, str, Any]]:
             value = change["after"][name]
             found.add((change["cpu"], change["vector"], name, value["symbol"] if name == "handler" else value))
     return found
+
+
+def zip_writers(report: dict[str, Any]) -> list[tuple[dict[str, Any], set[tuple[int, str]]]]:
+    """Each change, with (CPU, function) of those that were seen to write to the gate."""
+    return [
+        (change, {(writer["cpu"], writer["at"]["symbol"].partition("+")[0]) for writer in change["writers"]})
+        for change in report["gate_changes"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,33 @@ def test_every_change_of_a_clean_crash(generation: str, expected: set[tuple[int,
     stages = {(c["cpu"], c["vector"], c["changed"][0]): (c["since"], c["stage"]) for c in report["gate_changes"]}
     assert stages[0, MC, "ist"][1] == "shootdown"
     assert stages[0, MC, "handler"] == stages[1, MC, "handler"] == ("exec-entry", "handover")
+    # The guest's gates are written by helpers that are functions of their own. While one CPU alone runs in Xen every
+    # write is seen; the other's may be missed.
+    writers = {
+        (change["cpu"], change["vector"], change["stage"]): seen for change, seen in zip_writers(report)
+    }
+    for (cpu, vector, stage), seen in writers.items():
+        if stage == "handover":
+            assert seen == {(0, "_update_gate_addr_lower")}
+        elif stage == "shootdown":
+            helper = "set_ist" if vector == MC else "_update_gate_addr_lower" if cpu else "_set_gate_lower"
+            assert seen == {(0, helper)}
+        else:
+            assert (cpu, vector) == (1, MC) and seen <= {(1, "set_ist")}
+
+
+def test_the_watchpoints_are_there_for_the_trace_alone() -> None:
+    with guest(cpus=2) as lab, open_session(target(lab), str(lab.symbols), str(lab.qmp_socket)) as session:
+        def watched() -> int:
+            return session.cli("maint info breakpoints").count("hw watchpoint")
+
+        session.xen("crash-trace-begin")
+        assert watched() == 0
+        session.xen("crash-trace-begin", "gates")
+        session.xen("crash-trace-begin", "gates")  # anew, with nothing left of the one before
+        assert watched() == 4
+        session.xen("crash-trace-end")
+        assert watched() == 0
 
 
 def test_changes_that_real_xen_does_not_make() -> None:
@@ -87,7 +122,7 @@ def test_changes_that_real_xen_does_not_make() -> None:
 
     with Lab.up(dom0_vcpus=4) as lab:
         machine = LiveMachine(lab)
-        report = follow(lab, 0, on_stop=meddle)
+        report = follow(lab, 0, on_stop=meddle, gates=True)
     failures = [finding for finding in report["findings"] if finding["verdict"] == "fail"]
     after = 1 + next(n for n, stage in enumerate(report["stages"]) if stage["stage"] == "nmi-taken")
     found = [(f["check"], f["cpu"], f["stop"], f["observed"], f.get("follows")) for f in failures]
@@ -99,3 +134,16 @@ def test_changes_that_real_xen_does_not_make() -> None:
     ]
     assert [row[:3] for row in found if row[0] != "gate-change"] == [("nmi-gate-handler", 3, info)]
     assert report["stages"][-1]["stage"] == "handover"
+    # The list is complete, and those writers are named that were seen: gdb itself is none.
+    others = {(cpu, MC, "ist", 0) for cpu in (1, 2, 3)} | {(flickering[0], MC, "ist", 1)}
+    swapped = {(cpu, MC, "handler", "trap_nop") for cpu in range(4)}
+    exchanged = {(3, NMI, "handler", name) for name in ("trap_nop", "nmi")}
+    assert made(report) == ARMED | others | swapped | exchanged
+    for change, seen in zip_writers(report):
+        if change["stage"] in ("shootdown", "handover"):
+            function = "machine_crash_shutdown" if change["stage"] == "shootdown" else "machine_kexec"
+            assert seen == {(0, function)}
+        elif change["vector"] == NMI or change["after"]["ist"] == 1:
+            assert seen == set()
+        else:
+            assert seen <= {(change["cpu"], "do_nmi_crash")}

@@ -229,6 +229,7 @@ def gate_change_json(symbols: SymbolTable, change: GateChange) -> dict[str, Any]
         "since": None if change.since.stop is None else change.last_stage,
         "stage": change.now.position.stage.id,
         "stop": change.now.stop,
+        "writers": [{"cpu": w.cpu, "at": {"symbol": symbols.describe(w.pc), "pc": hex(w.pc)}} for w in change.writes],
     }
 
 

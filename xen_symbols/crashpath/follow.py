@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.engine import add_stage, context_at, gate_change_json, new_report
-from xen_symbols.crashpath.gatechanges import GateHistory, moment_of
+from xen_symbols.crashpath.gatechanges import GateHistory, Key, Write, gate_addresses, moment_of
 from xen_symbols.crashpath.generations import TEXT, Identification, identify
 from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Position, Role, Span, Stage
@@ -75,12 +75,15 @@ class Follower:
         self._entries: dict[int, int] = {}
         self._again: set[int] = set()
         self._history = GateHistory()
+        self._writes: dict[Key, list[tuple[int, int]]] = {}
+        self.gate_addresses: dict[Key, int] = {}
         self._start(gates)
 
     def _start(self, gates: bool) -> None:
         state = self._read()
         if gates:
             self.report.gate_changes = []
+            self.gate_addresses = gate_addresses(state)
         flags = state.system["kexec_flags"]
         self.crash_kernel_loaded = crash_image_loaded(flags.value) if flags.present else None
         position = infer(state, self.generation)
@@ -114,6 +117,17 @@ class Follower:
     def begun(self) -> bool:
         """Whether the crash has begun: from here on, stops follow each other within a second of the guest's time."""
         return bool(self.report.stages) and self.report.stages[-1].stage != NORMAL.id
+
+    def wrote(self, key: Key, index: int, pc: int) -> None:
+        """The target's CPU `index` was seen to write to a gate; `pc` is that of its next instruction."""
+        self._writes.setdefault(key, []).append((index, pc))
+
+    def _writes_since(self, state: State) -> dict[Key, list[Write]]:
+        numbers = {c.physical.index: c.cpu for c in state.cpus.values() if not isinstance(c.physical, Absent)}
+        writes, self._writes = self._writes, {}
+        return {
+            key: [Write(numbers[index], pc) for index, pc in seen if index in numbers] for key, seen in writes.items()
+        }
 
     def stop(self, index: int, pc: int) -> Progress:
         """The machine stopped with the target's CPU `index` at `pc`. Raises Undecidable when the trace is lost."""
@@ -198,7 +212,8 @@ class Follower:
 
     def _judge(self, state: State, position: Position) -> tuple[StageSeen, tuple[Finding, ...]]:
         entries = self._entries if "nmi-taken" in self._anchors else None
-        before = self._history.see(moment_of(state, position, len(self.report.stages)))
+        now = moment_of(state, position, len(self.report.stages))
+        before = self._history.see(now, self._writes_since(state))
         findings = add_stage(self.report, context_at(self.memory, state, position, self.generation, entries, before))
         if self.report.gate_changes is not None:
             changes = [change for change in before.values() if change.changed]

@@ -7,7 +7,7 @@ each stage see; what they cannot see is a change that comes and goes where a gat
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from xen_symbols.crashpath.generations import Generation, Hook
@@ -46,14 +46,35 @@ def moment_of(state: State, position: Position, stop: int | None = None) -> Mome
     return Moment({key: read.value for key, read in reads.items() if read.present}, position, stop, frozenset(guests))
 
 
+def gate_addresses(state: State) -> dict[Key, int]:
+    """Where each NMI and #MC gate lies that could be read."""
+    reads = {
+        (cpu.cpu, vector): read.address
+        for cpu in state.cpus.values()
+        for vector, read in ((VECTOR_NMI, cpu.nmi_gate), (VECTOR_MC, cpu.mc_gate))
+        if read.present
+    }
+    return {key: address for key, address in reads.items() if address is not None}
+
+
+@dataclass(frozen=True)
+class Write:
+    """A write to a gate that a watchpoint caught: by which of the target's CPUs, and where it went on."""
+
+    cpu: int  # Xen's number
+    pc: int  # of the instruction after the one that wrote
+
+
 @dataclass(frozen=True)
 class GateChange:
-    """One gate as it is now and as it was when it was read last."""
+    """One gate as it is now and as it was when it was read last. `writes` are those that were seen in between: a
+    watchpoint misses some where several CPUs write at once."""
 
     cpu: int
     vector: int
     since: Moment
     now: Moment
+    writes: tuple[Write, ...] = ()
 
     @property
     def before(self) -> Gate:
@@ -81,11 +102,12 @@ class GateHistory:
     def __init__(self) -> None:
         self._last: dict[Key, Moment] = {}
 
-    def see(self, now: Moment) -> dict[Key, GateChange]:
-        """Each gate that was read before, compared with what it is now, whether it changed or not."""
+    def see(self, now: Moment, writes: Mapping[Key, Sequence[Write]] | None = None) -> dict[Key, GateChange]:
+        """Each gate that was read before, compared with what it is now, whether it changed or not; `writes` are those
+        seen since the last moment."""
         known = {key: self._last[key] for key in sorted(now.gates) if key in self._last}
         self._last |= dict.fromkeys(now.gates, now)
-        return {key: GateChange(*key, since, now) for key, since in known.items()}
+        return {key: GateChange(*key, since, now, tuple((writes or {}).get(key, ()))) for key, since in known.items()}
 
 
 # -- What Xen changes -------------------------------------------------------------------------

@@ -189,10 +189,16 @@ def gate_changes_table(report: Json) -> Table:
             Cell("; ".join(_property_change(change, name) for name in change["changed"])),
             Cell(change["since"] or "-"),
             Cell(change["stage"]),
+            Cell(_writers(change) or "not seen"),
         ]
         for change in report["gate_changes"]
     ]
-    return Table("Changes of gates", ["CPU", "gate", "what changed", "after stage", "seen at"], rows)
+    return Table("Changes of gates", ["CPU", "gate", "what changed", "after stage", "seen at", "written by"], rows)
+
+
+def _writers(change: Json) -> str:
+    words = (f"CPU {writer['cpu']} {writer['at']['symbol'] or writer['at']['pc']}" for writer in change["writers"])
+    return ", ".join(dict.fromkeys(words))
 
 
 def _property_change(change: Json, name: str) -> str:
