@@ -11,9 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from xen_symbols.absence import Absent, Kind
+from xen_symbols.absence import Absent, Kind, Unreadable
 
 _UNASKED = Absent("it is not in memory, and the target holds no device state", Kind.NOT_HELD)
+
+READ_MAX = 64 << 20  # bytes; Xen keeps nothing larger in one piece (conring_size= ends there)
+
+
+def bounded(address: int, size: int) -> None:
+    """Raises Unreadable for more than one read may ask for, which a length in damaged memory may."""
+    if size > READ_MAX:
+        raise Unreadable(f"{size} bytes at {address:#x} are too many for one read; {READ_MAX} are the most")
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,10 @@ class Target(Protocol):
     location: str  # how the user named it
 
     def read_physical(self, address: int, size: int) -> bytes:
-        """`size` bytes at a physical address; raises Unreadable, never returns fewer or made-up bytes."""
+        """`size` bytes at a physical address; raises Unreadable, never returns fewer or made-up bytes.
+
+        A dump refuses more than READ_MAX at once.
+        """
         ...
 
     def read_physical_many(self, requests: Sequence[tuple[int, int]]) -> list[bytes | Absent]:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.target import Note
+from xen_symbols.target import Note, bounded
 from xen_symbols.target.image import Conflict, Extents, Image, Ranges, Stretch, require
 from xen_symbols.target.notes import MAX_NOTES, parse_notes
 
@@ -36,6 +36,7 @@ class ElfMemory:
         self._image, self._loads, self._left_out = image, loads, left_out
 
     def read(self, address: int, size: int) -> bytes:
+        bounded(address, size)
         parts = []
         for position, length in self._loads.pieces(address, size):
             if position is None:

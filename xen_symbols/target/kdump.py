@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.target import Note
+from xen_symbols.target import Note, bounded
 from xen_symbols.target.decompress import decompress
 from xen_symbols.target.image import Image, Ranges, require
 from xen_symbols.target.notes import parse_notes
@@ -86,6 +86,7 @@ class KdumpMemory:
         first, start = divmod(address, PAGE)
         if start + size <= PAGE:
             return self._page(first)[start : start + size]
+        bounded(address, size)
         last = (address + size - 1) // PAGE
         return b"".join(self._page(frame) for frame in range(first, last + 1))[start : start + size]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from xen_symbols.absence import Unreadable
+from xen_symbols.target import bounded
 from xen_symbols.target.image import Image
 
 
@@ -13,6 +14,7 @@ class RawMemory:
         self._image, self._base = image, base
 
     def read(self, address: int, size: int) -> bytes:
+        bounded(address, size)
         if not self._base <= address <= address + size <= self._base + self._image.size:
             raise Unreadable(f"physical {address:#x} is not in the image")
         return self._image.read(address - self._base, size)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import Target
+from xen_symbols.target import Target, bounded
 from xen_symbols.x86 import paging
 
 # Page-table entries are read so many bytes at a time: neighbours are mostly wanted too, and lie in the same page.
@@ -68,6 +68,7 @@ class XenMemory:
         return mapping.physical + offset, mapping.remaining - offset
 
     def _pieces(self, address: int, size: int) -> list[tuple[int, int]]:
+        bounded(address, size)
         pieces: list[tuple[int, int]] = []
         while size > 0:
             physical, room = self._translate(address)
