@@ -449,6 +449,17 @@ Ctrl-C ends the trace. Without --timeout it waits for a crash as long as it take
 For programs: -xen-crash-trace-begin, -xen-crash-trace-stop after each stop at one of the anchors that
 it named, and -xen-crash-trace-end. Each returns JSON in the field json."""
 
+WATCH_HELP = """List what changes the NMI and #MC gates of the CPUs while the machine runs.
+Usage: xen watch gates
+
+Lets the machine run until Ctrl-C or a breakpoint stops it, and lists each gate that is not as it was:
+whose, which property, before and after, and the writer's CPU, function and offset where a write
+watchpoint saw it. A gate that changed and changed back is not listed; a writer is missed where several
+CPUs write at once. While a guest runs on an AMD CPU its gates change at each switch, which makes it slow.
+
+For programs: -xen-watch-gates-begin, -xen-watch-gates-stop after each stop for the changes since the
+last one, and -xen-watch-gates-end. Each returns JSON in the field json."""
+
 # What a handler may raise that is an answer to the user, not a fault of ours.
 ERRORS = (Undecidable, Unreadable)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import gdb
 
-from gdbplugin import trace
+from gdbplugin import trace, watchgates
 from gdbplugin.commands import (
     COMMANDS,
     ERRORS,
@@ -20,6 +20,7 @@ from gdbplugin.commands import (
     IDT_ENTRIES,
     SETTINGS,
     TRACE_HELP,
+    WATCH_HELP,
     Argument,
     Command,
     Setting,
@@ -153,7 +154,7 @@ class _MiCommand(gdb.MICommand):
 
 
 class _MiTrace(gdb.MICommand):
-    """-xen-crash-trace-begin, -stop, -end: see gdbplugin.trace. None of them continues the machine."""
+    """The steps of gdbplugin.trace and gdbplugin.watchgates. None of them continues the machine."""
 
     def __init__(self, name: str, session: Session, step: Any) -> None:
         self._session, self._step = session, step
@@ -176,6 +177,21 @@ class _CrashTrace(gdb.Command):
         with one_line_errors():
             timeout = trace.parse_timeout(gdb.string_to_argv(argument))
             trace.run(self._session, timeout, lambda blocks: write_blocks(blocks, from_tty))
+
+
+class _WatchGates(gdb.Command):
+    __doc__ = WATCH_HELP
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        super().__init__("xen watch gates", gdb.COMMAND_RUNNING)
+
+    def invoke(self, argument: str, from_tty: bool) -> None:
+        self.dont_repeat()
+        with one_line_errors():
+            if argument.strip():
+                raise Undecidable("usage: xen watch gates")
+            watchgates.run(self._session, lambda blocks: write_blocks(blocks, from_tty))
 
 
 class _PerCpu(gdb.Function):
@@ -246,6 +262,7 @@ def register() -> None:
         return
     _Prefix("xen", "Inspect a Xen hypervisor: its CPUs, gates and crash path.")
     _Prefix("xen crash", "Follow and judge Xen's crash path.")
+    _Prefix("xen watch", "Watch what changes while the machine runs.")
     _Prefix("set xen", "Settings of the xen commands.")
     _Prefix("show xen", "Show the settings of the xen commands.")
     session = Session({setting.name: _Parameter(setting) for setting in SETTINGS})
@@ -253,7 +270,8 @@ def register() -> None:
         _CliCommand(session, command)
         _MiCommand(session, command)
     _CrashTrace(session)
-    for name, step in trace.MI_STEPS.items():
+    _WatchGates(session)
+    for name, step in (trace.MI_STEPS | watchgates.MI_STEPS).items():
         _MiTrace(name, session, step)
     _PerCpu(session)
     _Gate(session)

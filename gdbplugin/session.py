@@ -13,7 +13,7 @@ from gdbplugin.commands import Json
 from gdbplugin.rdmsr import measure_modes
 from gdbplugin.target import LiveTarget, ServedDump, cpu_index, open_target
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.crashpath.follow import Follower
+from xen_symbols.crashpath.follow import Follower, GateWatch
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.symbols.table import SymbolTable, load_symbols
 from xen_symbols.target import PhysicalCpu
@@ -28,6 +28,7 @@ class Session:
         self.settings = settings
         self.report: Json | None = None
         self.follower: Follower | None = None
+        self.gate_watch: GateWatch | None = None
         self._tables: dict[tuple[str, int, int], SymbolTable] = {}
         self._target: LiveTarget | ServedDump | None = None
         self._memory: XenMemory | None = None

@@ -35,7 +35,7 @@ def begin(session: Session, gates: str = "") -> Json:
         if memory.target.kind != "live":
             raise Undecidable(f"{memory.target.location} is a dump, which does not run: judge it with xen crash check")
         session.follower = Follower(memory, session.identification(memory), gates=gates == "gates")
-    watch(session.follower.gate_addresses, session.follower.wrote)
+    watch(session.follower.gate_addresses, session.follower.writes.caught)
     return {
         "anchors": [{"address": hex(address), "name": name} for address, name in session.follower.anchors.items()],
         "crash_kernel_loaded": session.follower.crash_kernel_loaded,
@@ -138,7 +138,7 @@ def _follow(
     since = time.monotonic()  # the last stage: stops that are none do not count as going on
     while True:
         patience = STALL_SECONDS if follower.begun else timeout
-        expired = _continue(None if patience is None else max(0.0, since + patience - time.monotonic()))
+        expired = let_run(None if patience is None else max(0.0, since + patience - time.monotonic()))
         if gdb.selected_thread() is None:
             raise Undecidable(_GONE)
         step = stop(session)
@@ -184,7 +184,7 @@ def _interrupted() -> bool:
     return bool(_stops) and isinstance(_stops[-1], gdb.SignalEvent)
 
 
-def _continue(seconds: float | None) -> bool:
+def let_run(seconds: float | None) -> bool:
     """Let the machine run until it stops; after `seconds` make it stop. Returns whether that was needed."""
     fired = threading.Event()
 

@@ -3,6 +3,9 @@ Xen makes fail."""
 
 from __future__ import annotations
 
+import re
+import signal
+import subprocess
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +15,11 @@ import pytest
 from tests.live.machines import guest, target
 from tests.live.test_main_job import LiveMachine, follow
 from tests.unit.test_report import SCHEMA
+from xen_symbols.absence import Undecidable
 from xen_symbols.x86.gate import SIZE, decode, encode
 from xen_symbols.xen.state import idt_address
 from xencrash.lab.machine import Lab
-from xencrash.session import GdbSession, open_session
+from xencrash.session import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
@@ -68,9 +72,7 @@ def test_every_change_of_a_clean_crash(generation: str, expected: set[tuple[int,
     assert stages[0, MC, "handler"] == stages[1, MC, "handler"] == ("exec-entry", "handover")
     # The guest's gates are written by helpers that are functions of their own. While one CPU alone runs in Xen every
     # write is seen; the other's may be missed.
-    writers = {
-        (change["cpu"], change["vector"], change["stage"]): seen for change, seen in zip_writers(report)
-    }
+    writers = {(change["cpu"], change["vector"], change["stage"]): seen for change, seen in zip_writers(report)}
     for (cpu, vector, stage), seen in writers.items():
         if stage == "handover":
             assert seen == {(0, "_update_gate_addr_lower")}
@@ -83,6 +85,7 @@ def test_every_change_of_a_clean_crash(generation: str, expected: set[tuple[int,
 
 def test_the_watchpoints_are_there_for_the_trace_alone() -> None:
     with guest(cpus=2) as lab, open_session(target(lab), str(lab.symbols), str(lab.qmp_socket)) as session:
+
         def watched() -> int:
             return session.cli("maint info breakpoints").count("hw watchpoint")
 
@@ -93,6 +96,42 @@ def test_the_watchpoints_are_there_for_the_trace_alone() -> None:
         assert watched() == 4
         session.xen("crash-trace-end")
         assert watched() == 0
+
+
+def test_gates_watched_by_a_program() -> None:
+    with guest(cpus=2) as lab, open_session(target(lab), str(lab.symbols), str(lab.qmp_socket)) as session:
+        assert session.xen("watch-gates-begin") == {"gates": 4}
+        lab.serial_send(b"C")
+        session.run()
+        lab.wait_serial(rb"crash image: alive", 20)
+        session.interrupt()
+        report = {"gate_changes": session.xen("watch-gates-stop")["changes"]}
+        assert made(report) == ARMED | PARKED | NEUTRALISED
+        assert {(0, "_set_gate_lower")} in [seen for _, seen in zip_writers(report)]
+        assert session.xen("watch-gates-end") == {"changes": []}
+        assert "hw watchpoint" not in session.cli("maint info breakpoints")
+        with pytest.raises(Undecidable, match="no gates are watched"):
+            session.xen("watch-gates-stop")
+
+
+def test_gates_watched_by_hand() -> None:
+    with guest(cpus=2) as lab:
+        words = [find_gdb(), *gdb_arguments(), "-batch"]
+        for command in (f"source {plugin_script()}", f"set xen symbols {lab.symbols}", "set pagination off",
+                        f"target remote {lab.gdb_socket}", "xen watch gates", "maint info breakpoints"):  # fmt: skip
+            words += ["-ex", command]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout is not None
+            while (line := process.stdout.readline()) and not line.startswith("watching 4 gates"):
+                pass
+            lab.serial_send(b"C")
+            lab.wait_serial(rb"crash image: alive", 20)
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=20)[0]
+    assert "Changes of gates" in output and "Traceback" not in output
+    assert re.search(r"^ *0 +#MC +handler machine_check -> trap_nop; IST 1 -> 0", output, re.M)
+    assert re.search(r"CPU 0 _set_gate_lower\+0x[0-9a-f]+", output)
+    assert "hw watchpoint" not in output
 
 
 def test_changes_that_real_xen_does_not_make() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gdbplugin.commands import COMMANDS, FUNCTIONS, SETTINGS, TRACE_HELP, Command
+from gdbplugin.commands import COMMANDS, FUNCTIONS, SETTINGS, TRACE_HELP, WATCH_HELP, Command
 from tests.recording import load
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.generations import Identification, identify
@@ -94,6 +94,7 @@ def test_settings_and_functions_are_documented() -> None:
     assert set(FUNCTIONS) == {"xen_per_cpu", "xen_gate"}
     assert all(f"${name}(" in doc for name, doc in FUNCTIONS.items())
     assert "Usage: xen crash trace [--timeout SECONDS]" in TRACE_HELP
+    assert "Usage: xen watch gates\n" in WATCH_HELP
 
 
 # -- answers ----------------------------------------------------------------------------------

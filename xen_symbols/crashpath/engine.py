@@ -221,14 +221,21 @@ def gate_json(symbols: SymbolTable, read: Read) -> dict[str, Any] | None:
 def gate_change_json(symbols: SymbolTable, change: GateChange) -> dict[str, Any]:
     """A change of a gate as the JSON contract gives it, between two of the report's stages."""
     return {
+        **gate_difference_json(symbols, change),
+        "since": None if change.since.stop is None else change.last_stage,
+        "stage": change.now.position.stage.id,
+        "stop": change.now.stop,
+    }
+
+
+def gate_difference_json(symbols: SymbolTable, change: GateChange) -> dict[str, Any]:
+    """What changed a gate from what to what, and who was seen to write to it."""
+    return {
         "cpu": change.cpu,
         "vector": change.vector,
         "changed": list(change.changed),
         "before": _gate_json(symbols, change.before),
         "after": _gate_json(symbols, change.after),
-        "since": None if change.since.stop is None else change.last_stage,
-        "stage": change.now.position.stage.id,
-        "stop": change.now.stop,
         "writers": [{"cpu": w.cpu, "at": {"symbol": symbols.describe(w.pc), "pc": hex(w.pc)}} for w in change.writes],
     }
 

@@ -7,10 +7,11 @@ every gate and every CPU afresh.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.crashpath.engine import add_stage, context_at, gate_change_json, new_report
-from xen_symbols.crashpath.gatechanges import GateHistory, Key, Write, gate_addresses, moment_of
+from xen_symbols.crashpath.engine import add_stage, context_at, gate_change_json, gate_difference_json, new_report
+from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
 from xen_symbols.crashpath.generations import TEXT, Identification, identify
 from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Position, Role, Span, Stage
@@ -75,7 +76,7 @@ class Follower:
         self._entries: dict[int, int] = {}
         self._again: set[int] = set()
         self._history = GateHistory()
-        self._writes: dict[Key, list[tuple[int, int]]] = {}
+        self.writes = Writes()
         self.gate_addresses: dict[Key, int] = {}
         self._start(gates)
 
@@ -117,17 +118,6 @@ class Follower:
     def begun(self) -> bool:
         """Whether the crash has begun: from here on, stops follow each other within a second of the guest's time."""
         return bool(self.report.stages) and self.report.stages[-1].stage != NORMAL.id
-
-    def wrote(self, key: Key, index: int, pc: int) -> None:
-        """The target's CPU `index` was seen to write to a gate; `pc` is that of its next instruction."""
-        self._writes.setdefault(key, []).append((index, pc))
-
-    def _writes_since(self, state: State) -> dict[Key, list[Write]]:
-        numbers = {c.physical.index: c.cpu for c in state.cpus.values() if not isinstance(c.physical, Absent)}
-        writes, self._writes = self._writes, {}
-        return {
-            key: [Write(numbers[index], pc) for index, pc in seen if index in numbers] for key, seen in writes.items()
-        }
 
     def stop(self, index: int, pc: int) -> Progress:
         """The machine stopped with the target's CPU `index` at `pc`. Raises Undecidable when the trace is lost."""
@@ -213,7 +203,7 @@ class Follower:
     def _judge(self, state: State, position: Position) -> tuple[StageSeen, tuple[Finding, ...]]:
         entries = self._entries if "nmi-taken" in self._anchors else None
         now = moment_of(state, position, len(self.report.stages))
-        before = self._history.see(now, self._writes_since(state))
+        before = self._history.see(now, self.writes.take(state))
         findings = add_stage(self.report, context_at(self.memory, state, position, self.generation, entries, before))
         if self.report.gate_changes is not None:
             changes = [change for change in before.values() if change.changed]
@@ -242,3 +232,18 @@ class Follower:
     def stalled(self, why: str) -> Finding:
         """The crash began and never reached its end: a failure, named after where it was seen last."""
         return self._complete(False, f"{why}: no crash kernel starts, and the dump is lost")
+
+
+class GateWatch:
+    """Every gate as it was read last, and the writes caught since, wherever Xen is."""
+
+    def __init__(self) -> None:
+        self._history = GateHistory()
+        self.writes = Writes()
+
+    def see(self, state: State) -> list[dict[str, Any]]:
+        """The changes since the last call."""
+        nowhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
+        position = Position(NORMAL, None, None, nowhere, {}, online_at_crash(state, None))
+        seen = self._history.see(moment_of(state, position), self.writes.take(state)).values()
+        return [gate_difference_json(state.symbols, change) for change in seen if change.changed]

@@ -10,6 +10,7 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from xen_symbols.absence import Absent
 from xen_symbols.crashpath.generations import Generation, Hook
 from xen_symbols.crashpath.stages import CrashStep, OtherStep, Position
 from xen_symbols.x86.gate import VECTOR_MC, VECTOR_NMI, Gate
@@ -94,6 +95,26 @@ class GateChange:
         """Which properties differ, by their names in `Gate`."""
         names = (field.name for field in fields(Gate))
         return tuple(name for name in names if getattr(self.before, name) != getattr(self.after, name))
+
+
+class Writes:
+    """The writes that watchpoints have caught and nobody has asked for yet."""
+
+    def __init__(self) -> None:
+        self._caught: dict[Key, list[tuple[int, int]]] = {}
+
+    def caught(self, key: Key, index: int, pc: int) -> None:
+        """The target's CPU `index` wrote to a gate; `pc` is that of its next instruction."""
+        self._caught.setdefault(key, []).append((index, pc))
+
+    def take(self, state: State) -> dict[Key, list[Write]]:
+        """Those caught since the last call, in order, by Xen's numbers of the CPUs."""
+        numbers = {c.physical.index: c.cpu for c in state.cpus.values() if not isinstance(c.physical, Absent)}
+        caught, self._caught = self._caught, {}
+        return {
+            key: [Write(numbers[index], pc) for index, pc in writes if index in numbers]
+            for key, writes in caught.items()
+        }
 
 
 class GateHistory:

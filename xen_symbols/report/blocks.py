@@ -183,22 +183,31 @@ def stage_line(stage: Json, findings: Iterable[Json]) -> Lines:
 def gate_changes_table(report: Json) -> Table:
     """Each change of a gate between two stops, with what it changed from and to."""
     rows = [
-        [
-            Cell(str(change["cpu"]), "strong"),
-            Cell({2: "NMI", 18: "#MC"}[change["vector"]]),
-            Cell("; ".join(_property_change(change, name) for name in change["changed"])),
-            Cell(change["since"] or "-"),
-            Cell(change["stage"]),
-            Cell(_writers(change) or "not seen"),
-        ]
+        [*_what_changed(change), Cell(change["since"] or "-"), Cell(change["stage"]), _writers(change)]
         for change in report["gate_changes"]
     ]
     return Table("Changes of gates", ["CPU", "gate", "what changed", "after stage", "seen at", "written by"], rows)
 
 
-def _writers(change: Json) -> str:
+def watched_gates(answer: Json) -> list[Block]:
+    """Each change of a gate while gates were watched."""
+    if not answer["changes"]:
+        return [Lines([[Cell("no NMI or #MC gate changed")]])]
+    rows = [[*_what_changed(change), _writers(change)] for change in answer["changes"]]
+    return [Table("Changes of gates", ["CPU", "gate", "what changed", "written by"], rows)]
+
+
+def _what_changed(change: Json) -> list[Cell]:
+    return [
+        Cell(str(change["cpu"]), "strong"),
+        Cell({2: "NMI", 18: "#MC"}[change["vector"]]),
+        Cell("; ".join(_property_change(change, name) for name in change["changed"])),
+    ]
+
+
+def _writers(change: Json) -> Cell:
     words = (f"CPU {writer['cpu']} {writer['at']['symbol'] or writer['at']['pc']}" for writer in change["writers"])
-    return ", ".join(dict.fromkeys(words))
+    return Cell(", ".join(dict.fromkeys(words)) or "not seen")
 
 
 def _property_change(change: Json, name: str) -> str:
