@@ -108,11 +108,19 @@ class Writes:
         self._caught.setdefault(key, []).append((index, pc))
 
     def take(self, state: State) -> dict[Key, list[Write]]:
-        """Those caught since the last call, in order, by Xen's numbers of the CPUs."""
+        """Those caught since the last call, in order, by Xen's numbers of the CPUs.
+
+        After a lost hit gdb finds the new value at the next stop, a breakpoint at a function's beginning, where nobody
+        has just written: that is left out.
+        """
         numbers = {c.physical.index: c.cpu for c in state.cpus.values() if not isinstance(c.physical, Absent)}
         caught, self._caught = self._caught, {}
         return {
-            key: [Write(numbers[index], pc) for index, pc in writes if index in numbers]
+            key: [
+                Write(numbers[index], pc)
+                for index, pc in writes
+                if index in numbers and "+" in state.symbols.describe(pc)
+            ]
             for key, writes in caught.items()
         }
 
