@@ -145,6 +145,31 @@ def test_what_follows_names_a_cpu_only_where_the_finding_has_one() -> None:
     ]
 
 
+def test_cpus_of_which_the_same_is_said_are_told_together() -> None:
+    machine = Machine()
+    for cpu in (1, 2, 3):
+        machine.gate(cpu, 18, 4, b"\x03")
+    lines = plain(report_blocks(machine.report().to_json())).splitlines()
+    at = lines.index("FAIL    mc-gate-ist CPU 1-3 at handover")
+    assert lines[at + 1] == "         expected 0, observed 3"
+    assert [line.split(" memory ")[0].strip() for line in lines[at + 3 : at + 6]] == [
+        f"evidence of CPU {cpu}" for cpu in (1, 2, 3)
+    ]
+    assert sum(line.startswith("FAIL    ") for line in lines) == 1
+
+
+def test_many_cpus_have_their_evidence_in_the_json_report() -> None:
+    machine = Machine()
+    machine.gate(1, 18, 4, b"\x03")
+    made = machine.report().to_json()
+    one = next(f for f in made["findings"] if f["verdict"] == "fail")
+    made["findings"] = [one | {"cpu": cpu} for cpu in (*range(6), 9, 11)]
+    lines = [line.strip() for line in plain(report_blocks(made)).splitlines()]
+    assert "FAIL    mc-gate-ist CPU 0-5, 9, 11 at handover" in lines
+    assert "evidence of 4 more CPUs is in the JSON report" in lines
+    assert sum(line.startswith("evidence of CPU") for line in lines) == 4
+
+
 def test_a_failure_that_persists_is_told_once() -> None:
     machine = Machine()
     machine.gate(0, 2, 4, b"\x02")

@@ -217,11 +217,6 @@ def _property_change(change: Json, name: str) -> str:
     return f"{shown} {show(change['before'][name])} -> {show(change['after'][name])}"
 
 
-def _where(finding: Json) -> str:
-    cpu = "the machine" if finding["cpu"] is None else f"CPU {finding['cpu']}"
-    return f"{cpu} at {finding['stage']}"
-
-
 def has_not_crashed(report: Json) -> bool:
     """Whether Xen runs as if nothing had happened: the last stage seen is `normal`."""
     return bool(report["stages"]) and report["stages"][-1]["stage"] == "normal"
@@ -252,43 +247,76 @@ def dumps_table(reports: Sequence[Json]) -> Table:
     return Table("Dumps", ["verdict", "dump", "generation", "crashed on CPU", "first problem"], rows)
 
 
-_SAID = ("check", "cpu", "verdict", "expected", "observed", "reason", "follows")
+_SAID = ("check", "verdict", "expected", "observed", "reason", "follows", "source")
+_CPUS_WITH_EVIDENCE = 4  # more of the same says nothing new; the JSON report has all of it
 
 
-def _persisting(findings: Iterable[Json]) -> list[list[Json]]:
-    """Failures and unknowns in order, each with those of later stops that say just the same."""
-    kinds: dict[tuple[str, ...], list[Json]] = {}
+def _alike(findings: Iterable[Json]) -> list[list[list[Json]]]:
+    """Failures and unknowns in order. Those of a CPU that say just the same at later stops are together, and then the
+    CPUs of which the same is said at the same stages."""
+
+    def said(finding: Json) -> str:
+        return json.dumps([finding.get(name) for name in _SAID], sort_keys=True)
+
+    persisting: dict[tuple[int | None, str], list[Json]] = {}
     for finding in findings:
         if finding["verdict"] in ("fail", "unknown"):
-            said = tuple(json.dumps(finding.get(name), sort_keys=True) for name in _SAID)
-            kinds.setdefault(said, []).append(finding)
+            persisting.setdefault((finding["cpu"], said(finding)), []).append(finding)
+    kinds: dict[tuple[str, ...], list[list[Json]]] = {}
+    for (_, words), same in persisting.items():
+        kinds.setdefault((words, *dict.fromkeys(f["stage"] for f in same)), []).append(same)
     return list(kinds.values())
+
+
+def cpu_ranges(cpus: Iterable[int]) -> str:
+    """`0, 2-5, 7` of CPU numbers in order."""
+    ranges: list[list[int]] = []
+    for cpu in cpus:
+        if ranges and cpu == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], cpu]
+        else:
+            ranges.append([cpu])
+    return ", ".join("-".join(map(str, one)) for one in ranges)
 
 
 def problems(report: Json) -> Lines | None:
     """Every failure and unknown, in words: what, where first, expected, observed, consequence, where to look. Those
     that follow from another come last."""
     lines: list[list[Cell]] = []
-    for finding, *later in sorted(_persisting(report["findings"]), key=lambda same: bool(same[0].get("follows"))):
+    for cpus in sorted(_alike(report["findings"]), key=lambda cpus: bool(cpus[0][0].get("follows"))):
+        finding = cpus[0][0]
         verdict = finding["verdict"]
-        lines.append(
-            [Cell(f"{verdict.upper():8}", verdict), Cell(f"{finding['check']} ", "strong"), Cell(_where(finding))]
-        )
+        stages = dict.fromkeys(same["stage"] for same in cpus[0])
+        numbers = sorted(same[0]["cpu"] for same in cpus if same[0]["cpu"] is not None)
+        whose = f"CPU {cpu_ranges(numbers)}" if numbers else "the machine"
+        where = f"{whose} at {finding['stage']}"
+        lines.append([Cell(f"{verdict.upper():8}", verdict), Cell(f"{finding['check']} ", "strong"), Cell(where)])
         lines.append([Cell(f"         expected {show(finding['expected'])}, observed {show(finding['observed'])}")])
-        if later:
-            stages = dict.fromkeys(other["stage"] for other in later)
-            lines.append([Cell(f"         still at {', '.join(stages)}", "dim")])
+        if any(len(same) > 1 for same in cpus):
+            still = [stage for stage in stages if stage != finding["stage"]] or [finding["stage"]]
+            lines.append([Cell(f"         still at {', '.join(still)}", "dim")])
         if finding.get("follows"):
-            whose = "" if finding["cpu"] is None else " of this CPU"
-            lines.append([Cell(f"         follows from {finding['follows']}{whose}", "dim")])
+            of = "" if not numbers else " of this CPU" if len(numbers) == 1 else " of each of them"
+            lines.append([Cell(f"         follows from {finding['follows']}{of}", "dim")])
         elif finding.get("reason"):
             lines.append([Cell(f"         {'so ' if verdict == 'fail' else ''}{finding['reason']}")])
+        lines += _evidence([same[0] for same in cpus])
+        lines.append([Cell(f"         see {finding['source']}", "dim")])
+    return Lines(lines) if lines else None
+
+
+def _evidence(findings: Sequence[Json]) -> list[list[Cell]]:
+    lines = []
+    for finding in findings[:_CPUS_WITH_EVIDENCE]:
         for item in finding["evidence"]:
             place = " ".join(str(item[key]) for key in ("source", "symbol", "address") if key in item)
             raw = f": {_shorten(item['raw'])}" if "raw" in item else ""
-            lines.append([Cell(f"         evidence {place}{raw}", "dim")])
-        lines.append([Cell(f"         see {finding['source']}", "dim")])
-    return Lines(lines) if lines else None
+            whose = f"of CPU {finding['cpu']} " if len(findings) > 1 else ""
+            lines.append([Cell(f"         evidence {whose}{place}{raw}", "dim")])
+    if findings[0]["evidence"] and len(findings) > _CPUS_WITH_EVIDENCE:
+        rest = len(findings) - _CPUS_WITH_EVIDENCE
+        lines.append([Cell(f"         evidence of {rest} more CPUs is in the JSON report", "dim")])
+    return lines
 
 
 def _shorten(raw: str) -> str:
