@@ -82,7 +82,8 @@ def faults() -> str:
 def _fault_lines() -> Iterator[str]:
     yield "# Faults of the reference guest"
     yield ""
-    yield "Generated from `tests/guests/faults.py` by `python -m tests.gendocs`. Each row is run in the tests."
+    yield "Generated from `tests/guests/faults.py` by `python -m tests.gendocs`. Each row is run in the tests,"
+    yield "live, and in a dump that QEMU takes at the end, which shows each fault too unless it says otherwise."
     yield "C is the crashing CPU, F the faulty one, O each other one; the stage is the first at which it can be seen."
     yield ""
     for fault in FAULTS:
@@ -92,6 +93,13 @@ def _fault_lines() -> Iterator[str]:
         yield ""
         if not fault.visible:
             yield f"It leaves no trace in any state that can be read: {fault.invisible}"
+            yield ""
+        elif fault.not_in_a_dump:
+            yield f"A dump taken at the end does not show it: {fault.not_in_a_dump}."
+            yield ""
+        if mended := [generation for generation in fault.generations if not fault.not_in_a_dump
+                      and fault.gone_from_a_dump(generation)]:  # fmt: skip
+            yield f"In {', '.join(mended)} machine_kexec() mends it: a dump taken at the end does not show it."
             yield ""
         yield "| generations | finds |"
         yield "|---|---|"

@@ -41,7 +41,9 @@ class Fault:
     """One way to go wrong. `does` is one sentence; `words` is what the command line says for it.
 
     `invisible` says why no state that can be read shows it; "" for a fault that can be seen. `x2apic` is what the
-    guest must be booted with to show it: "", "x2apic" or "x2apic=firmware".
+    guest must be booted with to show it: "", "x2apic" or "x2apic=firmware". `not_in_a_dump` says why a dump taken at
+    the end does not show it any more; "" for one that it does. `mended_with` is the feature of generations in which
+    machine_kexec() mends it on its way.
     """
 
     id: str
@@ -53,6 +55,8 @@ class Fault:
     most_cpus: int = 16  # beyond this, what else happens at the same time decides what is seen first
     x2apic: str = ""
     words: str = field(default="")
+    not_in_a_dump: str = ""
+    mended_with: str = ""
 
     def __post_init__(self) -> None:
         if not self.words:
@@ -66,6 +70,10 @@ class Fault:
     def generations(self) -> tuple[str, ...]:
         """Those in which it makes sense."""
         return tuple(generation for generation in generations() if _has(generation, self.needs))
+
+    def gone_from_a_dump(self, generation: str) -> bool:
+        """Whether a dump taken at the end does not show it."""
+        return bool(self.not_in_a_dump or (self.mended_with and _has(generation, (self.mended_with,))))
 
     def expected(self, generation: str) -> tuple[Expected, ...]:
         """All that is to be found in one generation (in `rfc-v1`, with what it does wrong by itself)."""
@@ -83,6 +91,9 @@ def clean(generation: str) -> tuple[Expected, ...]:
 _SILENT = Expected("nmi-answered", "F", "shootdown-done")
 _ALL_SILENT = Expected("nmi-answered", "O", "shootdown-done")
 _LOST = Expected("trace-complete", "C", "handover")
+_IN_DEVICES = "QEMU's dumps hold neither the local APICs nor the NMI latches"
+_OVER = "by then the CPU has done all of it, in the wrong order"
+_ON_ITS_WAY = "it shows a machine on the crash path, and not that it stays there"
 _COUNT, _MASK = ("WAITS_FOR_COUNTER",), ("!WAITS_FOR_COUNTER",)
 
 # What one wrong property of a gate is: the word for it, what the fault does, and what else follows for a CPU that
@@ -105,9 +116,9 @@ FAULTS: tuple[Fault, ...] = (
                            Expected("shootdown-report", None, "shootdown-done", ("REPORTS_SHOOTDOWN",)))),
     Fault("sign-off-first", "A CPU signs off before it has saved its registers and stopped.",
           ("SIGNS_OFF",), (Expected("waiting-cpus", None, "cpu-save", _COUNT),
-                           Expected("waiting-cpus", "F", "cpu-save", _MASK)), most_cpus=2),
+                           Expected("waiting-cpus", "F", "cpu-save", _MASK)), most_cpus=2, not_in_a_dump=_OVER),
     Fault("save-done-early", "A CPU sets crash_save_done before its registers are saved.",
-          ("HARDENED",), (Expected("crash-save-done", "F", "cpu-save"),)),
+          ("HARDENED",), (Expected("crash-save-done", "F", "cpu-save"),), not_in_a_dump=_OVER),
     Fault("save-done-never", "A CPU never sets crash_save_done: a second NMI would stop it a second time.",
           ("HARDENED",), (Expected("crash-save-done", "F", "shootdown-done"),)),
     Fault("save-done-on-crasher", "crash_save_done is set on the crashing CPU, which was never shot down.",
@@ -115,7 +126,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("still-online", "A CPU stops and leaves its bit in cpu_online_map.",
           (), (Expected("online-cpus", "F", "shootdown-done"),)),
     Fault("second-entry", "A CPU opens NMIs before it queues its own, and enters the handler a second time.",
-          ("HARDENED",), (Expected("nmi-entries", "F", "shootdown-done"),)),
+          ("HARDENED",), (Expected("nmi-entries", "F", "shootdown-done"),),
+          not_in_a_dump="only who follows the crash can count how often the handler is entered"),
     Fault("wait-ends-early", "The crashing CPU goes on while a CPU has yet to save its registers.",
           ("SIGNS_OFF",), (_SILENT,)),
     Fault("owner-wrong", "one_cpu_only() records a CPU that did not crash.",
@@ -152,14 +164,17 @@ FAULTS: tuple[Fault, ...] = (
             ("HARDENED",), (Expected(f"mc-gate-{name}", "F", "handover"),))
       for name, does, _ in _GATE),
     Fault("own-mc-gate-ist", "The #MC gate of the crashing CPU keeps its IST.",
-          ("HARDENED",), (Expected("mc-gate-ist", "C", "shootdown"),), cpus=1),
+          ("HARDENED",), (Expected("mc-gate-ist", "C", "shootdown"),), cpus=1,
+          mended_with="REWRITES_GATES"),
     Fault("mc-gate-ist", "The #MC gate of another CPU keeps its IST.",
           ("HARDENED",), (Expected("mc-gate-ist", "F", "cpu-save", ("!REWRITES_GATES",)),
-                          Expected("mc-gate-ist", "F", "shootdown", ("REWRITES_GATES",)))),
+                          Expected("mc-gate-ist", "F", "shootdown", ("REWRITES_GATES",))),
+          mended_with="REWRITES_GATES"),
     Fault("mc-gate-ist-restored", "A lost race in the rewriting of another CPU's #MC gate brings its IST back.",
           ("HARDENED",), (Expected("mc-gate-ist", "F", "handover"),)),
     Fault("mc-gate-ist-twice", "A CPU takes the IST off its own #MC gate, puts it back, and takes it off again.",
-          ("HARDENED", "!REWRITES_GATES"), (Expected("gate-change", "F", "cpu-stop"),), cpus=3, most_cpus=3),
+          ("HARDENED", "!REWRITES_GATES"), (Expected("gate-change", "F", "cpu-stop"),), cpus=3, most_cpus=3,
+          not_in_a_dump="by then the gate is as it should be"),
     Fault("mc-not-swapped", "No #MC gate is led to trap_nop before the jump.",
           ("HARDENED",), (Expected("mc-gate-handler", "C", "handover"), Expected("mc-gate-handler", "O", "handover"))),
     Fault("mc-swapped-on-crasher-only", "Only the crashing CPU's own #MC gate is led to trap_nop.",
@@ -177,35 +192,38 @@ FAULTS: tuple[Fault, ...] = (
           (), (Expected("crash-info-note", None, "exec-entry"),), cpus=1),
     # Local APIC
     Fault("lapic-not-stopped", "A CPU is parked with its local APIC running.",
-          (), (Expected("lapic-enabled", "F", "shootdown-done"), Expected("lapic-lvt", "F", "shootdown-done"))),
+          (), (Expected("lapic-enabled", "F", "shootdown-done"), Expected("lapic-lvt", "F", "shootdown-done")),
+          not_in_a_dump=_IN_DEVICES),
     Fault("lvts-not-masked", "A CPU disables its local APIC by software and leaves the vector table unmasked "
           "(hardware masks it then; QEMU shows what was written).",
-          (), (Expected("lapic-lvt", "F", "shootdown-done"),)),
+          (), (Expected("lapic-lvt", "F", "shootdown-done"),), not_in_a_dump=_IN_DEVICES),
     Fault("lapic-mode-kept", "A CPU is left in x2APIC mode where the machine booted in xAPIC mode.",
-          (), (Expected("lapic-mode", "F", "shootdown-done"),), x2apic="x2apic"),
+          (), (Expected("lapic-mode", "F", "shootdown-done"),), x2apic="x2apic", not_in_a_dump=_IN_DEVICES),
     Fault("own-lapic-mode-kept", "The crashing CPU is left in x2APIC mode where the machine booted in xAPIC mode.",
           (), (Expected("lapic-mode", "C", "crash-info"), Expected("x2apic-enabled", None, "crash-info")),
           cpus=1, x2apic="x2apic"),
     Fault("x2apic-enabled-stale", "x2apic_enabled is not looked at again after the stop: the next access to the local "
           "APIC uses MSRs that are not there any more, and Xen panics within the crash.",
-          (), (_LOST,), cpus=1, x2apic="x2apic"),
+          (), (_LOST,), cpus=1, x2apic="x2apic", not_in_a_dump=_ON_ITS_WAY),
     Fault("no-self-nmi", "A CPU parks without an NMI of its own queued behind the latch.",
-          ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"), Expected("nmi-pending", "F", "handover"))),
+          ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"), Expected("nmi-pending", "F", "handover")),
+          not_in_a_dump=_IN_DEVICES),
     Fault("self-nmi-misdirected", "A CPU addresses its own NMI to an APIC id that nobody has.",
-          ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"), Expected("nmi-pending", "F", "handover"))),
+          ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"), Expected("nmi-pending", "F", "handover")),
+          not_in_a_dump=_IN_DEVICES),
     # The end
     Fault("not-halted", "A CPU spins where it should halt.", (), (Expected("cpu-parked", "F", "handover"),)),
     Fault("interrupts-on", "A CPU halts with interrupts on.", (), (Expected("cpu-parked", "F", "handover"),)),
     Fault("nmis-latched", "The crash comes from an NMI handler, and NMIs are not opened again before the jump.",
-          ("HARDENED",), (Expected("nmi-latch", "C", "handover"),), cpus=1),
+          ("HARDENED",), (Expected("nmi-latch", "C", "handover"),), cpus=1, not_in_a_dump=_IN_DEVICES),
     Fault("enable-nmis-skipped", "NMIs are not opened before the jump, in a crash that no NMI began.",
           ("HARDENED",), cpus=1,
           invisible="they were open already; nmis-latched is the crash in which they are not"),
     Fault("no-jump", "machine_kexec() never jumps to the crash image.",
-          (), (_LOST,), cpus=1),
+          (), (_LOST,), cpus=1, not_in_a_dump=_ON_ITS_WAY),
     # What a generation does wrong by itself
     Fault("absent-cpus", "CPU numbers that no CPU has: 4.21.0's machine_kexec() reads through their per-CPU pointers.",
-          ("READS_ABSENT_IDTS",), (_LOST,), cpus=1, words="nr_cpu_ids=17"),
+          ("READS_ABSENT_IDTS",), (_LOST,), cpus=1, words="nr_cpu_ids=17", not_in_a_dump=_ON_ITS_WAY),
     Fault("firmware-x2apic", "The firmware booted in x2APIC mode: until 4.4 a LAPIC goes there from disabled at once, "
           "which is #GP, on each CPU that is stopped.",
           ("ALWAYS_REVERTS_LAPIC",),
@@ -214,7 +232,7 @@ FAULTS: tuple[Fault, ...] = (
            Expected("waiting-cpus", None, "shootdown-done", _COUNT),
            Expected("waiting-cpus", "O", "shootdown-done", _MASK),
            Expected("shootdown-report", None, "shootdown-done", ("REPORTS_SHOOTDOWN",)), _LOST),
-          most_cpus=2, x2apic="x2apic=firmware", words="x2apic=firmware"),
+          most_cpus=2, x2apic="x2apic=firmware", words="x2apic=firmware", not_in_a_dump=_ON_ITS_WAY),
 )  # fmt: skip
 
 BY_ID = {fault.id: fault for fault in FAULTS}

@@ -1,7 +1,8 @@
 """The whole matrix: every generation clean, and every fault in every generation in which it makes sense.
 
 Each run boots the reference guest in QEMU, follows its crash through gdb as `xencrash trace` does, and compares what
-failed, where, and at which stage first, with the table of faults. Two runs are under way at a time.
+failed, where, and at which stage first, with the table of faults. At its end QEMU dumps the machine, and the dump must
+say what the last stage said. Two runs are under way at a time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -55,22 +58,53 @@ def fault_runs() -> Iterator[Run]:
 
 
 RUNS = (*clean_runs(), *fault_runs())
+# QEMU's dumps, dealt to the runs in turn: dump-guest-memory's arguments.
+DUMPS: tuple[dict[str, Any], ...] = ({}, {"format": "kdump-zlib"}, {"paging": True})
+# What QEMU's notes do not hold, and what only a trace counts.
+NOT_IN_A_DUMP = {
+    "lapic-mode", "lapic-enabled", "lapic-lvt", "lapic-self-nmi", "nmi-latch", "nmi-pending", "nmi-entries",
+    "gate-change",
+}  # fmt: skip
 # What a fault does only for a moment: a stop of another CPU may fall into it.
 MAY_BE_SEEN: dict[str | None, tuple[str, ...]] = {"second-entry": ("nmi-latch",)}
 
 
-def follow(run: Run) -> Json:
-    """The report of one crash."""
+@dataclass(frozen=True)
+class Followed:
+    """The report of one crash, that of the dump taken at its end (None for one that cannot be judged), and the verdict
+    on its RAM after it."""
+
+    report: Json
+    dump: Json | None
+    of_memory_alone: str
+
+
+def follow(run: Run) -> Followed:
     built = build(run.generation)
     append = command_line(fault=run.fault, x2apic=run.fault is None and run.lapic == "x2apic")
     boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
     qemu = "10.0" if run.lapic == "x2apic" else "7.2"
     with Lab.up(guest=boot, qemu=qemu, cpus=run.cpus, memory_mib=64, wait="none",
-                lapic=run.lapic if qemu == "10.0" else None) as lab:  # fmt: skip
+                lapic=run.lapic if qemu == "10.0" else None) as lab, TemporaryDirectory() as folder:  # fmt: skip
+        path = Path(folder) / "dump"
+
+        def dump() -> None:
+            lab.dump_guest_memory(path, **DUMPS[RUNS.index(run) % len(DUMPS)])
+
+        def at_stage(stage: Json, findings: object) -> None:
+            if stage["stage"] == "handover":
+                dump()
+
         lab.wait_serial(rb"CPUs? ready", 20)
         report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, stall=12,
-                       trigger=lambda: lab.serial_send(b"C"))  # fmt: skip
-        return {**report, "of memory alone": of_memory_alone(lab)}
+                       progress=at_stage, trigger=lambda: lab.serial_send(b"C"))  # fmt: skip
+        if not path.exists():
+            dump()
+        try:
+            dumped = evaluate(open_dump(path, lab.symbols)).to_json()
+        except Undecidable:
+            dumped = None
+        return Followed(report, dumped, of_memory_alone(lab))
 
 
 def of_memory_alone(lab: Lab) -> str:
@@ -82,10 +116,10 @@ def of_memory_alone(lab: Lab) -> str:
 
 
 @pytest.fixture(scope="session")
-def reports(request: pytest.FixtureRequest) -> Iterator[dict[Run, Future[Json]]]:
+def reports(request: pytest.FixtureRequest) -> Iterator[dict[Run, Future[Followed]]]:
     """The runs of the tests that were selected, as they come."""
-    wanted = [item.callspec.params["run"] for item in request.session.items
-              if getattr(item, "originalname", "") == "test_exactly_what_should_fail_does"]  # fmt: skip
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = dict.fromkeys(params["run"] for params in selected if "run" in params)
     for generation in {run.generation for run in wanted}:
         build(generation)
     with ThreadPoolExecutor(2) as pool:
@@ -112,8 +146,9 @@ def expected(run: Run) -> Found:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
-def test_exactly_what_should_fail_does(run: Run, reports: dict[Run, Future[Json]]) -> None:
-    report = reports[run].result(timeout=1800)
+def test_exactly_what_should_fail_does(run: Run, reports: dict[Run, Future[Followed]]) -> None:
+    followed = reports[run].result(timeout=1800)
+    report = followed.report
     found = first_seen(report, "fail")
     assert {item for item in found if item[0] not in MAY_BE_SEEN.get(run.fault, ())} == expected(run)
     assert first_seen(report, "unknown") == set()
@@ -123,11 +158,43 @@ def test_exactly_what_should_fail_does(run: Run, reports: dict[Run, Future[Json]
         assert len({stage["cpu"] for stage in report["stages"] if stage["stage"] == "nmi-taken"}) == run.cpus - 1
         # 4.2.0 names no owner, and its last steps leave nothing in memory.
         judged = "unknown" if run.generation == "4.2.0" else "fail" if expected(run) else "pass"
-        assert report["of memory alone"] == judged
+        assert followed.of_memory_alone == judged
+
+
+def verdicts(report: Json) -> dict[tuple[str, int | None], str]:
+    """Each (check, CPU)'s verdict at the last stage, but for what was skipped there."""
+    last = len(report["stages"]) - 1
+    return {(f["check"], f["cpu"]): f["verdict"] for f in report["findings"]
+            if f["stop"] == last and f["verdict"] != "skip" and f["check"] != "trace-complete"}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_a_dump_of_it_says_what_the_machine_said(run: Run, reports: dict[Run, Future[Followed]]) -> None:
+    followed = reports[run].result(timeout=1800)
+    fault = BY_ID[run.fault] if run.fault else None
+    if followed.dump is None:  # 4.2.0 on its way: neither its memory nor its registers name the crashing CPU
+        assert run.generation == "4.2.0" and fault and fault.not_in_a_dump
+        assert followed.report["stages"][-1]["stage"] != "handover"
+        return
+    live, dump = verdicts(followed.report), verdicts(followed.dump)
+    assert followed.dump["generation"]["id"] == run.generation
+    assert "unknown" not in dump.values()
+    if followed.report["stages"][-1]["stage"] != "handover":  # it was dumped at none of the path's stages
+        assert {asked for asked, verdict in dump.items() if verdict == "fail"} <= {
+            (f["check"], f["cpu"]) for f in followed.report["findings"] if f["verdict"] == "fail"
+        }
+        assert "fail" in dump.values() or (fault and fault.not_in_a_dump)
+        return
+    both = live.keys() & dump.keys()
+    assert {asked: dump[asked] for asked in both} == {asked: live[asked] for asked in both}
+    assert {check for check, _ in live.keys() - dump.keys()} <= NOT_IN_A_DUMP
+    gone = fault is None or fault.gone_from_a_dump(run.generation)
+    shown = expected(Run(run.generation, None, run.cpus, run.lapic) if gone else run)
+    assert ("fail" in dump.values()) is bool(shown)
 
 
 def test_the_rfc_as_posted_fails_in_the_one_way_that_its_author_names() -> None:
-    report = follow(Run("rfc-v1", None, 4, "xapic"))
+    report = follow(Run("rfc-v1", None, 4, "xapic")).report
     assert first_seen(report, "fail") == {("waiting-cpus", None, "shootdown-done")}
     failure = next(finding for finding in report["findings"] if finding["verdict"] == "fail")
     assert (failure["expected"], failure["observed"]) == (0, 3)

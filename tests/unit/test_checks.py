@@ -8,14 +8,16 @@ from dataclasses import replace
 import pytest
 
 from tests.recording import Example, load, names
-from xen_symbols.absence import Absent, Kind
+from xen_symbols.absence import Absent, Kind, Undecidable
 from xen_symbols.crashpath.checks import CHECKS, Outcome
 from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.crashpath.generations import Generation, identify
+from xen_symbols.crashpath.position import crashing_cpu, online_at_crash
 from xen_symbols.report.model import Finding, Report, Verdict
 from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
-from xen_symbols.xen.state import idt_address, per_cpu_address
+from xen_symbols.xen.state import State, absent, idt_address, per_cpu_address, read_state
 
 NMI, MC = 2, 18
 
@@ -396,3 +398,50 @@ def test_each_explanation_is_of_a_value_that_its_check_can_expect() -> None:
             shown = {"symbol": expected} if isinstance(expected, str) and check.id.endswith("handler") else expected
             outcome = Outcome(Verdict.FAIL, shown, "something else")
             assert check.explain(outcome) == check.instead_of[expected] != check.consequence
+
+
+def unnamed(machine: Machine, **features: bool) -> tuple[State, Generation]:
+    """A machine as in 4.2.0, whose memory does not name the CPU that crashed."""
+    state = read_state(machine.memory)
+    system = {**state.system, "crash_owner": absent("4.2.0 has none")}
+    return replace(state, system=system), replace(
+        identify(machine.memory).generation, has_save_done=False, own_nmi_gate=False, **features
+    )
+
+
+def test_registers_alone_tell_which_cpu_crashed() -> None:
+    machine = Machine()
+    assert crashing_cpu(*unnamed(machine)) == (0, ("its RIP, in kexec_reloc",))
+    machine.physical(0, lambda p: replace(p, registers={}))
+    with pytest.raises(Undecidable, match="neither memory nor registers"):
+        crashing_cpu(*unnamed(machine))
+
+
+def test_registers_that_name_two_cpus_tell_nothing() -> None:
+    machine = Machine()
+    unhalted(machine)  # CPU 1 runs machine_kexec()
+    with pytest.raises(Undecidable, match="contradictory: its RIP, in kexec_reloc: CPU 0, .*: CPU 1"):
+        crashing_cpu(*unnamed(machine))
+
+
+def test_memory_and_registers_of_different_cpus_tell_nothing() -> None:
+    machine = Machine()
+    machine.variable("crash_saved_cpus", bytes([1 << 2]))
+    with pytest.raises(Undecidable, match="contradictory: its RIP, in kexec_reloc: CPU 0, the only notes saved: CPU 2"):
+        crashing_cpu(*unnamed(machine))
+
+
+def test_a_cpu_that_saved_nothing_and_signed_off_is_missed_all_the_same() -> None:
+    machine = Machine()
+    machine.variable("crash_saved_cpus", bytes([0b1101]))  # of CPU 1 nothing is left in Xen's masks
+
+    def online(**features: bool) -> frozenset[int]:
+        machine.memory.forget()
+        state, generation = unnamed(machine, **features)
+        return online_at_crash(state, generation, 0)
+
+    machine.per_cpu("crash_save_done", 1, b"\0")
+    assert online(frees_offline_cpus=False) == {0, 1, 2, 3}  # by its RIP
+    machine.physical(1, lambda p: replace(p, registers={}))
+    assert online(frees_offline_cpus=True) == {0, 1, 2, 3}  # by its IDT
+    assert online(frees_offline_cpus=False) == {0, 2, 3}

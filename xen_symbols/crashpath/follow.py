@@ -175,12 +175,12 @@ class Follower:
 
     def _advance(self, state: State, stage: Stage, cpu: int) -> None:
         if stage.id == "crash-entry":
-            self._online = online_at_crash(state, None)
+            self._online = online_at_crash(state, self.generation, None)
             return
         if stage.role is Role.CRASHING:
             if self._crashing is None:
                 self._crashing = cpu
-                self._online = self._online | online_at_crash(state, cpu)
+                self._online = self._online | online_at_crash(state, self.generation, cpu)
             self._step = stage.crash_step
             return
         assert stage.other_step is not None
@@ -244,6 +244,6 @@ class GateWatch:
     def see(self, state: State) -> list[dict[str, Any]]:
         """The changes since the last call."""
         nowhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
-        position = Position(NORMAL, None, None, nowhere, {}, online_at_crash(state, None))
+        position = Position(NORMAL, None, None, nowhere, {}, online_at_crash(state, None, None))
         seen = self._history.see(moment_of(state, position), self.writes.take(state)).values()
         return [gate_difference_json(state.symbols, change) for change in seen if change.changed]

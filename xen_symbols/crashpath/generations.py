@@ -117,6 +117,7 @@ class Generation:
     clears_remote_ist: bool = False  # the RFC: the crashing CPU clears the others' IST, and the NMI gate's too
     has_save_done: bool = True  # crash_save_done and the self-NMI
     announces: bool = True  # "Shot down all CPUs" on the console
+    frees_offline_cpus: bool = False  # has every CPU with an IDT been online? (kept for parked ones: 8797d20a6e, 4.12)
     dead_cpus_use_trap_nop: bool = False  # may a CPU that was offline have trap_nop in its NMI gate?
     idle_callbacks: tuple[str, ...] = field(default=())  # legitimate values of nmi_callback before the crash
     parks_in: str = "do_nmi_crash"
@@ -131,27 +132,27 @@ GENERATIONS = (
         "4.2.0", "before 77ad1faa6b", "4.2.0 - 4.2.5", Hook.CRASH_CALLBACK,
         (has("crash_nmi_callback", TEXT), lacks("do_nmi_crash", TEXT)),
         bookkeeping="count", own_nmi_gate=False, swaps_mc=False, has_save_done=False, announces=False,
-        idle_callbacks=_DUMMY, parks_in="crash_nmi_callback",
+        frees_offline_cpus=True, idle_callbacks=_DUMMY, parks_in="crash_nmi_callback",
     ),
     Generation(
         "rfc-v1", "RFC of 2012-12-04, as posted", "never released", Hook.GATE,
         (has("nmi_crash", TEXT), lacks("waiting_to_crash"), _stub_starts_with_cli(True), _decrement(False)),
-        bookkeeping="count", clears_remote_ist=True, announces=False, idle_callbacks=_DUMMY,
+        bookkeeping="count", clears_remote_ist=True, announces=False, frees_offline_cpus=True, idle_callbacks=_DUMMY,
     ),
     Generation(
         "rfc-v1-fixed", "RFC of 2012-12-04 with the missing atomic_dec", "never released", Hook.GATE,
         (has("nmi_crash", TEXT), lacks("waiting_to_crash"), _stub_starts_with_cli(True), _decrement(True)),
-        bookkeeping="count", clears_remote_ist=True, announces=False, idle_callbacks=_DUMMY,
+        bookkeeping="count", clears_remote_ist=True, announces=False, frees_offline_cpus=True, idle_callbacks=_DUMMY,
     ),
     Generation(
         "4.3.0", "77ad1faa6b", "4.3.0, 4.3.1", Hook.GATE,
         (has("nmi_crash", TEXT), lacks("waiting_to_crash"), has("waiting_for_crash_ipi"), _stub_starts_with_cli(False)),
-        bookkeeping="count", announces=False, idle_callbacks=_DUMMY,
+        bookkeeping="count", announces=False, frees_offline_cpus=True, idle_callbacks=_DUMMY,
     ),
     Generation(
         "4.3.2", "f12c1f0b09", "4.3.2, 4.3.3, 4.4.0, 4.4.1, 4.5.0", Hook.GATE,
         (has("nmi_crash", TEXT), has("waiting_to_crash")),
-        bookkeeping="mask", idle_callbacks=_DUMMY,
+        bookkeeping="mask", frees_offline_cpus=True, idle_callbacks=_DUMMY,
     ),
     Generation(
         # 8228055568 (4.4.3) writes the same entry through another mapping, which leaves no trace.

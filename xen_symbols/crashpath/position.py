@@ -29,6 +29,11 @@ _RUNNING = Span(OtherStep.NOTHING, OtherStep.NOTHING)
 _SHOT = Span(OtherStep.SIGNED_OFF, OtherStep.PARKED)
 _ANYWHERE = Span(OtherStep.NOTHING, OtherStep.PARKED)
 
+# Functions that only the crashing CPU runs: the anchors of its stages, but for those that another CPU reaches, too. One
+# that comes too late to crash stays behind in kexec_crash (one_cpu_only).
+_SHARED = {"kexec_crash", *(name for stage in STAGES if stage.role is Role.OTHER for name in stage.anchors)}
+_ONLY_CRASHING = {name for stage in STAGES if stage.role is Role.CRASHING for name in stage.anchors} - _SHARED
+
 
 def anchor_address(symbols: SymbolTable, stage: Stage) -> int | None:
     """Where a stage begins in this build; None if no symbol of its names is there."""
@@ -68,7 +73,7 @@ class Vote:
 
 
 def votes(state: State, generation: Generation) -> list[Vote]:
-    """Each piece of evidence in memory that names exactly one CPU as the crashing one."""
+    """Each piece of evidence that names a CPU as the crashing one."""
     found = []
     owner = state.system["crash_owner"]
     if owner.present and owner.value in state.cpus:
@@ -90,6 +95,10 @@ def votes(state: State, generation: Generation) -> list[Vote]:
             ]  # fmt: skip
             if len(own) == 1:
                 found.append(Vote("the only NMI gate of an online CPU with trap_nop", own[0]))
+    for number, known in state.cpus.items():
+        function = _function_of(state.symbols, known.physical)
+        if function in _ONLY_CRASHING:
+            found.append(Vote(f"its RIP, in {function}", number))
     if saved.present and len(saved.value) == 1:
         found.append(Vote("the only notes saved", *saved.value))
     return found
@@ -99,7 +108,7 @@ def crashing_cpu(state: State, generation: Generation) -> tuple[int, tuple[str, 
     """The crashing CPU and the evidence for it. Raises Undecidable without evidence, or when it is divided."""
     found = votes(state, generation)
     if not found:
-        raise Undecidable("which CPU crashed could not be told: nothing in memory names exactly one")
+        raise Undecidable("which CPU crashed could not be told: neither memory nor registers name exactly one")
     (cpu, most), *rest = Counter(vote.cpu for vote in found).most_common()
     if rest and rest[0][1] == most:
         listed = ", ".join(f"{vote.says}: CPU {vote.cpu}" for vote in found)
@@ -107,14 +116,21 @@ def crashing_cpu(state: State, generation: Generation) -> tuple[int, tuple[str, 
     return cpu, tuple(vote.says for vote in found if vote.cpu == cpu)
 
 
-def online_at_crash(state: State, crashing: int | None) -> frozenset[int]:
+def online_at_crash(state: State, generation: Generation | None, crashing: int | None) -> frozenset[int]:
     """Every CPU that was online when the crash began: cpu_online_map is being emptied, the others tell the rest."""
     found = set() if crashing is None else {crashing}
     for name in ("online", "saved", "waiting_mask"):
         read = state.system[name]
         if read.present:
             found |= read.value
-    found |= {cpu.cpu for cpu in state.cpus.values() if cpu.crash_save_done.present and cpu.crash_save_done.value}
+    for number, known in state.cpus.items():
+        save_done = known.crash_save_done.present and known.crash_save_done.value
+        shot = generation is not None and (
+            _function_of(state.symbols, known.physical) == generation.parks_in
+            or (generation.frees_offline_cpus and known.nmi_gate.present)
+        )
+        if save_done or shot:
+            found.add(number)
     return frozenset(found & set(state.cpus))
 
 
@@ -125,7 +141,7 @@ def infer(state: State, generation: Generation) -> Position:
         raise Undecidable(f"whether Xen has begun to crash could not be read: {kexecing.value}")
     saved = state.system["saved"]
     if not kexecing.value and not (saved.present and saved.value):
-        online = online_at_crash(state, None)
+        online = online_at_crash(state, generation, None)
         stage = _stage_of_any(state)
         if stage is not None:
             return at_stage(*stage, crashing_cpu=None, online=online)
@@ -133,7 +149,7 @@ def infer(state: State, generation: Generation) -> Position:
         return Position(NORMAL, None, None, nothing, dict.fromkeys(online, _RUNNING), online)
 
     cpu, _ = crashing_cpu(state, generation)
-    online = online_at_crash(state, cpu)
+    online = online_at_crash(state, generation, cpu)
     physical = state.of(cpu).physical
     if not isinstance(physical, Absent):
         stage_here = _stage_at(state.symbols, physical, Role.CRASHING)
@@ -179,6 +195,13 @@ def _handed_over(state: State, crashing: PhysicalCpu | Absent) -> bool:
         return False
     region = image_region(state.symbols.address("idle_pg_table"))
     return not region <= rip < region + IMAGE_REGION
+
+
+def _function_of(symbols: SymbolTable, physical: PhysicalCpu | Absent) -> str | None:
+    """The function of Xen's that a CPU is in; None for one that is elsewhere, or whose registers are not known."""
+    rip = None if isinstance(physical, Absent) or not physical.current else physical.registers.get("rip")
+    found = None if rip is None else symbols.lookup(rip)
+    return found[0].name if found else None
 
 
 def _stage_at(symbols: SymbolTable, physical: PhysicalCpu, role: Role) -> Stage | None:
