@@ -33,7 +33,16 @@ from xen_symbols.xen import crashnotes
 from xen_symbols.xen.backtrace import backtrace
 from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.memory import XenMemory
-from xen_symbols.xen.state import CpuState, Read, State, idt_address, per_cpu_address, per_cpu_offsets, read_state
+from xen_symbols.xen.state import (
+    CpuState,
+    Read,
+    State,
+    idt_address,
+    in_memory,
+    per_cpu_address,
+    per_cpu_offsets,
+    read_state,
+)
 
 Json = dict[str, Any]
 
@@ -148,7 +157,7 @@ def _idt(session: Session, cpu: int | None = None, vector: int | None = None) ->
             for number in range(first, first + count):
                 at = (number - first) * gate.SIZE
                 entry = raw[at : at + gate.SIZE]
-                read = Read(gate.decode(entry), table + number * gate.SIZE, entry)
+                read = in_memory(gate.decode(entry), table + number * gate.SIZE, entry)
                 gates.append(_gate(memory, cpu, number, read))
         return {"gates": gates}
 

@@ -12,7 +12,6 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,7 @@ class LiveTarget:
         if base is None or isinstance(cpu.lapic, Absent) or not isinstance(cpu.lapic.apic_base, Absent):
             return cpu
         source = cpu.lapic.source if isinstance(base, Absent) else f"rdmsr, {cpu.lapic.source}"
-        return replace(cpu, lapic=replace(cpu.lapic, apic_base=base, source=source))
+        return cpu._replace(lapic=cpu.lapic._replace(apic_base=base, source=source))
 
     def _require_same_machine(self, qmp: Qmp) -> None:
         """A QMP socket of another machine would answer just as well. Asked once for each socket."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import dataclasses
 import json
 import tempfile
 from collections.abc import Sequence
@@ -182,8 +181,8 @@ def _merged(reads: dict[int, bytes]) -> dict[int, bytes]:
 def _to_json(value: Any) -> Any:
     if isinstance(value, Absent):
         return {"absent": value.reason, "kind": value.kind.name}
-    if dataclasses.is_dataclass(value):
-        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "_asdict"):
+        return {name: _to_json(part) for name, part in value._asdict().items()}
     return value
 
 

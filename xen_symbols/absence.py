@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Kind(enum.Enum):
@@ -15,8 +15,7 @@ class Kind(enum.Enum):
     NOT_APPLICABLE = "not applicable"  # this Xen has no such thing: a check is `skip`
 
 
-@dataclass(frozen=True)
-class Absent:
+class Absent(NamedTuple):
     """A value that is not there. `reason` is one clause that says why."""
 
     reason: str

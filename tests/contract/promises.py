@@ -9,7 +9,7 @@ import bisect
 import mmap
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from xen_symbols.absence import Absent, Kind, Unreadable
@@ -68,8 +68,8 @@ class Registers:
 
 
 _OF_THE_CPU = frozenset("idtr tr_base".split())
-_LAPIC = frozenset(field.name for field in fields(Lapic)) - {"source"}
-_ABSENT_OR_NOT = frozenset(f.name for f in fields(PhysicalCpu) if "Absent" in str(f.type))
+_LAPIC = frozenset(Lapic._fields) - {"source"}
+_ABSENT_OR_NOT = frozenset(name for name, kind in PhysicalCpu.__annotations__.items() if "Absent" in str(kind))
 
 DEVICE_STATE = Registers(fields=_ABSENT_OR_NOT, lapic=_LAPIC)
 MONITOR = Registers(fields=_OF_THE_CPU | {"apic_id", "halted", "lapic"}, lapic=_LAPIC - {"apic_base"})

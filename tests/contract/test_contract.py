@@ -206,7 +206,7 @@ def lies(good: Any) -> dict[str, tuple[str, Liar]]:
         return [bad] * len(answers) if bad else list(answers)
 
     def cpu(**changes: Any) -> Liar:
-        return Liar(good, cpus=lambda: [replace(first, **changes), *rest])
+        return Liar(good, cpus=lambda: [first._replace(**changes), *rest])
 
     exact, many = "bytes_are_exact_or_refused", "many_reads_are_the_single_ones_in_order"
     ranges, told = "ranges_ascend_and_are_true", "cpus_have_what_their_source_knows"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -143,7 +142,7 @@ def test_changes_that_real_xen_does_not_make() -> None:
     def write(session: GdbSession, cpu: int, vector: int, **properties: int) -> None:
         address = idt_address(machine.memory, cpu) + SIZE * vector
         gate = decode(machine.memory.read(address, SIZE))
-        session.mi(f"-data-write-memory-bytes {address:#x} {encode(replace(gate, **properties)).hex()}")
+        session.mi(f"-data-write-memory-bytes {address:#x} {encode(gate._replace(**properties)).hex()}")
 
     def meddle(session: GdbSession) -> None:
         pc = int(session.mi('-data-evaluate-expression "(unsigned long)$pc"')["value"])

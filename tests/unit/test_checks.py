@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
@@ -55,7 +54,7 @@ class Machine:
     def lapic(self, cpu: int, **changes: object) -> None:
         def change(physical: PhysicalCpu) -> PhysicalCpu:
             assert isinstance(physical.lapic, Lapic)
-            return replace(physical, lapic=replace(physical.lapic, **changes))
+            return physical._replace(lapic=physical.lapic._replace(**changes))
 
         self.physical(cpu, change)
 
@@ -81,7 +80,7 @@ def handler(machine: Machine, cpu: int, vector: int, name: str) -> None:
 
 def unhalted(machine: Machine) -> None:
     elsewhere = machine.symbols.address("kexec_reloc")
-    machine.physical(1, lambda p: replace(p, halted=False, registers={**p.registers, "rip": elsewhere}))
+    machine.physical(1, lambda p: p._replace(halted=False, registers={**p.registers, "rip": elsewhere}))
 
 
 def unhooked(machine: Machine) -> None:
@@ -131,14 +130,14 @@ CHANGES: dict[str, tuple[Callable[[Machine], object], str, int | None]] = {
     "no self-NMI": (lambda m: m.lapic(1, icr_low=0xFD), "lapic-self-nmi", 1),
     "self-NMI to another CPU": (lambda m: m.lapic(1, icr_high=2 << 24), "lapic-self-nmi", 1),
     "self-NMI by shorthand": (lambda m: m.lapic(1, icr_low=0xC0400), "lapic-self-nmi", 1),
-    "NMIs latched at the handover": (lambda m: m.physical(0, lambda p: replace(p, nmi_blocked=True)), "nmi-latch", 0),
-    "NMIs open on a parked CPU": (lambda m: m.physical(3, lambda p: replace(p, nmi_blocked=False)), "nmi-latch", 3),
-    "no NMI pending": (lambda m: m.physical(3, lambda p: replace(p, nmi_pending=False)), "nmi-pending", 3),
+    "NMIs latched at the handover": (lambda m: m.physical(0, lambda p: p._replace(nmi_blocked=True)), "nmi-latch", 0),
+    "NMIs open on a parked CPU": (lambda m: m.physical(3, lambda p: p._replace(nmi_blocked=False)), "nmi-latch", 3),
+    "no NMI pending": (lambda m: m.physical(3, lambda p: p._replace(nmi_pending=False)), "nmi-pending", 3),
     "a CPU that runs on": (unhalted, "cpu-parked", 1),
     "interrupts on in the halt loop": (
-        lambda m: m.physical(1, lambda p: replace(p, registers={**p.registers, "rflags": 0x202})), "cpu-parked", 1),
-    "IDTR elsewhere": (lambda m: m.physical(2, lambda p: replace(p, idtr=(0xFFFF83005FD6D000, 0xFFF))), "idtr", 2),
-    "IDTR too short": (lambda m: m.physical(2, lambda p: replace(p, idtr=(p.idtr[0], 0x1F))), "idtr", 2),
+        lambda m: m.physical(1, lambda p: p._replace(registers={**p.registers, "rflags": 0x202})), "cpu-parked", 1),
+    "IDTR elsewhere": (lambda m: m.physical(2, lambda p: p._replace(idtr=(0xFFFF83005FD6D000, 0xFFF))), "idtr", 2),
+    "IDTR too short": (lambda m: m.physical(2, lambda p: p._replace(idtr=(p.idtr[0], 0x1F))), "idtr", 2),
 }  # fmt: skip
 
 
@@ -217,7 +216,7 @@ def test_what_was_not_read_is_unknown_and_never_a_pass() -> None:
     machine = Machine()
     gone = Absent("no QMP socket", Kind.UNREAD)
     for cpu in range(4):
-        machine.physical(cpu, lambda p: replace(p, lapic=gone, nmi_blocked=gone, nmi_pending=gone, idtr=gone))
+        machine.physical(cpu, lambda p: p._replace(lapic=gone, nmi_blocked=gone, nmi_pending=gone, idtr=gone))
     report = machine.report()
     assert report.verdict is Verdict.UNKNOWN
     unknown = {f.check for f in report.findings if f.verdict is Verdict.UNKNOWN}
@@ -279,7 +278,7 @@ def test_of_memory_alone_a_crash_on_its_way_is_unknown(name: str) -> None:
 def test_a_crash_between_two_stages_or_stuck_there_is_no_pass() -> None:
     machine = Machine()
     inside = machine.symbols.address("machine_kexec", "tT") + 4
-    machine.physical(0, lambda p: replace(p, registers={**p.registers, "rip": inside}))
+    machine.physical(0, lambda p: p._replace(registers={**p.registers, "rip": inside}))
     report = machine.report()
     assert (report.verdict, bad(report), [s.stage for s in report.stages]) == (Verdict.UNKNOWN, set(), ["crashing"])
     assert "no CPU is at the beginning of a stage" in str(report.undecided)
@@ -307,7 +306,7 @@ def test_ist_0_while_an_amd_cpu_holds_a_guests_state_is_no_alarm() -> None:
     def guest(machine: Machine, tr_base: int) -> None:
         for vector in (NMI, 8, MC):
             machine.gate(1, vector, 4, b"\0")
-        machine.physical(1, lambda p: replace(p, tr_base=tr_base))
+        machine.physical(1, lambda p: p._replace(tr_base=tr_base))
 
     assert _shootdown_findings(lambda m: guest(m, 0xFFFF888000001000)) == set()
     # TR is Xen's own: nothing explains it, except an old Xen without the fix of XSA-244.
@@ -323,7 +322,7 @@ def test_guests_state_on_every_cpu_is_no_alarm_either() -> None:
         for cpu in range(4):
             for vector in (NMI, 8, MC):
                 machine.gate(cpu, vector, 4, b"\0")
-            machine.physical(cpu, lambda p: replace(p, tr_base=tr_base))
+            machine.physical(cpu, lambda p: p._replace(tr_base=tr_base))
 
     assert _shootdown_findings(lambda m: guests(m, 0xFFFF888000001000)) == set()
 
@@ -340,7 +339,7 @@ def test_idtr_of_a_cpu_outside_xen_is_judged_by_whose_it_may_be() -> None:
     def outside(machine: Machine, rip: int, ist: bool) -> None:
         for vector in () if ist else (NMI, 8, MC):
             machine.gate(1, vector, 4, b"\0")
-        machine.physical(1, lambda p: replace(p, guest_mode=Absent("no QMP"), idtr=(0xFFFFFE0000000000, 0xFFF),
+        machine.physical(1, lambda p: p._replace(guest_mode=Absent("no QMP"), idtr=(0xFFFFFE0000000000, 0xFFF),
                                               tr_base=0xFFFFFE0000003000,
                                               registers={**p.registers, "rip": rip}))  # fmt: skip
 
@@ -353,7 +352,7 @@ def test_idtr_of_a_cpu_outside_xen_is_judged_by_whose_it_may_be() -> None:
 def test_a_cpu_on_its_way_into_the_halt_loop_is_no_alarm_at_the_handover() -> None:
     machine = Machine()
     start = machine.symbols.address("do_nmi_crash", "tT")
-    machine.physical(1, lambda p: replace(p, halted=False, nmi_pending=False,
+    machine.physical(1, lambda p: p._replace(halted=False, nmi_pending=False,
                                           registers={**p.registers, "rip": start + 0x20}))  # fmt: skip
     machine.lapic(1, icr_low=0xFD)
     report = machine.report()
@@ -362,7 +361,7 @@ def test_a_cpu_on_its_way_into_the_halt_loop_is_no_alarm_at_the_handover() -> No
     assert [f.verdict for f in late] == [Verdict.SKIP] * 3
     # The crash kernel runs, and it has still not halted.
     crash_kernel = 0xFFFFFFFF81000000
-    machine.physical(0, lambda p: replace(p, registers={**p.registers, "rip": crash_kernel}))
+    machine.physical(0, lambda p: p._replace(registers={**p.registers, "rip": crash_kernel}))
     assert {(check, verdict) for check, cpu, verdict in bad(machine.report()) if cpu == 1} == {
         ("cpu-parked", "unknown"), ("nmi-pending", "unknown"), ("lapic-self-nmi", "unknown"),
     }  # fmt: skip
@@ -404,15 +403,14 @@ def unnamed(machine: Machine, **features: bool) -> tuple[State, Generation]:
     """A machine as in 4.2.0, whose memory does not name the CPU that crashed."""
     state = read_state(machine.memory)
     system = {**state.system, "crash_owner": absent("4.2.0 has none")}
-    return replace(state, system=system), replace(
-        identify(machine.memory).generation, has_save_done=False, own_nmi_gate=False, **features
-    )
+    generation = identify(machine.memory).generation
+    return state._replace(system=system), generation._replace(has_save_done=False, own_nmi_gate=False, **features)
 
 
 def test_registers_alone_tell_which_cpu_crashed() -> None:
     machine = Machine()
     assert crashing_cpu(*unnamed(machine)) == (0, ("its RIP, in kexec_reloc",))
-    machine.physical(0, lambda p: replace(p, registers={}))
+    machine.physical(0, lambda p: p._replace(registers={}))
     with pytest.raises(Undecidable, match="neither memory nor registers"):
         crashing_cpu(*unnamed(machine))
 
@@ -442,6 +440,6 @@ def test_a_cpu_that_saved_nothing_and_signed_off_is_missed_all_the_same() -> Non
 
     machine.per_cpu("crash_save_done", 1, b"\0")
     assert online(frees_offline_cpus=False) == {0, 1, 2, 3}  # by its RIP
-    machine.physical(1, lambda p: replace(p, registers={}))
+    machine.physical(1, lambda p: p._replace(registers={}))
     assert online(frees_offline_cpus=True) == {0, 1, 2, 3}  # by its IDT
     assert online(frees_offline_cpus=False) == {0, 2, 3}

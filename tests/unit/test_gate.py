@@ -47,6 +47,7 @@ def test_every_16_bytes_survive_decoding(raw: bytes) -> None:
         type=st.integers(0, 15),
         dpl=st.integers(0, 3),
         present=st.booleans(),
+        reserved=st.just((0, 0)),
     )
 )
 def test_every_gate_survives_encoding(value: gate.Gate) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
@@ -99,7 +99,7 @@ class Case:
         symbols = machine.symbols
         was = {k: symbols.address(v) if isinstance(v, str) else v for k, v in self.was.items()}
         key = (self.cpu, self.vector)
-        since = Moment({**now.gates, key: replace(now.gates[key], **was)}, self.since, 0, guests)
+        since = Moment({**now.gates, key: now.gates[key]._replace(**was)}, self.since, 0, guests)
         history = GateHistory()
         history.see(since)
         generation = generations.BY_ID[self.generation]

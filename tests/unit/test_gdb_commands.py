@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,7 +145,7 @@ def test_a_lapic_mode_without_its_register_is_marked_as_inferred() -> None:
     session = RecordedSession()
     for index, cpu in enumerate(session.example.physical_cpus):
         assert isinstance(cpu.lapic, Lapic)
-        session.example.physical_cpus[index] = replace(cpu, lapic=replace(cpu.lapic, apic_base=Absent("not given")))
+        session.example.physical_cpus[index] = cpu._replace(lapic=cpu.lapic._replace(apic_base=Absent("not given")))
     cpus = answer("xen lapic", session=session)["cpus"]
     assert [cpu["mode"] for cpu in cpus] == ["xapic"] * 4
     assert all(cpu["mode_source"].startswith("inferred from apic_boot_mode") for cpu in cpus)
@@ -155,7 +154,7 @@ def test_a_lapic_mode_without_its_register_is_marked_as_inferred() -> None:
 def test_cpus_keeps_the_three_numberings_apart() -> None:
     session = RecordedSession()
     swapped = session.example.physical_cpus
-    swapped[1], swapped[2] = replace(swapped[1], apic_id=2), replace(swapped[2], apic_id=1)
+    swapped[1], swapped[2] = swapped[1]._replace(apic_id=2), swapped[2]._replace(apic_id=1)
     cpus = answer("xen cpus", session=session)["cpus"]
     assert [(cpu["cpu"], cpu["thread"], cpu["apic_id"]) for cpu in cpus] == [(0, 1, 0), (1, 3, 1), (2, 2, 2), (3, 4, 3)]
 
@@ -163,7 +162,7 @@ def test_cpus_keeps_the_three_numberings_apart() -> None:
 def test_a_cpu_that_is_none_of_xens_is_shown_apart() -> None:
     session = RecordedSession()
     stray = session.example.physical_cpus
-    stray[2], stray[3] = replace(stray[2], apic_id=77), replace(stray[3], apic_id=78)
+    stray[2], stray[3] = stray[2]._replace(apic_id=77), stray[3]._replace(apic_id=78)
     found = answer("xen cpus", session=session)
     assert [cpu["index"] for cpu in found["unmatched"]] == [2, 3]
     assert found["cpus"][3]["absent"] == "no physical CPU could be matched to it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,7 @@ def test_where_qmp_cannot_tell_the_rest_either_that_is_the_reason() -> None:
     why = Absent("QEMU cannot save it")
     first, second, *_ = hmp.without_qmp(hmp.with_lapics(cpus, [found]), why)
     assert (first.lapic, first.nmi_blocked, first.nmi_pending, first.guest_mode) == (why, why, why, why)
-    assert second.lapic == replace(found[1], apic_base=why)
+    assert second.lapic == found[1]._replace(apic_base=why)
 
 
 @pytest.mark.parametrize("qemu", QEMUS)

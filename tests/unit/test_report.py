@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -79,8 +78,8 @@ def test_each_null_of_a_cpu_has_its_reason_beside_it() -> None:
     machine = Machine()
     gone = Absent("needs QMP")
     machine.lapic(1, apic_base=gone)
-    machine.physical(2, lambda p: replace(p, lapic=gone, nmi_blocked=gone))
-    machine.physical(3, lambda p: replace(p, registers={}))
+    machine.physical(2, lambda p: p._replace(lapic=gone, nmi_blocked=gone))
+    machine.physical(3, lambda p: p._replace(registers={}))
     made = machine.report().to_json()
     jsonschema.validate(made, SCHEMA)
     _, monitors, without, still = made["cpus"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.crashpath.gatechanges import NORMAL, GateChange, Key, allowed
@@ -22,13 +22,12 @@ from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NAMES, VECTOR
 from xen_symbols.xen.frames import HYPERVISOR_CS
 from xen_symbols.xen.memory import image_region
 from xen_symbols.xen.stacks import IST_SSP_SIZE, ist_numbers
-from xen_symbols.xen.state import CpuState, Read, State, absent
+from xen_symbols.xen.state import CpuState, Read, State, absent, in_memory
 
 RFLAGS_IF = 1 << 9
 
 
-@dataclass(slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a judge found. `allowed` and `observed` are JSON values."""
 
     verdict: Verdict
@@ -187,7 +186,7 @@ class Context:
             read = self.state.system[mask]
             if read.address is not None and read.raw is not None:
                 at = 8 * word
-                read = Read(read.value, read.address + at, read.raw[at : at + 8], read.symbol)
+                read = in_memory(read.value, read.address + at, read.raw[at : at + 8], read.symbol)
             self._words[mask, word] = read
         return read
 
@@ -201,8 +200,7 @@ class Subject(enum.Enum):
     CPUS = "each CPU that exists"
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One invariant. `source` says where to look, `consequence` what its failure would do to a real crash; where that
     hangs on what should have been there, `instead_of` says it by the expected value, a handler's by its name."""
 
@@ -211,7 +209,7 @@ class Check:
     source: str
     consequence: str
     judge: Callable[[Context, int], Outcome]
-    instead_of: Mapping[Any, str] = field(default_factory=dict)
+    instead_of: Mapping[Any, str] = MappingProxyType({})
 
     def explain(self, outcome: Outcome) -> str:
         """What a failure would do to a real crash."""
@@ -531,7 +529,7 @@ def _crash_notes(context: Context, cpu: int) -> Outcome:
         observed = "not Xen's registers"
     if len(allowed) > 1:  # it may be writing them right now
         allowed = (*allowed, "half written", "not Xen's registers")
-    return expect(Read(observed, read.address, read.raw, read.symbol), allowed)
+    return expect(Read(observed, read.evidence), allowed)
 
 
 def _plausible(context: Context, registers: dict[str, int], control: dict[str, int]) -> bool:
@@ -551,7 +549,7 @@ def _crash_info_note(context: Context, _cpu: int) -> Outcome:
     info = read.value.info
     value = None if isinstance(info, Absent) else info.xen_phys_start
     return expect(
-        Read(value, read.address, read.raw, read.symbol),
+        Read(value, read.evidence),
         allowed,
         lambda start: "empty" if start is None else {"xen_phys_start": hex(start)},
     )
@@ -614,7 +612,7 @@ def _nmi_entries(context: Context, cpu: int) -> Outcome:
     if not context.crash.reached(CrashStep.WAITED):
         return skip("the wait is not over")
     entries = context.nmi_entries.get(cpu, 0)
-    return expect(Read(entries, source="breakpoint at the NMI handler of the crash path"), (1,))
+    return expect(Read(entries, (Evidence("breakpoint at the NMI handler of the crash path"),)), (1,))
 
 
 # The local APIC and the CPU itself
@@ -638,9 +636,13 @@ def _running_mode(context: Context) -> str | Absent:
     return str(mode.value)
 
 
+def _said_by(source: str, value: Any) -> Read:
+    return Read(value, (Evidence(source),) if source else ())
+
+
 def _lapic_read(lapic: Lapic | Absent, of: Callable[[Lapic], Any]) -> Read:
     value = lapic if isinstance(lapic, Absent) else of(lapic)
-    return Read(value, source=None if isinstance(lapic, Absent) else lapic.source)
+    return Read(value) if isinstance(lapic, Absent) else _said_by(lapic.source, value)
 
 
 def _lapic_mode(context: Context, cpu: int) -> Outcome:
@@ -730,7 +732,7 @@ def _lapic_self_nmi(context: Context, cpu: int) -> Outcome:
 def _physical_read(context: Context, cpu: int, of: Callable[[PhysicalCpu], Any]) -> Read:
     physical = context.physical(cpu)
     value = physical if isinstance(physical, Absent) else of(physical)
-    return Read(value, source=None if isinstance(physical, Absent) else physical.source)
+    return Read(value) if isinstance(physical, Absent) else _said_by(physical.source, value)
 
 
 def _nmi_latch(context: Context, cpu: int) -> Outcome:

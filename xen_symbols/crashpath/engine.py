@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from xen_symbols import __version__
@@ -36,12 +35,11 @@ def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> l
     for check in CHECKS:
         for cpu in subjects[check.subject]:
             outcome = check.judge(context, cpu)
-            finding = _finding(check, context.position, cpu, outcome, stop)
-            if finding.verdict is Verdict.FAIL:
+            if outcome.verdict is Verdict.FAIL:
                 failed.add((check.id, cpu))
-            if outcome.because_of and all((cause, cpu) in failed for cause in outcome.because_of):
-                finding.follows = outcome.because_of[0]
-            findings.append(finding)
+            explained = outcome.because_of and all((cause, cpu) in failed for cause in outcome.because_of)
+            follows = outcome.because_of[0] if explained else None
+            findings.append(_finding(check, context.position, cpu, outcome, stop, follows))
     return _follow(findings, earlier)
 
 
@@ -66,7 +64,9 @@ def _may_have_table(cpu: CpuState) -> bool:
     return cpu.idt.present or cpu.idt.value.kind.name != "NOT_APPLICABLE"
 
 
-def _finding(check: Check, position: Position, cpu: int, outcome: Outcome, stop: int) -> Finding:
+def _finding(
+    check: Check, position: Position, cpu: int, outcome: Outcome, stop: int, follows: str | None
+) -> Finding:
     reason = check.explain(outcome) if outcome.verdict is Verdict.FAIL and not outcome.reason else outcome.reason
     return Finding(
         check=check.id,
@@ -78,6 +78,7 @@ def _finding(check: Check, position: Position, cpu: int, outcome: Outcome, stop:
         source=check.source,
         evidence=outcome.evidence,
         reason=reason,
+        follows=follows,
         stop=stop,
     )
 
@@ -99,7 +100,7 @@ def _follow(findings: list[Finding], earlier: Sequence[Finding]) -> list[Finding
         explained = finding.cpu in silent or (finding.cpu is None and finding.check in _MACHINE_CONSEQUENCES)
         own = finding.check == _CAUSE or (finding.check, finding.cpu) in causes
         if finding.verdict is Verdict.FAIL and explained and not own:
-            finding = replace(finding, follows=_CAUSE)
+            finding = finding._replace(follows=_CAUSE)
         marked.append(finding)
     return marked
 

@@ -6,8 +6,7 @@ every gate and every CPU afresh.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.engine import add_stage, context_at, gate_change_json, gate_difference_json, new_report
@@ -42,8 +41,7 @@ def crash_image_loaded(kexec_flags: int) -> bool:
     return bool(kexec_flags >> (_KEXEC_IMAGE_CRASH_BASE + position) & 1)
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """What a stop meant. `stage` is None for one that is none of ours: continue. `finished` ends the trace."""
 
     stage: StageSeen | None
@@ -154,7 +152,7 @@ class Follower:
             crash = Span(self._step, self._step + 1)
         if cpu in self._again:
             others[cpu] = self._seen[cpu]
-        return replace(position, crash=crash, others=others)
+        return position._replace(crash=crash, others=others)
 
     def _stage(self, cpu: int, pc: int) -> Stage | None:
         """The stage that this CPU has reached at `pc`; an anchor may be another stage's on the crashing CPU."""

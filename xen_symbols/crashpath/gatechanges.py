@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath.generations import Generation, Hook
@@ -22,8 +22,7 @@ Gates = Mapping[Key, Gate]
 # -- What changed -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """One stop: every NMI and #MC gate that could be read, and how far each CPU had come.
 
     `stop` is its index in the report's stages, None before the first. `guests` are the CPUs whose #DF gate has no IST:
@@ -58,16 +57,14 @@ def gate_addresses(state: State) -> dict[Key, int]:
     return {key: address for key, address in reads.items() if address is not None}
 
 
-@dataclass(frozen=True)
-class Write:
+class Write(NamedTuple):
     """A write to a gate that a watchpoint caught: by which of the target's CPUs, and where it went on."""
 
     cpu: int  # Xen's number
     pc: int  # of the instruction after the one that wrote
 
 
-@dataclass(frozen=True)
-class GateChange:
+class GateChange(NamedTuple):
     """One gate as it is now and as it was when it was read last. `writes` are those that were seen in between: a
     watchpoint misses some where several CPUs write at once."""
 
@@ -93,8 +90,7 @@ class GateChange:
     @property
     def changed(self) -> tuple[str, ...]:
         """Which properties differ, by their names in `Gate`."""
-        names = (field.name for field in fields(Gate))
-        return tuple(name for name in names if getattr(self.before, name) != getattr(self.after, name))
+        return tuple(name for name in Gate._fields if getattr(self.before, name) != getattr(self.after, name))
 
 
 class Writes:
@@ -155,8 +151,7 @@ class Whose(enum.Enum):
 NORMAL = "normal"  # the handler, or the IST, of a running Xen
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """One change that Xen makes to a gate.
 
     `property` of gate `vector` becomes `to`: a handler's name, an IST, or NORMAL. The crashing CPU does it, or lets it

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.xen.memory import XenMemory
@@ -27,8 +27,7 @@ class Hook(enum.Enum):
     CALLBACK = "nmi_callback = do_nmi_crash"
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """A statement that holds for a build, or does not. `test` may raise Unreadable: not decidable."""
 
     says: str
@@ -98,8 +97,7 @@ def _stub_starts_with_cli(expected: bool) -> Evidence:
     return Evidence(says, test)
 
 
-@dataclass(frozen=True)
-class Generation:
+class Generation(NamedTuple):
     """One revision of the crash path.
 
     `own_nmi_gate`: whether the crashing CPU's NMI gate becomes trap_nop. `other_nmi_ist_kept` and `other_mc_ist_by`
@@ -119,7 +117,7 @@ class Generation:
     announces: bool = True  # "Shot down all CPUs" on the console
     frees_offline_cpus: bool = False  # has every CPU with an IDT been online? (kept for parked ones: 8797d20a6e, 4.12)
     dead_cpus_use_trap_nop: bool = False  # may a CPU that was offline have trap_nop in its NMI gate?
-    idle_callbacks: tuple[str, ...] = field(default=())  # legitimate values of nmi_callback before the crash
+    idle_callbacks: tuple[str, ...] = ()  # legitimate values of nmi_callback before the crash
     parks_in: str = "do_nmi_crash"
 
 
@@ -192,8 +190,7 @@ GENERATIONS = (
 BY_ID = {generation.id: generation for generation in GENERATIONS}
 
 
-@dataclass(frozen=True)
-class Identification:
+class Identification(NamedTuple):
     """Which generation a Xen is, and the statements that say so."""
 
     generation: Generation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
 from xen_symbols.crashpath.generations import TEXT, Generation
@@ -64,8 +64,7 @@ def at_stage(
     return Position(stage, subject, crashing_cpu, crash, others, online)
 
 
-@dataclass(frozen=True)
-class Vote:
+class Vote(NamedTuple):
     """One piece of evidence for which CPU crashed."""
 
     says: str

@@ -7,7 +7,7 @@ which the step of the CPU that reached it is exact; the others are within bounds
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Role(enum.Enum):
@@ -41,8 +41,7 @@ class OtherStep(enum.IntEnum):
     PARKED = 8  # in the halt loop
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """A named boundary. `anchors`: the symbols at whose first instruction it lies, newest first."""
 
     id: str
@@ -80,8 +79,7 @@ CRASHED = Stage("crashed", Role.CRASHING, (), CrashStep.NEUTRALISED, says="Xen h
 BY_ID = {stage.id: stage for stage in (*STAGES, NORMAL, CRASHING, CRASHED)}
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """The steps between which a CPU is known to be, both inclusive."""
 
     low: int
@@ -96,8 +94,7 @@ class Span:
         return self.low >= step
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """Where the crash path stands: at a stage, with each CPU within its bounds.
 
     `online` is the set of CPUs that were online when the crash began; others were dead, parked or never there.

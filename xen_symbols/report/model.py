@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 SCHEMA_VERSION = 1
 
@@ -29,8 +28,7 @@ class ExitStatus(enum.IntEnum):
     UNDECIDED = 3
 
 
-@dataclass(slots=True)
-class Evidence:
+class Evidence(NamedTuple):
     """Where an observed value was read: memory (address, raw bytes, symbol) or a named source."""
 
     source: str
@@ -49,9 +47,7 @@ class Evidence:
         return out
 
 
-# Not frozen: a machine of 4096 CPUs has 120,000 of them, and frozen ones take three times as long to make.
-@dataclass(slots=True)
-class Finding:
+class Finding(NamedTuple):
     """What one check found for one CPU (or, with `cpu` None, for the whole machine) at one stage.
 
     `expected` and `observed` are JSON values; an absent `observed` is None and `reason` says why.
@@ -89,8 +85,7 @@ class Finding:
         return out
 
 
-@dataclass(frozen=True)
-class StageSeen:
+class StageSeen(NamedTuple):
     """A stage at which the machine was looked at: its subject, and where that CPU was."""
 
     stage: str
@@ -109,20 +104,25 @@ def worst(findings: Iterable[Finding]) -> Verdict:
     return max(verdicts, default=Verdict.UNKNOWN)
 
 
-@dataclass
 class Report:
-    """Context, CPUs, stages and findings of one run."""
+    """Context, CPUs, stages and findings of one run; they are added as it goes on."""
 
-    tool: Mapping[str, Any]
-    target: Mapping[str, Any]
-    symbols: Mapping[str, Any]
-    generation: Mapping[str, Any] | None = None
-    crashing_cpu: int | None = None
-    cpus: Sequence[Mapping[str, Any]] = ()
-    stages: list[StageSeen] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    gate_changes: list[Mapping[str, Any]] | None = None  # of a trace that was asked for them
-    undecided: str | None = None  # why nothing (more) could be decided: target lost, no generation, …
+    def __init__(
+        self,
+        tool: Mapping[str, Any],
+        target: Mapping[str, Any],
+        symbols: Mapping[str, Any],
+        findings: Iterable[Finding] = (),
+        undecided: str | None = None,
+    ) -> None:
+        self.tool, self.target, self.symbols = tool, target, symbols
+        self.generation: Mapping[str, Any] | None = None
+        self.crashing_cpu: int | None = None
+        self.cpus: Sequence[Mapping[str, Any]] = ()
+        self.stages: list[StageSeen] = []
+        self.findings = list(findings)
+        self.gate_changes: list[Mapping[str, Any]] | None = None  # of a trace that was asked for them
+        self.undecided = undecided  # why nothing (more) could be decided: target lost, no generation, …
 
     @property
     def verdict(self) -> Verdict:

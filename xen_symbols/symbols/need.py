@@ -6,8 +6,7 @@ generation only; that a build lacks those says what it is, not that anything is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import TEXT
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 DATA = "dDbBrRvV"
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """A symbol that `feature` uses; `source` is the file, or the commit and release, that explains its names."""
 
     feature: str
@@ -30,8 +28,7 @@ class Need:
     source: str
 
 
-@dataclass(frozen=True)
-class Have:
+class Have(NamedTuple):
     need: Need
     symbol: Symbol | Absent
 

@@ -8,9 +8,8 @@ name that stands for several addresses is an error that lists them.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from xen_symbols.absence import Kind, Unreadable
 
@@ -22,8 +21,7 @@ TEXT = "tTwW"
 _END_MARKERS = frozenset({"_etext", "_einittext", "_erodata", "_end"})
 
 
-@dataclass(frozen=True, slots=True)
-class Symbol:
+class Symbol(NamedTuple):
     """One symbol. `kind` is nm(1)'s letter (lower case: local to `file`), "?" if unknown."""
 
     address: int
@@ -87,7 +85,6 @@ class Image(Protocol):
         ...
 
 
-@dataclass
 class SymbolTable:
     """The symbols of one build; everything but `rows` is computed when first asked for.
 
@@ -95,14 +92,22 @@ class SymbolTable:
     `note_address` is the virtual address of the build-id note. `image` is None for a `.map`.
     """
 
-    path: str
-    source: str
-    rows: Rows
-    ranges: Sequence[tuple[int, int]]
-    build_id: bytes | None = None
-    note_address: int | None = None
-    image: Image | None = None
-    text_only: bool = False  # the source holds functions and no variables
+    def __init__(
+        self,
+        path: str,
+        source: str,
+        rows: Rows,
+        ranges: Sequence[tuple[int, int]],
+        build_id: bytes | None = None,
+        note_address: int | None = None,
+        image: Image | None = None,
+        text_only: bool = False,
+    ) -> None:
+        self.path, self.source = path, source
+        self.rows, self.ranges = rows, ranges
+        self.build_id, self.note_address = build_id, note_address
+        self.image = image
+        self.text_only = text_only  # the source holds functions and no variables
 
     # -- by name ------------------------------------------------------------------------------
 

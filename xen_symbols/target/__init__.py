@@ -8,8 +8,7 @@ own page tables in one place, `xen_symbols.xen.locate`, for every kind of target
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 
@@ -24,8 +23,7 @@ def bounded(address: int, size: int) -> None:
         raise Unreadable(f"{size} bytes at {address:#x} are too many for one read; {READ_MAX} are the most")
 
 
-@dataclass(frozen=True)
-class Lapic:
+class Lapic(NamedTuple):
     """A local APIC's registers (Intel SDM vol. 3, table 11-1). None of them is in memory."""
 
     source: str
@@ -37,16 +35,15 @@ class Lapic:
     lvt: tuple[int, ...] | Absent = _UNASKED  # timer, thermal, perf, LINT0, LINT1, error
 
 
-@dataclass(frozen=True)
-class PhysicalCpu:
+class PhysicalCpu(NamedTuple):
     """One physical (virtual-machine) CPU as the target knows it, before Xen's number for it is known.
 
     `index` is the target's own number (QEMU's cpu_index, a note's position).
     Registers by their lower-case manual names: rip, rsp, rflags, cr0, cr3, cr4, efer, cs, …
     """
 
-    index: int
-    registers: dict[str, int] = field(default_factory=dict)
+    index: int  # type: ignore[assignment] # hides tuple.index, which nobody asks a record for
+    registers: dict[str, int]
     xen_cpu: int | None = None  # when the source itself says which Xen CPU this is (Xen's notes)
     apic_id: int | Absent = _UNASKED  # initial APIC id
     idtr: tuple[int, int] | Absent = _UNASKED  # base, limit
@@ -91,8 +88,7 @@ class Target(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(NamedTuple):
     """One ELF note (gABI, chapter 5). `name` without its NUL."""
 
     name: str

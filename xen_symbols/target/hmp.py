@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.target import Lapic, PhysicalCpu
@@ -106,7 +105,7 @@ def with_lapics(cpus: Sequence[PhysicalCpu], lapics: Sequence[tuple[int, Lapic]]
     """Those CPUs with the APIC ids and LAPICs that were found for them."""
     found = dict(lapics)
     return [
-        replace(cpu, apic_id=found[cpu.index].apic_id, lapic=found[cpu.index]) if cpu.index in found else cpu
+        cpu._replace(apic_id=found[cpu.index].apic_id, lapic=found[cpu.index]) if cpu.index in found else cpu
         for cpu in cpus
     ]
 
@@ -114,9 +113,9 @@ def with_lapics(cpus: Sequence[PhysicalCpu], lapics: Sequence[tuple[int, Lapic]]
 def without_qmp(cpus: Sequence[PhysicalCpu], why: Absent) -> list[PhysicalCpu]:
     """Those CPUs of the monitor's, with `why` not even QMP tells the rest."""
     return [
-        replace(
-            cpu, nmi_blocked=why, nmi_pending=why, guest_mode=why,
-            lapic=why if isinstance(cpu.lapic, Absent) else replace(cpu.lapic, apic_base=why),
+        cpu._replace(
+            nmi_blocked=why, nmi_pending=why, guest_mode=why,
+            lapic=why if isinstance(cpu.lapic, Absent) else cpu.lapic._replace(apic_base=why),
         )
         for cpu in cpus
     ]  # fmt: skip

@@ -11,8 +11,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.target import Note, PhysicalCpu
@@ -55,8 +54,7 @@ _QEMU_TAIL = struct.Struct("<5Q")  # cr0 to cr4
 _QEMU_SIZE = _QEMU_HEAD.size + len(_QEMU_SEGMENTS) * _QEMU_SEGMENT.size + _QEMU_TAIL.size
 
 
-@dataclass(frozen=True)
-class CrashInfo:
+class CrashInfo(NamedTuple):
     """Xen's CRASH_INFO note (struct crash_xen_info). Addresses are physical."""
 
     xen_major: int

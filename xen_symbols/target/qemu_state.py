@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from xen_symbols.absence import Unreadable
 from xen_symbols.target import Lapic, PhysicalCpu
@@ -31,8 +30,7 @@ _SEGMENTS_AT, _SEGMENT = 236, struct.Struct(">IQII")  # selector, base, limit, f
 _APIC = struct.Struct(">I B B B I B B 32x 32x 32x 6I I 2I")
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     name: str
     instance: int
     version: int

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 SIZE = 16
 
@@ -23,8 +23,7 @@ _RESERVED_LOW = 0x1F << 35 | 1 << 44
 _RESERVED_HIGH = 0xFFFFFFFF << 32
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(NamedTuple):
     """A decoded gate. `handler` is the 64-bit offset; `reserved` holds the bits that should be 0, in place."""
 
     handler: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from xen_symbols.absence import Unreadable
 
@@ -25,8 +25,7 @@ def is_canonical(address: int) -> bool:
     return address >> 47 in (0, 0x1FFFF)
 
 
-@dataclass(frozen=True)
-class Mapping:
+class Mapping(NamedTuple):
     """Where a virtual address lies: the physical address, and the size of the page that shares the entry."""
 
     physical: int

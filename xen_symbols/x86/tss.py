@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SIZE = 104
 _LAYOUT = struct.Struct("<4x3Q8x7Q12x")
 
 
-@dataclass(frozen=True)
-class Tss:
+class Tss(NamedTuple):
     """`rsp` for rings 0 to 2; `ist[n - 1]` is IST n. Each is the top of a stack: the CPU pushes below it."""
 
     rsp: tuple[int, ...]

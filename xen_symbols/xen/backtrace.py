@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import TEXT
@@ -27,8 +27,7 @@ _PAGE = 4096
 _CS_AT = 136  # offsetof(struct cpu_user_regs, cs)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A return address found on a stack."""
 
     at: int
@@ -51,8 +50,7 @@ class Step:
     unread: str | None = None  # why a part of the stack, or of the code that it points to, could not be looked at
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A frame at the top of an exception's stack. `state` is current, moved, stale, or unknown; `says` explains it."""
 
     stack: Stack

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
 from xen_symbols.target import Note, Target
@@ -33,8 +32,7 @@ _STRING_MAX = 256
 _NEVER_ZERO = ("rip", "cs", "rsp")
 
 
-@dataclass(frozen=True)
-class CpuNotes:
+class CpuNotes(NamedTuple):
     """One CPU's buffer. What was never filled in is Absent, not zero. `damaged`: the headers are not Xen's."""
 
     registers: dict[str, int] | Absent
@@ -170,17 +168,16 @@ def describe_info(target: Target, info: CrashInfo) -> Json:
     """The CRASH_INFO note with its strings; one that could not be read is null, and `absent` says why."""
     out: Json = {}
     absences = {}
-    for field in fields(info):
-        value = getattr(info, field.name)
-        if field.name in _STRINGS:
+    for name, value in info._asdict().items():
+        if name in _STRINGS:
             text = _string(target, value)
             if isinstance(text, Absent):
-                absences[field.name] = text.reason
-            out[field.name] = None if isinstance(text, Absent) else text
-        elif field.name.startswith("xen_m"):
-            out[field.name] = value
+                absences[name] = text.reason
+            out[name] = None if isinstance(text, Absent) else text
+        elif name.startswith("xen_m"):
+            out[name] = value
         else:
-            out[field.name] = hex(value)
+            out[name] = hex(value)
     out["version"] = f"{info.xen_major}.{info.xen_minor}{out['extra_version'] or ''}"
     return out | ({"absent": absences} if absences else {})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from xen_symbols.x86.gate import VECTOR_NAMES
 from xen_symbols.x86.paging import is_canonical
@@ -19,8 +19,7 @@ _RFLAGS_ONE = 1 << 1  # SDM vol. 1, 3.4.3: bit 1 is 1; 3, 5, 15 and 22 to 63 are
 _RFLAGS_ZERO = 1 << 3 | 1 << 5 | 1 << 15 | ~((1 << 22) - 1)
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """What was interrupted, and by which vector; `vector` is None where the entry code has not stored it yet."""
 
     address: int  # of struct cpu_user_regs, 168 bytes below its end

@@ -6,7 +6,7 @@ pages at the top, and at the very end lies struct cpu_info, which begins with th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.target import PhysicalCpu
@@ -22,8 +22,7 @@ IST_SSP_SIZE = 64  # struct tss_page begins with the shadow-stack table ist_ssp[
 VECTOR_DB = 1
 
 
-@dataclass(frozen=True)
-class IstNumbers:
+class IstNumbers(NamedTuple):
     """Which IST entry each exception uses. Told by the #DF gate, which the crash path never touches.
 
     `first_page` is the page of a CPU's stack that IST 1 has; pages below it hold shadow stacks.
@@ -57,8 +56,7 @@ def ist_numbers(state: State) -> IstNumbers | Absent:
     return Absent(f"the #DF gates use IST {sorted(seen) or 'none'}, which fits no Xen known here")
 
 
-@dataclass(frozen=True)
-class _CpuInfo:
+class _CpuInfo(NamedTuple):
     """struct cpu_info, by how far rsp0 (which is &guest_cpu_user_regs.es) lies from its end; offsets from the end."""
 
     above_rsp0: int
@@ -75,8 +73,7 @@ _CPU_INFOS = (
 REGS_SIZE = 168  # struct cpu_user_regs from r15 to ss, in every release
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """[start, end): the page of an IST entry, with the exception that uses it, or with `ist` 0 the primary stack."""
 
     name: str
@@ -86,8 +83,7 @@ class Stack:
     vector: int | None = None
 
 
-@dataclass(frozen=True)
-class CpuStacks:
+class CpuStacks(NamedTuple):
     """One CPU's stacks; `found_by` says what they are known from.
 
     `guest_regs`: where the frame lies with which a guest entered Xen, above all that Xen itself pushes.

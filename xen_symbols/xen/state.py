@@ -6,8 +6,7 @@ Nothing is judged here. What could not be read is Absent, with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.report.model import Evidence
@@ -28,38 +27,42 @@ NR_CPUS_MAX = 16384  # no build of Xen allows more (Kconfig NR_CPUS); a larger n
 _DATA = "dDbBrRvV"
 
 
-@dataclass(slots=True)
-class Read:
-    """A value and where it came from. `raw` and `address` are there when it was in memory."""
+class Read(NamedTuple):
+    """A value and where it was read, as every finding that rests on it tells it."""
 
     value: Any
-    address: int | None = None
-    raw: bytes | None = None
-    symbol: str | None = None
-    source: str | None = None
-    _evidence: tuple[Evidence, ...] | None = field(default=None, compare=False, repr=False)
+    evidence: tuple[Evidence, ...] = ()
 
     @property
     def present(self) -> bool:
         return not isinstance(self.value, Absent)
 
     @property
-    def evidence(self) -> tuple[Evidence, ...]:
-        """Where it was read, as findings tell it; made once, however many of them rest on it."""
-        if self._evidence is None:
-            if self.address is not None:
-                self._evidence = (Evidence("memory", self.address, self.raw, self.symbol),)
-            else:
-                self._evidence = (Evidence(self.source),) if self.source else ()
-        return self._evidence
+    def address(self) -> int | None:
+        """Where it lies in Xen's memory; None for what was not read there."""
+        return self.evidence[0].address if self.evidence else None
+
+    @property
+    def raw(self) -> bytes | None:
+        """Its bytes there."""
+        return self.evidence[0].raw if self.evidence else None
+
+    @property
+    def symbol(self) -> str | None:
+        """The name that led there."""
+        return self.evidence[0].symbol if self.evidence else None
+
+
+def in_memory(value: Any, address: int, raw: bytes, symbol: str | None = None) -> Read:
+    """A value decoded from `raw`, which lies at `address`."""
+    return Read(value, (Evidence("memory", address, raw, symbol),))
 
 
 def absent(reason: str | Absent, kind: Kind = Kind.UNREAD) -> Read:
     return Read(reason if isinstance(reason, Absent) else Absent(reason, kind))
 
 
-@dataclass(frozen=True)
-class Variable:
+class Variable(NamedTuple):
     """One variable of Xen's: the names it goes by, newest first, and how its bytes are read.
 
     `size` 0 stands for a cpumask_t: as many 64-bit words as nr_cpu_ids needs.
@@ -113,8 +116,7 @@ SYSTEM = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class CpuState:
+class CpuState(NamedTuple):
     """One of Xen's CPUs. `exists` is false for a number that is announced and has no per-CPU area."""
 
     cpu: int
@@ -131,14 +133,13 @@ class CpuState:
     physical: PhysicalCpu | Absent
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """Everything at one moment."""
 
     symbols: SymbolTable
     system: Mapping[str, Read]
     cpus: Mapping[int, CpuState]
-    unmatched: Sequence[PhysicalCpu] = field(default_factory=tuple)  # physical CPUs that no Xen CPU claims
+    unmatched: Sequence[PhysicalCpu] = ()  # physical CPUs that no Xen CPU claims
 
     def of(self, cpu: int) -> CpuState:
         return self.cpus[cpu]
@@ -205,7 +206,8 @@ def read_state(memory: XenMemory, *, notes: bool = True) -> State:
         if done_at is not None:
             raw = next(answers)
             where = (done_at + offset) % (1 << 64)
-            done = absent(raw) if isinstance(raw, Absent) else Read(_flag(raw), where, raw, "per_cpu(crash_save_done)")
+            name = "per_cpu(crash_save_done)"
+            done = absent(raw) if isinstance(raw, Absent) else in_memory(_flag(raw), where, raw, name)
         cpus[cpu] = CpuState(
             cpu=cpu,
             exists=True,
@@ -267,8 +269,7 @@ def idt_address(memory: XenMemory, cpu: int) -> int:
     return table
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     address: int
     size: int
     name: str
@@ -291,7 +292,7 @@ def _decoded(variable: Variable, plan: _Plan, raw: bytes | Absent, count: int) -
     value = variable.decode(raw)
     if isinstance(value, frozenset):
         value = frozenset(cpu for cpu in value if cpu < count)
-    return Read(value, plan.address, raw, plan.name)
+    return in_memory(value, plan.address, raw, plan.name)
 
 
 def _idt_addresses(
@@ -319,7 +320,7 @@ def _idt_addresses(
         elif not any(raw):
             found[cpu] = absent("it has no IDT", Kind.NOT_APPLICABLE)
         else:
-            found[cpu] = Read(int.from_bytes(raw, "little"), place, raw, name)
+            found[cpu] = in_memory(int.from_bytes(raw, "little"), place, raw, name)
     return found
 
 
@@ -328,7 +329,7 @@ def _gate(gates: bytes | Absent, idt: Read, vector: int) -> Read:
         return absent(gates)
     at = vector * gate.SIZE - _GATES_AT
     raw = gates[at : at + gate.SIZE]
-    return Read(gate.decode(raw), idt.value + vector * gate.SIZE, raw, idt.symbol)
+    return in_memory(gate.decode(raw), idt.value + vector * gate.SIZE, raw, idt.symbol)
 
 
 def _apic_id(apic_ids: bytes | Absent, at: int | None, cpu: int) -> Read:
@@ -338,7 +339,7 @@ def _apic_id(apic_ids: bytes | Absent, at: int | None, cpu: int) -> Read:
     value = int.from_bytes(raw, "little")
     if value == BAD_APICID:
         return absent("it has no APIC id", Kind.NOT_APPLICABLE)
-    return Read(value, at + 4 * cpu, raw, "x86_cpu_to_apicid")
+    return in_memory(value, at + 4 * cpu, raw, "x86_cpu_to_apicid")
 
 
 def _missing_cpu(cpu: int, offset: int, apic_id: Read) -> CpuState:
@@ -365,7 +366,7 @@ def _match(
         number = candidate.xen_cpu
         if number is None and isinstance(candidate.apic_id, int):
             number = by_apic.get(candidate.apic_id)
-        elif number is None and isinstance(candidate.idtr, tuple):
+        elif number is None and not isinstance(candidate.idtr, Absent):
             number = by_idt.get(candidate.idtr[0])
         if number is None or number in matched:
             left.append(candidate)
@@ -399,5 +400,5 @@ def _read_notes(memory: XenMemory, existing: list[int], pointer: bytes | Absent 
         elif isinstance(raw, Absent):
             found[cpu] = absent(raw)
         else:
-            found[cpu] = Read(crashnotes.parse(raw), starts[cpu], raw, "crash_notes")
+            found[cpu] = in_memory(crashnotes.parse(raw), starts[cpu], raw, "crash_notes")
     return found
