@@ -23,7 +23,8 @@ from xen_symbols.target.dump import open_dump
 from xen_symbols.target.qemu_state import parse_cpus, unsavable
 from xen_symbols.target.qmp import Qmp, QmpError
 
-PACKET = 2048  # the most that QEMU's stub returns for one read (gdbstub.c, MAX_PACKET_LENGTH / 2)
+# The most that any QEMU's stub returns for one read: up to 10.0 MAX_PACKET_LENGTH / 2 (gdbstub.c); 11.1 takes 64 KiB.
+PACKET = 2048
 _GAP = 1024  # reading this much more costs about as much as another packet (0.05 ms)
 _APIC_IDS = 1 << 12  # no machine of QEMU's has larger ones
 

@@ -6,6 +6,10 @@ dump (with a file by QEMU's xen-save-devices-state for its CPUs, where there is 
 
     python -m tests.recording lab 4.20 --qemu 10.0
     python -m tests.recording dump DUMP XEN-SYMS EXAMPLE [DEVICE-STATE]
+
+And of a QEMU what it alone writes: its monitor's texts, and its device state of a crashed Xen's CPUs at the handover.
+
+    python -m tests.recording qemu 10.0
 """
 
 from __future__ import annotations
@@ -25,11 +29,12 @@ from xen_symbols.symbols.mapfile import ListedRows
 from xen_symbols.symbols.table import SymbolTable, load_symbols
 from xen_symbols.target import Lapic, Note, PhysicalCpu
 from xen_symbols.target.dump import open_dump
-from xen_symbols.target.qemu_state import parse_cpus
+from xen_symbols.target.qemu_state import parse_cpus, raw_sections
 from xen_symbols.target.qmp import Qmp
 from xen_symbols.xen.locate import locate
 
 RECORDED = Path(__file__).parent / "recorded"
+MONITOR = {"registers": "info registers -a", "lapic": "info lapic 1", "mtree": "info mtree -f"}
 
 
 class Example:
@@ -246,10 +251,8 @@ def record_row(xen: str, qemu: str) -> None:
         def at_stage(stage: dict[str, Any], findings: object) -> None:
             if stage["stage"] in ("shootdown", "handover"):
                 name = f"{xen}-{stage['stage']}"
-                with Qmp(lab.qmp_socket) as qmp, tempfile.TemporaryDirectory() as folder:
-                    state = Path(folder) / "state"
-                    qmp.execute("xen-save-devices-state", filename=str(state), live=False)
-                    cpus = parse_cpus(state.read_bytes())
+                with Qmp(lab.qmp_socket) as qmp:
+                    cpus = parse_cpus(device_state(qmp))
                 about = f"Xen {xen} under QEMU {qemu}, stopped at {stage['stage']}"
                 _save(name, record(open_dump(str(lab.ram_file), base=0), load_symbols(symbols), about, cpus))
 
@@ -263,12 +266,54 @@ def record_row(xen: str, qemu: str) -> None:
             _save(f"{xen}-crashed-vmcore", record(open_dump(str(vmcore)), load_symbols(symbols), about))
 
 
+def device_state(qmp: Qmp) -> bytes:
+    """The whole file by QEMU's xen-save-devices-state."""
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "state"
+        qmp.execute("xen-save-devices-state", filename=str(state), live=False)
+        return state.read_bytes()
+
+
+def cpus_state(state: bytes) -> bytes:
+    """A device state of the sections that are read, and one other for them to be found among."""
+    kept = [data for section, data in raw_sections(state) if section.name in ("cpu", "cpu_common", "apic", "i8259")]
+    return b"".join((state[:8], *kept, b"\0"))
+
+
+def record_qemu(row: str) -> None:
+    """The monitor's texts with the reference guest, idle on two CPUs; the device state with Xen 4.17 at its handover.
+
+    The files are named by the version that QEMU itself says.
+    """
+    from tests.live.machines import guest
+    from xencrash.lab.machine import Lab
+    from xencrash.trace import trace
+
+    with guest(cpus=2, qemu=row) as lab, Qmp(lab.qmp_socket) as qmp:
+        version = qmp.execute("query-version")["qemu"]
+        name = f"qemu-{version['major']}.{version['minor']}"
+        for about, command in MONITOR.items():
+            text = qmp.execute("human-monitor-command", **{"command-line": command})
+            (RECORDED / "monitor" / f"{name}-{about}.txt").write_bytes(text.encode())
+    with Lab.up(qemu=row, progress=print) as lab:
+
+        def at_stage(stage: dict[str, Any], findings: object) -> None:
+            if stage["stage"] == "handover":
+                with Qmp(lab.qmp_socket) as qmp:
+                    (RECORDED / f"{name}-handover.devstate").write_bytes(cpus_state(device_state(qmp)))
+
+        trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, progress=at_stage,
+              trigger=lab.crash)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.recording", description="Record examples of real Xens.")
     commands = parser.add_subparsers(dest="command", required=True)
     lab = commands.add_parser("lab", help="boot and crash a row of the lab: three examples")
     lab.add_argument("xen", metavar="XEN", help="a row of scripts/lab/rows.py")
     lab.add_argument("--qemu", default="7.2", metavar="QEMU", help="default: %(default)s")
+    qemu = commands.add_parser("qemu", help="a QEMU of the lab: what its monitor prints, and its device state")
+    qemu.add_argument("qemu", metavar="QEMU", help="a row of scripts/lab/rows.py")
     dump = commands.add_parser("dump", help="any dump: one example")
     dump.add_argument("dump", metavar="DUMP")
     dump.add_argument("symbols", metavar="XEN-SYMS")
@@ -277,6 +322,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "lab":
         record_row(args.xen, args.qemu)
+        return
+    if args.command == "qemu":
+        record_qemu(args.qemu)
         return
     cpus = parse_cpus(Path(args.state).read_bytes()) if args.state else None
     _save(args.example, record(open_dump(args.dump), load_symbols(args.symbols), args.example, cpus))

@@ -92,8 +92,9 @@ def add_parser(commands: Any, summary: str) -> None:
     matrix = _step(
         steps, "matrix", run_matrix, "crash every Xen on every QEMU, with every gdb, in every LAPIC mode",
         "Boot, crash and judge a machine for each cell of the matrix of the lab's rows, and show a table of verdicts. "
-        "Without options the cells are a few in which every pair of rows appears; --xen, --qemu, --gdb and --lapic "
-        "take all that have what is named. What a cell needs and cannot get is `skip`, with the reason. "
+        "Without options the cells are a few in which every pair of rows appears (without those of a suite whose "
+        "packages change from day to day); --xen, --qemu, --gdb and --lapic take all that have what is named. "
+        "What a cell needs and cannot get is `skip`, with the reason. "
         "Reports and logs of every cell, and what went wrong, stay in the output folder.",
         _CRASHES_EPILOG,
     )  # fmt: skip

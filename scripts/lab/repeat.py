@@ -36,7 +36,8 @@ def _moment(chance: random.Random, number: int, cell: Cell) -> Cell:
 def run(args: argparse.Namespace) -> int:
     seed = random.SystemRandom().randrange(1 << 32) if args.seed is None else args.seed
     print(f"seed {seed}", file=sys.stderr, flush=True)
-    crashes = moments(args.number, seed, matrix.chosen(args, matrix.cells()))
+    cells = matrix.cells()
+    crashes = moments(args.number, seed, matrix.chosen(args, cells if args.xen or args.qemu else matrix.settled(cells)))
     return finish(
         crash_all(crashes, args.output, args.jobs), args.format, f"{args.number} crashes in a row, seed {seed}"
     )

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Suite:
-    """Where packages come from: pairs of the label in the archive's Release file and the suite."""
+    """Where packages come from: pairs of the label in the archive's Release file and the suite.
+
+    What comes from a `moving` suite is another version any day: cells with it are not in the default selection.
+    """
 
     name: str
     sources: tuple[tuple[str, str], ...]
     default_release: str | None = None  # for a suite that apt does not prefer by itself (backports)
+    moving: bool = False
 
 
 def _stable(codename: str) -> tuple[tuple[str, str], ...]:
@@ -28,6 +32,7 @@ SUITES = {
         Suite("bookworm", _stable("bookworm")),
         Suite("bookworm-backports", (*_stable("bookworm"), ("Debian", "bookworm-backports")), "bookworm-backports"),
         Suite("trixie", _stable("trixie")),
+        Suite("sid", (("Debian", "sid"),), moving=True),
     )
 }
 
@@ -126,6 +131,14 @@ QEMUS = {
             "x2apic",
             "intel-iommu,intremap=on,eim=on",
             "backported to Debian 12 from 13; Xen turns x2APIC on by itself where the CPU has it",
+        ),
+        QemuRow(
+            "sid",
+            "sid",
+            {"x2apic": "max,-smap", "xapic": "max,-smap,-x2apic"},
+            "x2apic",
+            "intel-iommu,intremap=on,eim=on",
+            "the newest that Debian has, whichever that is (11.1 in November 2026)",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The texts of QEMU's monitor, as both QEMUs printed them for the reference guest on two CPUs with 64 MiB."""
+"""The texts of QEMU's monitor, as three QEMUs printed them for the reference guest on two CPUs with 64 MiB."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.target import hmp
 
 MONITOR = Path(__file__).parent.parent / "recorded" / "monitor"
-QEMUS = ("7.2", "10.0")
+QEMUS = ("7.2", "10.0", "11.1")
 
 
 def text(name: str) -> str:
@@ -24,7 +24,7 @@ def test_registers(qemu: str) -> None:
     first = cpus[0]
     assert first.registers | {
         "rax": 0x60, "rdx": 0x3FD, "rsp": 0xFFFF82D04021FE90, "r8": 0xA, "r15": 0xFFFF830001231035,
-        "rip": 0xFFFF82D040201643, "rflags": 0x246, "cs": 0xE008, "ss": 0,
+        "rip": 0xFFFF82D040201793, "rflags": 0x246, "cs": 0xE008, "ss": 0,
         "cr0": 0x80010011, "cr2": 0, "cr3": 0x1207000, "cr4": 0x20, "efer": 0x500,
     } == first.registers  # fmt: skip
     assert first.idtr == (0xFFFF82D04022F000, 0xFFF)
@@ -98,7 +98,7 @@ def test_other_text_is_no_memory_map(garbage: str) -> None:
 
 
 def test_host_threads() -> None:
-    text = "* CPU #0: thread_id=4711\r\n  CPU #1: (halted) thread_id=4712\r\n"
+    text = "* CPU #0: thread_id=4711\r\n  CPU #1: (halted) thread_id=4712 model=max\r\n"  # the model from QEMU 11.1 on
     assert hmp.parse_host_threads(text) == [4711, 4712]
     assert hmp.parse_host_threads("unknown command: 'info cpus'\r\n") == []
 

@@ -1,6 +1,6 @@
-"""QEMU's device state: a real one (QEMU 7.2, Xen 4.17.7 stopped at the handover), and damaged ones.
+"""QEMU's device state: real ones (three QEMUs, Xen 4.17.7 stopped at the handover), and damaged ones.
 
-The recording holds the sections cpu, cpu_common and apic of 4 CPUs, and one other; the rest was left out.
+The recordings hold the sections cpu, cpu_common and apic of 4 CPUs, and one other; the rest was left out.
 """
 
 from __future__ import annotations
@@ -16,30 +16,46 @@ from xen_symbols.absence import Unreadable
 from xen_symbols.target import Lapic
 from xen_symbols.target.qemu_state import parse_cpus, sections, unsavable
 
-STATE = (RECORDED / "qemu-7.2-handover.devstate").read_bytes()
+# By QEMU: the CPU that crashed, and the high half of its last ICR, which names the others: of an xAPIC or an x2APIC.
+CRASHED = {"7.2": (0, 0xE << 24), "10.0": (3, 0x7), "11.1": (2, 0xB)}
+STATES = {qemu: (RECORDED / f"qemu-{qemu}-handover.devstate").read_bytes() for qemu in CRASHED}
+STATE = STATES["7.2"]
 
 
-def test_the_cpus_at_the_handover() -> None:
-    cpus = parse_cpus(STATE)
+@pytest.mark.parametrize("qemu", CRASHED)
+def test_the_cpus_at_the_handover(qemu: str) -> None:
+    cpus, (crashed, _) = parse_cpus(STATES[qemu]), CRASHED[qemu]
+    parked = [index != crashed for index in range(4)]
     assert [(cpu.index, cpu.apic_id) for cpu in cpus] == [(0, 0), (1, 1), (2, 2), (3, 3)]
-    assert [cpu.halted for cpu in cpus] == [False, True, True, True]
-    assert [cpu.nmi_blocked for cpu in cpus] == [False, True, True, True]
-    assert [cpu.nmi_pending for cpu in cpus] == [False, True, True, True]
+    assert [cpu.halted for cpu in cpus] == parked
+    assert [cpu.nmi_blocked for cpu in cpus] == parked
+    assert [cpu.nmi_pending for cpu in cpus] == parked
     assert [cpu.guest_mode for cpu in cpus] == [False] * 4
     assert {cpu.registers["cs"] for cpu in cpus} == {0xE008}
-    assert {cpu.registers["rip"] for cpu in cpus[1:]} == {0xFFFF82D0402F9801}  # behind the hlt of do_nmi_crash
+    behind_hlt = 0xFFFF82D0402F9801  # of do_nmi_crash
+    assert [cpu.registers["rip"] == behind_hlt for cpu in cpus] == parked
     assert all(isinstance(cpu.idtr, tuple) and cpu.idtr[1] == 0xFFF for cpu in cpus)
 
 
-def test_the_lapics_at_the_handover() -> None:
-    lapics = [cpu.lapic for cpu in parse_cpus(STATE)]
-    assert all(isinstance(lapic, Lapic) for lapic in lapics)
-    assert [lapic.apic_base for lapic in lapics if isinstance(lapic, Lapic)] == [0xFEE00900] + [0xFEE00800] * 3
-    crashing, parked = lapics[0], lapics[2]
-    assert isinstance(crashing, Lapic) and isinstance(parked, Lapic)
+@pytest.mark.parametrize("qemu", CRASHED)
+def test_the_lapics_at_the_handover(qemu: str) -> None:
+    lapics = [cpu.lapic for cpu in parse_cpus(STATES[qemu]) if isinstance(cpu.lapic, Lapic)]
+    assert [lapic.apic_base for lapic in lapics] == [0xFEE00900] + [0xFEE00800] * 3
+    crashed, others = CRASHED[qemu]
+    crashing = lapics.pop(crashed)
     assert (crashing.spiv, crashing.lvt) == (0x10F, (0x10000, 0x10000, 0x10000, 0x5700, 0x5400, 0x10000))
-    assert (parked.spiv, parked.icr_low, parked.icr_high) == (0xFF, 0x400, 2 << 24)
-    assert parked.lvt == (0x10000,) * 6
+    assert (crashing.icr_low, crashing.icr_high) == (0xC00, others)
+    for parked in lapics:
+        assert isinstance(parked.apic_id, int)
+        assert (parked.spiv, parked.icr_low, parked.icr_high) == (0xFF, 0x400, parked.apic_id << 24)
+        assert parked.lvt == (0x10000,) * 6
+
+
+def test_the_sections_have_no_order_to_rely_on() -> None:
+    """QEMU 11.1 writes every CPU's APIC before the CPUs; up to 10.0 each comes after its CPU."""
+    orders = {qemu: [section.name for section in sections(state)] for qemu, state in STATES.items()}
+    assert orders["7.2"] == orders["10.0"] == [*("cpu_common", "cpu", "apic") * 4, *("i8259",) * 2]
+    assert orders["11.1"] == [*("apic",) * 4, *("cpu_common", "cpu") * 4, *("i8259",) * 2]
 
 
 def test_sections_are_found_by_their_footers() -> None:

@@ -1,7 +1,7 @@
 """What QEMU's human monitor prints, read where no structured way exists: pure functions on its text.
 
 gdb reaches the monitor through the gdbstub itself (`monitor …`), so this works without a QMP socket. The layouts are
-those of QEMU's target/i386/cpu-dump.c (registers, local APIC) and memory.c (flat views), the same in 7.2 and 10.0.
+those of QEMU's target/i386/cpu-dump.c (registers, local APIC) and memory.c (flat views), as in 7.2, 10.0 and 11.1.
 """
 
 from __future__ import annotations

@@ -54,6 +54,11 @@ def _section_header(data: bytes, at: int) -> tuple[int, str, int, int, int] | No
 
 def sections(data: bytes) -> Iterator[Section]:
     """Every section of a device-state file. Raises Unreadable where the stream cannot be followed."""
+    return (section for section, _ in raw_sections(data))
+
+
+def raw_sections(data: bytes) -> Iterator[tuple[Section, bytes]]:
+    """Every section, and its bytes from header to footer. Raises Unreadable."""
     if not data.startswith(_HEADER):
         raise Unreadable("not a QEMU device state of stream version 3")
     at = len(_HEADER)
@@ -68,7 +73,7 @@ def sections(data: bytes) -> Iterator[Section]:
             end = data.find(footer, end + 1)
         if end < 0:
             raise Unreadable(f"QEMU's device state ends within section {name}")
-        yield Section(name, instance, version, data[start:end])
+        yield Section(name, instance, version, data[start:end]), data[at : end + 5]
         at = end + 5
 
 
