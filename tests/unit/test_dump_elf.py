@@ -231,3 +231,10 @@ def test_a_raw_image_has_a_base(tmp_path: Path) -> None:
 
 def test_a_base_for_a_file_that_says_itself_is_refused(tmp_path: Path) -> None:
     assert "a base is for a raw image" in refusal(tmp_path, core(), base=0)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_unreadable(tmp_path: Path) -> None:
+    dump = opened(tmp_path, core())
+    os.truncate(tmp_path / "dump", 0x800)
+    with pytest.raises(Unreadable, match="the file shrank while it was read: 0 of 5 bytes at offset 0x"):
+        dump.read_physical(0x1234, 5)

@@ -240,7 +240,7 @@ def pieces(*parts: tuple[int, bytes]) -> bytes:
 def test_a_later_piece_overwrites_an_earlier_one(tmp_path: Path) -> None:
     file = tmp_path / "flat"
     file.write_bytes(pieces((4, b"efghij"), (0, b"abcd"), (2, b"CDEF"), (5, b"!"), (20, b"end")))
-    flat = flattened.FlattenedFile(image.MappedFile(str(file)))
+    flat = flattened.FlattenedFile(image.DumpFile(str(file)))
     assert flat.size == 23
     assert flat.read(0, 10) == b"abCDE!ghij"
     assert flat.read(20, 3) == b"end"

@@ -9,20 +9,21 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
-from xen_symbols.crashpath.gatechanges import NORMAL, GateChange, Key, allowed
 from xen_symbols.crashpath.generations import TEXT, Generation, Hook
 from xen_symbols.crashpath.stages import CRASHED, CrashStep, OtherStep, Position, Span
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NAMES, VECTOR_NMI, Gate
-from xen_symbols.xen.frames import HYPERVISOR_CS
-from xen_symbols.xen.memory import image_region
-from xen_symbols.xen.stacks import IST_SSP_SIZE, ist_numbers
+from xen_symbols.xen.ist import IST_SSP_SIZE, ist_numbers
+from xen_symbols.xen.memory import HYPERVISOR_CS, image_region
 from xen_symbols.xen.state import CpuState, Read, State, absent, in_memory
+
+if TYPE_CHECKING:  # a trace alone needs it
+    from xen_symbols.crashpath.gatechanges import GateChange, Key
 
 RFLAGS_IF = 1 << 9
 
@@ -388,6 +389,8 @@ def _gate_checks(prefix: str, vector: int, event: str, handler_source: str) -> t
 
 def _gate_becomes(context: Context, vector: int, name: str, to: str | int) -> Any:
     """A gate's handler (its address) or IST, as the table of changes names it."""
+    from xen_symbols.crashpath.gatechanges import NORMAL
+
     if name == "handler":
         return (context.nmi if vector == VECTOR_NMI else context.mc) if to == NORMAL else context.address(str(to))
     if to != NORMAL or isinstance(context.ist, Absent):
@@ -396,6 +399,8 @@ def _gate_becomes(context: Context, vector: int, name: str, to: str | int) -> An
 
 
 def _gate_change(context: Context, cpu: int) -> Outcome:
+    from xen_symbols.crashpath.gatechanges import allowed
+
     def words(vector: int, name: str, *values: Any) -> str:
         shown = [context.show_code(value)["symbol"] if name == "handler" else value for value in values]
         what = f"{VECTOR_NAMES[vector]} {'IST' if name == 'ist' else name}"

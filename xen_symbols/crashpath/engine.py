@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xen_symbols import __version__
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
-from xen_symbols.crashpath.gatechanges import GateChange, Key
 from xen_symbols.crashpath.generations import Generation, Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING, CrashStep, Position
@@ -20,6 +19,9 @@ from xen_symbols.x86.gate import Gate
 from xen_symbols.xen.console import read_console
 from xen_symbols.xen.memory import XenMemory, image_region
 from xen_symbols.xen.state import CpuState, Read, State, read_state
+
+if TYPE_CHECKING:  # a trace alone needs it
+    from xen_symbols.crashpath.gatechanges import GateChange, Key
 
 TOOL: Mapping[str, Any] = {"name": "xencrash", "version": __version__}
 # The report of the shootdown is among the last lines that Xen prints.

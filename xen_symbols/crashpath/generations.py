@@ -205,18 +205,18 @@ def identify(memory: XenMemory) -> Identification:
     holding: list[Generation] = []
     unread: list[str] = []
     for generation in GENERATIONS:
-        verdicts: list[bool | None] = []
         reasons = []
         for evidence in generation.evidence:
             try:
-                verdicts.append(evidence.test(memory))
+                if not evidence.test(memory):
+                    break
             except Unreadable as error:
-                verdicts.append(None)
                 reasons.append(f"{evidence.says}: {error.absent}")
-        if all(verdicts):
-            holding.append(generation)
-        elif False not in verdicts:
-            unread.append(f"{generation.id} ({'; '.join(reasons)})")
+        else:
+            if reasons:
+                unread.append(f"{generation.id} ({'; '.join(reasons)})")
+            else:
+                holding.append(generation)
     if len(holding) == 1 and not unread:
         return Identification(holding[0], tuple(evidence.says for evidence in holding[0].evidence))
     names = ", ".join(generation.id for generation in holding)

@@ -133,22 +133,18 @@ class SymbolTable:
         last = self._by_name.get(name)
         return [] if last is None else [*self._earlier.get(name, ()), last]
 
-    @cached_property
-    def _numbered(self) -> dict[str, list[int]]:
-        """Rows of `name.N`: gcc so renames a variable that is static inside a function."""
-        index: dict[str, list[int]] = {}
-        for name in self._by_name:
-            base, _, number = name.rpartition(".")
-            if base and number.isdecimal():
-                index.setdefault(base, []).extend(self._named(name))
-        return index
+    def _numbered(self, bare: str) -> list[int]:
+        """Rows of `bare.N`: gcc so renames a variable that is static inside a function."""
+        start = len(bare) + 1
+        alike = (name for name in self._by_name if name.startswith(bare) and name[start - 1 : start] == ".")
+        return [row for name in alike if name[start:].isdecimal() for row in self._named(name)]
 
     def _rows_of(self, name: str) -> list[int]:
         file, _, bare = name.rpartition("#")
         rows = self._named(bare)
         if not file:
             return rows
-        return self._in_file(rows, file) or self._in_file(self._numbered.get(bare, []), file)
+        return self._in_file(rows, file) or self._in_file(self._numbered(bare), file)
 
     def _in_file(self, rows: list[int], file: str) -> list[int]:
         return [row for row in rows if _same_file(self.rows.symbol(row).file, file)]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.target import Note, PhysicalCpu
-from xen_symbols.target.image import Image, MappedFile
+from xen_symbols.target.image import DumpFile, Image
 from xen_symbols.target.notes import cpus_of
 
 _FLATTENED, _ELF, _KDUMP = b"makedumpfile\0\0\0\0", b"\x7fELF", b"KDUMP   "
@@ -76,7 +76,7 @@ def open_dump(path: str, *, base: int | None = None) -> Dump:
     else. Raises Undecidable: one line that names the file, what is wrong with it and where.
     """
     try:
-        image = MappedFile(path)
+        image = DumpFile(path)
         return _open(image, path, base)
     except OSError as error:
         raise Undecidable(f"{path}: {error.strerror}") from None

@@ -8,7 +8,6 @@ makedumpfile_data_header). QEMU writes kdump this way unless told `kdump-raw-*`.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.target.image import Conflict, Extents, Image, Stretch, layered, require
@@ -37,17 +36,11 @@ class FlattenedFile:
         self.size = self._pieces.end()
 
     def read(self, offset: int, size: int) -> bytes:
-        return self._gather(offset, size, self._image.read)
-
-    def scan(self, offset: int, size: int) -> bytes:
-        return self._gather(offset, size, self._image.scan)
-
-    def _gather(self, offset: int, size: int, read: Callable[[int, int], bytes]) -> bytes:
         parts = []
         for position, length in self._pieces.pieces(offset, size):
             if position is None:
                 raise Unreadable(f"the flattened dump has nothing at offset {offset:#x} + {size:#x}")
-            parts.append(read(position, length))
+            parts.append(self._image.read(position, length))
         return b"".join(parts)
 
 
@@ -57,7 +50,7 @@ def _pieces(image: Image) -> list[Stretch]:
     at = _HEADER_SIZE
     while True:
         try:
-            offset, size = _PIECE.unpack(image.scan(at, _PIECE.size))
+            offset, size = _PIECE.unpack(image.read(at, _PIECE.size))
         except Unreadable as error:
             raise Undecidable(f"a flattened dump without its end mark: {error}; the file is truncated") from None
         if offset == size == -1:

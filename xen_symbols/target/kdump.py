@@ -136,7 +136,7 @@ class KdumpMemory:
     def _chunks(self) -> Iterator[bytes]:
         size = -(-self._frames // 8)
         for at in range(0, size, _CHUNK):
-            yield self._image.scan(self._dumped_at + at, min(_CHUNK, size - at))
+            yield self._image.read(self._dumped_at + at, min(_CHUNK, size - at))
 
     def _dumped_before(self, frame: int) -> int:
         index, bits = divmod(frame, _CHUNK * 8)

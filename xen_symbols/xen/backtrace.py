@@ -18,7 +18,7 @@ from xen_symbols.target import PhysicalCpu
 from xen_symbols.x86.call import LONGEST, follows_indirect_call, follows_relative_call
 from xen_symbols.xen import frames
 from xen_symbols.xen.frames import Frame
-from xen_symbols.xen.memory import IMAGE_REGION, XenMemory, image_region
+from xen_symbols.xen.memory import HYPERVISOR_CS, IMAGE_REGION, XenMemory, image_region
 from xen_symbols.xen.stacks import REGS_SIZE, CpuStacks, Stack, stacks_of
 from xen_symbols.xen.state import CpuState, State
 
@@ -251,7 +251,7 @@ class _Walk:
 
     def _pushed(self, words: dict[int, int], at: int) -> Frame | None:
         """The frame at `at` that an exception left without changing stacks, if all of it is there and fits."""
-        if words.get(at + _CS_AT) != frames.HYPERVISOR_CS:  # most words end here
+        if words.get(at + _CS_AT) != HYPERVISOR_CS:  # most words end here
             return None
         parts = [words.get(at + offset) for offset in range(0, REGS_SIZE, 8)]
         raw = b"".join(part.to_bytes(8, "little") for part in parts if part is not None)

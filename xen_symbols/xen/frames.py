@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from xen_symbols.x86.gate import VECTOR_NAMES
 from xen_symbols.x86.paging import is_canonical
-from xen_symbols.xen.memory import image_region
+from xen_symbols.xen.memory import HYPERVISOR_CS, image_region
 from xen_symbols.xen.stacks import REGS_SIZE
 
-HYPERVISOR_CS = 0xE008  # xen/include/asm-x86/config.h, __HYPERVISOR_CS64
 PUSHED_SIZE = 40  # by the CPU: rip, cs, rflags, rsp, ss (SDM vol. 3, 6.14.2)
 _SYSCALL = 0x100  # TRAP_syscall: no vector, but the SYSCALL instruction
 _SELECTOR = 0xFFFF  # Xen keeps more in the words of cs and ss

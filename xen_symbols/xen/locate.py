@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.symbols import buildid, embedded
-from xen_symbols.symbols.mapfile import ListedRows
+from xen_symbols.symbols import buildid
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.target import PhysicalCpu, Target
 from xen_symbols.target.notes import XEN_CRASH_INFO, parse_crash_info, parse_vmcoreinfo
@@ -20,7 +19,6 @@ RELOCATION_LIMIT = 4 << 30
 # No release's image is larger; a build-id lies in .rodata, within it.
 _IMAGE_MAX = 16 << 20
 _IMAGE_MIN_OFFSET = 1 << 20  # `_start`, the smaller of 1 and 2 MiB
-_NO_SYMBOLS = SymbolTable("", "none", ListedRows([], [], []), [])
 # xen/include/asm-x86/config.h of 4.2 to 4.22: every XEN_VIRT_START so far.
 _IMAGE_REGIONS = (0xFFFF82C480000000, 0xFFFF82C4C0000000, 0xFFFF82D080000000, 0xFFFF82D040000000)
 
@@ -179,6 +177,8 @@ def _foreign_build_id(target: Target, cpus: Sequence[PhysicalCpu]) -> bytes | No
 
 def carried_symbols(target: Target) -> SymbolTable:
     """The symbol table that Xen carries in its own image, found without any other symbols. Raises Undecidable."""
+    from xen_symbols.symbols import embedded
+
     for memory, region in _images(target, target.cpus()):
         try:
             return embedded.load_memory(target.location, memory.read, region + _IMAGE_MIN_OFFSET, region + _IMAGE_MAX)
@@ -192,6 +192,9 @@ def carried_symbols(target: Target) -> SymbolTable:
 
 def _images(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[XenMemory, int]]:
     """(memory, XEN_VIRT_START) wherever the notes or a CPU's own page tables may show an image of Xen."""
+    from xen_symbols.symbols.mapfile import ListedRows
+
+    nothing = SymbolTable("", "none", ListedRows([], [], []), [])
     start, tables = None, None
     for note in target.notes():
         if (note.name, note.type) == ("Xen", XEN_CRASH_INFO):
@@ -201,11 +204,11 @@ def _images(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[XenMe
             tables = parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)")
     if start is not None and tables is not None:
         root = int(tables, 16)
-        yield XenMemory(target, _NO_SYMBOLS, start + root - image_region(root), ""), image_region(root)
+        yield XenMemory(target, nothing, start + root - image_region(root), ""), image_region(root)
     for cpu in cpus:
         if cpu.guest_mode is True or "cr3" not in cpu.registers:
             continue
-        memory = XenMemory(target, _NO_SYMBOLS, cpu.registers["cr3"] & ~0xFFF, "")
+        memory = XenMemory(target, nothing, cpu.registers["cr3"] & ~0xFFF, "")
         for region in [image_region(cpu.registers["rip"])] if _in_xen(cpu) else _IMAGE_REGIONS:
             yield memory, region
 

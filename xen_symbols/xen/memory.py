@@ -13,6 +13,7 @@ from xen_symbols.x86 import paging
 _BLOCK = 2048
 # xen/include/asm-x86/config.h: the image lies in a region of 1 GiB that is aligned to its size, in every release.
 IMAGE_REGION = 1 << 30
+HYPERVISOR_CS = 0xE008  # the same file, __HYPERVISOR_CS64
 
 
 def image_region(address: int) -> int:
