@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ exit status:
 """
 
 PHYSICAL_BITS = 52  # the most that x86-64 has: SDM vol. 3, 4.1.4
+_TELL_EVERY = 2.0  # seconds
 COMMANDS = ("trace", "check", "gdb", "info", "lab")
 LAB = "real Xen, or a reference guest, in QEMU"
 
@@ -190,8 +192,23 @@ def check_dump(path: str, args: argparse.Namespace) -> Report:
     """The report on one dump. Raises Undecidable."""
     from xen_symbols import api
 
-    xen = api.open_dump(path, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch)
+    xen = api.open_dump(
+        path, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch, progress=searching(path)
+    )
     return api.evaluate(xen)
+
+
+def searching(path: str) -> Callable[[int, int], None]:
+    """Tells how far the search for Xen in a dump has come: a line on standard error every few seconds."""
+    told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > _TELL_EVERY:
+            told = time.monotonic()
+            print(f"xencrash: {path}: looking for Xen, {done >> 20} of {total >> 20} MiB so far", file=sys.stderr)
+
+    return tell
 
 
 def run_info(args: argparse.Namespace) -> int:

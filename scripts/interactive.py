@@ -39,9 +39,16 @@ def _target(args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...]]]:
     if args.target.startswith("gdb:"):
         yield parse_live(args.target), ()
         return
+    from xencrash.cli import searching
     from xencrash.serve import GDB_SETTINGS, served, serving
 
-    memory = open_dump(args.target, args.symbols, base=args.base, allow_mismatch=args.allow_build_id_mismatch)
+    memory = open_dump(
+        args.target,
+        args.symbols,
+        base=args.base,
+        allow_mismatch=args.allow_build_id_mismatch,
+        progress=searching(args.target),
+    )
     with serving(served(memory, args.base)) as socket:
         yield socket, GDB_SETTINGS
 

@@ -140,6 +140,8 @@ def info(args: argparse.Namespace) -> int:
 
 
 def _dump_info(args: argparse.Namespace) -> Json:
+    from xencrash.cli import searching
+
     target = open_dump(args.target, base=args.base)
     data: Json = {
         "schema": SCHEMA_VERSION,
@@ -152,7 +154,7 @@ def _dump_info(args: argparse.Namespace) -> Json:
         ],
     }
     try:
-        table = carried_symbols(target) if args.symbols is None else load_symbols(args.symbols)
+        table = carried_symbols(target, searching(args.target)) if args.symbols is None else load_symbols(args.symbols)
         memory = locate(target, table, allow_mismatch=args.allow_build_id_mismatch)
         data["target"] = describe_target(memory)
         data["symbols"] = describe_symbols(memory)

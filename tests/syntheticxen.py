@@ -18,6 +18,7 @@ DIRECTMAP = 0xFFFF830000000000
 PHYS_START = 0x3F800000
 # Per-CPU areas, IDTs and notes of the other CPUs, through the direct map.
 HEAP = 0x80000000
+TRAMPOLINE = 0x8F000  # below 1 MiB, where CPUs start
 BUILD_ID = bytes(range(20))
 _PRESENT, _PS = 1, 1 << 7
 
@@ -114,6 +115,8 @@ class SyntheticXen:
             "__per_cpu_offset": struct.pack(f"<{count}Q", *offsets),
             "idt_tables": struct.pack(f"<{count}Q", *idts),
             "x86_cpu_to_apicid": struct.pack(f"<{count}I", *range(count)),
+            "xen_phys_start": struct.pack("<Q", PHYS_START),
+            "trampoline_phys": struct.pack("<Q", TRAMPOLINE),
             "kexecing": b"\1",
             "kexec_flags": struct.pack("<Q", 0x44),
             "kexec.c#crashing_cpu": struct.pack("<i", 0),
@@ -131,6 +134,9 @@ class SyntheticXen:
         }
         for name, data in values.items():
             self._place(name, data, "b" if "#" in name else "B")
+        for offset, name in enumerate(("trampoline_start", "trampoline_xen_phys_start")):
+            self.symbols[name] = (VIRT_START + 0x3F0000 + 4 * offset, "R")
+        self.content[TRAMPOLINE + 4] = struct.pack("<I", PHYS_START)
         self._place("_end", b"\0", "B")
 
     def _registers(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.table import load_symbols
@@ -19,12 +20,14 @@ def open_dump(
     *,
     base: int | None = None,
     allow_mismatch: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> XenMemory:
     """Xen in the dump at `path`. Raises Undecidable: one line that says what is wrong and what to do.
 
     `symbols` is xen-syms, a .map or an image; without it the table that Xen carries is used. `base` is the
     physical address of a raw image's first byte. `allow_mismatch` goes on with symbols of another build.
+    A dump whose notes show no Xen is searched for it; `progress` is told again and again how many bytes of how many.
     """
     target = dump.open_dump(os.fspath(path), base=base)
-    table = carried_symbols(target) if symbols is None else load_symbols(os.fspath(symbols))
+    table = carried_symbols(target, progress) if symbols is None else load_symbols(os.fspath(symbols))
     return locate(target, table, allow_mismatch=allow_mismatch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from pathlib import Path
@@ -217,6 +218,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path in ("/dev/null", str(tmp_path / "fifo")):  # nobody ever writes to it: opening must not wait
         with pytest.raises(Undecidable, match="not a regular file"):
             open_dump(path)
+
+
+def test_a_disk_that_fails_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    dump = opened(tmp_path, bytes(4096), base=0)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(Unreadable, match="^16 bytes at offset 0x10 of the file: Input/output error$"):
+        dump.read_physical(16, 16)
 
 
 def test_a_raw_image_has_a_base(tmp_path: Path) -> None:

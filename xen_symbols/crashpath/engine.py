@@ -17,7 +17,7 @@ from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import Gate
 from xen_symbols.xen.console import read_console
-from xen_symbols.xen.memory import XenMemory, image_region
+from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import CpuState, Read, State, read_state
 
 if TYPE_CHECKING:  # a trace alone needs it
@@ -66,9 +66,7 @@ def _may_have_table(cpu: CpuState) -> bool:
     return cpu.idt.present or cpu.idt.value.kind.name != "NOT_APPLICABLE"
 
 
-def _finding(
-    check: Check, position: Position, cpu: int, outcome: Outcome, stop: int, follows: str | None
-) -> Finding:
+def _finding(check: Check, position: Position, cpu: int, outcome: Outcome, stop: int, follows: str | None) -> Finding:
     reason = check.explain(outcome) if outcome.verdict is Verdict.FAIL and not outcome.reason else outcome.reason
     return Finding(
         check=check.id,
@@ -109,8 +107,7 @@ def _follow(findings: list[Finding], earlier: Sequence[Finding]) -> list[Finding
 
 def xen_phys_start(memory: XenMemory) -> int | Absent:
     """Where Xen's image begins in physical memory: what its page tables map XEN_VIRT_START's image to."""
-    root = memory.symbols.address("idle_pg_table")
-    return memory.root - (root - image_region(root))
+    return memory.xen_phys_start
 
 
 def context_at(

@@ -28,7 +28,7 @@ SOURCE = "table embedded in Xen"
 REGION = 1 << 30  # Xen's image lies in 1 GiB of its own from XEN_VIRT_START on, in every release
 _GROUP = 256  # entries per marker
 # A character that occurs in any symbol is its own token, and every Xen has all ten digits.
-_DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
+DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
 _LONGEST_NAME = 512
 # Bounds on hostile input; a real Xen has one such place.
 _MOST_PLACES, _MOST_TOKEN_TABLES = 1024, 8
@@ -48,18 +48,28 @@ class Embedded(NamedTuple):
 
 def find(memory: bytes) -> Embedded | None:
     """The table in a stretch of memory that begins at a 4-aligned address; None if there is none."""
-    place, token_tables = memory.find(_DIGITS), 0
+    place, token_tables = memory.find(DIGITS), 0
     for _ in range(_MOST_PLACES):
         if place < 0:
             break
-        tokens = _tokens_around(memory, place)
-        if tokens is not None:
-            found = _table_before(memory, *tokens)
+        if looks_like(memory, place):
+            found = find_around(memory, place)
             token_tables += 1
             if found is not None or token_tables == _MOST_TOKEN_TABLES:
                 return found
-        place = memory.find(_DIGITS, place + 1)
+        place = memory.find(DIGITS, place + 1)
     return None
+
+
+def looks_like(memory: bytes, digits: int) -> bool:
+    """Whether a table's tokens and their positions, Xen's or Linux's, are around DIGITS at `digits`."""
+    return _tokens_around(memory, digits) is not None
+
+
+def find_around(memory: bytes, digits: int) -> Embedded | None:
+    """The table whose tokens are around DIGITS at `digits`."""
+    tokens = _tokens_around(memory, digits)
+    return None if tokens is None else _table_before(memory, *tokens)
 
 
 def _tokens_around(memory: bytes, digits: int) -> tuple[int, int, list[str]] | None:
@@ -184,7 +194,7 @@ def load_memory(path: str, read: Callable[[int, int], bytes], start: int, end: i
             base = start // REGION * REGION
             # The note lies behind .rodata, which is far smaller than a chunk.
             behind = run + len(memory)
-            rest = b"".join(data for _, data in _pieces(read, behind, min(_CHUNK, end - behind)))
+            rest = b"".join(data for _, data in readable(read, behind, min(_CHUNK, end - behind)))
             return _symbol_table(path, base, found, [(run, memory + rest)], None)
     raise Undecidable(f"{path}: Xen's embedded symbol table is not in its memory; give xen-syms with --symbols")
 
@@ -193,7 +203,7 @@ def _runs(read: Callable[[int, int], bytes], start: int, end: int) -> Iterator[t
     """(address, content) of readable runs, each again whenever it has grown by a chunk."""
     run, memory = start, b""
     for chunk in range(start, end, _CHUNK):
-        for address, data in _pieces(read, chunk, min(_CHUNK, end - chunk)):
+        for address, data in readable(read, chunk, min(_CHUNK, end - chunk)):
             if address != run + len(memory):
                 yield run, memory
                 run, memory = address, b""
@@ -201,7 +211,7 @@ def _runs(read: Callable[[int, int], bytes], start: int, end: int) -> Iterator[t
         yield run, memory
 
 
-def _pieces(read: Callable[[int, int], bytes], address: int, size: int) -> Iterator[tuple[int, bytes]]:
+def readable(read: Callable[[int, int], bytes], address: int, size: int) -> Iterator[tuple[int, bytes]]:
     """What can be read of a range, by halving it down to pages."""
     if size <= 0:
         return
@@ -210,8 +220,8 @@ def _pieces(read: Callable[[int, int], bytes], address: int, size: int) -> Itera
     except Unreadable:
         if size > _PAGE:
             half = (size // 2 + _PAGE - 1) // _PAGE * _PAGE
-            yield from _pieces(read, address, half)
-            yield from _pieces(read, address + half, size - half)
+            yield from readable(read, address, half)
+            yield from readable(read, address + half, size - half)
 
 
 def _symbol_table(

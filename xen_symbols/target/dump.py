@@ -48,6 +48,7 @@ class Dump:
         self._memory, self._notes = memory, notes
         self.read_physical = memory.read
         self.physical_ranges = memory.ranges
+        self.written_ranges = getattr(memory, "written", memory.ranges)
         self._cpus = cpus_of(notes)
 
     def read_physical_many(self, requests: Sequence[tuple[int, int]]) -> list[bytes | Absent]:
@@ -76,8 +77,7 @@ def open_dump(path: str, *, base: int | None = None) -> Dump:
     else. Raises Undecidable: one line that names the file, what is wrong with it and where.
     """
     try:
-        image = DumpFile(path)
-        return _open(image, path, base)
+        return _open(DumpFile(path), path, base)
     except OSError as error:
         raise Undecidable(f"{path}: {error.strerror}") from None
     except Undecidable as error:
@@ -86,8 +86,9 @@ def open_dump(path: str, *, base: int | None = None) -> Dump:
         raise Undecidable(f"{path}: {error}; the file is truncated or damaged") from None
 
 
-def _open(image: Image, path: str, base: int | None) -> Dump:
+def _open(file: DumpFile, path: str, base: int | None) -> Dump:
     wrapping = ""
+    image: Image = file
     start = image.read(0, min(16, image.size))
     # Each format is imported when it is met: most runs meet one.
     if start == _FLATTENED:
@@ -114,7 +115,7 @@ def _open(image: Image, path: str, base: int | None) -> Dump:
         raise Undecidable("not a dump of a known format; a raw image of memory needs its first byte's address (--base)")
     from xen_symbols.target.raw import RawMemory
 
-    return Dump(path, f"raw image at {base:#x}", RawMemory(image, base), ())
+    return Dump(path, f"raw image at {base:#x}", RawMemory(file, base), ())
 
 
 def _recognised(dump: Dump, base: int | None) -> Dump:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from array import array
@@ -54,6 +55,18 @@ class DumpFile:
         if len(data) != size:
             raise Unreadable(f"the file shrank while it was read: {len(data)} of {size} bytes at offset {offset:#x}")
         return data
+
+    def written(self) -> Iterator[tuple[int, int]]:
+        """(start, end) of what is not a hole of a sparse file: holes read as zeros, and need not be read for that."""
+        end = 0
+        try:
+            while end < self.size:
+                start = os.lseek(self._fd, end, os.SEEK_DATA)
+                end = os.lseek(self._fd, start, os.SEEK_HOLE)
+                yield start, min(end, self.size)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # a hole up to the end; else a filesystem that cannot tell
+                yield end, self.size
 
 
 def require(image: Image, offset: int, size: int, what: str) -> bytes:

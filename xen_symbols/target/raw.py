@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from xen_symbols.absence import Unreadable
 from xen_symbols.target import bounded
-from xen_symbols.target.image import Image
+from xen_symbols.target.image import DumpFile
 
 
 class RawMemory:
     """The whole file as physical memory from `base` on."""
 
-    def __init__(self, image: Image, base: int) -> None:
+    def __init__(self, image: DumpFile, base: int) -> None:
         self._image, self._base = image, base
 
     def read(self, address: int, size: int) -> bytes:
@@ -21,3 +23,8 @@ class RawMemory:
 
     def ranges(self) -> list[tuple[int, int]]:
         return [(self._base, self._base + self._image.size)]
+
+    def written(self) -> Iterator[tuple[int, int]]:
+        """The ranges without a sparse file's holes, which are zeros."""
+        for start, end in self._image.written():
+            yield self._base + start, self._base + end

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.symbols import buildid
@@ -10,17 +11,19 @@ from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.target import PhysicalCpu, Target
 from xen_symbols.target.notes import XEN_CRASH_INFO, parse_crash_info, parse_vmcoreinfo
 from xen_symbols.x86 import paging
-from xen_symbols.xen.memory import IMAGE_REGION, XenMemory, image_region
+from xen_symbols.xen.memory import (
+    IMAGE_MAX,
+    IMAGE_MIN_OFFSET,
+    IMAGE_REGION,
+    IMAGE_REGIONS,
+    RELOCATION_LIMIT,
+    RELOCATION_STEP,
+    ROOT,
+    XenMemory,
+    image_region,
+)
 
-ROOT = "idle_pg_table"
-# Xen is relocated to a multiple of this (xen/arch/x86/boot: L2_PAGETABLE_SHIFT), always below 4 GiB.
-RELOCATION_STEP = 2 << 20
-RELOCATION_LIMIT = 4 << 30
-# No release's image is larger; a build-id lies in .rodata, within it.
-_IMAGE_MAX = 16 << 20
-_IMAGE_MIN_OFFSET = 1 << 20  # `_start`, the smaller of 1 and 2 MiB
-# xen/include/asm-x86/config.h of 4.2 to 4.22: every XEN_VIRT_START so far.
-_IMAGE_REGIONS = (0xFFFF82C480000000, 0xFFFF82C4C0000000, 0xFFFF82D080000000, 0xFFFF82D040000000)
+Progress = Callable[[int, int], None]
 
 
 def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False) -> XenMemory:
@@ -81,30 +84,55 @@ def _why_not(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu]) 
 
 
 def _by_evidence(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu]) -> XenMemory | None:
-    """The first root that maps `idle_pg_table` to itself."""
+    """By the first root that maps `idle_pg_table` to itself: of those that notes and CPUs name, else any in memory."""
     try:
         table = symbols.address(ROOT)
     except Unreadable as error:
         raise Undecidable(f"{symbols.path} does not name {ROOT}: {error.absent}; are these Xen's symbols?") from None
     tried: set[int] = set()
-    for root, found_by in _roots(target, symbols, cpus, table):
+    for root, found_by in _roots(target, cpus, table):
         if root in tried:
             continue
         tried.add(root)
-        memory = XenMemory(target, symbols, root, found_by)
-        try:
-            own = memory.physical(table)
-            if own != root:  # a CPU's own tables: Xen's idle tables are where they say
-                memory = XenMemory(target, symbols, own, found_by)
-                if memory.physical(table) != own:
-                    continue
-        except Unreadable:
-            continue
-        return memory
-    return None
+        memory = _rooted(target, symbols, root, found_by)
+        if memory is not None:
+            return memory
+    found = [_rooted(target, symbols, root, found_by) for root, found_by in _roots_in_memory(target, symbols, table)]
+    ran = [memory for memory in found if memory is not None and is_in_place(memory)]
+    if len(ran) < 2:
+        return ran[0] if ran else None
+    from xen_symbols.xen.search import booted_last
+
+    return booted_last(ran)
 
 
-def _roots(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], table: int) -> Iterator[tuple[int, str]]:
+def _rooted(target: Target, symbols: SymbolTable, root: int, found_by: str) -> XenMemory | None:
+    """Xen with its idle page tables, if `root` maps them."""
+    table = symbols.address(ROOT)
+    memory = XenMemory(target, symbols, root, found_by)
+    try:
+        own = memory.physical(table)
+        if own != root:  # a CPU's own tables: Xen's idle tables are where they say
+            memory = XenMemory(target, symbols, own, found_by)
+            if memory.physical(table) != own:
+                return None
+    except Unreadable:
+        return None
+    return memory
+
+
+def is_in_place(memory: XenMemory) -> bool:
+    """Whether Xen is where its `xen_phys_start` says.
+
+    One that moved itself left behind a copy in which even the page tables are right, and this names the new place.
+    """
+    try:
+        return memory.variable("xen_phys_start") == memory.xen_phys_start
+    except Unreadable:
+        return True
+
+
+def _roots(target: Target, cpus: Sequence[PhysicalCpu], table: int) -> Iterator[tuple[int, str]]:
     offset = table - image_region(table)
     for note in target.notes():
         if (note.name, note.type) == ("Xen", XEN_CRASH_INFO):
@@ -116,8 +144,23 @@ def _roots(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], ta
             continue
         if "cr3" in cpu.registers:
             yield cpu.registers["cr3"] & ~0xFFF, f"CR3 of CPU {cpu.index} ({cpu.source})"
-    for base in _bases_by_build_id(target, symbols):
-        yield base + offset, "the build-id in physical memory"
+
+
+def _roots_in_memory(target: Target, symbols: SymbolTable, table: int) -> Iterator[tuple[int, str]]:
+    offset = table - image_region(table)
+    if symbols.build_id and _note_offset(symbols) is not None:
+        for base in _bases_by_build_id(target, symbols):
+            yield base + offset, "the build-id in physical memory"
+    elif target.kind == "dump":
+        for base in _bases(target):
+            yield base + offset, "its page tables in physical memory"
+
+
+def _bases(target: Target) -> range:
+    """Every value that xen_phys_start may have."""
+    return range(
+        0, min(RELOCATION_LIMIT, max((end for _, end in target.physical_ranges()), default=0)), RELOCATION_STEP
+    )
 
 
 def _note_offset(symbols: SymbolTable) -> int | None:
@@ -130,8 +173,7 @@ def _bases_by_build_id(target: Target, symbols: SymbolTable) -> Iterator[int]:
     offset = _note_offset(symbols)
     if offset is None or not symbols.build_id:
         return
-    limit = min(RELOCATION_LIMIT, max((end for _, end in target.physical_ranges()), default=0))
-    bases = range(0, limit, RELOCATION_STEP)
+    bases = _bases(target)
     notes = target.read_physical_many([(base + offset, buildid.NOTE_SIZE) for base in bases])
     for base, raw in zip(bases, notes, strict=True):
         if not isinstance(raw, Absent) and buildid.parse_note(raw) == symbols.build_id:
@@ -151,50 +193,77 @@ def _build_id_in(memory: XenMemory, symbols: SymbolTable) -> bytes | None:
 
 
 def _scan(memory: XenMemory, region: int) -> bytes | None:
+    from xen_symbols.symbols import embedded
+
     step = 64 << 10
-    previous = b""
-    for address in range(region + _IMAGE_MIN_OFFSET, region + _IMAGE_MAX, step):
-        try:
-            chunk = memory.read(address, step)
-        except Unreadable:
-            previous = b""
-            continue
-        found = buildid.scan(previous + chunk)
-        if found:
-            return found[1]
-        previous = chunk[-buildid.NOTE_SIZE :]
+    behind, previous = 0, b""
+    for chunk in range(region + IMAGE_MIN_OFFSET, region + IMAGE_MAX, step):
+        # The page behind .rodata is not mapped: a chunk need not be readable as a whole.
+        for address, data in embedded.readable(memory.read, chunk, step):
+            found = buildid.scan(previous + data if address == behind else data)
+            if found:
+                return found[1]
+            behind, previous = address + len(data), data[-buildid.NOTE_SIZE :]
     return None
 
 
 def _foreign_build_id(target: Target, cpus: Sequence[PhysicalCpu]) -> bytes | None:
     """The build-id of whatever Xen is there, without any symbols."""
-    for memory, region in _images(target, cpus):
+    for memory, region in chain(_images(target, cpus), _images_in_memory(target)):
         found = _scan(memory, region)
         if found:
             return found
     return None
 
 
-def carried_symbols(target: Target) -> SymbolTable:
-    """The symbol table that Xen carries in its own image, found without any other symbols. Raises Undecidable."""
-    from xen_symbols.symbols import embedded
+def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolTable:
+    """The symbol table that Xen carries in its own image, found without any other symbols.
 
+    A dump whose notes show no Xen is searched, up to 4 GiB of it: `progress` is told (bytes searched, bytes in all).
+    Raises Undecidable when there is none, or several and nothing tells which of them ran last.
+    """
     for memory, region in _images(target, target.cpus()):
-        try:
-            return embedded.load_memory(target.location, memory.read, region + _IMAGE_MIN_OFFSET, region + _IMAGE_MAX)
-        except Undecidable:
-            continue
+        table = _carried(memory, region)
+        if table is not None:
+            return table
+    found = []
+    for memory, region in _images_in_memory(target, progress):
+        table = _carried(memory, region)
+        if table is not None:
+            found.append(XenMemory(target, table, memory.root, memory.found_by))
+    ran = {memory.root: memory for memory in found if is_in_place(memory)}
+    if len(ran) > 1:
+        from xen_symbols.xen.search import booted_last
+
+        return booted_last(list(ran.values())).symbols
+    for memory in ran.values():
+        return memory.symbols
     raise Undecidable(
         f"no symbol table of Xen's own was found in {target.location}: is it Xen? "
         "If so, give its xen-syms with --symbols"
     )
 
 
+def _carried(memory: XenMemory, region: int) -> SymbolTable | None:
+    from xen_symbols.symbols import embedded
+
+    try:
+        return embedded.load_memory(memory.target.location, memory.read, region + IMAGE_MIN_OFFSET, region + IMAGE_MAX)
+    except Undecidable:
+        return None
+
+
+def _images_in_memory(target: Target, progress: Progress | None = None) -> Iterator[tuple[XenMemory, int]]:
+    """The same wherever a dump's memory itself shows one."""
+    if target.kind == "dump":
+        from xen_symbols.xen.search import roots
+
+        for root, region in roots(target, progress):
+            yield _bare(target, root), region
+
+
 def _images(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[XenMemory, int]]:
     """(memory, XEN_VIRT_START) wherever the notes or a CPU's own page tables may show an image of Xen."""
-    from xen_symbols.symbols.mapfile import ListedRows
-
-    nothing = SymbolTable("", "none", ListedRows([], [], []), [])
     start, tables = None, None
     for note in target.notes():
         if (note.name, note.type) == ("Xen", XEN_CRASH_INFO):
@@ -204,14 +273,21 @@ def _images(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[XenMe
             tables = parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)")
     if start is not None and tables is not None:
         root = int(tables, 16)
-        yield XenMemory(target, nothing, start + root - image_region(root), ""), image_region(root)
+        yield _bare(target, start + root - image_region(root)), image_region(root)
     for cpu in cpus:
         if cpu.guest_mode is True or "cr3" not in cpu.registers:
             continue
-        memory = XenMemory(target, nothing, cpu.registers["cr3"] & ~0xFFF, "")
-        for region in [image_region(cpu.registers["rip"])] if _in_xen(cpu) else _IMAGE_REGIONS:
+        memory = _bare(target, cpu.registers["cr3"] & ~0xFFF)
+        for region in [image_region(cpu.registers["rip"])] if _in_xen(cpu) else IMAGE_REGIONS:
             yield memory, region
 
 
+def _bare(target: Target, root: int) -> XenMemory:
+    """Memory by page tables alone."""
+    from xen_symbols.symbols.mapfile import ListedRows
+
+    return XenMemory(target, SymbolTable("", "none", ListedRows([], [], []), []), root, "")
+
+
 def _in_xen(cpu: PhysicalCpu) -> bool:
-    return any(region <= cpu.registers.get("rip", 0) < region + IMAGE_REGION for region in _IMAGE_REGIONS)
+    return any(region <= cpu.registers.get("rip", 0) < region + IMAGE_REGION for region in IMAGE_REGIONS)

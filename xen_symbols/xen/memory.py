@@ -13,6 +13,15 @@ from xen_symbols.x86 import paging
 _BLOCK = 2048
 # xen/include/asm-x86/config.h: the image lies in a region of 1 GiB that is aligned to its size, in every release.
 IMAGE_REGION = 1 << 30
+# The same of 4.2 to 4.22: every XEN_VIRT_START so far.
+IMAGE_REGIONS = (0xFFFF82C480000000, 0xFFFF82C4C0000000, 0xFFFF82D080000000, 0xFFFF82D040000000)
+# No release's image is larger.
+IMAGE_MAX = 16 << 20
+IMAGE_MIN_OFFSET = 1 << 20  # `_start`, the smaller of 1 and 2 MiB
+# Xen is relocated to a multiple of this (xen/arch/x86/boot: L2_PAGETABLE_SHIFT), always below 4 GiB.
+RELOCATION_STEP = 2 << 20
+RELOCATION_LIMIT = 4 << 30
+ROOT = "idle_pg_table"
 HYPERVISOR_CS = 0xE008  # the same file, __HYPERVISOR_CS64
 
 
@@ -35,6 +44,12 @@ class XenMemory:
         self.build_id: bytes | Absent = Absent("not looked for")
         self._tables: dict[int, bytes] = {}
         self._pages: dict[int, paging.Mapping] = {}
+
+    @property
+    def xen_phys_start(self) -> int:
+        """The physical address of XEN_VIRT_START: the image is one piece."""
+        root = self.symbols.address(ROOT)
+        return self.root - (root - image_region(root))
 
     def forget(self) -> None:
         """Drop what was remembered of the page tables: the machine has run."""
