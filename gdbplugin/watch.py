@@ -6,6 +6,7 @@ CPUs write at once, so what changed is told by reading the gates again, and a wa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 import gdb
@@ -13,24 +14,37 @@ import gdb
 from gdbplugin.target import cpu_index
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.gatechanges import Key
+from xen_symbols.x86.gate import SIZE
 
-Note = Callable[[Key, int, int], None]
-_watchpoints: list[gdb.Breakpoint] = []
+Note = Callable[[Key, int, int, Mapping[Key, bytes]], None]
+_watchpoints: list[_Gate] = []
 
 
 class _Gate(gdb.Breakpoint):
-    """One gate's 16 bytes. `note` is told the gate, the CPU that wrote (the target's index) and where it goes on."""
+    """One gate's 16 bytes. `note` is told the gate, the CPU that wrote (the target's index), where it goes on, and what
+    every gate that is watched holds then."""
 
     def __init__(self, key: Key, address: int, note: Note) -> None:
         super().__init__(
             f"*(unsigned long (*)[2]) {address:#x}", type=gdb.BP_WATCHPOINT, wp_class=gdb.WP_WRITE, internal=True
         )
         self.silent = True
-        self._key, self._note = key, note
+        self.key, self.address = key, address
+        self._note = note
 
     def stop(self) -> bool:
-        self._note(self._key, cpu_index(gdb.selected_thread()), gdb.newest_frame().pc())
+        self._note(self.key, cpu_index(gdb.selected_thread()), gdb.newest_frame().pc(), _contents())
         return False
+
+
+def _contents() -> dict[Key, bytes]:
+    """What each gate holds, as the CPU that stopped sees it: whoever writes to a gate has Xen's page tables."""
+    memory = gdb.selected_inferior()
+    found = {}
+    for point in _watchpoints:
+        with contextlib.suppress(gdb.MemoryError):
+            found[point.key] = bytes(memory.read_memory(point.address, SIZE))
+    return found
 
 
 def watch(addresses: Mapping[Key, int], note: Note) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xen_symbols.crashpath.checks import CHECKS
-from xen_symbols.crashpath.gatechanges import CHANGES
+from xen_symbols.crashpath.gatechanges import CHANGES, HELPERS, Change, Whose
 from xen_symbols.crashpath.generations import GENERATIONS
 from xen_symbols.crashpath.stages import BY_ID, CrashStep, Role
 from xen_symbols.x86.gate import VECTOR_NAMES
@@ -52,10 +52,14 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "## Changes of gates"
     yield ""
-    yield "Those that `gate-change` allows, each between the stages named, in the generations named."
+    yield "Those that `gate-change` allows, each between the stages named, in the generations named. Who makes one is"
+    yield "judged, too, where a watchpoint saw it (`trace --gates`), from the beginning of the crash, on CPUs that are"
+    yield "online; a change whose writer was not seen says so, and is judged by what changed alone. A function stands"
+    yield "for its parts (`.cold`, `.part.0`), and for the helpers that compilers may leave as functions of their own:"
+    yield f"{', '.join(HELPERS)}."
     yield ""
-    yield "| gate | becomes | not before | not after | generations | source |"
-    yield "|---|---|---|---|---|---|"
+    yield "| gate | becomes | not before | not after | generations | source | written by |"
+    yield "|---|---|---|---|---|---|---|"
     for change in CHANGES:
         gate = f"{VECTOR_NAMES[change.vector]} gate, {change.whose.value}"
         becomes = f"{'IST' if change.property == 'ist' else change.property} {change.to}"
@@ -63,8 +67,16 @@ def _lines() -> Iterator[str]:
             becomes += ", with an HVM guest's state"
         made_in = [generation.id for generation in GENERATIONS if change.made_in(generation)]
         generations = "all" if len(made_in) == len(GENERATIONS) else ", ".join(made_in)
-        row = (gate, becomes, _stage_at(change.first - 1), _stage_at(change.last), generations, change.source)
+        row = (gate, becomes, _stage_at(change.first - 1), _stage_at(change.last), generations, change.by.source,
+               _writer(change))
         yield f"| {' | '.join(row)} |"
+
+
+def _writer(change: Change) -> str:
+    if change.whose is Whose.OFFLINE:
+        return "not judged"
+    functions = ", ".join(name for name in change.by.functions if name not in HELPERS)
+    return f"{functions} on {'the CPU itself' if change.by.itself else 'the crashing CPU'}"
 
 
 def _stage_at(step: int) -> str:

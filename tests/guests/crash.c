@@ -69,6 +69,14 @@ static inline void await_turn(unsigned int number)
         barrier();
 }
 
+/* On the crashing CPU, as the RFC did it, but at the very instant at which the CPU would do it itself. */
+static void take_ist_off_remotely(unsigned int cpu)
+{
+    await_turn(1);
+    set_ist(&idt_of(cpu)[VECTOR_MC], IST_NONE);
+    turn = 2;
+}
+
 /* Off and on again, each for so long that the next CPU gets one step further meanwhile. */
 static void take_ist_off_and_on(unsigned int cpu)
 {
@@ -102,6 +110,11 @@ noinline void do_nmi_crash(struct cpu_user_regs *regs)
         take_ist_off_and_on(cpu);
     if ( faulty_cpu(MC_GATE_IST_TWICE, cpu - 1) )
         await_turn(1);
+    if ( faulty_cpu(MC_GATE_IST_REMOTE, cpu) )
+    {
+        turn = 1;
+        await_turn(2);
+    }
     if ( !REWRITES_GATES && !faulty_cpu(MC_GATE_IST, cpu) )
         set_ist(&idt_of(cpu)[VECTOR_MC], IST_NONE);
 
@@ -322,6 +335,10 @@ static void nmi_shootdown_cpus(void)
 #endif
 
     smp_send_nmi_allbutself();
+#if HARDENED
+    if ( faulty(MC_GATE_IST_REMOTE) )
+        take_ist_off_remotely(fault_cpu);
+#endif
     for ( unsigned int milliseconds = 1000; !all_signed_off() && milliseconds; milliseconds-- )
         mdelay(1);
     report_shootdown();

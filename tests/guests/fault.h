@@ -57,6 +57,7 @@
     F(OWN_MC_GATE_IST,          "own-mc-gate-ist")              \
     F(MC_GATE_IST,              "mc-gate-ist")                  \
     F(MC_GATE_IST_TWICE,        "mc-gate-ist-twice")            \
+    F(MC_GATE_IST_REMOTE,       "mc-gate-ist-remote")           \
     F(MC_NOT_SWAPPED,           "mc-not-swapped")               \
     F(MC_SWAPPED_ON_CRASHER,    "mc-swapped-on-crasher-only")   \
     F(MC_REWRITTEN,             "mc-rewritten")                 \

@@ -43,7 +43,7 @@ class Fault:
     `invisible` says why no state that can be read shows it; "" for a fault that can be seen. `x2apic` is what the
     guest must be booted with to show it: "", "x2apic" or "x2apic=firmware". `not_in_a_dump` says why a dump taken at
     the end does not show it any more; "" for one that it does. `mended_with` is the feature of generations in which
-    machine_kexec() mends it on its way.
+    machine_kexec() mends it on its way. `gates`: only a trace that watches who writes to gates (`--gates`) shows it.
     """
 
     id: str
@@ -57,6 +57,7 @@ class Fault:
     words: str = field(default="")
     not_in_a_dump: str = ""
     mended_with: str = ""
+    gates: bool = False
 
     def __post_init__(self) -> None:
         if not self.words:
@@ -175,6 +176,9 @@ FAULTS: tuple[Fault, ...] = (
     Fault("mc-gate-ist-twice", "A CPU takes the IST off its own #MC gate, puts it back, and takes it off again.",
           ("HARDENED", "!REWRITES_GATES"), (Expected("gate-change", "F", "cpu-stop"),), cpus=3, most_cpus=3,
           not_in_a_dump="by then the gate is as it should be"),
+    Fault("mc-gate-ist-remote", "The crashing CPU takes the IST off another CPU's #MC gate just before that CPU does.",
+          ("HARDENED", "!REWRITES_GATES"), (Expected("gate-change", "F", "cpu-save"),), most_cpus=2, gates=True,
+          not_in_a_dump="the gate becomes what it should, when it should: who wrote it only a watchpoint tells"),
     Fault("mc-not-swapped", "No #MC gate is led to trap_nop before the jump.",
           ("HARDENED",), (Expected("mc-gate-handler", "C", "handover"), Expected("mc-gate-handler", "O", "handover"))),
     Fault("mc-swapped-on-crasher-only", "Only the crashing CPU's own #MC gate is led to trap_nop.",

@@ -81,6 +81,7 @@ class Followed:
 
 def follow(run: Run) -> Followed:
     built = build(run.generation)
+    gates = bool(run.fault and BY_ID[run.fault].gates)
     append = command_line(fault=run.fault, x2apic=run.fault is None and run.lapic == "x2apic")
     boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
     qemu = "10.0" if run.lapic == "x2apic" else "7.2"
@@ -97,7 +98,7 @@ def follow(run: Run) -> Followed:
 
         lab.wait_serial(rb"CPUs? ready", 20)
         report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, stall=12,
-                       progress=at_stage, trigger=lambda: lab.serial_send(b"C"))  # fmt: skip
+                       gates=gates, progress=at_stage, trigger=lambda: lab.serial_send(b"C"))  # fmt: skip
         if not path.exists():
             dump()
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jsonschema
@@ -16,12 +16,14 @@ from tests.unit.test_report import SCHEMA
 from xen_symbols.crashpath import generations
 from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
 from xen_symbols.crashpath.engine import evaluate, gate_change_json, judge
-from xen_symbols.crashpath.gatechanges import GateChange, GateHistory, Moment, moment_of
+from xen_symbols.crashpath.gatechanges import GateChange, GateHistory, Moment, Write, Writes, moment_of
 from xen_symbols.crashpath.position import at_stage
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, OtherStep, Position, Span
 from xen_symbols.report.blocks import report_blocks
 from xen_symbols.report.console import plain
 from xen_symbols.report.model import Verdict
+from xen_symbols.symbols.mapfile import ListedRows
+from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.x86.gate import SIZE, Gate, decode
 from xen_symbols.xen.state import read_state
 
@@ -88,6 +90,7 @@ class Case:
     generation: str = "4.17.0"
     guest: bool = False
     poke: bytes = b""  # its IST byte, where it is not to be 0
+    by: tuple[int, str] | None = None  # the CPU and the function that were seen to write it
 
     def outcome(self) -> Outcome:
         machine = Machine("4.17.0-handover")
@@ -103,7 +106,8 @@ class Case:
         history = GateHistory()
         history.see(since)
         generation = generations.BY_ID[self.generation]
-        context = Context(state, self.now, generation, gates_before=history.see(now))
+        writes = {key: [Write(self.by[0], symbols.address("kexec_reloc") + 8, self.by[1])]} if self.by else {}
+        context = Context(state, self.now, generation, gates_before=history.see(now, writes))
         return next(check for check in CHECKS if check.id == "gate-change").judge(context, self.cpu)
 
 
@@ -144,6 +148,120 @@ FORBIDDEN = {
         Case(3, NMI, {"ist": 0}, at("shootdown", online=PARTED[0].online),
              at("handover", online=PARTED[0].online)), ("nmi-gate-ist",)),
 }  # fmt: skip
+
+
+def case(name: str, by: tuple[int, str], **other: Any) -> Case:
+    return replace(ALLOWED[name], by=by, **other)
+
+
+SEEN = {
+    "the crashing CPU, in what the shootdown was made part of": case(
+        "the crashing CPU's NMI gate", (0, "machine_crash_shutdown")),
+    "the shootdown itself": case("its #MC gate", (0, "nmi_shootdown_cpus")),
+    "a helper": case("the crashing CPU's NMI gate", (0, "_set_gate_lower")),
+    "the CPU itself": case("another's #MC gate by itself", (1, "do_nmi_crash")),
+    "the crashing CPU of the RFC": case("its IST by the crashing CPU of the RFC", (0, "machine_crash_shutdown")),
+    "the RFC's helper": case("whole by the RFC", (0, "_set_gate")),
+    "machine_kexec": case("#MC handlers", (0, "machine_kexec")),
+    "one that answers late, meanwhile": case("#MC handlers", (3, "do_nmi_crash")),
+    "a guest's state loaded": case("a guest's state loaded", (1, "svm_ctxt_switch_to")),
+    "a guest's state loaded and given up": Case(2, MC, {}, at("crash-entry"), at("shutdown-entry"),
+                                                by=(2, "svm_ctxt_switch_from")),
+    "whatever comes before the crash": case("a guest's state loaded", (0, "vmx_vmexit_handler")),
+    "whoever has the table's memory": Case(3, MC, {}, at("crash-entry", online=PARTED[0].online),
+                                           at("shutdown-entry", online=PARTED[0].online), by=(1, "clear_page")),
+}
+STRANGERS = {
+    "another function": case("#MC handlers", (0, "memcpy")),
+    "another CPU": case("another's #MC gate by itself", (0, "do_nmi_crash")),
+    "the crashing CPU": case("another's #MC gate by itself", (0, "machine_crash_shutdown")),
+    "a helper on another CPU": case("another's #MC gate by itself", (2, "set_ist")),
+    "the right function too early": Case(0, MC, {}, at("crash-entry"), at("shutdown-entry"),
+                                         by=(0, "machine_kexec")),
+    "the right function of another generation": case("#MC handlers", (0, "_set_gate"), generation="4.2.0"),
+    "nothing changed": Case(1, NMI, {}, *LEAVING, by=(0, "machine_kexec")),
+    "a switch of guests after the NMI": Case(1, MC, {}, *TAKEN, by=(1, "svm_ctxt_switch_to")),
+    "the same, with a guest's state": Case(1, MC, {}, *TAKEN, guest=True, by=(1, "svm_ctxt_switch_to")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SEEN)
+def test_who_makes_a_change_and_may(what: str) -> None:
+    outcome = SEEN[what].outcome()
+    assert (outcome.verdict, outcome.reason) == (Verdict.PASS, None)
+    assert not any("written" in text for text in outcome.observed)
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_who_makes_a_change_and_may_not(what: str) -> None:
+    case = STRANGERS[what]
+    outcome = case.outcome()
+    assert outcome.verdict is Verdict.FAIL and not outcome.because_of and outcome.reason is not None
+    assert case.by is not None
+    assert outcome.observed[-1].endswith(f"written by CPU {case.by[0]} kexec_reloc+0x8, after {case.since.stage.id}")
+
+
+def test_a_change_whose_writer_was_not_seen_says_so() -> None:
+    assert "was not seen" in (ALLOWED["#MC handlers"].outcome().reason or "")
+    assert ALLOWED["nothing"].outcome().reason is None
+
+
+class Watched:
+    """A recorded machine whose gate of CPU 1 a watchpoint watches."""
+
+    key = (1, MC)
+
+    def __init__(self) -> None:
+        self.machine = Machine("4.17.0-handover")
+        self.state = read_state(self.machine.memory)
+        self.writes = Writes()
+        self.writes.look(self.state)
+        self.raw = moment_of(self.state, HERE).gates[self.key].raw
+
+    def hit(self, symbol: str, offset: int, byte: int) -> None:
+        """gdb says that CPU 1 wrote, when the gate's IST byte is `byte`."""
+        contents = {self.key: self.raw[:4] + bytes([byte]) + self.raw[5:]}
+        self.writes.caught(self.key, 1, self.machine.symbols.address(symbol) + offset, contents)
+
+    def taken(self) -> list[tuple[int, str]]:
+        return [(write.cpu, write.function) for write in self.writes.take(self.state).get(self.key, [])]
+
+
+def test_a_hit_that_is_news_names_the_writer() -> None:
+    watched = Watched()
+    watched.hit("do_nmi_crash", 0x6A, 1)
+    watched.hit("machine_kexec", 0x64, 0)
+    assert watched.taken() == [(1, "do_nmi_crash"), (1, "machine_kexec")]
+    assert watched.taken() == []
+
+
+def test_a_hit_told_later_names_nobody() -> None:
+    """What the gate holds was there when it was looked at last, at a stop, or at another gate's hit."""
+    watched = Watched()
+    watched.hit("kexec_crash_save_cpu", 4, watched.raw[4])
+    assert watched.taken() == []
+    watched.writes.caught((2, MC), 2, watched.machine.symbols.address("do_nmi_crash") + 0x6A,
+                          {(2, MC): b"new", watched.key: watched.raw[:4] + b"\x01" + watched.raw[5:]})  # fmt: skip
+    watched.hit("kexec_crash_save_cpu", 4, 1)
+    assert watched.taken() == []
+
+
+def test_a_hit_at_a_breakpoint_names_nobody() -> None:
+    watched = Watched()
+    watched.hit("kexec_crash_save_cpu", 0, 1)
+    assert watched.taken() == []
+
+
+def test_a_part_of_a_function_goes_by_its_name() -> None:
+    names = ["do_nmi_crash", "do_nmi_crash.cold", "machine_kexec.part.0.constprop.1", "_etext"]
+    addresses = [0x1000, 0x2000, 0x3000, 0x4000]
+    watched = Watched()
+    table = SymbolTable("", "test", ListedRows(addresses, "TttT", names), [(0x1000, 0x4000)])
+    for number, pc in enumerate((0x1004, 0x2004, 0x3004, 0x5000, 0x800)):
+        contents = {watched.key: watched.raw[:4] + bytes([number + 1]) + watched.raw[5:]}
+        watched.writes.caught(watched.key, 1, pc, contents)
+    taken = watched.writes.take(watched.state._replace(symbols=table))[watched.key]
+    assert [write.function for write in taken] == ["do_nmi_crash", "do_nmi_crash", "machine_kexec"]
 
 
 @pytest.mark.parametrize("what", ALLOWED)

@@ -398,8 +398,15 @@ def _gate_becomes(context: Context, vector: int, name: str, to: str | int) -> An
     return context.ist.nmi if vector == VECTOR_NMI else context.ist.mc
 
 
+_STRANGER = (
+    "a gate was written by code, or by a CPU, that has no part in it at this point of the crash path: what else it "
+    "writes to, and when, is not known"
+)
+_WRITER_UNSEEN = "what changed is judged; who changed it was not seen, so that is not"
+
+
 def _gate_change(context: Context, cpu: int) -> Outcome:
-    from xen_symbols.crashpath.gatechanges import allowed
+    from xen_symbols.crashpath.gatechanges import allowed, strangers
 
     def words(vector: int, name: str, *values: Any) -> str:
         shown = [context.show_code(value)["symbol"] if name == "handler" else value for value in values]
@@ -407,7 +414,8 @@ def _gate_change(context: Context, cpu: int) -> Outcome:
         return f"{what} {' -> '.join(map(str, shown))}"
 
     may: dict[str, None] = {}
-    observed, undecided, wrong = [], [], []
+    observed, undecided, wrong, unseen = [], [], [], False
+    writers: list[str] = []
     evidence: tuple[Evidence, ...] = ()
     for vector, prefix in ((VECTOR_NMI, "nmi"), (VECTOR_MC, "mc")):
         read = _gate_read(context, cpu, vector)
@@ -427,10 +435,20 @@ def _gate_change(context: Context, cpu: int) -> Outcome:
             absences = [value for what, value in becomes if what == name and isinstance(value, Absent)]
             undecided += absences
             wrong += [] if absences else [f"{prefix}-gate-{name}"]
+        writers += [
+            f"{VECTOR_NAMES[vector]} written by CPU {write.cpu} {context.symbols.describe(write.pc)}, "
+            f"after {change.last_stage}"
+            for write in strangers(change, context.generation)
+        ]
+        unseen |= bool(change.changed and not change.writes)
         evidence += read.evidence if change.changed else ()
+    if writers:  # of whom no other check tells
+        return Outcome(Verdict.FAIL, list(may), observed + writers, evidence, reason=_STRANGER)
     if undecided and not wrong:
         return _from_absence(undecided[0], list(may))
-    return Outcome(Verdict.FAIL if wrong else Verdict.PASS, list(may), observed, evidence, because_of=tuple(wrong))
+    if wrong:
+        return Outcome(Verdict.FAIL, list(may), observed, evidence, because_of=tuple(wrong))
+    return Outcome(Verdict.PASS, list(may), observed, evidence, reason=_WRITER_UNSEEN if unseen else None)
 
 
 # Bookkeeping

@@ -92,6 +92,7 @@ class Follower:
                 "judge it with check"
             )
         self._history.see(moment_of(state, position, None if position.stage is not NORMAL else 0))
+        self.writes.look(state)
         if position.stage is NORMAL:
             add_stage(self.report, context_at(self.memory, state, position, self.generation))
 
@@ -132,6 +133,7 @@ class Follower:
             raise Undecidable(f"the machine's CPU {index} stopped on the crash path, and is none of Xen's CPUs")
         stage = self._stage(cpu, pc)
         if stage is None:
+            self.writes.look(state)
             return Progress(None)
         self._advance(state, stage, cpu)
         position = at_stage(stage, cpu, self._crashing, self._online, self._spans())

@@ -1,7 +1,8 @@
 """What changed each CPU's NMI and #MC gate between the stops of a trace, and which changes Xen makes.
 
 The changes are found by reading every gate again at each stop. Most of what could be wrong with a gate the checks of
-each stage see; what they cannot see is a change that comes and goes where a gate may be on either side of a step.
+each stage see; what they cannot see is a change that comes and goes where a gate may be on either side of a step, and
+who makes one: that is known only where a watchpoint saw it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from xen_symbols.absence import Absent
+from xen_symbols.crashpath import stages
 from xen_symbols.crashpath.generations import Generation, Hook
 from xen_symbols.crashpath.stages import CrashStep, OtherStep, Position
 from xen_symbols.x86.gate import VECTOR_MC, VECTOR_NMI, Gate
-from xen_symbols.xen.state import State
+from xen_symbols.xen.state import Read, State
 
 Key = tuple[int, int]  # CPU (Xen's number), vector
 Gates = Mapping[Key, Gate]
@@ -37,31 +39,32 @@ class Moment(NamedTuple):
 
 def moment_of(state: State, position: Position, stop: int | None = None) -> Moment:
     """The gates as they were read at a stop."""
-    reads = {
-        (cpu.cpu, vector): read
-        for cpu in state.cpus.values()
-        for vector, read in ((VECTOR_NMI, cpu.nmi_gate), (VECTOR_MC, cpu.mc_gate))
-    }
     guests = {cpu.cpu for cpu in state.cpus.values() if cpu.df_gate.present and not cpu.df_gate.value.ist}
-    return Moment({key: read.value for key, read in reads.items() if read.present}, position, stop, frozenset(guests))
+    gates = {key: read.value for key, read in _read_gates(state).items()}
+    return Moment(gates, position, stop, frozenset(guests))
 
 
 def gate_addresses(state: State) -> dict[Key, int]:
     """Where each NMI and #MC gate lies that could be read."""
-    reads = {
-        (cpu.cpu, vector): read.address
+    return {key: read.address for key, read in _read_gates(state).items() if read.address is not None}
+
+
+def _read_gates(state: State) -> dict[Key, Read]:
+    return {
+        (cpu.cpu, vector): read
         for cpu in state.cpus.values()
         for vector, read in ((VECTOR_NMI, cpu.nmi_gate), (VECTOR_MC, cpu.mc_gate))
         if read.present
     }
-    return {key: address for key, address in reads.items() if address is not None}
 
 
 class Write(NamedTuple):
-    """A write to a gate that a watchpoint caught: by which of the target's CPUs, and where it went on."""
+    """A write to a gate that a watchpoint caught: by which CPU, where it went on, and in which function it was; of one
+    that gcc has split (NAME.cold, NAME.part.0) or copied (NAME.constprop.0), NAME."""
 
     cpu: int  # Xen's number
     pc: int  # of the instruction after the one that wrote
+    function: str
 
 
 class GateChange(NamedTuple):
@@ -94,31 +97,42 @@ class GateChange(NamedTuple):
 
 
 class Writes:
-    """The writes that watchpoints have caught and nobody has asked for yet."""
+    """The writes that watchpoints have caught and nobody has asked for yet.
+
+    QEMU tells one hit of those that come at the same time. It takes another one for news when that CPU stops next,
+    wherever that is; gdb then finds a value that is not the one it knew. Nobody has just written there: the value was
+    there when the gates were looked at before, or the CPU is at a breakpoint, which is a function's beginning. Nor is
+    anybody named for a hit outside Xen's image: a guest may have something else at that address.
+    """
 
     def __init__(self) -> None:
         self._caught: dict[Key, list[tuple[int, int]]] = {}
+        self._contents: dict[Key, bytes] = {}
 
-    def caught(self, key: Key, index: int, pc: int) -> None:
-        """The target's CPU `index` wrote to a gate; `pc` is that of its next instruction."""
-        self._caught.setdefault(key, []).append((index, pc))
+    def caught(self, key: Key, index: int, pc: int, contents: Mapping[Key, bytes]) -> None:
+        """The target's CPU `index` wrote to a gate; `pc` is that of its next instruction, `contents` what each gate
+        holds now."""
+        if contents.get(key) != self._contents.get(key):
+            self._caught.setdefault(key, []).append((index, pc))
+        self._contents |= contents
+
+    def look(self, state: State) -> None:
+        """What the gates hold is known now, whoever wrote it."""
+        self._contents |= {key: read.value.raw for key, read in _read_gates(state).items()}
 
     def take(self, state: State) -> dict[Key, list[Write]]:
-        """Those caught since the last call, in order, by Xen's numbers of the CPUs.
-
-        After a lost hit gdb finds the new value at the next stop, a breakpoint at a function's beginning, where nobody
-        has just written: that is left out.
-        """
+        """Those caught since the last call, in order, by Xen's numbers of the CPUs."""
+        self.look(state)
         numbers = {c.physical.index: c.cpu for c in state.cpus.values() if not isinstance(c.physical, Absent)}
         caught, self._caught = self._caught, {}
-        return {
-            key: [
-                Write(numbers[index], pc)
-                for index, pc in writes
-                if index in numbers and "+" in state.symbols.describe(pc)
-            ]
-            for key, writes in caught.items()
-        }
+        taken: dict[Key, list[Write]] = {}
+        for key, writes in caught.items():
+            for index, pc in writes:
+                symbol, offset = state.symbols.lookup(pc) or (None, 0)
+                if index in numbers and symbol is not None and offset:
+                    write = Write(numbers[index], pc, symbol.name.partition(".")[0])
+                    taken.setdefault(key, []).append(write)
+        return taken
 
 
 class GateHistory:
@@ -151,12 +165,21 @@ class Whose(enum.Enum):
 NORMAL = "normal"  # the handler, or the IST, of a running Xen
 
 
+class Maker(NamedTuple):
+    """Who makes a change: code of one of these functions (gcc may have put one into the other), on the gate's own CPU
+    or, not `itself`, on the crashing one. Of a helper that is a function of its own the caller is not seen."""
+
+    source: str
+    functions: tuple[str, ...]
+    itself: bool = True
+
+
 class Change(NamedTuple):
     """One change that Xen makes to a gate.
 
-    `property` of gate `vector` becomes `to`: a handler's name, an IST, or NORMAL. The crashing CPU does it, or lets it
-    happen, on its way to one of the steps `first` to `last`; `until` is the step from which on the gate's own CPU does
-    it no more. `with_guest`: only where an HVM guest's state is loaded, or was.
+    `property` of gate `vector` becomes `to`: a handler's name, an IST, or NORMAL. `by` makes it, while the crashing CPU
+    is on its way to one of the steps `first` to `last`; `until` is the step from which on the gate's own CPU does it
+    no more. `with_guest`: only where an HVM guest's state is loaded, or was.
     """
 
     whose: Whose
@@ -165,13 +188,23 @@ class Change(NamedTuple):
     to: str | int
     first: CrashStep
     last: CrashStep
-    source: str
+    by: Maker
     made_in: Callable[[Generation], bool]
     until: OtherStep | None = None
     with_guest: bool = False
 
+    def makes(self, write: Write, change: GateChange) -> bool:
+        """Whether a write may be this change."""
+        maker = change.cpu if self.by.itself else change.now.position.crashing_cpu
+        return write.cpu == maker and write.function in self.by.functions
+
     def allows(self, change: GateChange, generation: Generation) -> bool:
         """Whether a gate may have been changed so between two moments, whatever it became."""
+        loaded = change.cpu in change.since.guests | change.now.guests
+        return self.happens(change, generation) and (loaded or not self.with_guest)
+
+    def happens(self, change: GateChange, generation: Generation) -> bool:
+        """Whether it may have been made between two moments, and perhaps undone."""
         before, after = change.since.position, change.now.position
         own = before.others.get(change.cpu)
         return (
@@ -181,7 +214,6 @@ class Change(NamedTuple):
             and not after.crash.before(self.first)
             and not before.crash.reached(self.last)
             and not (self.until is not None and own is not None and own.reached(self.until))
-            and not (self.with_guest and change.cpu not in change.since.guests | change.now.guests)
         )
 
     def _is_whose(self, change: GateChange) -> bool:
@@ -196,12 +228,38 @@ class Change(NamedTuple):
         }[self.whose]
 
 
-_NMI_SHOOTDOWN = "77ad1faa6b, nmi_shootdown_cpus"
 _RFC = "RFC of 2012-12-04"
+# Inline functions, mostly; set_intr_gate and _set_gate are the RFC's.
+HELPERS = (
+    "set_ist", "_write_gate_lower", "_set_gate_lower", "_update_gate_addr_lower", "enable_each_ist", "disable_each_ist",
+    "_set_gate", "set_intr_gate", "__set_intr_gate",
+)  # fmt: skip
+
+
+def _shootdown(source: str) -> Maker:
+    return Maker(source, ("nmi_shootdown_cpus", "machine_crash_shutdown", *HELPERS), itself=False)
+
+
+def _handover(source: str) -> Maker:
+    return Maker(source, ("machine_kexec", *HELPERS), itself=False)
+
+
+_NMI_SHOOTDOWN = "77ad1faa6b, nmi_shootdown_cpus"
+_OWN_NMI_GATE = _shootdown(f"{_NMI_SHOOTDOWN} (until ad9c7d86c9)")
+_OWN_MC_GATE = _shootdown(_NMI_SHOOTDOWN)
+_HOOK = _shootdown(f"{_NMI_SHOOTDOWN} (until cbeeaa7da0)")
+_REMOTE_IST = _shootdown(f"{_RFC}, nmi_shootdown_cpus")
+_ANSWER = Maker("77ad1faa6b, do_nmi_crash", ("do_nmi_crash", *HELPERS))
+_SWAP = _handover("77ad1faa6b, machine_kexec")
+_REWRITE = _handover(f"{_RFC}, machine_kexec")
+_OVERTAKE = _handover("77ad1faa6b, machine_kexec: it may overtake do_nmi_crash")
 # 4.2 to 4.10 bit by bit; enable_each_ist and disable_each_ist since.
-_SVM = "f9fc2e584d, svm_ctxt_switch_to and svm_ctxt_switch_from"
-_PLAY_DEAD = "73cb1383bf, play_dead"
-_COPIED = "cc08c73c8c, cpu_smpboot_alloc: a CPU that comes online starts with a copy of the table"
+_SVM = Maker("f9fc2e584d, svm_ctxt_switch_to and svm_ctxt_switch_from",
+             ("svm_ctxt_switch_to", "svm_ctxt_switch_from", *HELPERS))
+# Both are for a CPU that is not online, of which writers are not judged.
+_PLAY_DEAD = Maker("73cb1383bf, play_dead", ("play_dead", "idle_loop", *HELPERS))
+_COPIED = Maker("cc08c73c8c, cpu_smpboot_alloc: a CPU that comes online starts with a copy of the table",
+                ("cpu_smpboot_alloc", "cpu_smpboot_callback", "memcpy"), itself=False)
 
 _ARMED = (CrashStep.ARMED, CrashStep.ARMED)
 _ANSWERING = (CrashStep.WAITED, CrashStep.NEUTRALISED)  # one that answers late does it as late as it answers
@@ -219,22 +277,17 @@ def _any(_generation: Generation) -> bool:
 
 
 CHANGES: tuple[Change, ...] = (
-    Change(Whose.CRASHING, VECTOR_NMI, "handler", "trap_nop", *_ARMED, _NMI_SHOOTDOWN + " (until ad9c7d86c9)",
-           lambda g: g.own_nmi_gate),
-    Change(Whose.CRASHING, VECTOR_NMI, "ist", 0, *_ARMED, _NMI_SHOOTDOWN + " (until ad9c7d86c9)",
-           lambda g: g.own_nmi_gate),
-    Change(Whose.CRASHING, VECTOR_MC, "ist", 0, *_ARMED, _NMI_SHOOTDOWN, lambda g: g.swaps_mc),
-    Change(Whose.NOT_CRASHING, VECTOR_NMI, "handler", "nmi_crash", *_ARMED, _NMI_SHOOTDOWN + " (until cbeeaa7da0)",
-           lambda g: g.hook is Hook.GATE),
-    *(Change(Whose.NOT_CRASHING, vector, "ist", 0, *_ARMED, f"{_RFC}, nmi_shootdown_cpus",
+    Change(Whose.CRASHING, VECTOR_NMI, "handler", "trap_nop", *_ARMED, _OWN_NMI_GATE, lambda g: g.own_nmi_gate),
+    Change(Whose.CRASHING, VECTOR_NMI, "ist", 0, *_ARMED, _OWN_NMI_GATE, lambda g: g.own_nmi_gate),
+    Change(Whose.CRASHING, VECTOR_MC, "ist", 0, *_ARMED, _OWN_MC_GATE, lambda g: g.swaps_mc),
+    Change(Whose.NOT_CRASHING, VECTOR_NMI, "handler", "nmi_crash", *_ARMED, _HOOK, lambda g: g.hook is Hook.GATE),
+    *(Change(Whose.NOT_CRASHING, vector, "ist", 0, *_ARMED, _REMOTE_IST,
              lambda g: g.clears_remote_ist) for vector in (VECTOR_NMI, VECTOR_MC)),
-    Change(Whose.OTHER, VECTOR_MC, "ist", 0, *_ANSWERING, "77ad1faa6b, do_nmi_crash", _by_itself),
-    Change(Whose.EVERY, VECTOR_MC, "handler", "trap_nop", *_LEAVING, "77ad1faa6b, machine_kexec",
-           lambda g: g.swaps_mc),
-    Change(Whose.EVERY, VECTOR_MC, "ist", 0, *_LEAVING, f"{_RFC}, machine_kexec", lambda g: g.clears_remote_ist),
+    Change(Whose.OTHER, VECTOR_MC, "ist", 0, *_ANSWERING, _ANSWER, _by_itself),
+    Change(Whose.EVERY, VECTOR_MC, "handler", "trap_nop", *_LEAVING, _SWAP, lambda g: g.swaps_mc),
+    Change(Whose.EVERY, VECTOR_MC, "ist", 0, *_LEAVING, _REWRITE, lambda g: g.clears_remote_ist),
     # The word in which the handler is replaced also holds the IST, which a late CPU may take away at that instant.
-    Change(Whose.OTHER, VECTOR_MC, "ist", NORMAL, *_LEAVING, "77ad1faa6b, machine_kexec: it may overtake do_nmi_crash",
-           _by_itself),
+    Change(Whose.OTHER, VECTOR_MC, "ist", NORMAL, *_LEAVING, _OVERTAKE, _by_itself),
     Change(Whose.OFFLINE, VECTOR_NMI, "handler", "trap_nop", *_EVER, _PLAY_DEAD, lambda g: g.dead_cpus_use_trap_nop),
     Change(Whose.OFFLINE, VECTOR_NMI, "ist", 0, *_EVER, _PLAY_DEAD, lambda g: g.dead_cpus_use_trap_nop),
     *(Change(Whose.OFFLINE, vector, name, to, *_RUNNING, _COPIED, _any)
@@ -249,3 +302,16 @@ CHANGES: tuple[Change, ...] = (
 def allowed(change: GateChange, generation: Generation) -> list[Change]:
     """Every change that Xen may have made to this gate between the two moments."""
     return [row for row in CHANGES if row.allows(change, generation)]
+
+
+def strangers(change: GateChange, generation: Generation) -> list[Write]:
+    """The writes to a gate that none of Xen's changes between the two moments is made by.
+
+    Before the crash they are not judged, nor on a CPU that was not online: such a CPU's table may be given back
+    (cpu_smpboot_free), and what writes to its memory then is no writer of gates.
+    """
+    before, after = change.since.position, change.now.position
+    if before.stage is stages.NORMAL or change.cpu not in before.online & after.online:
+        return []
+    rows = [row for row in CHANGES if row.happens(change, generation)]
+    return [write for write in change.writes if not any(row.makes(write, change) for row in rows)]
