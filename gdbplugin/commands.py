@@ -16,7 +16,7 @@ from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import BOOT_MODES
 from xen_symbols.crashpath.engine import (
     context_at,
-    describe_cpu,
+    describe_cpus,
     describe_symbols,
     describe_target,
     evaluate,
@@ -364,7 +364,7 @@ def _status(session: Session) -> Json:
         for name in ("online", "saved", "waiting_mask", "waiting_count", "kexecing"):
             value = state.system[name].value
             out[name] = sorted(value) if isinstance(value, frozenset) else _plain(value)
-        out["cpus"] = [describe_cpu(context, known) for known in state.cpus.values() if known.exists]
+        out["cpus"] = describe_cpus(context)
         return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import gc
 import os
 import sys
 import time
@@ -162,16 +162,20 @@ def _output_options(parser: argparse.ArgumentParser, formats: tuple[str, ...] = 
 
 
 def _address(text: str) -> int:
-    with contextlib.suppress(ValueError):
+    try:
         if 0 <= (value := int(text, 0)) < 1 << PHYSICAL_BITS:
             return value
+    except ValueError:
+        pass
     raise argparse.ArgumentTypeError(f"{text!r} is no physical address, such as 0x100000")
 
 
 def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
+    try:
         if 0 < (value := float(text)) < float("inf"):
             return value
+    except ValueError:
+        pass
     raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
 
 
@@ -182,7 +186,11 @@ def is_live(target: str) -> bool:
 def run_check(args: argparse.Namespace) -> int:
     target, *more = args.target
     if not more and not is_live(target):
-        return finish(check_dump(target, args), args)
+        gc.disable()  # one report and the process ends: looking for cycles among its findings would only cost
+        try:
+            return finish(check_dump(target, args), args)
+        finally:
+            gc.enable()
     from xencrash import judging
 
     return judging.check_many(args) if more else finish(judging.check_live(args), args)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import recording
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("xen_symbols", "gdbplugin", "scripts")
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
@@ -83,6 +85,40 @@ def test_importing_does_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# What judging an ELF dump by a .map takes, and nothing else: a module more costs as much as a CPU or two.
+CHECK = """
+xencrash xencrash.cli
+xen_symbols xen_symbols.absence xen_symbols.api xen_symbols.text
+xen_symbols.x86 xen_symbols.x86.apic xen_symbols.x86.gate xen_symbols.x86.paging
+xen_symbols.report xen_symbols.report.jsontext xen_symbols.report.model
+xen_symbols.symbols xen_symbols.symbols.buildid xen_symbols.symbols.files xen_symbols.symbols.mapfile
+xen_symbols.symbols.table
+xen_symbols.target xen_symbols.target.dump xen_symbols.target.elfcore xen_symbols.target.image xen_symbols.target.notes
+xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.locate
+xen_symbols.xen.memory xen_symbols.xen.state
+xen_symbols.crashpath xen_symbols.crashpath.checks xen_symbols.crashpath.engine xen_symbols.crashpath.generations
+xen_symbols.crashpath.position xen_symbols.crashpath.stages
+""".split()
+COSTLY = {"ast", "asyncio", "dataclasses", "dis", "inspect", "mmap", "pathlib", "shutil", "socket",
+          "subprocess", "tempfile", "tokenize", "traceback", "urllib"}  # fmt: skip
+
+
+def test_a_check_of_a_dump_imports_what_it_needs(tmp_path: Path) -> None:
+    """Values, not clocks: importing is most of what a check of a dump costs (docs/benchmarks.md)."""
+    vmcore, symbols = recording.write_files(tmp_path, *recording.load("4.17.0-crashed-vmcore"))
+    code = (
+        "import sys; before = set(sys.modules); from xencrash.cli import main\n"
+        f"status = main(['check', {str(vmcore)!r}, '--symbols', {str(symbols)!r}, '--format', 'json',"
+        f" '--output', {str(tmp_path / 'report')!r}])\n"
+        "print(status, *sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    status, *names = done.stdout.split()
+    assert (status, done.stderr) == ("0", "")
+    assert {name for name in names if name.split(".")[0] in FOLDERS or name.startswith("xencrash")} == set(CHECK)
+    assert not COSTLY & {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

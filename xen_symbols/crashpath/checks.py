@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Outcome(NamedTuple):
     because_of: tuple[str, ...] = ()  # the checks which explain this failure, where all of them fail for the same CPU
 
 
+@lru_cache
 def skip(reason: str) -> Outcome:
     return Outcome(Verdict.SKIP, None, None, reason=reason)
 
@@ -48,34 +50,34 @@ def unknown(reason: str, allowed: Any = None, observed: Any = None) -> Outcome:
 
 
 def _from_absence(absence: Absent, allowed: Any) -> Outcome:
-    if absence.kind in (Kind.NOT_HELD, Kind.NOT_APPLICABLE):
-        return Outcome(Verdict.SKIP, allowed, None, reason=absence.reason)
-    return Outcome(Verdict.UNKNOWN, allowed, None, reason=absence.reason)
+    verdict = Verdict.SKIP if absence.kind in (Kind.NOT_HELD, Kind.NOT_APPLICABLE) else Verdict.UNKNOWN
+    return Outcome(verdict, allowed, None, (), absence.reason)
 
 
 def _expected_json(allowed: Sequence[Any]) -> Any:
     return allowed[0] if len(allowed) == 1 else {"one_of": list(allowed)}
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
 def expect(
     read: Read,
     allowed: Sequence[Any],
-    show: Callable[[Any], Any] = _as_it_is,
-    of: Callable[[Any], Any] = _as_it_is,
+    show: Callable[[Any], Any] | None = None,
+    of: Callable[[Any], Any] | None = None,
 ) -> Outcome:
     """Pass when what was read, or what `of` takes out of it, is one of those allowed; `show` makes JSON of them."""
     if len(allowed) > 1:
         allowed = tuple(dict.fromkeys(allowed))
-    shown = show(allowed[0]) if len(allowed) == 1 else _expected_json([show(value) for value in allowed])
-    value = read.value if isinstance(read.value, Absent) else of(read.value)
+    shown = _expected_json(allowed if show is None else [show(value) for value in allowed])
+    value, evidence = read
+    if of is not None and not isinstance(value, Absent):
+        value = of(value)
     if isinstance(value, Absent):
         return _from_absence(value, shown)
-    verdict = Verdict.PASS if value in allowed else Verdict.FAIL
-    return Outcome(verdict, shown, show(value), read.evidence)
+    if value not in allowed:
+        return Outcome(Verdict.FAIL, shown, value if show is None else show(value), evidence)
+    if show is not None:
+        value = shown if len(allowed) == 1 else show(value)
+    return Outcome(Verdict.PASS, shown, value, evidence)
 
 
 def timed(span: Span, step: int, before: Any, after: Any) -> tuple[Any, ...]:
@@ -88,6 +90,7 @@ def timed(span: Span, step: int, before: Any, after: Any) -> tuple[Any, ...]:
 
 
 _ANYWHERE = Span(OtherStep.NOTHING, OtherStep.PARKED)
+BOOT_MODES = {1: apic.Mode.DISABLED, 2: apic.Mode.XAPIC, 3: apic.Mode.X2APIC}  # ef41e4fb40, enum apic_mode
 
 
 class Context:
@@ -107,6 +110,7 @@ class Context:
         """`nmi_entries` and `gates_before` are what a trace alone knows; None for any other look at a machine."""
         self.state = state
         self.position = position
+        self.crash = position.crash
         self.generation = generation
         self.symbols = state.symbols
         self.xen_phys_start = xen_phys_start
@@ -118,6 +122,7 @@ class Context:
         self.mc = self._entry("entry_MC", "machine_check")
         self.trap_nop = self._entry("trap_nop")
         self.ist = ist_numbers(state)
+        self.fred = state.system["fred"].value == 1
         self._shown: dict[int, dict[str, Any]] = {}
         self._words: dict[tuple[str, int], Read] = {}
 
@@ -149,10 +154,6 @@ class Context:
     def other(self, cpu: int) -> Span:
         return self.position.others.get(cpu, _ANYWHERE)
 
-    @property
-    def crash(self) -> Span:
-        return self.position.crash
-
     def physical(self, cpu: int) -> PhysicalCpu | Absent:
         if self.is_crashing(cpu) and self.position.stage is CRASHED:
             return Absent("the crash kernel runs on it", Kind.NOT_APPLICABLE)
@@ -171,6 +172,24 @@ class Context:
         if isinstance(physical, Absent) or isinstance(physical.tr_base, Absent) or isinstance(cpu.tss, Absent):
             return True
         return None if physical.tr_base in (cpu.tss, cpu.tss + IST_SSP_SIZE) else True
+
+    @cached_property
+    def boot_mode(self) -> str | Absent:
+        """The LAPIC mode in which the firmware left the CPUs."""
+        read = self.state.system["apic_boot_mode"]
+        if isinstance(read.value, Absent):
+            return read.value
+        mode = BOOT_MODES.get(read.value)
+        return Absent(f"apic_boot_mode is {read.value}: not recorded") if mode is None else mode.value
+
+    @cached_property
+    def running_mode(self) -> str | Absent:
+        """The LAPIC mode that Xen runs in."""
+        read = self.state.system["x2apic_enabled"]
+        if isinstance(read.value, Absent):
+            return read.value
+        mode = apic.Mode.X2APIC if read.value else apic.Mode.XAPIC
+        return str(mode.value)
 
     def show_code(self, address: int) -> dict[str, Any]:
         shown = self._shown.get(address)
@@ -293,8 +312,7 @@ _ISTS = {VECTOR_NMI: _nmi_ist, VECTOR_MC: _mc_ist}
 
 
 def _gate_read(context: Context, cpu: int, vector: int) -> Read:
-    fred = context.state.system["fred"]
-    if fred.present and fred.value == 1:
+    if context.fred:
         return absent("FRED delivers events: the IDT is not used", Kind.NOT_APPLICABLE)
     state = context.state.of(cpu)
     return state.nmi_gate if vector == VECTOR_NMI else state.mc_gate
@@ -481,7 +499,8 @@ def _nmi_dispatch(context: Context, _cpu: int) -> Outcome:
 
 
 def _expect_member(context: Context, mask: str, cpu: int, allowed: Sequence[bool]) -> Outcome:
-    return expect(context.mask_word(mask, cpu), allowed, of=lambda cpus: cpu in cpus)
+    cpus, evidence = context.mask_word(mask, cpu)
+    return expect(Read(cpus if isinstance(cpus, Absent) else cpu in cpus, evidence), allowed)
 
 
 def _waiting(context: Context, cpu: int) -> Outcome:
@@ -608,23 +627,20 @@ def _shootdown_report(context: Context, _cpu: int) -> Outcome:
 def _nmi_answered(context: Context, cpu: int) -> Outcome:
     if not context.crash.reached(CrashStep.WAITED):
         return skip("the wait is not over")
-    state = context.state
-    signs = {
-        "crash_saved_cpus": context.mask_word("saved", cpu),
-        "crash_save_done": state.of(cpu).crash_save_done,
-        "cpu_online_map": context.mask_word("online", cpu),
-        "waiting_to_crash": context.mask_word("waiting_mask", cpu),
-    }
-    read = {
-        name: sign.value if name == "crash_save_done" else cpu in sign.value
-        for name, sign in signs.items()
-        if sign.present
-    }
-    if not read:
+    answered = False
+    evidence: tuple[Evidence, ...] = ()
+    for read, sign in (  # and what it is once the CPU has answered
+        (context.mask_word("saved", cpu), True),
+        (context.state.of(cpu).crash_save_done, True),
+        (context.mask_word("online", cpu), False),
+        (context.mask_word("waiting_mask", cpu), False),
+    ):
+        value, where = read
+        if not isinstance(value, Absent):
+            answered |= (cpu in value if isinstance(value, frozenset) else value) is sign
+            evidence += where
+    if not evidence:
         return unknown("none of its signs could be read", "answered")
-    answered = any(value == (name.startswith("crash_save") or name == "crash_saved_cpus")
-                   for name, value in read.items())  # fmt: skip
-    evidence = tuple(item for sign in signs.values() if sign.present for item in sign.evidence)
     verdict = Verdict.PASS if answered else Verdict.FAIL
     return Outcome(verdict, "answered", "answered" if answered else "did not answer", evidence)
 
@@ -640,36 +656,18 @@ def _nmi_entries(context: Context, cpu: int) -> Outcome:
 
 # The local APIC and the CPU itself
 
-BOOT_MODES = {1: apic.Mode.DISABLED, 2: apic.Mode.XAPIC, 3: apic.Mode.X2APIC}  # ef41e4fb40, enum apic_mode
-
-
-def _boot_mode(context: Context) -> str | Absent:
-    read = context.state.system["apic_boot_mode"]
-    if isinstance(read.value, Absent):
-        return read.value
-    mode = BOOT_MODES.get(read.value)
-    return Absent(f"apic_boot_mode is {read.value}: not recorded") if mode is None else mode.value
-
-
-def _running_mode(context: Context) -> str | Absent:
-    read = context.state.system["x2apic_enabled"]
-    if isinstance(read.value, Absent):
-        return read.value
-    mode = apic.Mode.X2APIC if read.value else apic.Mode.XAPIC
-    return str(mode.value)
-
-
-def _said_by(source: str, value: Any) -> Read:
-    return Read(value, (Evidence(source),) if source else ())
+@lru_cache
+def _said_by(source: str) -> tuple[Evidence, ...]:
+    return (Evidence(source),) if source else ()
 
 
 def _lapic_read(lapic: Lapic | Absent, of: Callable[[Lapic], Any]) -> Read:
     value = lapic if isinstance(lapic, Absent) else of(lapic)
-    return Read(value) if isinstance(lapic, Absent) else _said_by(lapic.source, value)
+    return Read(value) if isinstance(lapic, Absent) else Read(value, _said_by(lapic.source))
 
 
 def _lapic_mode(context: Context, cpu: int) -> Outcome:
-    boot, running = _boot_mode(context), _running_mode(context)
+    boot, running = context.boot_mode, context.running_mode
     allowed = _by_role(context, cpu, CrashStep.STOPPED, OtherStep.STOPPED, before=running, after=boot, offline=running)
     if len(allowed) > 1:  # from x2APIC back to xAPIC the way is through disabled (SDM vol. 3, 11.12.5)
         allowed = (*allowed, apic.Mode.DISABLED.value)
@@ -755,7 +753,7 @@ def _lapic_self_nmi(context: Context, cpu: int) -> Outcome:
 def _physical_read(context: Context, cpu: int, of: Callable[[PhysicalCpu], Any]) -> Read:
     physical = context.physical(cpu)
     value = physical if isinstance(physical, Absent) else of(physical)
-    return Read(value) if isinstance(physical, Absent) else _said_by(physical.source, value)
+    return Read(value) if isinstance(physical, Absent) else Read(value, _said_by(physical.source))
 
 
 def _nmi_latch(context: Context, cpu: int) -> Outcome:
@@ -813,8 +811,7 @@ def _outside_xen(context: Context, physical: PhysicalCpu) -> bool:
 
 def _idtr(context: Context, cpu: int) -> Outcome:
     state = context.state.of(cpu)
-    fred = context.state.system["fred"]
-    if fred.present and fred.value == 1:
+    if context.fred:
         return skip("FRED delivers events: the IDT is not used")
 
     def table(physical: PhysicalCpu) -> tuple[int, int] | Absent:
@@ -840,7 +837,7 @@ def _idtr(context: Context, cpu: int) -> Outcome:
 def _x2apic_enabled(context: Context, _cpu: int) -> Outcome:
     if not context.crash.reached(CrashStep.STOPPED):
         return skip("re-evaluated by the crashing CPU after its own stop")
-    boot = _boot_mode(context)
+    boot = context.boot_mode
     if isinstance(boot, Absent):
         return _from_absence(boot, None)
     return expect(context.state.system["x2apic_enabled"], (boot == apic.Mode.X2APIC.value,))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from xen_symbols import __version__
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
+from xen_symbols.crashpath.checks import CHECKS, MACHINE, Context, Subject
 from xen_symbols.crashpath.generations import Generation, Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING, CrashStep, Position
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import Lapic, PhysicalCpu
+from xen_symbols.target import Lapic
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import Gate
 from xen_symbols.xen.console import read_console
@@ -32,16 +33,26 @@ def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> l
     """Every check, for every CPU that it concerns, at one moment; `stop` is its index in the report's stages, and
     `earlier` what was found at the stages before."""
     subjects = {subject: _subjects(subject, context) for subject in Subject}
-    findings = []
+    findings: list[Finding] = []
+    found = findings.append
+    stage = context.position.stage.id
     failed = {(f.check, f.cpu) for f in earlier if f.verdict is Verdict.FAIL}
     for check in CHECKS:
         for cpu in subjects[check.subject]:
             outcome = check.judge(context, cpu)
-            if outcome.verdict is Verdict.FAIL:
+            verdict, expected, observed, evidence, reason, because_of = outcome
+            follows = None
+            if verdict is Verdict.FAIL:
                 failed.add((check.id, cpu))
-            explained = outcome.because_of and all((cause, cpu) in failed for cause in outcome.because_of)
-            follows = outcome.because_of[0] if explained else None
-            findings.append(_finding(check, context.position, cpu, outcome, stop, follows))
+                reason = reason or check.explain(outcome)
+                if because_of and all((cause, cpu) in failed for cause in because_of):
+                    follows = because_of[0]
+            whose = None if cpu == MACHINE else cpu
+            # By position, which is faster: there are 120,000 of them on 4096 CPUs.
+            found(
+                Finding(check.id, stage, whose, verdict, expected, observed, check.source, evidence, reason, follows,
+                        stop)
+            )  # fmt: skip
     return _follow(findings, earlier)
 
 
@@ -64,23 +75,6 @@ def _subjects(subject: Subject, context: Context) -> list[int]:
 
 def _may_have_table(cpu: CpuState) -> bool:
     return cpu.idt.present or cpu.idt.value.kind.name != "NOT_APPLICABLE"
-
-
-def _finding(check: Check, position: Position, cpu: int, outcome: Outcome, stop: int, follows: str | None) -> Finding:
-    reason = check.explain(outcome) if outcome.verdict is Verdict.FAIL and not outcome.reason else outcome.reason
-    return Finding(
-        check=check.id,
-        stage=position.stage.id,
-        cpu=None if cpu == MACHINE else cpu,
-        verdict=outcome.verdict,
-        expected=outcome.allowed,
-        observed=outcome.observed,
-        source=check.source,
-        evidence=outcome.evidence,
-        reason=reason,
-        follows=follows,
-        stop=stop,
-    )
 
 
 _CAUSE = "nmi-answered"
@@ -200,7 +194,7 @@ def add_stage(report: Report, context: Context) -> list[Finding]:
     report.stages.append(_seen(context))
     findings = judge(context, len(report.stages) - 1, report.findings)
     report.findings += findings
-    report.cpus = [describe_cpu(context, cpu) for cpu in context.state.cpus.values() if cpu.exists]
+    report.cpus = describe_cpus(context)
     return findings
 
 
@@ -236,7 +230,7 @@ def gate_difference_json(symbols: SymbolTable, change: GateChange) -> dict[str, 
         "changed": list(change.changed),
         "before": _gate_json(symbols, change.before),
         "after": _gate_json(symbols, change.after),
-        "writers": [{"cpu": w.cpu, "at": {"symbol": symbols.describe(w.pc), "pc": hex(w.pc)}} for w in change.writes],
+        "writers": [{"cpu": write.cpu, "at": _place_json(symbols, write.pc)} for write in change.writes],
     }
 
 
@@ -252,16 +246,32 @@ def _gate_json(symbols: SymbolTable, gate: Gate) -> dict[str, Any]:
     }
 
 
-def describe_cpu(context: Context, cpu: CpuState) -> dict[str, Any]:
-    """One CPU as the JSON contract gives it. What is not known is null, and `absent` beside it says why."""
+def _place_json(symbols: SymbolTable, pc: int) -> dict[str, Any]:
+    return {"symbol": symbols.describe(pc), "pc": hex(pc)}
+
+
+_NO_REGISTERS = Absent("no registers")
+
+
+def describe_cpus(context: Context) -> list[dict[str, Any]]:
+    """Each CPU as the JSON contract gives it. What is not known is null, and `absent` beside it says why."""
+    # Thousands of CPUs have the same few gates, and are in the same few places.
+    gates, places = cache(partial(_gate_json, context.symbols)), cache(partial(_place_json, context.symbols))
+    return [_describe_cpu(context, cpu, gates, places) for cpu in context.state.cpus.values() if cpu.exists]
+
+
+def _describe_cpu(
+    context: Context, cpu: CpuState, gates: Callable[[Gate], dict[str, Any]], places: Callable[[int], dict[str, Any]]
+) -> dict[str, Any]:
     physical = cpu.physical
     lapic = physical if isinstance(physical, Absent) else physical.lapic
+    pc = None if isinstance(physical, Absent) else physical.registers.get("rip")
     return _with_reasons(
         {
             "cpu": cpu.cpu,
             "role": _role(context, cpu.cpu),
-            "nmi_gate": _gate_or_why(context.symbols, cpu.nmi_gate),
-            "mc_gate": _gate_or_why(context.symbols, cpu.mc_gate),
+            "nmi_gate": gates(cpu.nmi_gate.value) if cpu.nmi_gate.present else cpu.nmi_gate.value,
+            "mc_gate": gates(cpu.mc_gate.value) if cpu.mc_gate.present else cpu.mc_gate.value,
             "apic_id": cpu.apic_id.value,
             "crash_save_done": cpu.crash_save_done.value,
             **{
@@ -269,7 +279,7 @@ def describe_cpu(context: Context, cpu: CpuState) -> dict[str, Any]:
                 for name in ("halted", "nmi_blocked", "nmi_pending", "guest_mode")
             },
             "lapic": lapic if isinstance(lapic, Absent) else _lapic_json(lapic),
-            "at": physical if isinstance(physical, Absent) else _at(context, physical),
+            "at": physical if isinstance(physical, Absent) else places(pc) if pc is not None else _NO_REGISTERS,
         }
     )
 
@@ -278,15 +288,6 @@ def _with_reasons(values: dict[str, Any]) -> dict[str, Any]:
     """The values as JSON: an Absent is null, and its reason stands in `absent`."""
     reasons = {name: value.reason for name, value in values.items() if isinstance(value, Absent)}
     return {**values, **dict.fromkeys(reasons), "absent": reasons} if reasons else values
-
-
-def _gate_or_why(symbols: SymbolTable, read: Read) -> dict[str, Any] | Absent:
-    return _gate_json(symbols, read.value) if read.present else read.value
-
-
-def _at(context: Context, physical: PhysicalCpu) -> dict[str, Any] | Absent:
-    pc = physical.registers.get("rip")
-    return Absent("no registers") if pc is None else {"symbol": context.symbols.describe(pc), "pc": hex(pc)}
 
 
 def _role(context: Context, cpu: int) -> str:

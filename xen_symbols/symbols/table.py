@@ -8,7 +8,7 @@ name that stands for several addresses is an error that lists them.
 from __future__ import annotations
 
 from bisect import bisect_right
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from xen_symbols.absence import Kind, Unreadable
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TEXT = "tTwW"
 # Linker-script symbols that mark an end: nothing lies between one of them and the next symbol.
 _END_MARKERS = frozenset({"_etext", "_einittext", "_erodata", "_end"})
+
+_PLACES = 1024
 
 
 class Symbol(NamedTuple):
@@ -108,6 +110,7 @@ class SymbolTable:
         self.build_id, self.note_address = build_id, note_address
         self.image = image
         self.text_only = text_only  # the source holds functions and no variables
+        self.lookup = lru_cache(_PLACES)(self._lookup)  # thousands of CPUs are in the same few places
 
     # -- by name ------------------------------------------------------------------------------
 
@@ -135,9 +138,9 @@ class SymbolTable:
 
     def _numbered(self, bare: str) -> list[int]:
         """Rows of `bare.N`: gcc so renames a variable that is static inside a function."""
-        start = len(bare) + 1
-        alike = (name for name in self._by_name if name.startswith(bare) and name[start - 1 : start] == ".")
-        return [row for name in alike if name[start:].isdecimal() for row in self._named(name)]
+        start = f"{bare}."
+        alike = [name for name in self._by_name if name.startswith(start)]
+        return [row for name in alike if name[len(start) :].isdecimal() for row in self._named(name)]
 
     def _rows_of(self, name: str) -> list[int]:
         file, _, bare = name.rpartition("#")
@@ -234,7 +237,7 @@ class SymbolTable:
     def _range(self, address: int) -> tuple[int, int] | None:
         return next(((start, end) for start, end in self.ranges if start <= address < end), None)
 
-    def lookup(self, address: int) -> tuple[Symbol, int] | None:
+    def _lookup(self, address: int) -> tuple[Symbol, int] | None:
         """(symbol, offset into it) for an address inside the image; None if no symbol covers it.
 
         Among aliases the plainest wins: text, then no section or linker-script name, then global.

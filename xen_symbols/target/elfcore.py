@@ -37,6 +37,9 @@ class ElfMemory:
 
     def read(self, address: int, size: int) -> bytes:
         bounded(address, size)
+        whole = self._loads.position(address, size)
+        if whole is not None:
+            return self._image.read(whole, size)
         parts = []
         for position, length in self._loads.pieces(address, size):
             if position is None:

@@ -103,6 +103,13 @@ class Extents:
             self._positions.append(position)
             last_end, delta = end, position - start
 
+    def position(self, address: int, size: int) -> int | None:
+        """Where all of the range lies in the file in one piece; None where it does not."""
+        index = bisect_right(self._starts, address) - 1
+        if index < 0 or address + size > self._ends[index]:
+            return None
+        return self._positions[index] + address - self._starts[index]
+
     def pieces(self, address: int, size: int) -> Iterator[tuple[int | None, int]]:
         """(position, length) for each part of the range in order; position None for a hole."""
         index = bisect_right(self._starts, address) - 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable
@@ -89,10 +90,14 @@ def parse_notes(data: bytes, where: str = "notes") -> list[Note]:
             )
         if len(notes) == MAX_NOTES:
             raise Undecidable(f"{where}: more than {MAX_NOTES} notes; the file is damaged")
-        name = escaped(data[name_at : name_at + name_size].split(b"\0", 1)[0].decode("ascii", "backslashreplace"))
-        notes.append(Note(name, note_type, data[desc_at : desc_at + desc_size]))
+        notes.append(Note(_name(data[name_at : name_at + name_size]), note_type, data[desc_at : desc_at + desc_size]))
         offset = desc_at + (desc_size + 3 & ~3)
     return notes
+
+
+@lru_cache  # thousands of CPUs have notes of the same few names
+def _name(raw: bytes) -> str:
+    return escaped(raw.split(b"\0", 1)[0].decode("ascii", "backslashreplace"))
 
 
 def parse_prstatus(desc: bytes) -> dict[str, int] | Absent:

@@ -43,7 +43,7 @@ class XenMemory:
         self.found_by = found_by
         self.build_id: bytes | Absent = Absent("not looked for")
         self._tables: dict[int, bytes] = {}
-        self._pages: dict[int, paging.Mapping] = {}
+        self._pages: dict[int, tuple[int, int]] = {}
 
     @property
     def xen_phys_start(self) -> int:
@@ -77,11 +77,12 @@ class XenMemory:
     def _translate(self, address: int) -> tuple[int, int]:
         """(physical address, bytes from there to the end of what is mapped with it)."""
         page = address // paging.PAGE_SIZE
-        mapping = self._pages.get(page)
-        if mapping is None:
-            mapping = self._pages[page] = self.walk(page * paging.PAGE_SIZE)
+        known = self._pages.get(page)
+        if known is None:
+            mapping = self.walk(page * paging.PAGE_SIZE)
+            known = self._pages[page] = mapping.physical, mapping.remaining
         offset = address % paging.PAGE_SIZE
-        return mapping.physical + offset, mapping.remaining - offset
+        return known[0] + offset, known[1] - offset
 
     def _pieces(self, address: int, size: int) -> list[tuple[int, int]]:
         bounded(address, size)
