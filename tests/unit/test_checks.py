@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tests.recording import Example, load, names
 from xen_symbols.absence import Absent, Kind, Undecidable
+from xen_symbols.crashpath import checks
 from xen_symbols.crashpath.checks import CHECKS, Outcome
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.crashpath.generations import Generation, identify
@@ -302,17 +304,24 @@ def test_kexecing_must_be_set_on_the_way() -> None:
     assert _shootdown_findings(lambda m: m.variable("kexecing", b"\0")) == {("kexecing", None, "fail")}
 
 
-def test_ist_0_while_an_amd_cpu_holds_a_guests_state_is_no_alarm() -> None:
-    def guest(machine: Machine, tr_base: int) -> None:
+def test_ist_0_while_an_amd_cpu_holds_a_guests_state_is_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def guest(machine: Machine, **changes: Any) -> None:
         for vector in (NMI, 8, MC):
             machine.gate(1, vector, 4, b"\0")
-        machine.physical(1, lambda p: p._replace(tr_base=tr_base))
+        machine.physical(1, lambda p: p._replace(**changes))
 
-    assert _shootdown_findings(lambda m: guest(m, 0xFFFF888000001000)) == set()
-    # TR is Xen's own: nothing explains it, except an old Xen without the fix of XSA-244.
-    own = Machine("4.17.0-shootdown").example.physical_cpus[1].tr_base
-    assert isinstance(own, int)
-    assert _shootdown_findings(lambda m: guest(m, own)) == {
+    assert _shootdown_findings(lambda m: guest(m, tr_base=0xFFFF888000001000)) == set()
+    # TR is Xen's own until the guest is entered.
+    physical = Machine("4.17.0-shootdown").example.physical_cpus[1]
+    assert _shootdown_findings(lambda m: guest(m, tr_base=physical.tr_base)) == set()
+    # A PV guest runs: no HVM guest's state is loaded.
+    in_ring_3 = {**physical.registers, "cs": 0xE033}
+    assert _shootdown_findings(lambda m: guest(m, tr_base=physical.tr_base, registers=in_ring_3)) == {
+        ("nmi-gate-ist", 1, "fail"), ("mc-gate-ist", 1, "fail"),
+    }  # fmt: skip
+    # A Xen that may be without the fix of XSA-244.
+    monkeypatch.setattr(checks, "_SINCE_XSA_244", "per_cpu__of_a_later_xen")
+    assert _shootdown_findings(lambda m: guest(m, tr_base=physical.tr_base)) == {
         ("nmi-gate-ist", 1, "unknown"), ("mc-gate-ist", 1, "unknown"),
     }  # fmt: skip
 
@@ -331,6 +340,39 @@ def test_guests_state_on_every_cpu_is_no_alarm_either() -> None:
         machine.gate(1, NMI, 4, b"\x02")
 
     assert _shootdown_findings(one_lost) == {("nmi-gate-ist", 1, "unknown")}
+
+
+@pytest.mark.parametrize("cpus", [(1,), (0, 1, 2, 3)])
+@pytest.mark.parametrize(("vector", "check"), [(NMI, "nmi-gate-ist"), (MC, "mc-gate-ist")])
+def test_an_ist_that_is_left_while_a_guest_runs_on_amd_is_a_fault(
+    cpus: tuple[int, ...], vector: int, check: str
+) -> None:
+    """The exception would be put on a stack that the guest's TSS names."""
+
+    def guests(machine: Machine) -> None:
+        for cpu in cpus:
+            for each in (NMI, 8, MC):
+                machine.gate(cpu, each, 4, b"\0")
+            machine.physical(cpu, lambda p: p._replace(tr_base=0, guest_mode=True))
+
+    def one_left(machine: Machine) -> None:
+        guests(machine)
+        machine.gate(1, vector, 4, b"\x02")
+
+    assert _shootdown_findings(guests) == set()
+    assert _shootdown_findings(one_left) == {(check, 1, "fail")}
+
+
+def test_an_intel_cpu_in_a_guest_keeps_its_ists() -> None:
+    def guest(machine: Machine) -> None:
+        machine.physical(1, lambda p: p._replace(guest_mode=True))
+
+    def one_lost(machine: Machine) -> None:
+        guest(machine)
+        machine.gate(1, NMI, 4, b"\0")
+
+    assert _shootdown_findings(guest) == set()
+    assert _shootdown_findings(one_lost) == {("nmi-gate-ist", 1, "fail")}
 
 
 def test_idtr_of_a_cpu_outside_xen_is_judged_by_whose_it_may_be() -> None:

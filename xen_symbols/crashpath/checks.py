@@ -93,6 +93,10 @@ _ANYWHERE = Span(OtherStep.NOTHING, OtherStep.PARKED)
 BOOT_MODES = {1: apic.Mode.DISABLED, 2: apic.Mode.XAPIC, 3: apic.Mode.X2APIC}  # ef41e4fb40, enum apic_mode
 
 
+# A name that came (7888440625, 4.13.0) after the fix of XSA-244 (cc08c73c8c, 4.10.0 and backports): this Xen has it.
+_SINCE_XSA_244 = "per_cpu__tss_page"
+
+
 class Context:
     """One moment, with what the checks need to know about it."""
 
@@ -165,13 +169,28 @@ class Context:
 
     def guest_state_loaded(self, cpu: CpuState) -> bool | None:
         """Whether an HVM guest's state is loaded there on AMD: svm_ctxt_switch_to clears IST of #DF, NMI and #MC
-        together and loads the guest's TR; None when memory says so and TR says otherwise (XSA-244: cc08c73c8c)."""
+        together. None when that cannot be told from an AP that came up without (XSA-244).
+
+        The guest's TR is loaded only when it is entered, and the CPU may do much else before (svm_vmenter_helper;
+        seen in do_softirq). With TR Xen's own it is another guest's state where a PV guest runs, and with XSA-244.
+        """
         if not cpu.df_gate.present or cpu.df_gate.value.ist:
             return False
         physical = cpu.physical
         if isinstance(physical, Absent) or isinstance(physical.tr_base, Absent) or isinstance(cpu.tss, Absent):
             return True
-        return None if physical.tr_base in (cpu.tss, cpu.tss + IST_SSP_SIZE) else True
+        if physical.tr_base not in (cpu.tss, cpu.tss + IST_SSP_SIZE):
+            return True
+        if physical.registers.get("cs", 0) & 3:
+            return False
+        return True if self.symbols.get(_SINCE_XSA_244) is not None else None
+
+    def in_svm_guest(self, cpu: CpuState) -> bool:
+        """Whether it runs a guest on AMD: until it has left it and switched away, none of its gates has an IST
+        (f9fc2e584d, svm_ctxt_switch_to). Intel CPUs, which keep them, have one for #DF too."""
+        physical = cpu.physical
+        inside = not isinstance(physical, Absent) and physical.guest_mode is True
+        return inside and cpu.df_gate.present and not cpu.df_gate.value.ist
 
     @cached_property
     def boot_mode(self) -> str | Absent:
@@ -328,10 +347,16 @@ def _judge_handler(vector: int) -> Callable[[Context, int], Outcome]:
     return judge
 
 
+_IN_GUEST = "TR is the HVM guest's there: the frame is written to where the guest's own TSS says"
+
+
 def _judge_ist(vector: int) -> Callable[[Context, int], Outcome]:
     def judge(context: Context, cpu: int) -> Outcome:
         allowed = _ISTS[vector](context, cpu)
         read = _gate_read(context, cpu, vector)
+        if context.in_svm_guest(context.state.of(cpu)):
+            outcome = expect(read, (0,), of=lambda gate: gate.ist)
+            return outcome._replace(reason=_IN_GUEST) if outcome.verdict is Verdict.FAIL else outcome
         cleared = read.present and read.value.ist == 0
         if isinstance(allowed, Absent):  # as when every CPU holds a guest's state: no #DF gate tells the numbers
             if cleared and context.guest_state_loaded(context.state.of(cpu)):
@@ -341,8 +366,8 @@ def _judge_ist(vector: int) -> Callable[[Context, int], Outcome]:
             loaded = context.guest_state_loaded(context.state.of(cpu))
             if loaded is None:
                 return unknown(
-                    "IST of #DF is 0 too, as while an AMD CPU holds an HVM guest's state, but TR is Xen's own: an AP "
-                    "brought up by a Xen without the fix of XSA-244 (cc08c73c8c), or a fault",
+                    "IST of #DF is 0 too, as while an AMD CPU holds an HVM guest's state, but TR is Xen's own: the "
+                    "guest is about to be entered, or this Xen is without the fix of XSA-244 (cc08c73c8c)",
                     _expected_json(allowed), 0,
                 )  # fmt: skip
             if loaded:
