@@ -58,6 +58,7 @@ def add_parser(commands: Any, summary: str) -> None:
     fetch.add_argument("--xen", choices=XENS, action="append", help=f"may be repeated; default: {DEFAULT_XEN}")
     fetch.add_argument("--qemu", choices=QEMUS, action="append", help=f"may be repeated; default: {DEFAULT_QEMU}")
     fetch.add_argument("--all", action="store_true", help="every Xen and every QEMU")
+    fetch.add_argument("--domu", action="store_true", help="also what --domu-vcpus needs (it is built with gcc)")
     fetch.add_argument("--refresh", action="store_true", help="ask the package source for newer versions first")
 
     up = _step(
@@ -91,7 +92,8 @@ def add_parser(commands: Any, summary: str) -> None:
 
     matrix = _step(
         steps, "matrix", run_matrix, "crash every Xen on every QEMU, with every gdb, in every LAPIC mode",
-        "Boot, crash and judge a machine for each cell of the matrix of the lab's rows, and show a table of verdicts. "
+        "Boot, crash and judge a machine for each cell of the matrix of the lab's rows, every other one with a "
+        "domU that runs on every CPU, and show a table of verdicts. "
         "Without options the cells are a few in which every pair of rows appears (without those of a suite whose "
         "packages change from day to day); --xen, --qemu, --gdb and --lapic take all that have what is named. "
         "What a cell needs and cannot get is `skip`, with the reason. "
@@ -104,8 +106,9 @@ def add_parser(commands: Any, summary: str) -> None:
     repeat = _step(
         steps, "repeat", run_repeat, "crash Xen many times in a row, at random moments",
         "Boot, crash and judge one machine after the other, over the cells of the matrix: by the crash key or by "
-        "dom0's panic on a random CPU, with dom0 idle or busy on all its vCPUs, after a random time. Every one must "
-        "pass: one that does not is a false alarm, or a find. --seed repeats a run.",
+        "dom0's panic on a random CPU, with dom0 idle or busy on all its vCPUs, with or without a domU that runs on "
+        "every CPU, after a random time. Every one must pass: one that does not is a false alarm, or a find. --seed "
+        "repeats a run.",
         _CRASHES_EPILOG,
     )  # fmt: skip
     repeat.add_argument("-n", "--number", type=_count, default=50, metavar="N", help="default: 50")
@@ -155,6 +158,10 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpus", type=_count, default=4, metavar="N", help="default: 4")
     parser.add_argument("--memory", type=_count, default=1024, metavar="MIB", help="default: 1024")
     parser.add_argument("--dom0-vcpus", type=_count, default=1, metavar="N", help="as many as CPUs: pinned; default: 1")
+    parser.add_argument(
+        "--domu-vcpus", type=_count, default=0, metavar="N",
+        help="create a PVH domU that spins on CPUs 0 to N-1, in SVM guest mode, once dom0 is up; default: none",
+    )  # fmt: skip
     parser.add_argument("--xen-args", default="", metavar="WORDS", help="added to Xen's command line")
     parser.add_argument("--dom0-args", default="", metavar="WORDS", help="added to dom0's command line")
     parser.add_argument("--guest", metavar="GENERATION", help="boot the reference guest of this generation, not Xen")
@@ -176,6 +183,7 @@ def machine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return arguments | {
         "xen": args.xen,
         "dom0_vcpus": args.dom0_vcpus,
+        "domu_vcpus": args.domu_vcpus,
         "xen_args": args.xen_args,
         "dom0_args": args.dom0_args,
     }
@@ -209,7 +217,7 @@ def progress() -> Any:
 
 
 def run_fetch(args: argparse.Namespace) -> int:
-    from xencrash.lab.images import qemu_words, xen_images
+    from xencrash.lab.images import domu_images, qemu_words, xen_images
     from xencrash.lab.packages import Cache
 
     cache = Cache(progress=progress())
@@ -218,7 +226,8 @@ def run_fetch(args: argparse.Namespace) -> int:
     for name in QEMUS if args.all else args.qemu or [DEFAULT_QEMU]:
         qemu_words(cache, QEMUS[name])
     for name in XENS if args.all else args.xen or [DEFAULT_XEN]:
-        print(f"Xen {name}: symbols {xen_images(cache, XENS[name]).symbols}")
+        made = (domu_images if args.domu else xen_images)(cache, XENS[name])
+        print(f"Xen {name}: symbols {made.symbols}")
     return 0
 
 

@@ -30,8 +30,8 @@ FORMATS = ("table", "json", "junit", "markdown")
 class Cell:
     """One crash: the rows of the lab it is made of, and how and when Xen crashes.
 
-    `how` and `cpu` are Lab.crash's. `load` is the number of busy loops in dom0, `delay` the seconds that Xen runs
-    before it crashes, once all is ready.
+    `how` and `cpu` are Lab.crash's. `load` is the number of busy loops in dom0, `domu` whether a domU spins on every
+    CPU, `delay` the seconds that Xen runs before it crashes, once all is ready.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Cell:
     how: str = "key"
     cpu: int | None = None
     load: int = 0
+    domu: bool = False
     delay: float = 0.0
 
 
@@ -91,11 +92,11 @@ def _outcome(
 def _get(cell: Cell) -> str:
     """Fill the cache with what the cell needs, and return its gdb. Raises LabError."""
     from xencrash.lab.gdbs import gdb_words
-    from xencrash.lab.images import qemu_words, xen_images
+    from xencrash.lab.images import domu_images, qemu_words, xen_images
     from xencrash.lab.packages import Cache
 
     cache = Cache()
-    xen_images(cache, XENS[cell.xen])
+    (domu_images if cell.domu else xen_images)(cache, XENS[cell.xen])
     qemu_words(cache, QEMUS[cell.qemu])
     return gdb_words(cache, GDBS[cell.gdb])[0]
 
@@ -105,7 +106,8 @@ def _reports(cell: Cell, gdb: str, output: Path) -> Iterator[Json]:
     from xencrash.lab.run import check_vmcore, folder, follow, machine
 
     folder(output)
-    with machine(output, xen=cell.xen, qemu=cell.qemu, lapic=cell.lapic, cpus=CPUS, dom0_vcpus=CPUS) as lab:
+    rows = {"xen": cell.xen, "qemu": cell.qemu, "lapic": cell.lapic}
+    with machine(output, **rows, cpus=CPUS, dom0_vcpus=CPUS, domu_vcpus=CPUS * cell.domu) as lab:
         for _ in range(cell.load):
             lab.dom0("while :; do :; done >/dev/null 2>&1 &")
         report = follow(lab, output, lambda: _crash_later(lab, cell), gdb=gdb)
@@ -223,11 +225,12 @@ def _words(outcome: Json) -> list[str]:
     """An outcome's text for each of the COLUMNS."""
     crash = outcome["how"] if outcome["cpu"] is None else f"{outcome['how']} on CPU {outcome['cpu']}"
     busy = f"{outcome['load']} busy loops in dom0" * bool(outcome["load"])
+    guest = "a domU on every CPU" * outcome["domu"]
     later = f"after {outcome['delay']:.2f} s" * bool(outcome["delay"])
     cpu = "-" if outcome["crashing_cpu"] is None else f"CPU {outcome['crashing_cpu']}"
     return [
         *(outcome[name] for name in ("xen", "qemu", "gdb", "lapic")),
-        ", ".join(filter(None, (crash, busy, later))),
+        ", ".join(filter(None, (crash, busy, guest, later))),
         outcome["generation"] or "-",
         cpu,
         outcome["verdict"],

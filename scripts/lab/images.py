@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xencrash.lab import initramfs
@@ -27,6 +27,7 @@ from xencrash.lab.rows import (
     BUSYBOX_PACKAGE,
     KERNEL_PACKAGE,
     KERNEL_SUITE,
+    LIBXEN_HEADERS,
     QEMU_DATA_PACKAGES,
     QEMU_FILES,
     QEMU_PACKAGE,
@@ -34,6 +35,9 @@ from xencrash.lab.rows import (
     XenRow,
 )
 
+_HERE = Path(__file__).parent
+_DOMU_SOURCES = (_HERE / "domu.c", _HERE / "domu_kernel.S")
+_LIBRARIES = "lib/x86_64-linux-gnu"
 _UNUSED = 7 * 86400.0  # seconds after which what an earlier recipe made is removed
 _MANIFEST = "manifest.json"
 
@@ -51,8 +55,7 @@ class XenImages:
 def xen_images(cache: Cache, row: XenRow) -> XenImages:
     """The images of a row, fetched and made where the cache has none that are whole."""
     with cache.lock():
-        tools = cache.collect(row.kexec_suite, lambda at: at.with_libraries(row.kexec_suite, ["kexec-tools"]))
-        kexec = [*tools.values(), *cache.collect(row.suite, lambda at: _libxenctrl(at, row)).values()]
+        kexec = _kexec_packages(cache, row)
         xen = cache.collect(row.suite, lambda at: at.packages(row.suite, row.packages))
         base = cache.collect(KERNEL_SUITE, _kernel_packages)
         inputs = [*kexec, *xen.values(), *base.values()]
@@ -64,6 +67,25 @@ def xen_images(cache: Cache, row: XenRow) -> XenImages:
 
         made = _made(cache, f"xen-{row.name}", inputs, build)
     return XenImages(made / "xen", made / "xen-syms", made / "vmlinuz", made / "dom0.cpio.gz")
+
+
+def domu_images(cache: Cache, row: XenRow) -> XenImages:
+    """The images of a row, with a dom0 that has `domu` (domu.c), which creates a domU."""
+    plain = xen_images(cache, row)
+    if not shutil.which("gcc"):
+        raise LabError("making the images: gcc is missing, which builds what creates a domU: install gcc and binutils")
+    with cache.lock():
+        libraries = _kexec_packages(cache, row)
+        headers = cache.collect(row.suite, lambda at: at.packages(row.suite, [LIBXEN_HEADERS])).values()
+        packages = [*libraries, *headers]
+
+        def build(folder: Path) -> None:
+            # Linux unpacks archives that lie behind each other (buffer-format.rst).
+            whole = plain.dom0_initramfs.read_bytes() + initramfs.compressed(initramfs.cpio(_domu(packages)))
+            (folder / "dom0.cpio.gz").write_bytes(whole)
+
+        made = _made(cache, f"domu-{row.name}", [plain.xen.parent, *packages], build, _DOMU_SOURCES)
+    return replace(plain, dom0_initramfs=made / "dom0.cpio.gz")
 
 
 def qemu_words(cache: Cache, row: QemuRow) -> tuple[str, ...]:
@@ -90,16 +112,25 @@ def _kernel_packages(cache: Cache) -> list[Package]:
     return cache.packages(KERNEL_SUITE, [*kernels, BUSYBOX_PACKAGE])
 
 
+def _kexec_packages(cache: Cache, row: XenRow) -> list[Path]:
+    """kexec, its libraries, and this Xen's own libxenctrl where that is another."""
+    tools = cache.collect(row.kexec_suite, lambda at: at.with_libraries(row.kexec_suite, ["kexec-tools"]))
+    return [*tools.values(), *cache.collect(row.suite, lambda at: _libxenctrl(at, row)).values()]
+
+
 def _libxenctrl(cache: Cache, row: XenRow) -> list[Package]:
     """This Xen's own libraries, for a kexec that comes with another's."""
     packages = cache.with_libraries(row.suite, [row.libxenctrl]) if row.libxenctrl else []
     return [package for package in packages if package.name.startswith("libxen")]
 
 
-def _made(cache: Cache, kind: str, inputs: Iterable[Path], build: Callable[[Path], None]) -> Path:
-    """The folder that `build` makes from these packages (whose names hold their versions), whole and checked."""
+def _made(
+    cache: Cache, kind: str, inputs: Iterable[Path], build: Callable[[Path], None], sources: Iterable[Path] = ()
+) -> Path:
+    """The folder that `build` makes from these packages (whose names hold their versions) and source files, whole
+    and checked."""
     recipe = hashlib.sha256()
-    for source in (Path(__file__), Path(initramfs.__file__)):
+    for source in (Path(__file__), Path(initramfs.__file__), *sources):
         recipe.update(source.read_bytes())
     for path in inputs:
         recipe.update(path.name.encode() + b"\0")
@@ -192,13 +223,39 @@ def _kexec(packages: list[Path], libxenctrl_as: str) -> list[initramfs.Entry]:
         return [
             initramfs.file("sbin/kexec", program.read_bytes()),
             initramfs.file(f"lib64/{loader.name}", loader.read_bytes()),
-            *(initramfs.file(f"lib/x86_64-linux-gnu/{so}", path.read_bytes()) for so, path in libraries.items()),
+            *(initramfs.file(f"{_LIBRARIES}/{so}", path.read_bytes()) for so, path in libraries.items()),
+        ]
+
+
+def _domu(packages: list[Path]) -> list[initramfs.Entry]:
+    """domu.c, built with the headers and libraries in these packages, and the libraries that it loads."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        for package in packages:
+            unpack(package, root)
+        program = root / "domu"
+        # What the libraries themselves need is looked for where they run: it may be newer than what this machine has.
+        built = subprocess.run(
+            ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-I", root / "usr/include", *_DOMU_SOURCES,
+             "-L", root / "usr" / _LIBRARIES, "-Wl,--allow-shlib-undefined", "-lxenctrl", "-lxenguest", "-o", program],
+            capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"},
+        )  # fmt: skip
+        if built.returncode:
+            lines = built.stderr.strip().splitlines() or ["gcc did not say why"]
+            why = next((line for line in lines if "error" in line), lines[0])
+            raise LabError(f"making the images: building {_DOMU_SOURCES[0].name} failed: {why}")
+        return [
+            initramfs.file("sbin/domu", program.read_bytes()),
+            *(
+                initramfs.file(f"{_LIBRARIES}/{so}", path.read_bytes())
+                for so, path in loaded_libraries(root, program).items()
+            ),
         ]
 
 
 def loaded_libraries(root: Path, program: Path) -> dict[str, Path]:
     """The shared libraries that `program` loads from the packages unpacked in `root`, by the name it asks for."""
-    folders = ":".join(str(root / name) for name in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"))
+    folders = ":".join(str(root / name) for name in (_LIBRARIES, f"usr/{_LIBRARIES}"))
     listed = subprocess.run(
         [_loader(root), "--inhibit-cache", "--library-path", folders, "--list", program],
         capture_output=True,

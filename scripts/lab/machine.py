@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -154,6 +155,7 @@ class Lab:
         xen_args: str = "",
         dom0_args: str = "",
         dom0_vcpus: int = 1,
+        domu_vcpus: int = 0,
         pvh: bool = False,
         cpu_args: str = "",
         qemu_args: Sequence[str] = (),
@@ -166,7 +168,8 @@ class Lab:
 
         `guest` boots that instead of Xen and dom0. `lapic` is "xapic", "x2apic" or None (what this QEMU does).
         `wait` is how far: "dom0" (a shell answers, and the crash kernel is loaded unless `crash_kernel` is
-        false), "xen" (all CPUs are up) or "none". With `pvh` dom0 is a PVH guest, its vCPUs in SVM
+        false), "xen" (all CPUs are up) or "none". `domu_vcpus` is the number of CPUs on which a domU spins once dom0
+        is up (`create_domu`). With `pvh` dom0 is a PVH guest, its vCPUs in SVM
         guest mode, and no crash kernel is loaded: kexec finds no place for one there. It gets no RDTSCP, on whose
         intercept Xen kills it under TCG.
         `paused` stops before the first instruction, and waits for nothing. `cpu_args` is added to QEMU's -cpu,
@@ -176,6 +179,8 @@ class Lab:
         """
         if wait not in ("dom0", "xen", "none"):
             raise LabError(f"starting the lab: wait is dom0, xen or none, not {wait!r}")
+        if domu_vcpus > cpus:
+            raise LabError(f"starting the lab: each of a domU's {domu_vcpus} vCPUs needs a CPU of its own, of {cpus}")
         row = _row(QEMUS, qemu, "QEMU")
         if pvh:
             xen_args, qemu_args = f"dom0=pvh {xen_args}", ("-device", row.iommu, *qemu_args)
@@ -184,7 +189,8 @@ class Lab:
         cpu = cpu_of(row, lapic)
         program = Program(images.qemu_words(cache, row), f"{cpu},{cpu_args}" if cpu_args else cpu)
         if guest is None:
-            made = images.xen_images(cache, _row(XENS, xen, "Xen"))
+            image_of = images.domu_images if domu_vcpus else images.xen_images
+            made = image_of(cache, _row(XENS, xen, "Xen"))
             boot, name = _xen_boot(made, cpus, dom0_vcpus, crash_kernel, xen_args, dom0_args), f"Xen {xen}"
         else:
             boot, name, wait = guest, guest.kernel.name, "none"
@@ -209,7 +215,7 @@ class Lab:
 
         def wait_for(lab: Lab) -> None:
             if not paused:
-                lab._wait_until_up(wait, crash_kernel and not pvh)
+                lab._wait_until_up(wait, crash_kernel and not pvh, domu_vcpus)
 
         return cls._boot_twice(start_one, wait_for, paths, progress)
 
@@ -273,7 +279,7 @@ class Lab:
             raise
         return lab
 
-    def _wait_until_up(self, wait: str, crash_kernel: bool) -> None:
+    def _wait_until_up(self, wait: str, crash_kernel: bool, domu_vcpus: int) -> None:
         if wait == "none":
             return
         begun = time.monotonic()
@@ -283,6 +289,8 @@ class Lab:
             self._progress(f"dom0 is up after {time.monotonic() - begun:.1f} s")
             if crash_kernel:
                 self.load_crash_kernel()
+            if domu_vcpus:
+                self.create_domu(domu_vcpus)
 
     def _boots(self, step: str, log: Path, sign: bytes) -> None:
         size, heard = 0, time.monotonic()
@@ -381,6 +389,25 @@ class Lab:
         if path not in self._lines:
             self._lines[path] = _Line(path)
         return self._lines[path]
+
+    # A domU.
+
+    def create_domu(self, vcpus: int) -> int:
+        """Create a PVH domU of 4 MiB, and return its domain ID; needs a machine with `domu_vcpus`.
+
+        It spins, its vCPUs in SVM guest mode, each pinned to the CPU of its number.
+        """
+        domid = int(self.dom0(f"domu create {vcpus}"))
+        self._progress(f"domain {domid} runs")
+        return domid
+
+    def dump_core(self, domid: int, path: str | Path) -> Path:
+        """A domain's core, as `xl dump-core` writes it; the domain is paused meanwhile."""
+        core = "/tmp/core"
+        text = self.dom0(f"domu dump {domid} {core} && gzip <{core} | base64; rm -f {core}", 120)
+        target = Path(path)
+        target.write_bytes(gzip.decompress(base64.b64decode(text)))
+        return target
 
     # Crashing.
 

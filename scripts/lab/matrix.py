@@ -10,8 +10,9 @@ from xencrash.lab.crashes import CPUS, Cell, crash_all, finish
 from xencrash.lab.rows import GDBS, QEMUS, SUITES, XENS
 
 DIMENSIONS = ("xen", "qemu", "gdb", "lapic")
-# The ways of crashing, dealt to the cells in turn.
+# The ways of crashing, and whether a domU runs then, dealt to the cells in turn.
 _WAYS = (("key", None), *(("panic", cpu) for cpu in range(CPUS)))
+_DOMU = (False, True)
 
 
 def cells() -> tuple[Cell, ...]:
@@ -21,8 +22,11 @@ def cells() -> tuple[Cell, ...]:
         for xen, qemu, gdb in itertools.product(XENS, QEMUS, GDBS)
         for lapic in sorted(QEMUS[qemu].cpu, reverse=True)
     ]
-    ways = itertools.cycle(_WAYS)
-    return tuple(Cell("-".join(row), *row, how=how, cpu=cpu) for row, (how, cpu) in zip(rows, ways, strict=False))
+    moments = zip(itertools.cycle(_WAYS), itertools.cycle(_DOMU), strict=False)
+    return tuple(
+        Cell("-".join(row), *row, how=how, cpu=cpu, domu=domu)
+        for row, ((how, cpu), domu) in zip(rows, moments, strict=False)
+    )
 
 
 def settled(cells: Iterable[Cell]) -> tuple[Cell, ...]:

@@ -29,6 +29,7 @@ def _moment(chance: random.Random, number: int, cell: Cell) -> Cell:
         how="key" if cpu is None else "panic",
         cpu=cpu,
         load=chance.choice((0, chance.randint(CPUS, 2 * CPUS))),
+        domu=chance.choice((False, True)),
         delay=round(chance.uniform(0, _LONGEST_DELAY), 2),
     )
 

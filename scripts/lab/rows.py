@@ -39,6 +39,7 @@ SUITES = {
 KERNEL_SUITE = "bookworm"  # one dom0 and crash kernel for every row: only the hypervisor should differ
 KERNEL_PACKAGE = "linux-image-amd64"  # its dependency names the kernel; the -cloud- flavour has no dom0 support
 BUSYBOX_PACKAGE = "busybox-static"
+LIBXEN_HEADERS = "libxen-dev"  # of a Xen's own suite: what creates a domU is built with them
 
 
 @dataclass(frozen=True)

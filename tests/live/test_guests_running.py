@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.live.machines import guest, named
+from tests.live.machines import guest, named, ram
+from xencrash.cli import main
 from xencrash.lab.machine import Lab
+from xencrash.lab.run import check_vmcore
 from xencrash.session import GdbSession, open_session
 from xencrash.trace import trace
 
@@ -15,6 +18,7 @@ pytestmark = pytest.mark.live
 
 Json = dict[str, Any]
 TRIES = 40
+CPUS = 4
 
 
 def xen_facts(session: GdbSession) -> Json:
@@ -34,6 +38,18 @@ def assert_the_same_from_every_cpu(session: GdbSession, cpus: int) -> Json:
     return found[0]
 
 
+def stop_in_guests(session: GdbSession, count: int) -> list[Json]:
+    """Stop the machine again and again until `count` of its CPUs are in a guest: those."""
+    for _ in range(TRIES):
+        inside = [cpu for cpu in session.xen("cpus")["cpus"] if cpu["guest_mode"]]
+        if len(inside) >= count:
+            return inside
+        session.run()
+        session.wait_stop(0.05)
+        session.interrupt()
+    raise AssertionError(f"not {count} CPUs were in a guest in {TRIES} stops")
+
+
 def attach(lab: Lab, qmp: bool = True) -> GdbSession:
     return open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket) if qmp else None)
 
@@ -42,14 +58,7 @@ def test_a_pvh_dom0_in_guest_mode() -> None:
     with Lab.up(xen="4.20", qemu="10.0", cpus=2, pvh=True) as lab:
         lab.dom0("(while :; do :; done) >/dev/null 2>&1 &")
         with attach(lab) as session:
-            for _ in range(TRIES):
-                inside = [cpu["cpu"] for cpu in session.xen("cpus")["cpus"] if cpu["guest_mode"]]
-                if inside:
-                    break
-                session.run()
-                session.wait_stop(0.05)
-                session.interrupt()
-            assert inside, f"no CPU was in its guest in {TRIES} stops"
+            inside = [cpu["cpu"] for cpu in stop_in_guests(session, 1)]
             facts = assert_the_same_from_every_cpu(session, 2)
             report = facts["crash-check"]
             unknown = [f for f in report["findings"] if f["verdict"] == "unknown"]
@@ -72,6 +81,40 @@ def test_a_pvh_dom0_in_guest_mode() -> None:
                        trigger=lambda: lab.crash("panic"))  # fmt: skip
         assert [stage["stage"] for stage in report["stages"]] == ["normal", "crash-entry"]
         assert "no crash kernel is loaded" in report["undecided"] and named(report["findings"]) == []
+
+
+def test_a_domu_on_every_cpu_and_a_crash_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its vCPUs are in 32-bit code with page tables of their own: nothing that a CPU holds there is Xen's."""
+    with Lab.up(domu_vcpus=CPUS) as lab:
+        core = lab.dump_core(1, tmp_path / "core")
+        for command in ("check", "info"):
+            assert main([command, str(core), "--symbols", str(lab.symbols)]) == 3
+            told = capsys.readouterr()
+            assert (told.out, len(told.err.splitlines())) == ("", 1) and "a core of a Xen domain" in told.err
+        with attach(lab) as session, ram(lab) as memory:
+            everywhere = stop_in_guests(session, CPUS)
+            assert {cpu["guest_mode"] for cpu in everywhere} == {True}
+            facts = assert_the_same_from_every_cpu(session, CPUS)
+            assert facts["crash-check"]["verdict"] == "pass"
+            assert named(facts["crash-check"]["findings"], "unknown") == []
+            gates = {(gate["cpu"], gate["vector"]): gate for gate in facts["idt"]["gates"]}
+            assert {gate["gate"]["ist"] for gate in gates.values()} == {0}  # by svm_ctxt_switch_to
+            # What is damaged on such a CPU is found there: byte 4 of a gate is its IST, byte 5 type, DPL and P.
+            for vector, at, value, check in ((2, 4, 2, "nmi-gate-ist"), (2, 5, 0x8F, "nmi-gate-type"),
+                                             (18, 4, 1, "mc-gate-ist"), (18, 5, 0x0E, "mc-gate-present")):  # fmt: skip
+                where = int(session.xen("vtop", gates[2, vector]["address"])["physical"], 16) + at
+                before, memory[where] = memory[where], value
+                try:
+                    assert named(session.xen("crash-check")["findings"]) == [(check, 2)]
+                finally:
+                    memory[where] = before
+            session.leave(running=True)
+        report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, trigger=lab.crash)
+        assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
+        # Of the others at least one was in the domU when the crash began: its NMI is a VM exit, then one without IST.
+        begun = [f for f in report["findings"] if (f["check"], f["stage"]) == ("nmi-gate-ist", "crash-entry")]
+        assert 0 in {f["observed"] for f in begun if f["cpu"] != report["crashing_cpu"]}
+        assert check_vmcore(lab, tmp_path)["verdict"] == "pass"
 
 
 def test_dom0_busy_in_user_space_on_every_cpu_and_a_crash_then() -> None:

@@ -22,7 +22,8 @@ Json = dict[str, Any]
 def outcome(verdict: str = "pass", *, gone: bool = False, **more: Any) -> Json:
     cell = {"name": "one", "xen": "4.17", "qemu": "7.2", "gdb": "debian", "lapic": "xapic", "how": "panic", "cpu": 2}
     came = {"verdict": verdict, "reason": "" if verdict == "pass" else "why | so", "gone": gone, "seconds": 31.4}
-    found = {"load": 0, "delay": 0.0, "generation": "4.17.0", "crashing_cpu": 2, "lapic_modes": ["xapic"]}
+    found = {"load": 0, "domu": False, "delay": 0.0}
+    found |= {"generation": "4.17.0", "crashing_cpu": 2, "lapic_modes": ["xapic"]}
     return {**cell, **came, **found, **more}
 
 
@@ -88,6 +89,7 @@ def test_a_seed_gives_the_same_crashes_and_they_go_over_all_cells() -> None:
     rows = [(cell.xen, cell.qemu, cell.gdb, cell.lapic) for cell in one]
     assert all(len(set(rows[at : at + 18])) == 18 for at in (0, 18))
     assert {cell.load > 0 for cell in one} == {False, True}
+    assert {cell.domu for cell in one} == {False, True}
     assert {cell.cpu for cell in one} == {None, 0, 1, 2, 3}
     assert all(0 <= cell.delay <= 2 for cell in one)
 
@@ -117,10 +119,10 @@ def test_a_package_that_is_gone_is_told(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_formats() -> None:
-    outcomes = [outcome(), outcome("fail", load=5, delay=0.5, how="key", cpu=None)]
+    outcomes = [outcome(), outcome("fail", load=5, domu=True, delay=0.5, how="key", cpu=None)]
     markdown = render(outcomes, "markdown", "T").splitlines()
     assert markdown[0] == "## T" and markdown[2] == "2 crashes: 1 fail, 1 pass."
-    moment = "key, 5 busy loops in dom0, after 0.50 s"
+    moment = "key, 5 busy loops in dom0, a domU on every CPU, after 0.50 s"
     assert markdown[-1] == f"| 4.17 | 7.2 | debian | xapic | {moment} | 4.17.0 | CPU 2 | fail | 31 | why \\| so |"
     assert render(outcomes, "table", "T").splitlines()[-1] == "2 crashes: 1 fail, 1 pass"
     assert json.loads(render(outcomes, "json", "T"))["cells"] == outcomes

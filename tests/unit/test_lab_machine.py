@@ -118,6 +118,11 @@ def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
         machine._run_folder(tmp_path / ("x" * 100))
 
 
+def test_a_domu_of_more_vcpus_than_cpus_is_refused() -> None:
+    with pytest.raises(LabError, match="each of a domU's 5 vCPUs needs a CPU of its own, of 4"):
+        machine.Lab.up(domu_vcpus=5, cpus=4)
+
+
 def test_a_folder_of_no_lab(tmp_path: Path) -> None:
     with pytest.raises(LabError, match="finding the lab: none in"):
         machine.Lab.attach(tmp_path)
