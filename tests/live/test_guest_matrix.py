@@ -194,12 +194,26 @@ def test_a_dump_of_it_says_what_the_machine_said(run: Run, reports: dict[Run, Fu
     assert ("fail" in dump.values()) is bool(shown)
 
 
-def test_the_rfc_as_posted_fails_in_the_one_way_that_its_author_names() -> None:
-    report = follow(Run("rfc-v1", None, 4, "xapic")).report
+@pytest.mark.parametrize("run", [Run("rfc-v1", None, 4, "xapic")], ids=str)
+def test_the_rfc_as_posted_fails_in_the_one_way_that_its_author_names(
+    run: Run, reports: dict[Run, Future[Followed]]
+) -> None:
+    report = reports[run].result(timeout=1800).report
     assert first_seen(report, "fail") == {("waiting-cpus", None, "shootdown-done")}
     failure = next(finding for finding in report["findings"] if finding["verdict"] == "fail")
     assert (failure["expected"], failure["observed"]) == (0, 3)
     assert "waits a full second" in failure["reason"]
+
+
+@pytest.mark.parametrize("run", [Run("rfc-v1", "stuck", 4, "xapic")], ids=str)
+def test_one_silent_cpu_explains_one_of_the_three_that_the_rfc_counts(
+    run: Run, reports: dict[Run, Future[Followed]]
+) -> None:
+    failures = [f for f in reports[run].result(timeout=1800).report["findings"] if f["verdict"] == "fail"]
+    counts = [f for f in failures if f["check"] == "waiting-cpus"]
+    assert counts and all("follows" not in f and f["observed"] == 3 for f in counts)
+    assert "nmi-answered of CPU 1 would make it 1, and no more" in counts[0]["reason"]
+    assert {f["cpu"] for f in failures if f.get("follows") == "nmi-answered"} == {1}
 
 
 def test_a_fault_that_leaves_no_trace_says_so() -> None:

@@ -10,15 +10,15 @@ import pytest
 from tests.recording import Example, load, names
 from xen_symbols.absence import Absent, Kind, Undecidable
 from xen_symbols.crashpath import checks
-from xen_symbols.crashpath.checks import CHECKS, Outcome
-from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
+from xen_symbols.crashpath.engine import evaluate, judge
 from xen_symbols.crashpath.generations import Generation, identify
-from xen_symbols.crashpath.position import crashing_cpu, online_at_crash
+from xen_symbols.crashpath.position import crashing_cpu, infer, online_at_crash
 from xen_symbols.report.model import Finding, Report, Verdict
 from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
-from xen_symbols.xen.state import State, absent, idt_address, per_cpu_address, read_state
+from xen_symbols.xen.state import Read, State, absent, idt_address, per_cpu_address, read_state
 
 NMI, MC = 2, 18
 
@@ -193,6 +193,155 @@ def test_a_cpu_that_never_answered_explains_what_follows() -> None:
     assert {f.check for f in failures if f.follows == "nmi-answered"} == {
         "waiting-cpus", "saved-cpus", "online-cpus", "crash-save-done", "mc-gate-ist", "crash-notes",
     }  # fmt: skip
+
+
+def silent(machine: Machine, *cpus: int) -> None:
+    """As CPUs look that never took the NMI, of four."""
+    rest = {1, 2, 3} - {*cpus}
+    machine.variable("waiting_to_crash", bytes([sum(1 << cpu for cpu in cpus)]))
+    machine.variable("crash_saved_cpus", bytes([1 | sum(1 << cpu for cpu in rest)]))
+    machine.variable("cpu_online_map", bytes([sum(1 << cpu for cpu in cpus)]))
+    for cpu in cpus:
+        machine.per_cpu("crash_save_done", cpu, b"\0")
+        machine.gate(cpu, MC, 4, b"\x01")
+        machine.poke(machine.notes(cpu) + 20, bytes(336))
+        machine.poke(machine.notes(cpu) + 372, bytes(32))
+
+
+def said(machine: Machine, text: str) -> None:
+    """The last line of Xen's console."""
+    line = f"(XEN) {text}\n".encode()
+    ring, producer = machine.memory.variable("conring"), machine.memory.variable("conringp", 4)
+    machine.poke(ring + producer - len(line), line)
+
+
+def failures(machine: Machine) -> dict[tuple[str, int | None], str | None]:
+    """Each failure, and what it follows from."""
+    return {(f.check, f.cpu): f.follows for f in machine.report().findings if f.verdict is Verdict.FAIL}
+
+
+def of_the_count(machine: Machine, count: int) -> Finding:
+    """What is found of waiting_for_crash_ipi, as if this Xen had it."""
+    state = read_state(machine.memory)
+    counted = state._replace(system={**state.system, "waiting_count": Read(count)})
+    generation = identify(machine.memory).generation._replace(bookkeeping="count", announces=False)
+    context = Context(counted, infer(state, generation), generation)
+    return next(f for f in judge(context) if f.check == "waiting-cpus" and f.cpu is None)
+
+
+@pytest.mark.parametrize(
+    "cpus, count, follows",
+    [((2,), 1, "nmi-answered"), ((2,), 3, None), ((2,), 2, None), ((1, 2, 3), 3, "nmi-answered"), ((), 3, None)],
+)
+def test_a_count_follows_from_silent_cpus_only_as_far_as_they_go(
+    cpus: tuple[int, ...], count: int, follows: str | None
+) -> None:
+    machine = Machine()
+    silent(machine, *cpus)
+    finding = of_the_count(machine, count)
+    assert (finding.verdict, finding.expected, finding.observed, finding.follows) == (Verdict.FAIL, 0, count, follows)
+    assert ("nmi-answered of CPU 2 would make it 1, and no more" in str(finding.reason)) is (cpus == (2,) and count > 1)
+
+
+def test_a_count_follows_from_cpus_that_stopped_on_their_way() -> None:
+    def machine(*cpus: int) -> Machine:
+        stuck = Machine()
+        for cpu in cpus:
+            stuck.per_cpu("crash_save_done", cpu, b"\0")
+        return stuck
+
+    assert of_the_count(machine(2, 3), 2).follows == "crash-save-done"
+    assert of_the_count(machine(2, 3), 3).follows is None
+
+
+@pytest.mark.parametrize(
+    "text, waiting, follows",
+    [
+        ("Failed to shoot down CPUs {2}", (2,), "waiting-cpus"),
+        ("Failed to shoot down CPUs {1-3}", (1, 2, 3), "waiting-cpus"),
+        ("Failed to shoot down CPUs {1,3}", (1, 3), "waiting-cpus"),
+        ("Failed to shoot down CPUs {2,3}", (2,), None),
+        ("Failed to shoot down CPUs {2", (2,), None),
+    ],
+)
+def test_xens_report_follows_from_the_cpus_that_it_names(text: str, waiting: tuple[int, ...],
+                                                         follows: str | None) -> None:  # fmt: skip
+    machine = Machine()
+    machine.variable("waiting_to_crash", bytes([sum(1 << cpu for cpu in waiting)]))
+    said(machine, text)
+    assert failures(machine) == {("shootdown-report", None): follows} | {("waiting-cpus", cpu): None for cpu in waiting}
+
+
+def test_xens_report_of_a_silent_cpu_follows_from_its_silence() -> None:
+    machine = Machine()
+    silent(machine, 3)
+    said(machine, "Failed to shoot down CPUs {3}")
+    found = failures(machine)
+    assert [what for what, follows in found.items() if follows is None] == [("nmi-answered", 3)]
+    assert found["shootdown-report", None] == "nmi-answered"
+
+
+def test_what_kept_a_cpu_from_answering_does_not_follow_from_its_silence() -> None:
+    machine = Machine()
+    silent(machine, 2)
+    machine.gate(2, NMI, 5, b"\x0e")
+    machine.gate(2, MC, 5, b"\xee")
+    found = failures(machine)
+    assert {what for what, follows in found.items() if follows is None} == {("nmi-gate-present", 2), ("mc-gate-dpl", 2)}
+    assert found["nmi-answered", 2] == "nmi-gate-present"
+    assert found["saved-cpus", 2] == "nmi-answered"
+
+
+def test_a_hook_that_is_gone_explains_every_cpu_that_did_not_answer() -> None:
+    machine = Machine()
+    silent(machine, 1, 2, 3)
+    unhooked(machine)
+    found = failures(machine)
+    assert [what for what, follows in found.items() if follows is None] == [("nmi-dispatch", None)]
+    assert {found["nmi-answered", cpu] for cpu in (1, 2, 3)} == {"nmi-dispatch"}
+
+
+def test_a_cpu_that_never_got_out_of_its_stop_explains_what_comes_after() -> None:
+    machine = Machine()
+    machine.variable("cpu_online_map", b"\x04")
+    machine.variable("waiting_to_crash", b"\x04")
+    machine.per_cpu("crash_save_done", 2, b"\0")
+    assert failures(machine) == {
+        ("online-cpus", 2): None, ("crash-save-done", 2): "online-cpus", ("waiting-cpus", 2): "crash-save-done",
+    }  # fmt: skip
+
+
+PAIRS: dict[str, tuple[Callable[[Machine], object], str, str]] = {
+    "notes": (lambda m: (m.variable("crash_saved_cpus", b"\x0d"), m.poke(m.notes(1) + 20, bytes(336)),
+                         m.poke(m.notes(1) + 372, bytes(32))), "saved-cpus", "crash-notes"),
+    "the LAPIC": (lambda m: m.lapic(1, spiv=0x1FF, lvt=(0x10000, 0x10000, 0x10000, 0x700, 0x10000, 0x10000)),
+                  "lapic-enabled", "lapic-lvt"),
+    "the self-NMI": (lambda m: (m.lapic(1, icr_low=0xFD), m.physical(1, lambda p: p._replace(nmi_pending=False))),
+                     "lapic-self-nmi", "nmi-pending"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PAIRS)
+def test_one_cause_is_told_once(what: str) -> None:
+    change, cause, consequence = PAIRS[what]
+    machine = Machine()
+    change(machine)
+    assert failures(machine) == {(cause, 1): None, (consequence, 1): cause}
+
+
+def test_the_crashing_cpu_in_x2apic_mode_explains_what_xen_believes() -> None:
+    machine = Machine()
+    machine.lapic(0, apic_base=0xFEE00D00, icr_high=1)
+    machine.variable("x2apic_enabled", b"\1")
+    assert failures(machine) == {("lapic-mode", 0): None, ("x2apic-enabled", None): "lapic-mode"}
+
+
+def test_a_silent_cpu_stays_in_the_mode_in_which_xen_ran() -> None:
+    """After the crashing CPU's own stop, x2apic_enabled is about that one."""
+    machine = Machine()
+    silent(machine, 2)
+    machine.lapic(2, apic_base=0xFEE00C00, icr_high=2)
+    assert failures(machine)["lapic-mode", 2] == "nmi-answered"
 
 
 def test_xens_own_report_of_a_failed_shootdown_is_a_failure() -> None:

@@ -7,6 +7,7 @@ be on either side of a step, both values are allowed: a race window is no alarm.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import MappingProxyType
@@ -37,7 +38,9 @@ class Outcome(NamedTuple):
     observed: Any
     evidence: tuple[Evidence, ...] = ()
     reason: str | None = None
-    because_of: tuple[str, ...] = ()  # the checks which explain this failure, where all of them fail for the same CPU
+    # What explains this failure: any of these groups of checks, where all of a group fail for the same CPU. What fails
+    # for the whole machine explains each CPU's failure, and what fails for the crashing CPU the machine's.
+    because_of: tuple[tuple[str, ...], ...] = ()
 
 
 @lru_cache
@@ -78,6 +81,11 @@ def expect(
     if show is not None:
         value = shown if len(allowed) == 1 else show(value)
     return Outcome(Verdict.PASS, shown, value, evidence)
+
+
+def because(outcome: Outcome, *checks: str) -> Outcome:
+    """The same outcome; a failure of any of the checks explains this one."""
+    return outcome._replace(because_of=tuple((check,) for check in checks))
 
 
 def timed(span: Span, step: int, before: Any, after: Any) -> tuple[Any, ...]:
@@ -490,7 +498,7 @@ def _gate_change(context: Context, cpu: int) -> Outcome:
     if undecided and not wrong:
         return _from_absence(undecided[0], list(may))
     if wrong:
-        return Outcome(Verdict.FAIL, list(may), observed, evidence, because_of=tuple(wrong))
+        return Outcome(Verdict.FAIL, list(may), observed, evidence, because_of=(tuple(wrong),))
     return Outcome(Verdict.PASS, list(may), observed, evidence, reason=_WRITER_UNSEEN if unseen else None)
 
 
@@ -539,7 +547,9 @@ def _waiting(context: Context, cpu: int) -> Outcome:
         allowed = timed(context.other(cpu), OtherStep.SIGNED_OFF, True, False)
         if not context.crash.reached(CrashStep.ARMED):
             allowed = (False, *allowed)
-    return _expect_member(context, "waiting_mask", cpu, allowed)
+    outcome = _expect_member(context, "waiting_mask", cpu, allowed)
+    # Done is set just before a CPU signs off: without it, it did not come so far.
+    return because(outcome, "crash-save-done") if outcome.observed is True else outcome
 
 
 def _waiting_count(context: Context) -> Outcome:
@@ -579,9 +589,10 @@ def _crash_save_done(context: Context, cpu: int) -> Outcome:
     read = context.state.of(cpu).crash_save_done
     if read.present is False and read.value.kind is Kind.NOT_APPLICABLE:
         read = absent("the symbols do not name per_cpu__crash_save_done", Kind.NO_SYMBOL)
-    if context.is_other(cpu):
-        return expect(read, timed(context.other(cpu), OtherStep.DONE, False, True))
-    return expect(read, (False,))
+    if not context.is_other(cpu):
+        return expect(read, (False,))
+    outcome = expect(read, timed(context.other(cpu), OtherStep.DONE, False, True))
+    return because(outcome, "online-cpus") if outcome.observed is False else outcome  # the stop comes first
 
 
 def _crash_notes(context: Context, cpu: int) -> Outcome:
@@ -596,7 +607,8 @@ def _crash_notes(context: Context, cpu: int) -> Outcome:
         observed = "not Xen's registers"
     if len(allowed) > 1:  # it may be writing them right now
         allowed = (*allowed, "half written", "not Xen's registers")
-    return expect(Read(observed, read.evidence), allowed)
+    outcome = expect(Read(observed, read.evidence), allowed)
+    return because(outcome, "saved-cpus") if observed == "empty" else outcome
 
 
 def _plausible(context: Context, registers: dict[str, int], control: dict[str, int]) -> bool:
@@ -643,10 +655,23 @@ def _shootdown_report(context: Context, _cpu: int) -> Outcome:
     if isinstance(tail, Absent):
         return _from_absence(tail, "Shot down all CPUs")
     lines = [line for line in tail.splitlines() if "hot down all CPUs" in line or "o shoot down CPUs" in line]
+    others = [cpu for cpu in sorted(context.position.online) if context.is_other(cpu)]
+    missing = [cpu for cpu in others if context.other(cpu).before(OtherStep.SIGNED_OFF)]
+    expected = f"Failed to shoot down CPUs {{{','.join(map(str, missing))}}}" if missing else "Shot down all CPUs"
     if not lines:
-        return unknown("the end of Xen's console ring does not hold the report", "Shot down all CPUs")
-    verdict = Verdict.PASS if "Shot down all CPUs" in lines[-1] else Verdict.FAIL
-    return Outcome(verdict, "Shot down all CPUs", lines[-1].strip(), (Evidence("Xen's console ring"),))
+        return unknown("the end of Xen's console ring does not hold the report", expected)
+    verdict = Verdict.PASS if _reports(lines[-1], missing) else Verdict.FAIL
+    return Outcome(verdict, expected, lines[-1].strip(), (Evidence("Xen's console ring"),))
+
+
+def _reports(line: str, missing: Sequence[int]) -> bool:
+    """Whether Xen's report names just these CPUs, as a list of ranges: `{1,4-6}`."""
+    named = re.search(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}", line)
+    if named is None:
+        return not missing and "Shot down all CPUs" in line
+    bounds = [[int(number) for number in one.split("-")] for one in named[1].split(",")]
+    size = sum(one[-1] - one[0] + 1 for one in bounds)
+    return size == len(missing) and all(any(one[0] <= cpu <= one[-1] for one in bounds) for cpu in missing)
 
 
 def _nmi_answered(context: Context, cpu: int) -> Outcome:
@@ -667,7 +692,8 @@ def _nmi_answered(context: Context, cpu: int) -> Outcome:
     if not evidence:
         return unknown("none of its signs could be read", "answered")
     verdict = Verdict.PASS if answered else Verdict.FAIL
-    return Outcome(verdict, "answered", "answered" if answered else "did not answer", evidence)
+    outcome = Outcome(verdict, "answered", "answered" if answered else "did not answer", evidence)
+    return because(outcome, "nmi-dispatch", "nmi-gate-present", "nmi-gate-handler", "nmi-gate-selector", "idtr")
 
 
 def _nmi_entries(context: Context, cpu: int) -> Outcome:
@@ -676,7 +702,8 @@ def _nmi_entries(context: Context, cpu: int) -> Outcome:
     if not context.crash.reached(CrashStep.WAITED):
         return skip("the wait is not over")
     entries = context.nmi_entries.get(cpu, 0)
-    return expect(Read(entries, (Evidence("breakpoint at the NMI handler of the crash path"),)), (1,))
+    allowed = timed(context.other(cpu), OtherStep.NMI_TAKEN, 0, 1)
+    return expect(Read(entries, (Evidence("breakpoint at the NMI handler of the crash path"),)), allowed)
 
 
 # The local APIC and the CPU itself
@@ -694,6 +721,10 @@ def _lapic_read(lapic: Lapic | Absent, of: Callable[[Lapic], Any]) -> Read:
 def _lapic_mode(context: Context, cpu: int) -> Outcome:
     boot, running = context.boot_mode, context.running_mode
     allowed = _by_role(context, cpu, CrashStep.STOPPED, OtherStep.STOPPED, before=running, after=boot, offline=running)
+    late = context.is_other(cpu) and not context.other(cpu).reached(OtherStep.STOPPED)
+    if late and not context.crash.before(CrashStep.STOPPED):
+        # x2apic_enabled may be the crashing CPU's alone by now: it does not tell the mode in which this one ran.
+        allowed = (*allowed, apic.Mode.XAPIC.value, apic.Mode.X2APIC.value)
     if len(allowed) > 1:  # from x2APIC back to xAPIC the way is through disabled (SDM vol. 3, 11.12.5)
         allowed = (*allowed, apic.Mode.DISABLED.value)
     missing = next((value for value in allowed if isinstance(value, Absent)), None)
@@ -727,13 +758,15 @@ def _lapic_lvt(context: Context, cpu: int) -> Outcome:
         entries = zip(apic.LVT_NAMES, lapic.lvt, strict=True)
         return tuple(name for name, entry in entries if not entry & apic.LVT_MASKED)
 
-    return expect(_lapic_read(context.lapic(cpu), unmasked), ((),), list)
+    return because(expect(_lapic_read(context.lapic(cpu), unmasked), ((),), list), "lapic-enabled")
 
 
 def _on_its_way(context: Context, cpu: int) -> Outcome | None:
     """What the last steps of another CPU leave can be judged once Xen hands over; None means judge it now."""
     if not context.crash.reached(CrashStep.NEUTRALISED):
         return skip("Xen has not handed over")
+    if context.other(cpu).before(OtherStep.SELF_NMI):
+        return skip("it has not come so far")
     physical = context.physical(cpu)
     if isinstance(physical, Absent) or context.other(cpu).reached(OtherStep.PARKED):
         return None
@@ -800,7 +833,8 @@ def _nmi_pending(context: Context, cpu: int) -> Outcome:
     if not context.generation.has_save_done:
         return skip("this generation queues no NMI to itself")
     early = _on_its_way(context, cpu)
-    return early or expect(_physical_read(context, cpu, lambda physical: physical.nmi_pending), (True,))
+    pending = expect(_physical_read(context, cpu, lambda physical: physical.nmi_pending), (True,))
+    return early or because(pending, "lapic-self-nmi")
 
 
 def _cpu_parked(context: Context, cpu: int) -> Outcome:
@@ -865,7 +899,7 @@ def _x2apic_enabled(context: Context, _cpu: int) -> Outcome:
     boot = context.boot_mode
     if isinstance(boot, Absent):
         return _from_absence(boot, None)
-    return expect(context.state.system["x2apic_enabled"], (boot == apic.Mode.X2APIC.value,))
+    return because(expect(context.state.system["x2apic_enabled"], (boot == apic.Mode.X2APIC.value,)), "lapic-mode")
 
 
 CHECKS: tuple[Check, ...] = (

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols import __version__
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.crashpath.checks import CHECKS, MACHINE, Context, Subject
+from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
 from xen_symbols.crashpath.generations import Generation, Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
-from xen_symbols.crashpath.stages import CRASHING, CrashStep, Position
+from xen_symbols.crashpath.stages import CRASHING, CrashStep, OtherStep, Position, Span
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.target import Lapic
@@ -36,24 +37,22 @@ def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> l
     findings: list[Finding] = []
     found = findings.append
     stage = context.position.stage.id
-    failed = {(f.check, f.cpu) for f in earlier if f.verdict is Verdict.FAIL}
+    failed: list[Failure] = []
     for check in CHECKS:
         for cpu in subjects[check.subject]:
             outcome = check.judge(context, cpu)
-            verdict, expected, observed, evidence, reason, because_of = outcome
-            follows = None
+            verdict, expected, observed, evidence, reason, _ = outcome
             if verdict is Verdict.FAIL:
-                failed.add((check.id, cpu))
+                failed.append(Failure(check, cpu, outcome, len(findings)))
                 reason = reason or check.explain(outcome)
-                if because_of and all((cause, cpu) in failed for cause in because_of):
-                    follows = because_of[0]
             whose = None if cpu == MACHINE else cpu
             # By position, which is faster: there are 120,000 of them on 4096 CPUs.
             found(
-                Finding(check.id, stage, whose, verdict, expected, observed, check.source, evidence, reason, follows,
-                        stop)
-            )  # fmt: skip
-    return _follow(findings, earlier)
+                Finding(check.id, stage, whose, verdict, expected, observed, check.source, evidence, reason, None, stop)
+            )
+    if failed:
+        _follow(context, findings, failed, [finding for finding in earlier if finding.verdict is Verdict.FAIL])
+    return findings
 
 
 def _subjects(subject: Subject, context: Context) -> list[int]:
@@ -77,26 +76,87 @@ def _may_have_table(cpu: CpuState) -> bool:
     return cpu.idt.present or cpu.idt.value.kind.name != "NOT_APPLICABLE"
 
 
-_CAUSE = "nmi-answered"
-# What Xen says, and counts, of the whole machine also follows from one CPU that did not answer.
-_MACHINE_CONSEQUENCES = ("shootdown-report", "waiting-cpus")
+class Failure(NamedTuple):
+    """A failure: the check that can judge it again, what it is called with, and where its finding stands."""
+
+    check: Check
+    cpu: int
+    outcome: Outcome
+    place: int
 
 
-def _follow(findings: list[Finding], earlier: Sequence[Finding]) -> list[Finding]:
-    """Mark the failures that follow from a CPU that never answered. What failed before the wait was over may be why it
-    did not, and follows from nothing."""
-    silent = {f.cpu for f in findings if f.check == _CAUSE and f.verdict is Verdict.FAIL}
-    if not silent:
-        return findings
-    causes = {(f.check, f.cpu) for f in earlier if f.verdict is Verdict.FAIL and f.follows is None}
-    marked = []
-    for finding in findings:
-        explained = finding.cpu in silent or (finding.cpu is None and finding.check in _MACHINE_CONSEQUENCES)
-        own = finding.check == _CAUSE or (finding.check, finding.cpu) in causes
-        if finding.verdict is Verdict.FAIL and explained and not own:
-            finding = finding._replace(follows=_CAUSE)
-        marked.append(finding)
-    return marked
+_SILENT = "nmi-answered"
+_SAID_ONCE = "shootdown-report"  # of how things were when the wait was over
+# All that a CPU which did not answer can have completed.
+_NO_ANSWER = Span(OtherStep.NOTHING, OtherStep.NMI_TAKEN)
+
+
+def _follow(
+    context: Context, findings: list[Finding], failed: Sequence[Failure], earlier: Sequence[Finding]
+) -> None:
+    """Mark the failures that follow from others, as far as these explain them.
+
+    One that was found before the wait was over may be why a CPU did not answer, and does not follow from that; what Xen
+    said once stays explained by what explained it then.
+    """
+    before = {finding.observed: finding.follows for finding in earlier if finding.check == _SAID_ONCE}
+    own = {(finding.check, finding.cpu) for finding in earlier if finding.follows is None}
+    known = {(f.check, f.cpu) for f in (*earlier, *(findings[failure.place] for failure in failed))}
+    late = _no_further(context, failed)
+    held_up = _assume(context, {cpu: span for cpu, (_, span) in late.items()})
+    for failure in failed:
+        finding = findings[failure.place]
+        cpu, follows, reason = finding.cpu, None, finding.reason
+        causes = [check for number, (check, _) in late.items() if number == cpu or cpu is None]
+        concerned = causes and (cpu is None or causes == [_SILENT]) and finding.check != _SILENT
+        if finding.check == _SAID_ONCE and finding.observed in before:
+            follows = before[finding.observed]
+        elif concerned and (finding.check, cpu) not in own:
+            again = failure.check.judge(held_up, failure.cpu)
+            if again.verdict is not Verdict.FAIL:
+                follows = causes[0]
+            elif cpu is None and again.allowed != failure.outcome.allowed:
+                whose = ", ".join(f"{check} of CPU {number}" for number, (check, _) in late.items())
+                reason = f"{reason}; {whose} would make it {again.allowed}, and no more"
+        follows = follows or _because_of(failure.outcome, cpu, known, context.position.crashing_cpu)
+        if follows or reason != finding.reason:
+            findings[failure.place] = finding._replace(follows=follows, reason=reason)
+
+
+def _because_of(
+    outcome: Outcome, cpu: int | None, known: Container[tuple[str, int | None]], crashing: int | None
+) -> str | None:
+    """The first check of a group that explains this failure; None if there is none."""
+    concerned = (crashing, None) if cpu is None else (cpu, None)
+    for group in outcome.because_of:
+        if group and all(any((check, whose) in known for whose in concerned) for check in group):
+            return group[0]
+    return None
+
+
+def _no_further(context: Context, failed: Sequence[Failure]) -> dict[int, tuple[str, Span]]:
+    """Each other CPU that has not signed off: the check which says so, and what it can have completed."""
+    generation = context.generation
+    if generation.bookkeeping == "mask":
+        sign, missing, span = "waiting-cpus", True, Span(OtherStep.NOTHING, OtherStep.DONE)
+    elif generation.has_save_done:
+        sign, missing, span = "crash-save-done", False, Span(OtherStep.NOTHING, OtherStep.STOPPED)
+    else:
+        sign, missing, span = "online-cpus", True, Span(OtherStep.NOTHING, OtherStep.NOTES_SAVED)
+    held: dict[int, tuple[str, Span]] = {}
+    for failure in failed:
+        if failure.check.id == _SILENT:
+            held[failure.cpu] = (_SILENT, _NO_ANSWER)
+        elif failure.check.id == sign and failure.outcome.observed is missing and context.is_other(failure.cpu):
+            held.setdefault(failure.cpu, (sign, span))
+    return dict(sorted(held.items(), key=lambda item: item[1][0] != _SILENT))
+
+
+def _assume(context: Context, spans: Mapping[int, Span]) -> Context:
+    """The same moment, with some of the other CPUs elsewhere."""
+    assumed = copy.copy(context)
+    assumed.position = context.position._replace(others={**context.position.others, **spans})
+    return assumed
 
 
 def xen_phys_start(memory: XenMemory) -> int | Absent:

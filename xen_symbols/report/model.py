@@ -62,7 +62,8 @@ class Finding(NamedTuple):
     source: str
     evidence: Sequence[Evidence] = ()
     reason: str | None = None  # why it was skipped or is unknown; for a failure, what it would do to a real crash
-    follows: str | None = None  # the check whose failure for the same CPU explains this one
+    # The check whose failure explains this one: for the same CPU, the machine, or all the CPUs that this one counts.
+    follows: str | None = None
     stop: int | None = None  # index into the report's stages
 
     def to_json(self) -> dict[str, Any]:
