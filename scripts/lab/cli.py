@@ -197,12 +197,34 @@ def _guest_arguments(args: argparse.Namespace) -> dict[str, Any]:
         raise _usage(f"--guest {args.guest}: the generations are {', '.join(generations())}")
     if args.fault and args.fault not in BY_ID:
         raise _usage(f"--fault {args.fault}: xencrash lab guests lists the faults")
-    if args.fault and args.guest not in BY_ID[args.fault].generations:
-        raise _usage(f"--fault {args.fault} makes sense in {', '.join(BY_ID[args.fault].generations)}")
+    if args.fault:
+        _require_shown(BY_ID[args.fault], args)
+    if args.lapic == "x2apic":
+        _require_x2apic("--lapic x2apic", args)
+    if not 0 <= _crash_cpu(args) < args.cpus:
+        raise _usage(f"--cpu {args.cpu}: the machine's CPUs are 0 to {args.cpus - 1}")
     built = build(args.guest)
     append = command_line(fault=args.fault, crash_cpu=_crash_cpu(args), x2apic=args.lapic == "x2apic")
     boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
     return {"guest": boot, "memory_mib": 64, "wait": "none"}
+
+
+def _require_shown(fault: Any, args: argparse.Namespace) -> None:
+    """Refuse a run that could not show the fault."""
+    if args.guest not in fault.generations:
+        raise _usage(f"--fault {fault.id} makes sense in {', '.join(fault.generations)}, not in {args.guest}")
+    if args.cpus < fault.cpus:
+        raise _usage(f"--fault {fault.id} is not to be seen with {args.cpus} CPU: give --cpus {fault.cpus} or more")
+    if fault.x2apic:
+        if args.lapic == "xapic":
+            raise _usage(f"--fault {fault.id} is one of x2APIC mode: give --lapic x2apic, or leave --lapic out")
+        _require_x2apic(f"--fault {fault.id}", args)
+
+
+def _require_x2apic(what: str, args: argparse.Namespace) -> None:
+    able = [row.name for row in QEMUS.values() if "x2apic" in row.cpu]
+    if args.qemu not in able:
+        raise _usage(f"{what} needs x2APIC, which QEMU {args.qemu} does not emulate: give --qemu {' or '.join(able)}")
 
 
 def _crash_cpu(args: argparse.Namespace) -> int:
@@ -310,9 +332,17 @@ def run_guests(args: argparse.Namespace) -> int:
         print(json.dumps(known, indent=2))
         return 0
     print("generations: " + " ".join(generation["id"] for generation in known["generations"]))
+    for generation in known["generations"]:
+        if generation.get("finds"):
+            print(f"{generation['id']} by itself, with {generation['cpus']} CPUs or more, fails: "
+                  + " ".join(generation["finds"]))  # fmt: skip
     for fault in known["faults"]:
-        seen = "" if fault["visible"] else "  (leaves no trace in any readable state)"
-        print(f"{fault['id']:32} {' '.join(fault['generations'])}{seen}")
+        needs = [f"{fault['cpus']} CPUs"] if fault["cpus"] > 1 else []
+        needs += ["x2APIC"] if fault["lapic"] else []
+        print(f"\n{fault['id']}: {fault['does']}")
+        if not fault["visible"]:
+            print(f"  leaves no trace in any readable state: {fault['reason']}")
+        print(f"  in {' '.join(fault['generations'])}" + (f"; needs {', '.join(needs)}" if needs else ""))
     return 0
 
 

@@ -79,8 +79,8 @@ class Fault:
         return bool(self.not_in_a_dump or (self.mended_with and _has(generation, (self.mended_with,))))
 
     def expected(self, generation: str) -> tuple[Expected, ...]:
-        """All that is to be found in one generation, with 3 CPUs or more: in `rfc-v1`, with what it does wrong by itself
-        (of 2, the one that a fault keeps from signing off explains that)."""
+        """All that is to be found in one generation, with 3 CPUs or more: in `rfc-v1` with what it does wrong by
+        itself (of 2, the one that a fault keeps from signing off explains that)."""
         found = tuple(finding for finding in self.findings if _has(generation, finding.needs))
         return found if self.nobody_signs_off else found + clean(generation)
 
@@ -136,9 +136,9 @@ FAULTS: tuple[Fault, ...] = (
           (), (Expected("kexecing", None, "shutdown-entry"),), cpus=1),
     # The NMI and its handler
     Fault("hook-missing", "The NMI is sent with nothing hooked: every CPU runs its ordinary handler.",
-          ("!HOOKS_GATES",), (Expected("nmi-dispatch", None, "shootdown"),)),
+          ("!HOOKS_GATES",), (Expected("nmi-dispatch", None, "shootdown"),), cpus=1),
     Fault("hook-restored", "Another user of nmi_callback puts back what it found there, after the crash path's hook.",
-          ("HOOKS_CALLBACK", "HARDENED"), (Expected("nmi-dispatch", None, "shootdown"),)),
+          ("HOOKS_CALLBACK", "HARDENED"), (Expected("nmi-dispatch", None, "shootdown"),), cpus=1),
     Fault("nmi-gate-not-hooked", "One CPU's NMI gate is forgotten.",
           ("HOOKS_GATES",), (Expected("nmi-gate-handler", "F", "shootdown"),)),
     Fault("handlers-exchanged", "nmi_crash goes to the crashing CPU, and trap_nop to all others.",
@@ -178,7 +178,8 @@ FAULTS: tuple[Fault, ...] = (
           ("HARDENED", "!REWRITES_GATES"), (Expected("gate-change", "F", "cpu-save"),), most_cpus=2, gates=True,
           not_in_a_dump="the gate becomes what it should, when it should: who wrote it only a watchpoint tells"),
     Fault("mc-not-swapped", "No #MC gate is led to trap_nop before the jump.",
-          ("HARDENED",), (Expected("mc-gate-handler", "C", "handover"), Expected("mc-gate-handler", "O", "handover"))),
+          ("HARDENED",), (Expected("mc-gate-handler", "C", "handover"), Expected("mc-gate-handler", "O", "handover")),
+          cpus=1),
     Fault("mc-swapped-on-crasher-only", "Only the crashing CPU's own #MC gate is led to trap_nop.",
           ("HARDENED",), (Expected("mc-gate-handler", "O", "handover"),)),
     Fault("mc-rewritten", "The #MC gates are rewritten whole, as the RFC did, where the handler alone should change.",
@@ -245,11 +246,14 @@ def command_line(
 ) -> str:
     """What QEMU's -append says. A crash begins when 'C' is typed on the serial line, or by itself.
 
-    The faulty CPU is by default the first that is not the crashing one. `in_nmi` crashes from an NMI handler, `x2apic`
+    The faulty CPU is by default the first that is not the crashing one; that one for a fault which needs no other.
+    `in_nmi` crashes from an NMI handler, `x2apic`
     switches to x2APIC (QEMU 10), `exits` lets the crash image end QEMU (-device isa-debug-exit,iobase=0xf4).
     """
     chosen = BY_ID[fault] if fault is not None else None
     mode = chosen.x2apic if chosen is not None and chosen.x2apic else "x2apic" if x2apic else ""
+    if fault_cpu is None and chosen is not None and chosen.cpus == 1 and chosen.words.startswith("fault="):
+        fault_cpu = crash_cpu
     words = [
         chosen.words if chosen is not None and chosen.words != mode else "",
         f"fault_cpu={fault_cpu}" if fault_cpu is not None else "",
@@ -265,10 +269,15 @@ def command_line(
 def listing() -> dict[str, Any]:
     """What `xencrash lab guests --format json` says."""
     return {
-        "generations": [{"id": generation} for generation in generations()],
+        "generations": [
+            {"id": generation} | ({"finds": [found.check for found in wrong], "cpus": 2} if wrong else {})
+            for generation in generations()
+            for wrong in (clean(generation),)
+        ],
         "faults": [
-            {"id": fault.id, "does": fault.does, "generations": list(fault.generations), "visible": fault.visible}
+            {"id": fault.id, "does": fault.does, "generations": list(fault.generations), "visible": fault.visible,
+             "cpus": fault.cpus, "lapic": "x2apic" if fault.x2apic else None}
             | ({"reason": fault.invisible} if fault.invisible else {})
             for fault in FAULTS
         ],
-    }
+    }  # fmt: skip

@@ -52,9 +52,11 @@ def clean_runs() -> Iterator[Run]:
 
 
 def fault_runs() -> Iterator[Run]:
+    """With a CPU beside the crashing one and the faulty one, if the fault has one: of these nothing may be said."""
     for fault in FAULTS:
+        cpus = min(fault.most_cpus, max(fault.cpus, 1) + 1)
         for generation in fault.generations:
-            yield Run(generation, fault.id, min(4, fault.most_cpus), "x2apic" if fault.x2apic else "xapic")
+            yield Run(generation, fault.id, cpus, "x2apic" if fault.x2apic else "xapic")
 
 
 RUNS = (*clean_runs(), *fault_runs())
@@ -205,13 +207,13 @@ def test_the_rfc_as_posted_fails_in_the_one_way_that_its_author_names(
     assert "waits a full second" in failure["reason"]
 
 
-@pytest.mark.parametrize("run", [Run("rfc-v1", "stuck", 4, "xapic")], ids=str)
-def test_one_silent_cpu_explains_one_of_the_three_that_the_rfc_counts(
+@pytest.mark.parametrize("run", [Run("rfc-v1", "stuck", 3, "xapic")], ids=str)
+def test_one_silent_cpu_explains_one_of_the_two_that_the_rfc_counts(
     run: Run, reports: dict[Run, Future[Followed]]
 ) -> None:
     failures = [f for f in reports[run].result(timeout=1800).report["findings"] if f["verdict"] == "fail"]
     counts = [f for f in failures if f["check"] == "waiting-cpus"]
-    assert counts and all("follows" not in f and f["observed"] == 3 for f in counts)
+    assert counts and all("follows" not in f and f["observed"] == 2 for f in counts)
     assert "nmi-answered of CPU 1 would make it 1, and no more" in counts[0]["reason"]
     assert {f["cpu"] for f in failures if f.get("follows") == "nmi-answered"} == {1}
 

@@ -10,6 +10,7 @@ from xen_symbols.crashpath.stages import BY_ID as STAGES
 from xen_symbols.crashpath.stages import STAGES as ANCHORED
 from xen_symbols.symbols.elf import load_elf
 from xen_symbols.symbols.files import open_bytes
+from xencrash.cli import main
 from xencrash.guests import BY_ID, FAULTS, build, command_line, generations, listing
 from xencrash.guests.faults import clean
 from xencrash.guests.generations import SOURCES, feature
@@ -102,3 +103,49 @@ def test_the_listing_says_what_cannot_be_seen():
     hidden = {row["id"] for row in listed["faults"] if not row["visible"]}
     assert hidden == {"mc-rewritten", "enable-nmis-skipped"}
     assert all(row["generations"] and row["does"] for row in listed["faults"])
+
+
+def test_the_listing_says_what_a_fault_needs():
+    needs = {row["id"]: (row["cpus"], row["lapic"]) for row in listing()["faults"]}
+    assert needs["own-nmi-gate-ist"] == (1, None)
+    assert needs["stuck"] == (2, None)
+    assert needs["mc-gate-ist-twice"] == (3, None)
+    assert needs["own-lapic-mode-kept"] == (1, "x2apic")
+    assert needs["firmware-x2apic"] == (2, "x2apic")
+    by_itself = {row["id"]: (row["finds"], row["cpus"]) for row in listing()["generations"] if "finds" in row}
+    assert by_itself == {"rfc-v1": (["waiting-cpus"], 2)}
+
+
+def test_the_listing_in_words(capsys):
+    assert main(["lab", "guests"]) == 0
+    said = capsys.readouterr().out
+    assert "rfc-v1 by itself, with 2 CPUs or more, fails: waiting-cpus\n" in said
+    assert f"lapic-mode-kept: {BY_ID['lapic-mode-kept'].does}\n  in {' '.join(generations())}; " in said
+    assert "; needs 2 CPUs, x2APIC\n" in said
+    assert "mc-rewritten: " in said and "leaves no trace in any readable state: IST is off already" in said
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ("--guest 9.9", "--guest 9.9: the generations are 4.2.0, rfc-v1"),
+        ("--guest 4.3.0 --fault none", "--fault none: xencrash lab guests lists the faults"),
+        ("--guest 4.2.0 --fault no-self-nmi", "--fault no-self-nmi makes sense in rfc-v1, "),
+        ("--guest 4.3.0 --fault stuck --cpus 1", "with 1 CPU: give --cpus 2 or more"),
+        ("--guest 4.3.0 --fault mc-gate-ist-twice --cpus 2", "give --cpus 3 or more"),
+        ("--guest 4.3.0 --fault lapic-mode-kept", "which QEMU 7.2 does not emulate: give --qemu 10.0"),
+        ("--guest 4.3.0 --fault firmware-x2apic --qemu 10.0 --lapic xapic", "is one of x2APIC mode"),
+        ("--guest 4.3.0 --lapic x2apic", "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate"),
+        ("--guest 4.3.0 --cpu 4", "--cpu 4: the machine's CPUs are 0 to 3"),
+        ("--fault stuck", "give --guest too"),
+    ],
+)
+def test_a_run_that_could_not_show_its_fault_is_bad_usage(words, why, tmp_path, capsys):
+    assert main(["lab", "run", *words.split(), "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert why in said and said.count("\n") == 1
+
+
+def test_a_fault_of_the_crashing_cpu_alone_needs_no_other():
+    assert command_line("own-nmi-gate-ist", crash_cpu=2) == "fault=own-nmi-gate-ist fault_cpu=2 crash_cpu=2"
+    assert command_line("absent-cpus") == "nr_cpu_ids=17"
