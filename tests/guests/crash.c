@@ -318,6 +318,15 @@ static void report_shootdown(void)
 #endif
 }
 
+/* The crashing CPU itself, and what the platform sends to it. */
+static void stop_self(void)
+{
+    __stop_this_cpu();
+    if ( !faulty(X2APIC_ENABLED_STALE) )
+        x2apic_enabled = current_local_apic_mode() == APIC_MODE_X2APIC;
+    disable_IO_APIC();
+}
+
 static void nmi_shootdown_cpus(void)
 {
     unsigned int cpu = smp_processor_id();
@@ -343,10 +352,8 @@ static void nmi_shootdown_cpus(void)
         mdelay(1);
     report_shootdown();
 
-    __stop_this_cpu();
-    if ( !faulty(X2APIC_ENABLED_STALE) )
-        x2apic_enabled = current_local_apic_mode() == APIC_MODE_X2APIC;
-    disable_IO_APIC();
+    if ( !faulty(OWN_STOP_SKIPPED) )
+        stop_self();
 }
 
 void machine_crash_shutdown(void)

@@ -186,6 +186,12 @@ ENTRY(console_interrupt)
         LEAVE
 END(console_interrupt)
 
+ENTRY(vm_exit_interrupt)
+        ENTER   VM_EXIT_VECTOR
+        call    do_vm_exit_nmi
+        LEAVE
+END(vm_exit_interrupt)
+
 /* No EOI is due: SDM vol. 3, "Spurious Interrupt". */
 ENTRY(spurious_interrupt)
         iretq

@@ -28,6 +28,7 @@
     F(NMI_GATE_NOT_HOOKED,      "nmi-gate-not-hooked")          \
     F(HANDLERS_EXCHANGED,       "handlers-exchanged")           \
     F(NMI_NOT_SENT,             "nmi-not-sent")                 \
+    F(NMI_BY_VM_EXIT,           "nmi-by-vm-exit")               \
     F(STUCK,                    "stuck")                        \
     F(LATE,                     "late")                         \
     F(IDTR_ELSEWHERE,           "idtr-elsewhere")               \
@@ -78,6 +79,7 @@
     F(INTERRUPTS_ON,            "interrupts-on")                \
     F(NMIS_LATCHED,             "nmis-latched")                 \
     F(ENABLE_NMIS_SKIPPED,      "enable-nmis-skipped")          \
+    F(OWN_STOP_SKIPPED,         "own-stop-skipped")             \
     F(NO_JUMP,                  "no-jump")
 
 enum fault {

@@ -145,6 +145,8 @@ FAULTS: tuple[Fault, ...] = (
           ("HOOKS_GATES",), (Expected("nmi-gate-handler", "C", "shootdown"),
                              Expected("nmi-gate-handler", "O", "shootdown")), nobody_signs_off=True),
     Fault("nmi-not-sent", "One CPU is left out when the NMI is sent.", (), (_SILENT,)),
+    Fault("nmi-by-vm-exit", "A CPU in VMX non-root mode takes the NMI as a VM exit, whose handler calls do_nmi() past "
+          "the hooked gate, as until 4.5.0 on Intel.", ("HOOKS_GATES", "!REWRITES_GATES"), (_SILENT,)),
     Fault("stuck", "A CPU never leaves another NMI's handler: the shootdown's NMI stays latched there.",
           (), (_SILENT,)),
     Fault("late", "A CPU leaves another NMI's handler only when the crash image runs already, and answers then.",
@@ -218,6 +220,9 @@ FAULTS: tuple[Fault, ...] = (
     Fault("enable-nmis-skipped", "NMIs are not opened before the jump, in a crash that no NMI began.",
           ("HARDENED",), cpus=1,
           invisible="they were open already; nmis-latched is the crash in which they are not"),
+    Fault("own-stop-skipped", "The crashing CPU does not stop itself once all others have answered, as in the "
+          "development of 4.13 (6ff560f7f1 to f56813f347).",
+          ("HOOKS_EXCEPTION_TABLE",), (Expected("online-cpus", "C", "crash-info"),), cpus=1),
     Fault("no-jump", "machine_kexec() never jumps to the crash image.",
           (), (_LOST,), cpus=1, not_in_a_dump=_ON_ITS_WAY),
     # What a generation does wrong by itself

@@ -51,6 +51,7 @@
 #define VECTOR_MC          18
 #define FIRST_IRQ_VECTOR   32
 #define CONSOLE_VECTOR     0xf0                 /* the serial port's interrupt */
+#define VM_EXIT_VECTOR     0xf1                 /* stands for an NMI that is taken as a VM exit */
 #define SPURIOUS_VECTOR    0xff
 
 #endif /* LAYOUT_H */

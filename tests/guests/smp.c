@@ -11,7 +11,7 @@ noinline void smp_send_nmi_allbutself(void)
 
     for_each_cpu ( cpu, &cpu_online_map )
         if ( cpu != smp_processor_id() && !faulty_cpu(NMI_NOT_SENT, cpu) )
-            send_IPI(x86_cpu_to_apicid[cpu], ICR_NMI);
+            send_IPI(x86_cpu_to_apicid[cpu], faulty_cpu(NMI_BY_VM_EXIT, cpu) ? VM_EXIT_VECTOR : ICR_NMI);
 }
 
 noinline void __stop_this_cpu(void)

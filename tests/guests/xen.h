@@ -184,6 +184,7 @@ static inline void enable_nmis(void)
 typedef int nmi_callback_t(const struct cpu_user_regs *regs, int cpu);
 nmi_callback_t *set_nmi_callback(nmi_callback_t *callback);
 void do_nmi(struct cpu_user_regs *regs);
+void do_vm_exit_nmi(struct cpu_user_regs *regs);
 void do_machine_check(struct cpu_user_regs *regs);
 void do_trap(struct cpu_user_regs *regs);
 void do_console_irq(void);

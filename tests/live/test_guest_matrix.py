@@ -2,7 +2,7 @@
 
 Each run boots the reference guest in QEMU, follows its crash through gdb as `xencrash trace` does, and compares what
 failed, where, and at which stage first, with the table of faults. At its end QEMU dumps the machine, and the dump must
-say what the last stage said. Two runs are under way at a time.
+say what the last stage said. Two runs are under way at a time, and those that wait for a crash which is stuck.
 """
 
 from __future__ import annotations
@@ -125,11 +125,16 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[Run, Future[Followe
     wanted = dict.fromkeys(params["run"] for params in selected if "run" in params)
     for generation in {run.generation for run in wanted}:
         build(generation)
-    with ThreadPoolExecutor(2) as pool:
-        futures = {run: pool.submit(follow, run) for run in wanted}
+    # A crash that gets stuck is waited for, and costs nothing meanwhile.
+    with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(4) as waiting:
+        futures = {run: (waiting if gets_stuck(run) else pool).submit(follow, run) for run in wanted}
         yield futures
         for future in futures.values():
             future.cancel()
+
+
+def gets_stuck(run: Run) -> bool:
+    return any(item.check == "trace-complete" for item in (BY_ID[run.fault].findings if run.fault else ()))
 
 
 def first_seen(report: Json, verdict: str) -> Found:

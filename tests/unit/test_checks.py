@@ -578,7 +578,7 @@ def test_a_failure_says_what_it_does_by_what_should_have_been_there() -> None:
     assert "the stack that happens to be current" in str(reason(lambda m: m.gate(2, NMI, 4, b"\x00")))
     assert "instead of being ignored" in str(reason(lambda m: handler(m, 1, MC, "machine_check")))
     assert "counts as done already" in str(reason(lambda m: m.per_cpu("crash_save_done", 0, b"\1")))
-    assert "over the first" in str(reason(lambda m: m.per_cpu("crash_save_done", 2, b"\0")))
+    assert "signs it off again" in str(reason(lambda m: m.per_cpu("crash_save_done", 2, b"\0")))
 
 
 def test_each_explanation_is_of_a_value_that_its_check_can_expect() -> None:

@@ -385,9 +385,16 @@ def _judge_ist(vector: int) -> Callable[[Context, int], Outcome]:
     return judge
 
 
-def _judge_bits(vector: int, of: Callable[[Gate], Any], allowed: Any) -> Callable[[Context, int], Outcome]:
+def _reserved(bits: tuple[int, int]) -> str:
+    """A gate's reserved bits, in place among its 128."""
+    return hex(bits[0] | bits[1] << 64)
+
+
+def _judge_bits(
+    vector: int, of: Callable[[Gate], Any], allowed: Any, show: Callable[[Any], Any] = _as_it_is
+) -> Callable[[Context, int], Outcome]:
     def judge(context: Context, cpu: int) -> Outcome:
-        return expect(_gate_read(context, cpu, vector), (allowed,), of=of)
+        return expect(_gate_read(context, cpu, vector), (allowed,), show, of)
 
     return judge
 
@@ -397,7 +404,8 @@ _KEXEC_C = "xen/arch/x86/machine_kexec.c, machine_kexec (77ad1faa6b)"
 _GATE_HELPERS = "xen/arch/x86/traps.c and its _set_gate helpers; SDM vol. 3, 6.14.1"
 # What another handler than the expected one does.
 _INSTEAD_OF_HANDLER = {
-    "nmi_crash": "the shootdown NMI does not reach do_nmi_crash on that CPU: it saves nothing and does not stop",
+    "nmi_crash": "the shootdown NMI runs the code observed on that CPU: unless that leads to do_nmi_crash, the CPU "
+    "saves nothing and does not stop",
     **dict.fromkeys(("nmi", "entry_NMI"),
                     "an NMI on that CPU runs other code than Xen's handler: it is lost, or worse"),
     **dict.fromkeys(("machine_check", "entry_MC"),
@@ -412,7 +420,8 @@ _INSTEAD_OF_IST_0 = (
 def _gate_checks(prefix: str, vector: int, event: str, handler_source: str) -> tuple[Check, ...]:
     instead_of_handler = {
         **_INSTEAD_OF_HANDLER,
-        "trap_nop": f"{event} there is handled in full on a machine that is half torn down, instead of being ignored",
+        "trap_nop": f"{event} there runs the code observed, on a machine that is half torn down, instead of being "
+        "ignored",
     }
     instead_of_ist = {0: _INSTEAD_OF_IST_0.format(event=event)}
     rows: tuple[tuple[str, str, str, Callable[[Context, int], Outcome], Mapping[Any, str]], ...] = (
@@ -421,7 +430,7 @@ def _gate_checks(prefix: str, vector: int, event: str, handler_source: str) -> t
         ("handler", handler_source, f"{event} on that CPU runs the wrong code: the crash goes on without it, or ends",
          _judge_handler(vector), instead_of_handler),
         ("selector", _GATE_HELPERS, f"{event} on that CPU loads a wrong CS: #GP, or code in the wrong mode",
-         _judge_bits(vector, lambda g: g.selector, HYPERVISOR_CS), {}),
+         _judge_bits(vector, lambda g: g.selector, HYPERVISOR_CS, hex), {}),
         ("type", _GATE_HELPERS, f"{event} on that CPU is entered with interrupts on (type 15, a trap gate), or "
          "raises #GP (any other)", _judge_bits(vector, lambda g: g.type, INTERRUPT_GATE), {}),
         ("dpl", "xen/arch/x86/traps.c; SDM vol. 3, 6.12.1.1",
@@ -430,7 +439,7 @@ def _gate_checks(prefix: str, vector: int, event: str, handler_source: str) -> t
         ("ist", _CRASH_C, f"{event} on that CPU is taken on the stack that happens to be current, a guest's in the "
          "SYSCALL window, or on that of another exception, which may be in use", _judge_ist(vector), instead_of_ist),
         ("reserved", _GATE_HELPERS, "the gate's reserved bits are not 0: something other than Xen's helpers wrote it, "
-         "and what else it wrote is not known", _judge_bits(vector, lambda g: g.reserved == (0, 0), True), {}),
+         "and what else it wrote is not known", _judge_bits(vector, lambda g: g.reserved, (0, 0), _reserved), {}),
     )  # fmt: skip
     return tuple(
         Check(f"{prefix}-gate-{name}", Subject.TABLES, source, consequence, judge, instead_of)
@@ -454,14 +463,21 @@ _STRANGER = (
     "writes to, and when, is not known"
 )
 _WRITER_UNSEEN = "what changed is judged; who changed it was not seen, so that is not"
+# A gate's properties as people read them.
+_SHOWN: Mapping[str, Callable[[Any], Any]] = {
+    "selector": hex,
+    "present": lambda present: "yes" if present else "no",
+    "reserved": _reserved,
+}
 
 
 def _gate_change(context: Context, cpu: int) -> Outcome:
     from xen_symbols.crashpath.gatechanges import allowed, strangers
 
     def words(vector: int, name: str, *values: Any) -> str:
-        shown = [context.show_code(value)["symbol"] if name == "handler" else value for value in values]
-        what = f"{VECTOR_NAMES[vector]} {'IST' if name == 'ist' else name}"
+        shown = [_SHOWN.get(name, _as_it_is)(value) if name != "handler" else context.show_code(value)["symbol"]
+                 for value in values]  # fmt: skip
+        what = f"{VECTOR_NAMES[vector]} {name.upper() if name in ('ist', 'dpl') else name}"
         return f"{what} {' -> '.join(map(str, shown))}"
 
     may: dict[str, None] = {}
@@ -920,10 +936,12 @@ CHECKS: tuple[Check, ...] = (
           {False: "the crashing CPU waits a full second for it, and says that it could not shoot it down",
            True: "the crashing CPU does not wait for it: it leaves while this CPU still runs"}),
     Check("nmi-answered", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
-          "this CPU never took the shootdown NMI: it runs on under the crash kernel, and its registers are lost",
+          "when the wait was over this CPU had done nothing of what the shootdown NMI makes it do: unless it does so "
+          "yet, it runs on under the crash kernel, and its registers are lost",
           _nmi_answered),
     Check("nmi-entries", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
-          "it entered the handler more or less than once: something opened NMIs on a parked CPU, or it never came",
+          "it did not enter the handler just once: more means that an iret opened NMIs there and a second one came in, "
+          "none that the NMI never reached it",
           _nmi_entries),
     Check("saved-cpus", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
           "its registers are missing from the dump, or would be saved twice", _saved,
@@ -935,21 +953,23 @@ CHECKS: tuple[Check, ...] = (
           {False: "Xen still counts it as running: later steps are sent to a CPU that is halted",
            True: "Xen does not count it as running: later steps of the crash leave it out"}),
     Check("crash-save-done", Subject.CPUS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
-          "a second NMI saves its state again and stops it twice, or its first one saves nothing", _crash_save_done,
-          {False: "its first NMI saves nothing and does not stop its LAPIC: it counts as done already",
-           True: "a second NMI, such as the one it queued to itself, saves its state again over the first"}),
+          "a second NMI stops it twice, or its first one saves nothing", _crash_save_done,
+          {False: "it counts as done already: a shootdown NMI that finds it so saves nothing and stops no LAPIC",
+           True: "a second NMI, such as the one it queued to itself, stops it and signs it off again: a count then "
+           "leaves out a CPU that has not answered"}),
     Check("crash-notes", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
           "its registers are missing from the dump, or are not its own", _crash_notes,
           {"empty": "the dump shows registers of this CPU that this crash did not save"}),
     Check("crash-info-note", Subject.MACHINE, "xen/common/kexec.c, kexec_crash_save_info",
           "tools cannot tell where Xen lies in the dump", _crash_info_note),
     Check("crash-owner", Subject.MACHINE, "xen/common/kexec.c, one_cpu_only (470f58c159)",
-          "two CPUs may walk the crash path at once", _crash_owner),
+          "one_cpu_only() let in another CPU than it recorded: two may walk the crash path at once", _crash_owner),
     Check("kexecing", Subject.MACHINE, "xen/common/kexec.c, kexec_crash; read by disable_local_APIC",
           "the local APICs are not returned to the mode in which the firmware left them, as the crash kernel expects",
           _kexecing, {False: "Xen behaves as on its way into a crash kernel, and it is not"}),
     Check("shootdown-report", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus (f12c1f0b09)",
-          "Xen itself said that it could not shoot down every CPU", _shootdown_report),
+          "Xen itself said that it could not shoot down these CPUs: they were still waited for after a second",
+          _shootdown_report),
     Check("x2apic-enabled", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus",
           "Xen goes on to use the crashing CPU's LAPIC in the wrong mode: #GP, or writes that go nowhere",
           _x2apic_enabled),
@@ -959,7 +979,8 @@ CHECKS: tuple[Check, ...] = (
           "a stopped CPU still takes interrupts, or a running one none", _lapic_enabled,
           {False: "this stopped CPU still takes interrupts", True: "this CPU takes no interrupts, and should"}),
     Check("lapic-lvt", Subject.OTHERS, "xen/arch/x86/apic.c, clear_local_APIC",
-          "a local interrupt (the entries named are not masked) wakes the parked CPU", _lapic_lvt),
+          "a local interrupt may wake the parked CPU: the entries of its local vector table that are named here are "
+          "not masked", _lapic_lvt),
     Check("lapic-self-nmi", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
           "nothing is queued behind the NMI latch: a later iret on this CPU (from a machine check) would let it "
           "run on", _lapic_self_nmi),

@@ -6,6 +6,7 @@ every gate and every CPU afresh.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
@@ -15,6 +16,8 @@ from xen_symbols.crashpath.generations import TEXT, Identification, identify
 from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Position, Role, Span, Stage
 from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
+from xen_symbols.target import PhysicalCpu
+from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import State, read_state
 
@@ -27,6 +30,16 @@ _RESET_ANCHOR = "__start_xen"
 
 # Between two stages Xen waits a second of its own time at most; QEMU's emulation of many CPUs may take ten times that.
 STALL_SECONDS = 30.0
+_LAST_WORDS = 512  # bytes of Xen's console
+# Where the crash path goes on from a stage.
+_SHOOTDOWN = "xen/arch/x86/crash.c, nmi_shootdown_cpus"
+_GOES_ON_IN = {
+    "crash-entry": "xen/common/kexec.c, kexec_crash and kexec_common_shutdown",
+    **dict.fromkeys(("shutdown-entry", "shootdown", "nmi-taken", "cpu-save", "cpu-stop"), f"{_SHOOTDOWN} and its wait"),
+    "shootdown-done": f"{_SHOOTDOWN} after its wait: __stop_this_cpu, disable_IO_APIC, hpet_disable",
+    "crash-info": "xen/arch/x86/crash.c, machine_crash_shutdown after kexec_crash_save_info",
+    "exec-entry": "xen/arch/x86/machine_kexec.c, machine_kexec",
+}
 
 
 def no_crash(seconds: float, crash_kernel_loaded: bool | None) -> str:
@@ -223,7 +236,7 @@ class Follower:
         finding = Finding(
             check="trace-complete", stage=self._last, cpu=self._crashing,
             verdict=Verdict.PASS if reached else Verdict.FAIL,
-            expected=self._last, observed=last, source="xen/arch/x86/machine_kexec.c",
+            expected=self._last, observed=last, source=_GOES_ON_IN.get(last or "", _GOES_ON_IN["exec-entry"]),
             evidence=(Evidence("breakpoint"),), reason=why, stop=len(self.report.stages) - 1,
         )  # fmt: skip
         self.report.findings.append(finding)
@@ -231,7 +244,22 @@ class Follower:
 
     def stalled(self, why: str) -> Finding:
         """The crash began and never reached its end: a failure, named after where it was seen last."""
-        return self._complete(False, f"{why}: no crash kernel starts, and the dump is lost")
+        where = "; ".join([f"{why}: no crash kernel starts, and the dump is lost", *self._whereabouts()])
+        return self._complete(False, where)
+
+    def _whereabouts(self) -> list[str]:
+        """Where the crashing CPU got to, and what Xen said last, as far as they can be read."""
+        found = []
+        with contextlib.suppress(Unreadable, Undecidable):
+            physical = self._read().of(self._crashing).physical if self._crashing is not None else None
+            if isinstance(physical, PhysicalCpu) and "rip" in physical.registers:
+                halted = "halted in" if physical.halted is True else "in"
+                at = self.memory.symbols.describe(physical.registers["rip"])
+                found.append(f"CPU {self._crashing} is {halted} {at}")
+            lines = printable(read_console(self.memory, _LAST_WORDS)).split("\n")
+            if said := [line.strip() for line in lines if line.strip()]:
+                found.append(f"Xen's console ends with {said[-1]!r}")
+        return found
 
 
 class GateWatch:
