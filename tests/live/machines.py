@@ -8,17 +8,18 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from xencrash.guests import build, command_line
+from xencrash.guests import build
 from xencrash.lab.machine import Lab
 from xencrash.lab.qemu import Boot
 from xencrash.session import find_gdb, gdb_arguments, plugin_script
 
 
 @contextlib.contextmanager
-def guest(generation: str = "4.17.0", *, cpus: int = 4, **more: Any) -> Iterator[Lab]:
-    """The reference guest, with all its CPUs up and waiting for a `C` on its serial line."""
+def guest(generation: str = "4.17.0", *, cpus: int = 4, append: str = "", **more: Any) -> Iterator[Lab]:
+    """The reference guest, with all its CPUs up and waiting for a `C` on its serial line; `append` is its command line,
+    as `xencrash.guests.command_line` makes it."""
     built = build(generation)
-    boot = Boot(kernel=built.kernel, symbols=built.symbols, append=command_line())
+    boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
     with Lab.up(guest=boot, memory_mib=64, wait="none", cpus=cpus, **more) as lab:
         if not more.get("paused"):
             lab.wait_serial(rb"CPUs ready", 30)
