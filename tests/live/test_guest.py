@@ -32,7 +32,8 @@ def test_a_crash_from_an_nmi_handler_by_itself_opens_nmis_since_the_patch(genera
 
 
 def test_the_crash_image_finds_nmis_shut_where_they_were_left_so() -> None:
-    assert what_the_crash_image_says("4.17.0", command_line("nmis-latched", by_itself=True)) == (b"0", b"xAPIC", b"shut")
+    says = what_the_crash_image_says("4.17.0", command_line("nmis-latched", by_itself=True))
+    assert says == (b"0", b"xAPIC", b"shut")
 
 
 @pytest.mark.parametrize(("append", "mode"), [("x2apic", b"xAPIC"), ("x2apic=firmware", b"x2APIC")])

@@ -112,6 +112,15 @@ def test_junit_counts_and_names() -> None:
         ("handover.cpu0", "nmi-gate-ist (stop 0)")
     ]
     assert "\x1b" not in to_junit(made)
+    text = str(failed[0].findtext("failure")).splitlines()
+    assert text[0].startswith("see xen/arch/x86/crash.c, nmi_shootdown_cpus") and text[1].startswith("evidence memory ")
+
+
+def test_junit_says_what_a_failure_follows_from() -> None:
+    made = report().to_json()
+    made["findings"] = [made["findings"][0] | {"verdict": "fail", "follows": "nmi-answered"}]
+    (failure,) = ElementTree.fromstring(to_junit(made).encode()).iter("failure")
+    assert str(failure.text).splitlines()[0] == "follows from nmi-answered"
 
 
 def test_a_xen_that_has_not_crashed_is_said_to_run() -> None:

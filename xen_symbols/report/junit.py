@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -57,7 +57,17 @@ def _case(suite: ET.Element, finding: Mapping[str, Any], prefix: str) -> None:
     message = finding.get("reason") or ""
     if element != "skipped":
         message = f"expected {show(finding['expected'])}, observed {show(finding['observed'])}: {message}"
-    ET.SubElement(case, element, message=_legal(message))
+    said = ET.SubElement(case, element, message=_legal(message))
+    if element != "skipped":
+        said.text = _legal("\n".join(_where_to_look(finding)))
+
+
+def _where_to_look(finding: Mapping[str, Any]) -> Iterator[str]:
+    if finding.get("follows"):
+        yield f"follows from {finding['follows']}"
+    yield f"see {finding['source']}"
+    for item in finding["evidence"]:
+        yield "evidence " + " ".join(str(item[name]) for name in ("source", "symbol", "address", "raw") if name in item)
 
 
 def _legal(text: str) -> str:
