@@ -88,11 +88,11 @@
 #define POISONS_PERCPU            ROW(    0,     0,           0,    0,    1,    1,     1,     1,     1)
 
 /* -- Layout ---------------------------------------------------------------------------------------- */
-/* XEN_VIRT_START is 0xffff82 followed by these eight digits and two zeros (4b28bf6ae9, 5af040ef8b). */
+/* Where the gigabyte of the image begins (4b28bf6ae9, 5af040ef8b). */
 #define XEN_VIRT_START ROW(0xffff82c480000000, 0xffff82c480000000, 0xffff82c480000000, 0xffff82c4c0000000, 0xffff82c4c0000000, 0xffff82c4c0000000, 0xffff82d040000000, 0xffff82d040000000, 0xffff82d040000000)
 /* _start - XEN_VIRT_START (7ed93f3a0d). */
 #define START_OFFSET   ROW(0x100000, 0x100000, 0x100000, 0x100000, 0x100000, 0x100000, 0x200000, 0x200000, 0x200000)
-/* The gigabyte of fixed mappings; the local APIC is at its address within its own gigabyte. */
+/* The gigabyte of fixed mappings; the APICs are as far in it as in the fourth gigabyte of physical memory. */
 #define FIXMAP_GIGABYTE ROW(0xffff82c3c0000000, 0xffff82c3c0000000, 0xffff82c3c0000000, 0xffff82c3c0000000, 0xffff82c3c0000000, 0xffff82c3c0000000, 0xffff82cfc0000000, 0xffff82cfc0000000, 0xffff82cfc0000000)
 /* IST numbers (6001660473); 0: none. */
 #define IST_NMI                   ROW(    2,     2,           2,    2,    2,    2,     2,     2,     2)

@@ -8,7 +8,7 @@
  *
  * Virtual memory, through idle_pg_table:
  *   XEN_VIRT_START   the gigabyte of the image; its address there - XEN_VIRT_START + XEN_PHYS_START is physical
- *   FIXMAP_GIGABYTE  the local APIC
+ *   FIXMAP_GIGABYTE  the local APIC and the I/O APIC
  *   DIRECTMAP_START  the first two gigabytes of physical memory: all that is below the devices
  * boot_pg_table maps the first and the fourth gigabyte to themselves besides: for the way up into these
  * addresses, and for the crash image, which knows nothing of them.
