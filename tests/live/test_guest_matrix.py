@@ -7,6 +7,7 @@ say what the last stage said. Two runs are under way at a time, and those that w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -161,6 +162,10 @@ def test_exactly_what_should_fail_does(run: Run, reports: dict[Run, Future[Follo
     assert {item for item in found if item[0] not in MAY_BE_SEEN.get(run.fault, ())} == expected(run)
     assert first_seen(report, "unknown") == set()
     assert report["generation"]["id"] == run.generation
+    if gets_stuck(run):
+        stuck = next(f for f in report["findings"] if f["check"] == "trace-complete")
+        words = r"the dump is lost; CPU 0 is (halted )?in \w+\+0x\w+; Xen's console ends with '"
+        assert re.search(words, stuck["reason"])
     if not run.fault:
         assert report["stages"][-1]["stage"] == "handover"
         assert len({stage["cpu"] for stage in report["stages"] if stage["stage"] == "nmi-taken"}) == run.cpus - 1
