@@ -339,6 +339,7 @@ def run_guests(args: argparse.Namespace) -> int:
     for fault in known["faults"]:
         needs = [f"{fault['cpus']} CPUs"] if fault["cpus"] > 1 else []
         needs += ["x2APIC"] if fault["lapic"] else []
+        needs += ["trace --gates"] if fault["gates"] else []
         print(f"\n{fault['id']}: {fault['does']}")
         if not fault["visible"]:
             print(f"  leaves no trace in any readable state: {fault['reason']}")

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     tell = progress()
     with machine(output, **machine_arguments(args), progress=tell) as lab:
         tell("following the crash")
-        report = follow(lab, output, lambda: _crash(lab, args), progress=judging.tell_stage)
+        gates = _shown_by_gates(args)
+        report = follow(lab, output, lambda: _crash(lab, args), progress=judging.tell_stage, gates=gates)
         status = finish(report, argparse.Namespace(format="table", output=None))
         if args.guest or report.get("undecided"):
             return status
@@ -92,6 +93,13 @@ def check_vmcore(lab: Lab, output: Path) -> Json:
     checked = check_dump(str(vmcore), options).to_json()
     write(render(checked, "json"), str(output / "check.json"))
     return checked
+
+
+def _shown_by_gates(args: argparse.Namespace) -> bool:
+    """Whether the guest has a fault that only a trace of who writes to gates shows."""
+    from xencrash.guests import BY_ID
+
+    return bool(args.fault) and BY_ID[args.fault].gates
 
 
 def _crash(lab: Lab, args: argparse.Namespace) -> None:

@@ -281,7 +281,7 @@ def listing() -> dict[str, Any]:
         ],
         "faults": [
             {"id": fault.id, "does": fault.does, "generations": list(fault.generations), "visible": fault.visible,
-             "cpus": fault.cpus, "lapic": "x2apic" if fault.x2apic else None}
+             "cpus": fault.cpus, "lapic": "x2apic" if fault.x2apic else None, "gates": fault.gates}
             | ({"reason": fault.invisible} if fault.invisible else {})
             for fault in FAULTS
         ],

@@ -112,6 +112,7 @@ def test_the_listing_says_what_a_fault_needs():
     assert needs["mc-gate-ist-twice"] == (3, None)
     assert needs["own-lapic-mode-kept"] == (1, "x2apic")
     assert needs["firmware-x2apic"] == (2, "x2apic")
+    assert [row["id"] for row in listing()["faults"] if row["gates"]] == ["mc-gate-ist-remote"]
     by_itself = {row["id"]: (row["finds"], row["cpus"]) for row in listing()["generations"] if "finds" in row}
     assert by_itself == {"rfc-v1": (["waiting-cpus"], 2)}
 
@@ -121,7 +122,7 @@ def test_the_listing_in_words(capsys):
     said = capsys.readouterr().out
     assert "rfc-v1 by itself, with 2 CPUs or more, fails: waiting-cpus\n" in said
     assert f"lapic-mode-kept: {BY_ID['lapic-mode-kept'].does}\n  in {' '.join(generations())}; " in said
-    assert "; needs 2 CPUs, x2APIC\n" in said
+    assert "; needs 2 CPUs, x2APIC\n" in said and "; needs 2 CPUs, trace --gates\n" in said
     assert "mc-rewritten: " in said and "leaves no trace in any readable state: IST is off already" in said
 
 
