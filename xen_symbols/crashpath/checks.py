@@ -391,7 +391,7 @@ def _reserved(bits: tuple[int, int]) -> str:
 
 
 def _judge_bits(
-    vector: int, of: Callable[[Gate], Any], allowed: Any, show: Callable[[Any], Any] = _as_it_is
+    vector: int, of: Callable[[Gate], Any], allowed: Any, show: Callable[[Any], Any] | None = None
 ) -> Callable[[Context, int], Outcome]:
     def judge(context: Context, cpu: int) -> Outcome:
         return expect(_gate_read(context, cpu, vector), (allowed,), show, of)
@@ -475,10 +475,11 @@ def _gate_change(context: Context, cpu: int) -> Outcome:
     from xen_symbols.crashpath.gatechanges import allowed, strangers
 
     def words(vector: int, name: str, *values: Any) -> str:
-        shown = [_SHOWN.get(name, _as_it_is)(value) if name != "handler" else context.show_code(value)["symbol"]
-                 for value in values]  # fmt: skip
+        if name == "handler":
+            values = tuple(context.show_code(value)["symbol"] for value in values)
+        shown = map(_SHOWN.get(name, str), values)
         what = f"{VECTOR_NAMES[vector]} {name.upper() if name in ('ist', 'dpl') else name}"
-        return f"{what} {' -> '.join(map(str, shown))}"
+        return f"{what} {' -> '.join(shown)}"
 
     may: dict[str, None] = {}
     observed, undecided, wrong, unseen = [], [], [], False
