@@ -65,8 +65,9 @@ def _case(suite: ET.Element, finding: Mapping[str, Any], prefix: str) -> None:
 def _where_to_look(finding: Mapping[str, Any]) -> Iterator[str]:
     if finding.get("follows"):
         yield f"follows from {finding['follows']}"
-    yield f"see {finding['source']}"
-    for item in finding["evidence"]:
+    if finding.get("source"):  # the outcome of a whole crash, in the lab's matrix, has none
+        yield f"see {finding['source']}"
+    for item in finding.get("evidence", ()):
         yield "evidence " + " ".join(str(item[name]) for name in ("source", "symbol", "address", "raw") if name in item)
 
 
