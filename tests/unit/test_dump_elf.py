@@ -149,6 +149,7 @@ DAMAGED = {
     "header size": (54, "H", 32, "ELF header +0x36: program headers of 32 bytes"),
     "header table": (32, "Q", (1 << 64) - 8, "3 program headers: the file ends at"),
     "machine": (18, "H", 183, "an ELF core of machine type 183"),
+    "i386": (18, "H", 3, "an ELF core of an i386 machine: QEMU writes one while the first CPU runs 32-bit code"),
     "big-endian": (5, "B", 2, "an ELF file that is not 64-bit little-endian"),
     "executable": (16, "H", 2, "an executable, not a dump; a file of Xen's symbols goes with --symbols"),
 }

@@ -20,6 +20,7 @@ _SECTION_SIZE = 64
 _SECTION_INFO = 44  # sh_info in Elf64_Shdr
 _PN_XNUM = 0xFFFF  # the count is in section header 0's sh_info (gABI, e_phnum)
 _ET_CORE = 4
+_EM_386 = 3
 _EM_X86_64 = 62
 _PT_LOAD, _PT_NOTE = 1, 4
 _TYPES = {1: "an object file", 2: "an executable", 3: "an executable"}
@@ -64,6 +65,11 @@ def read_elf(image: Image) -> tuple[ElfMemory, list[Note]]:
     if kind != _ET_CORE:
         what = _TYPES.get(kind, f"an ELF file of type {kind}")
         raise Undecidable(f"{what}, not a dump; a file of Xen's symbols goes with --symbols")
+    if machine == _EM_386:  # QEMU's cpu_get_dump_info, of the first CPU alone
+        raise Undecidable(
+            "an ELF core of an i386 machine: QEMU writes one while the first CPU runs 32-bit code, as that of an HVM "
+            "guest: take it again at another moment"
+        )
     if machine != _EM_X86_64:
         raise Undecidable(f"an ELF core of machine type {machine}; x86-64 ({_EM_X86_64}) is needed")
     if not phnum:
