@@ -258,7 +258,7 @@ class Follower:
                 found.append(f"CPU {self._crashing} is {halted} {at}")
             lines = printable(read_console(self.memory, _LAST_WORDS)).split("\n")
             if said := [line.strip() for line in lines if line.strip()]:
-                found.append(f"Xen's console ends with {said[-1]!r}")
+                found.append(f"Xen's console ends: {said[-1]}")
         return found
 
 
