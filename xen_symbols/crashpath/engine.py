@@ -111,10 +111,10 @@ def _follow(
         concerned = causes and (cpu is None or causes == [_SILENT]) and finding.check != _SILENT
         if finding.check == _SAID_ONCE and finding.observed in before:
             follows = before[finding.observed]
-        elif concerned and (finding.check, cpu) not in own:
+        elif concerned:
             again = failure.check.judge(held_up, failure.cpu)
             if again.verdict is not Verdict.FAIL:
-                follows = causes[0]
+                follows = None if (finding.check, cpu) in own else causes[0]
             elif cpu is None and again.allowed != failure.outcome.allowed:
                 whose = ", ".join(f"{check} of CPU {number}" for number, (check, _) in late.items())
                 reason = f"{reason}; {whose} would make it {again.allowed}, and no more"
