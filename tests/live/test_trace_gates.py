@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -24,6 +25,7 @@ from xencrash.trace import trace
 pytestmark = pytest.mark.live
 
 NMI, MC = 2, 18
+Gates = dict[tuple[int, int], dict[str, Any]]
 # (CPU, vector, what changed, to which handler or IST), with CPU 0 crashing and one other.
 ARMED = {(0, NMI, "handler", "trap_nop"), (0, NMI, "ist", 0), (0, MC, "ist", 0)}
 PARKED = {(1, MC, "ist", 0)}
@@ -131,6 +133,69 @@ def test_gates_watched_by_hand() -> None:
     assert re.search(r"^ *0 +#MC +handler machine_check -> trap_nop; IST 1 -> 0", output, re.M)
     assert re.search(r"CPU 0 _set_gate_lower\+0x[0-9a-f]+", output)
     assert "hw watchpoint" not in output
+
+
+# What a crash of real Xen 4.17 on CPU 0 of 3 changes, and who is seen to.
+REAL = ARMED | {(cpu, MC, "ist", 0) for cpu in (1, 2)} | {(cpu, MC, "handler", "trap_nop") for cpu in range(3)}
+
+
+def assert_watched(changes: list[dict[str, Any]], before: Gates, after: Gates) -> None:
+    """They lead from the gates before the crash to those after it, and whoever was seen to write is the right one."""
+    assert made({"gate_changes": changes}) == REAL
+    assert {(c["cpu"], c["vector"]): (c["before"], c["after"]) for c in changes} == {
+        key: (before[key], after[key]) for key in before if before[key] != after[key]
+    }
+    for change, seen in zip_writers({"gate_changes": changes}):
+        own = {(0, "machine_crash_shutdown")} if change["cpu"] == 0 else {(change["cpu"], "do_nmi_crash")}
+        swap = {(0, "machine_kexec")} if change["vector"] == MC else set()
+        assert seen <= own | swap
+    # While CPU 0 alone runs in Xen no hit is lost.
+    assert {(0, "machine_crash_shutdown")} in [seen for change, seen in zip_writers({"gate_changes": changes})
+                                               if change["vector"] == NMI]  # fmt: skip
+
+
+def gates_of(lab: Lab) -> Gates:
+    """Every NMI and #MC gate, as the machine has it now."""
+    with open_session(target(lab), str(lab.symbols), str(lab.qmp_socket)) as session:
+        cpus = session.xen("crash-check")["cpus"]
+    return {(cpu["cpu"], vector): cpu[name] for cpu in cpus for vector, name in ((NMI, "nmi_gate"), (MC, "mc_gate"))}
+
+
+def test_gates_of_real_xen_watched_by_a_program(tmp_path: Path) -> None:
+    with Lab.up(cpus=3, dom0_vcpus=3) as lab:
+        before = gates_of(lab)
+        with open_session(target(lab), str(lab.symbols), str(lab.qmp_socket)) as session:
+            assert session.xen("watch-gates-begin") == {"gates": 6}
+            session.run()
+            lab.crash("panic", cpu=0)
+            lab.wait_vmcore(tmp_path / "vmcore", 300).unlink()
+            session.interrupt()
+            changes = session.xen("watch-gates-end")["changes"]
+        assert_watched(changes, before, gates_of(lab))
+
+
+def test_gates_of_real_xen_watched_by_hand(tmp_path: Path) -> None:
+    with Lab.up(qemu="10.0", cpus=3, dom0_vcpus=3) as lab:
+        words = [find_gdb(), *gdb_arguments(), "-batch"]
+        for command in (f"source {plugin_script()}", f"set xen symbols {lab.symbols}", "set pagination off",
+                        f"target remote {lab.gdb_socket}", "xen watch gates"):  # fmt: skip
+            words += ["-ex", command]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout is not None
+            while (line := process.stdout.readline()) and not line.startswith("watching 6 gates"):
+                pass
+            lab.crash("panic", cpu=0)
+            lab.wait_vmcore(tmp_path / "vmcore", 300).unlink()
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=60)[0]
+    assert "Traceback" not in output
+    table = output[output.index("Changes of gates") :]
+    for cpu, vector, what in ((0, "NMI", "handler nmi -> trap_nop; IST 2 -> 0"),
+                              *((cpu, "#MC", "handler machine_check -> trap_nop; IST 1 -> 0") for cpu in range(3))):
+        assert re.search(rf"^ *{cpu} +{vector} +{re.escape(what)} +(CPU|not seen)", table, re.M), table
+    assert len(re.findall(r"^ *\d+ +(NMI|#MC) ", table, re.M)) == 4
+    assert re.search(r"CPU 0 machine_crash_shutdown\+0x[0-9a-f]+", table)
+    assert set(re.findall(r"CPU \d (\w+)\+0x", table)) <= {"machine_crash_shutdown", "do_nmi_crash", "machine_kexec"}
 
 
 def test_changes_that_real_xen_does_not_make() -> None:
