@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
+import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,12 +21,20 @@ from tests.live.machines import build_id
 from xen_symbols import evaluate
 from xen_symbols import open_dump as open_xen
 from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.symbols.embedded import SOURCE
 from xen_symbols.symbols.table import load_symbols
 from xen_symbols.target import PhysicalCpu, hmp
 from xen_symbols.target.dump import Dump, open_dump
+from xen_symbols.target.image import DumpFile
+from xen_symbols.target.kdump import KdumpMemory
+from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
-from xen_symbols.xen.state import read_state
+from xen_symbols.xen.state import idt_address, read_state
+from xencrash.cli import main
+from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
+from xencrash.lab.packages import Cache
+from xencrash.lab.qemu import Boot
 from xencrash.lab.rows import QEMUS, SUITES, XENS
 from xencrash.serve import GDB_SETTINGS, served, serving
 from xencrash.session import plugin_script
@@ -96,6 +108,8 @@ def crash(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     taken = Crash(tmp_path_factory.mktemp("dumps"))
     with Lab.up(xen=xen, qemu=qemu) as lab:
         taken.symbols = str(lab.symbols)
+
+        lab.dump_guest_memory(taken.folder / "running", format="kdump-zlib")
 
         def at_stage(stage: Json, findings: object) -> None:
             if stage["stage"] == "handover":
@@ -201,11 +215,173 @@ def test_every_dump_has_the_live_machines_verdict_and_facts(crash: Crash, name: 
     compare(crash.report, report, "QEMU" if name in AT_HANDOVER else "Linux")
 
 
-def test_a_raw_image_has_the_live_machines_verdict_and_facts(crash: Crash) -> None:
-    report = evaluate(open_xen(crash.folder / "raw", crash.symbols, base=0)).to_json()
+@pytest.mark.parametrize("given", [True, False], ids=["symbols", "no-symbols"])
+def test_a_raw_image_has_the_live_machines_verdict_and_facts(crash: Crash, given: bool) -> None:
+    """Without symbols Xen is found in it by the table that it carries."""
+    report = evaluate(open_xen(crash.folder / "raw", crash.symbols if given else None, base=0)).to_json()
+    assert (report["symbols"]["source"] == SOURCE) != given
+    assert report["symbols"]["match"] is True
     compare(crash.report, report, "nobody")
     assert (report["verdict"], report.get("undecided")) == ("pass", None)
     assert (report["stages"][-1]["stage"], report["crashing_cpu"]) == ("handover", crash.report["crashing_cpu"])
+
+
+def test_the_symbols_of_another_build_are_refused_and_both_named(crash: Crash, name: str) -> None:
+    other = next(path for path in map(symbols_of, ("4.20", "4.17")) if path != crash.symbols)
+    ours, theirs = build_id(crash.symbols).hex(), build_id(other).hex()
+    for path, base in ((crash.folder / name, None), (crash.folder / "raw", 0)):
+        said = f"another build: .* has build-id {theirs}, the Xen in {path} has {ours}; give its own"
+        with pytest.raises(Undecidable, match=said):
+            open_xen(path, other, base=base)
+
+
+def symbols_of(xen: str) -> str:
+    return str(xen_images(Cache(), XENS[xen]).symbols)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["symbols", "no-symbols"])
+def test_a_dump_of_a_xen_that_did_not_crash(crash: Crash, given: bool) -> None:
+    report = evaluate(open_xen(crash.folder / "running", crash.symbols if given else None)).to_json()
+    assert (report["verdict"], report["crashing_cpu"]) == ("pass", None)
+    assert [stage["stage"] for stage in report["stages"]] == ["normal"]
+    judged = {finding["check"] for finding in report["findings"] if finding["verdict"] == "pass"}
+    assert {"nmi-gate-handler", "nmi-gate-ist", "mc-gate-handler", "mc-gate-ist", "nmi-dispatch"} <= judged
+    assert [(cpu["role"], cpu["crash_save_done"]) for cpu in report["cpus"]] == [("other", False)] * 4
+
+
+class Damaged:
+    """A dump whose page at a physical address has one byte changed, until the end of the with."""
+
+    def __init__(self, path: Path, address: int) -> None:
+        memory = KdumpMemory(DumpFile(str(path)))
+        descriptor = memory._descriptors_at + 24 * memory._dumped_before(address // 4096)
+        self._path = path
+        with path.open("rb") as file:
+            file.seek(descriptor)
+            self._at, self.size, self.compression = struct.unpack("<QII", file.read(16))
+            file.seek(self._at)
+            self._was = file.read(self.size)
+
+    def __enter__(self) -> None:
+        self._put(self._was[: self.size // 2] + bytes(byte ^ 0xFF for byte in self._was[self.size // 2 :]))
+
+    def __exit__(self, *_: object) -> None:
+        self._put(self._was)
+
+    def _put(self, data: bytes) -> None:
+        with self._path.open("r+b") as file:
+            file.seek(self._at)
+            file.write(data)
+
+
+@pytest.mark.parametrize("kdump", ["makedumpfile-zlib", "qemu-kdump-raw-zlib"])
+def test_a_bad_page_is_named_where_it_is_needed_and_nowhere_else(
+    crash: Crash, kdump: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = crash.folder / kdump
+    path.chmod(0o600)  # QEMU's is read-only
+    xen = crash.memory(kdump)
+    page = xen.physical(idt_address(xen, 2)) & -4096
+    damaged = Damaged(path, page)
+    assert damaged.compression == 1 and damaged.size < 4096
+    command = ["check", str(path), "--symbols", crash.symbols, "--format", "json"]
+    with damaged:
+        assert main(command) == 3
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert report["verdict"] == "unknown"
+    unknown = [finding for finding in report["findings"] if finding["verdict"] == "unknown"]
+    assert {("nmi-gate-handler", 2), ("mc-gate-handler", 2)} <= {(f["check"], f["cpu"]) for f in unknown}
+    assert {f["cpu"] for f in unknown} == {2}
+    assert all(f"physical {page:#x}: " in finding["reason"] for finding in unknown)
+    assert said.err.startswith("xencrash: ") and said.err.count("\n") == 1 and f"physical {page:#x}: " in said.err
+    assert main(command) == 0  # it is whole again
+    unneeded = next(page for page in crash.ram if page > 32 << 20 and Damaged(path, page).compression == 1)
+    with Damaged(path, unneeded):
+        assert main(command) == 0
+        with pytest.raises(Unreadable, match=f"^physical {unneeded:#x}: "):
+            crash.dump(kdump).read_physical(unneeded, 4096)
+    capsys.readouterr()
+
+
+def test_no_bad_page_makes_another_verdict_than_unknown(crash: Crash) -> None:
+    """Every second page that is read for the verdict in turn: what is said without it is said, the rest is unknown."""
+    kdump = "makedumpfile-zlib"
+    path = crash.folder / kdump
+    whole = verdicts(evaluate(crash.memory(kdump)).to_json(), 0)
+    pages = read_for_the_verdict(crash, kdump)
+    assert len(pages) > 10
+    outcomes = []
+    for page in sorted(pages)[::2]:
+        with Damaged(path, page):
+            try:
+                found = verdicts(evaluate(crash.memory(kdump)).to_json(), 0)
+            except Undecidable as error:
+                assert "\n" not in str(error)
+                outcomes.append("refused")
+                continue
+        assert found.keys() == whole.keys(), hex(page)
+        changed = {check: verdict for check, verdict in found.items() if verdict != whole[check]}
+        assert set(changed.values()) <= {"unknown"}, (hex(page), changed)
+        outcomes.append("unknown" if changed else "pass")
+    assert "unknown" in outcomes and len(outcomes) > 5
+
+
+def read_for_the_verdict(crash: Crash, name: str) -> set[int]:
+    xen = crash.memory(name)
+    pages: set[int] = set()
+    dump, read = crash.dump(name), crash.dump(name).read_physical
+
+    def noted(address: int, size: int) -> bytes:
+        pages.update(range(address & -4096, address + size, 4096))
+        return read(address, size)
+
+    dump.read_physical = noted  # type: ignore[method-assign, assignment]
+    dump.read_physical_many = lambda requests: [noted(*request) for request in requests]  # type: ignore[method-assign]
+    evaluate(locate(dump, xen.symbols))
+    return pages
+
+
+@pytest.mark.parametrize("name", ["vmcore", "makedumpfile-zlib", "qemu-kdump-zlib"])
+def test_a_dump_truncated_anywhere_is_refused_in_a_line(crash: Crash, name: str, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copyfile(crash.folder / name, cut)
+    size = cut.stat().st_size
+    chance = random.Random(0)
+    places = {size - 1, size - 4096, 8192, 4096, 4095, 64, 63, 16, 1, *(chance.randrange(1, size) for _ in range(20))}
+    for place in sorted(places, reverse=True):
+        os.truncate(cut, place)
+        with pytest.raises(Undecidable) as raised:
+            open_xen(cut, crash.symbols)
+        assert str(raised.value).startswith(f"{cut}: ") and "\n" not in str(raised.value), place
+    cut.unlink()
+
+
+@pytest.fixture(scope="module")
+def linux(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Dumps of the lab's dom0 kernel and initramfs on a machine of their own."""
+    folder = tmp_path_factory.mktemp("linux")
+    images = xen_images(Cache(), XENS["4.17"])
+    boot = Boot(images.kernel, images.symbols, "console=ttyS0", str(images.dom0_initramfs))
+    with Lab.up(guest=boot, cpus=2, memory_mib=256) as lab:
+        lab.wait_serial(rb"Run /init as init process", 120)
+        lab.dump_guest_memory(folder / "elf")
+        lab.dump_guest_memory(folder / "kdump", format="kdump-zlib")
+        shutil.copyfile(lab.ram_file, folder / "raw")
+    yield folder
+    for file in folder.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["symbols", "no-symbols"])
+@pytest.mark.parametrize("name, base", [("elf", []), ("kdump", []), ("raw", ["--base", "0"])])
+def test_a_dump_of_linux_without_xen(
+    linux: Path, name: str, base: list[str], given: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    symbols = ["--symbols", symbols_of("4.17")] if given else []
+    assert main(["check", str(linux / name), *base, *symbols]) == 3
+    said = [line for line in capsys.readouterr().err.splitlines() if "looking for Xen" not in line]
+    assert len(said) == 1 and "is it Xen" in said[0], said
 
 
 def test_a_split_dump_is_put_together_first(crash: Crash) -> None:

@@ -254,8 +254,8 @@ def _carried(memory: XenMemory, region: int) -> SymbolTable | None:
 
 
 def _images_in_memory(target: Target, progress: Progress | None = None) -> Iterator[tuple[XenMemory, int]]:
-    """The same wherever a dump's memory itself shows one."""
-    if target.kind == "dump":
+    """The same wherever a dump's memory itself shows one, unless its notes are Xen's: these would say."""
+    if target.kind == "dump" and not any(note.name in ("Xen", "VMCOREINFO_XEN") for note in target.notes()):
         from xen_symbols.xen.search import roots
 
         for root, region in roots(target, progress):
