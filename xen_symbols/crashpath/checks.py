@@ -105,6 +105,20 @@ BOOT_MODES = {1: apic.Mode.DISABLED, 2: apic.Mode.XAPIC, 3: apic.Mode.X2APIC}  #
 _SINCE_XSA_244 = "per_cpu__tss_page"
 
 
+class EntryPoint(NamedTuple):
+    """What a gate may lead to, by the names that Xen has had for it, newest first."""
+
+    names: tuple[str, ...]
+    source: str
+
+
+ENTRY_POINTS = (
+    EntryPoint(("entry_NMI", "nmi"), "renamed by abe93fc8aa (4.18.0)"),
+    EntryPoint(("entry_MC", "machine_check"), "renamed by abe93fc8aa (4.18.0)"),
+    EntryPoint(("trap_nop",), "77ad1faa6b (4.3.0)"),
+)
+
+
 class Context:
     """One moment, with what the checks need to know about it."""
 
@@ -129,10 +143,7 @@ class Context:
         self.console_tail = console_tail
         self.nmi_entries = nmi_entries
         self.gates_before = gates_before
-        # abe93fc8aa (4.18.0) renamed the entry points.
-        self.nmi = self._entry("entry_NMI", "nmi")
-        self.mc = self._entry("entry_MC", "machine_check")
-        self.trap_nop = self._entry("trap_nop")
+        self.nmi, self.mc, self.trap_nop = (self._entry(*entry.names) for entry in ENTRY_POINTS)
         self.ist = ist_numbers(state)
         self.fred = state.system["fred"].value == 1
         self._shown: dict[int, dict[str, Any]] = {}

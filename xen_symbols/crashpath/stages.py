@@ -42,7 +42,8 @@ class OtherStep(enum.IntEnum):
 
 
 class Stage(NamedTuple):
-    """A named boundary. `anchors`: the symbols at whose first instruction it lies, newest first."""
+    """A named boundary. `anchors`: the symbols at whose first instruction it lies, newest first; `source`: of each
+    but the oldest, the commit since which it is the one."""
 
     id: str
     role: Role
@@ -50,6 +51,7 @@ class Stage(NamedTuple):
     crash_step: CrashStep
     other_step: OtherStep | None = None
     says: str = ""
+    source: str = ""
 
 
 STAGES = (
@@ -59,7 +61,7 @@ STAGES = (
     Stage("shootdown", Role.CRASHING, ("smp_send_nmi_allbutself",), CrashStep.ARMED,
           says="the hook is installed, the NMI not yet sent"),
     Stage("nmi-taken", Role.OTHER, ("do_nmi_crash", "crash_nmi_callback"), CrashStep.ARMED, OtherStep.NMI_TAKEN,
-          says="another CPU took the NMI"),
+          says="another CPU took the NMI", source="do_nmi_crash since 77ad1faa6b (4.3.0)"),
     Stage("cpu-save", Role.OTHER, ("kexec_crash_save_cpu",), CrashStep.ARMED, OtherStep.MC_IST_CLEARED,
           says="it is about to save its notes"),
     Stage("cpu-stop", Role.OTHER, ("__stop_this_cpu",), CrashStep.ARMED, OtherStep.NOTES_SAVED,

@@ -31,9 +31,9 @@ class _CpuInfo(NamedTuple):
 
 
 _CPU_INFOS = (
-    _CpuInfo(64, 32, 24, "up to 4.10.0"),
-    _CpuInfo(96, 64, 56, "with the fields of XPTI: 4.11 to 4.20, and fixed releases since 4.7.5"),
-    _CpuInfo(80, 64, 56, "without the segment registers of vm86 mode (4.21.0)"),
+    _CpuInfo(64, 32, 24, "xen/include/asm-x86/current.h up to 4.10.0"),
+    _CpuInfo(96, 64, 56, "xen/include/asm-x86/current.h with XPTI's fields: 4.11 to 4.20, fixed releases since 4.7.5"),
+    _CpuInfo(80, 64, 56, "xen/arch/x86/include/asm/current.h without the segment registers of vm86 mode (4.21.0)"),
 )
 REGS_SIZE = 168  # struct cpu_user_regs from r15 to ss, in every release
 
