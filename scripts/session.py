@@ -328,6 +328,8 @@ class GdbSession:
             self._log.append(str(payload).strip())
 
     def _died(self) -> GdbDied:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LEAVE_SECONDS)  # its pipes break a little before it can be reaped
         status = self._process.poll()
         killed = status is not None and status < 0
         how = f"was killed by {signal.Signals(-status).name}" if status is not None and killed else "ended"

@@ -46,6 +46,8 @@ LIBXEN_HEADERS = "libxen-dev"  # of a Xen's own suite: what creates a domU is bu
 class XenRow:
     """One real Xen. Patterns are of paths inside the packages, without a leading slash.
 
+    `generation` of the crash path is what it must be told to be.
+
     kexec comes from `kexec_suite`. It talks to the hypervisor through libxenctrl, which fits its own Xen
     only (4.17's fails on 4.14: "Cannot load /boot/vmlinuz"): `libxenctrl` is the package that has this Xen's,
     in `suite`, and `libxenctrl_as` the name under which kexec asks for it, where that is another Xen's.
@@ -57,6 +59,7 @@ class XenRow:
     image: str
     symbols: str
     kexec_suite: str
+    generation: str
     reason: str
     libxenctrl: str = ""
     libxenctrl_as: str = ""
@@ -72,6 +75,7 @@ XENS = {
             "boot/xen-4.17-amd64.gz",
             "usr/lib/debug/boot/xen-syms-4.17-amd64",
             "bookworm",
+            "4.17.0",
             "Debian 12's; its symbols are a symbol table without DWARF",
         ),
         XenRow(
@@ -81,6 +85,7 @@ XENS = {
             "boot/xen-4.14-amd64.gz",
             "usr/lib/debug/xen-syms-4.14.*[0-9].gz",
             "bookworm",
+            "4.3.4",
             "Debian 11's; its kexec was built without Xen, so Debian 12's is run with Debian 11's libxenctrl",
             libxenctrl="libxenmisc4.14",
             libxenctrl_as="libxenctrl.so.4.17",
@@ -92,6 +97,7 @@ XENS = {
             "boot/xen-4.20-amd64.gz",
             "usr/lib/debug/boot/xen-syms-4.20-amd64",
             "trixie",
+            "4.17.0",
             "Debian 13's; its symbols are full DWARF",
         ),
     )

@@ -16,7 +16,7 @@ from xen_symbols.symbols.need import survey
 from xen_symbols.symbols.table import Symbol, SymbolAmbiguous, SymbolTable, load_symbols
 from xencrash.lab.images import members
 from xencrash.lab.packages import Cache
-from xencrash.lab.rows import XENS
+from xencrash.lab.rows import SUITES, XENS
 
 pytestmark = pytest.mark.live
 
@@ -34,7 +34,7 @@ class Build:
     nm: list[Row]
 
 
-@pytest.fixture(scope="module", params=["4.14", "4.17", "4.20"])
+@pytest.fixture(scope="module", params=[row.name for row in XENS.values() if not SUITES[row.suite].moving])
 def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
     row = XENS[request.param]
     cache = Cache()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.recording import Example, load, names
 from xen_symbols.absence import Absent, Kind, Undecidable
-from xen_symbols.crashpath import checks
+from xen_symbols.crashpath import checks, generations
 from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
 from xen_symbols.crashpath.engine import evaluate, judge
 from xen_symbols.crashpath.generations import Generation, identify
@@ -594,6 +594,17 @@ def test_each_explanation_is_of_a_value_that_its_check_can_expect() -> None:
             shown = {"symbol": expected} if isinstance(expected, str) and check.id.endswith("handler") else expected
             outcome = Outcome(Verdict.FAIL, shown, "something else")
             assert check.explain(outcome) == check.instead_of[expected] != check.consequence
+
+
+def test_a_xen_that_fits_no_generation_is_shown_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = tuple(row for row in generations.GENERATIONS if row.id != "4.17.0")
+    monkeypatch.setattr(generations, "GENERATIONS", others)
+    with pytest.raises(Undecidable) as caught:
+        identify(Machine().memory)
+    assert str(caught.value).endswith(
+        "needs a row in xen_symbols/crashpath/generations.py, beside that of 4.3.2 (of which is not so: symbol "
+        "nmi_crash), or 4.3.4 (of which is not so: symbol exception_table or symbol dummy_nmi_callback)"
+    )
 
 
 def unnamed(machine: Machine, **features: bool) -> tuple[State, Generation]:

@@ -15,6 +15,7 @@ from xencrash.cli import UsageError
 from xencrash.lab import crashes, matrix, repeat
 from xencrash.lab.crashes import Cell, crash, render, status_of
 from xencrash.lab.errors import LabError, PackageGone
+from xencrash.lab.rows import GDBS, QEMUS, XENS
 
 Json = dict[str, Any]
 
@@ -29,7 +30,8 @@ def outcome(verdict: str = "pass", *, gone: bool = False, **more: Any) -> Json:
 
 def test_a_mode_that_a_qemu_does_not_have_makes_no_cell() -> None:
     cells = matrix.cells()
-    assert len(cells) == len({cell.name for cell in cells}) == 30
+    per_xen = len(GDBS) * sum(len(row.cpu) for row in QEMUS.values())
+    assert len(cells) == len({cell.name for cell in cells}) == per_xen * len(XENS) > 0
     both = {(qemu, mode) for qemu in ("10.0", "sid") for mode in ("xapic", "x2apic")}
     assert {(cell.qemu, cell.lapic) for cell in cells} == {("7.2", "xapic"), *both}
     assert {(cell.how, cell.cpu) for cell in cells} == {("key", None), *(("panic", cpu) for cpu in range(4))}
@@ -40,10 +42,9 @@ def test_the_default_selection_covers_every_pair() -> None:
         return set().union(*map(matrix._pairs, cells))
 
     settled = matrix.settled(matrix.cells())
-    assert len(settled) == 18
     few = matrix.covering(settled)
     assert pairs(few) == pairs(settled)
-    assert len(few) == 7
+    assert 2 * len(few) < len(settled)
     assert few[0].name == "4.17-7.2-debian-xapic"
     assert all(pairs(few[:i] + few[i + 1 :]) != pairs(few) for i in range(len(few)))
 
@@ -87,7 +88,8 @@ def test_a_seed_gives_the_same_crashes_and_they_go_over_all_cells() -> None:
     assert one == again != other
     assert len({cell.name for cell in one}) == 50
     rows = [(cell.xen, cell.qemu, cell.gdb, cell.lapic) for cell in one]
-    assert all(len(set(rows[at : at + 18])) == 18 for at in (0, 18))
+    assert set(rows[: len(cells)]) == {(cell.xen, cell.qemu, cell.gdb, cell.lapic) for cell in cells}
+    assert rows[len(cells) :] == rows[: 50 - len(cells)]
     assert {cell.load > 0 for cell in one} == {False, True}
     assert {cell.domu for cell in one} == {False, True}
     assert {cell.cpu for cell in one} == {None, 0, 1, 2, 3}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from xen_symbols.crashpath.generations import BY_ID
 from xencrash.lab import images, initramfs, machine
 from xencrash.lab.errors import LabError
 from xencrash.lab.packages import Cache
@@ -111,6 +112,7 @@ def test_every_row_names_suites_that_there_are_and_a_reason() -> None:
     assert {row.suite for row in QEMUS.values()} | {KERNEL_SUITE} <= SUITES.keys()
     assert all(row.reason for row in (*XENS.values(), *QEMUS.values()))
     assert all(row.default_lapic in row.cpu for row in QEMUS.values())
+    assert {row.generation for row in XENS.values()} <= BY_ID.keys()
 
 
 def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:

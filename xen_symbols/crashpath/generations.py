@@ -100,8 +100,7 @@ def _stub_starts_with_cli(expected: bool) -> Evidence:
 class Generation(NamedTuple):
     """One revision of the crash path.
 
-    `own_nmi_gate`: whether the crashing CPU's NMI gate becomes trap_nop. `other_nmi_ist_kept` and `other_mc_ist_by`
-    say how IST is cleared on each other CPU. `signs_off` is how a CPU leaves the shootdown: "count" or "mask".
+    `introduced` cites the commits that made it, `releases` have it. A default holds for most rows.
     """
 
     id: str
@@ -109,8 +108,8 @@ class Generation(NamedTuple):
     releases: str
     hook: Hook
     evidence: tuple[Evidence, ...]
-    bookkeeping: str  # "count" (waiting_for_crash_ipi) or "mask" (waiting_to_crash)
-    own_nmi_gate: bool = True
+    bookkeeping: str  # how CPUs sign off: "count" (waiting_for_crash_ipi) or "mask" (waiting_to_crash)
+    own_nmi_gate: bool = True  # the crashing CPU's NMI gate becomes trap_nop
     swaps_mc: bool = True  # the #MC handlers become trap_nop in machine_kexec, and NMIs are opened
     clears_remote_ist: bool = False  # the RFC: the crashing CPU clears the others' IST, and the NMI gate's too
     has_save_done: bool = True  # crash_save_done and the self-NMI
@@ -227,5 +226,23 @@ def identify(memory: XenMemory) -> Identification:
         raise Undecidable(f"the evidence fits several generations of the crash path: {names}; it was not judged")
     raise Undecidable(
         f"no generation of the crash path fits {memory.symbols.path}: is it Xen with kexec support? "
-        "A newer Xen needs a row in xen_symbols/crashpath/generations.py"
+        "A newer Xen needs a row in xen_symbols/crashpath/generations.py, beside that of "
+        + ", or ".join(f"{near} (of which is not so: {'; '.join(missing)})" for near, missing in _nearest(memory))
     )
+
+
+def _nearest(memory: XenMemory) -> list[tuple[str, list[str]]]:
+    """(id, statements that do not hold) of the generations of which the fewest do not."""
+    missing = {
+        generation.id: [evidence.says for evidence in generation.evidence if _is_not_so(evidence, memory)]
+        for generation in GENERATIONS
+    }
+    fewest = min(map(len, missing.values()))
+    return [(name, statements) for name, statements in missing.items() if len(statements) == fewest]
+
+
+def _is_not_so(evidence: Evidence, memory: XenMemory) -> bool:
+    try:
+        return not evidence.test(memory)
+    except Unreadable:
+        return True
