@@ -24,6 +24,15 @@ exit status:
   1  at least one check failed   3  could not be decided (the reason is on standard error)
 """
 
+GDB_EPILOG = (
+    EPILOG.partition("exit status:")[0]
+    + """\
+exit status:
+  gdb's own, or
+  2  bad usage     3  no gdb, or what was named cannot be opened (the reason is on standard error)
+"""
+)
+
 PHYSICAL_BITS = 52  # the most that x86-64 has: SDM vol. 3, 4.1.4
 _TELL_EVERY = 2.0  # seconds
 COMMANDS = ("trace", "check", "gdb", "info", "lab")
@@ -38,13 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit status; errors are one line on standard error."""
     words = list(sys.argv[1:] if argv is None else argv)
     ours, theirs = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us (>&-)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - for the process's life
     parser = _parser(next((word for word in ours[:1] if word in COMMANDS), None))
     args = parser.parse_args(ours)
     if theirs and args.run is not run_gdb:
         parser.error("only gdb takes arguments after --")
     args.gdb_arguments = theirs
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()  # what cannot be written is told here, not at exit
+        return status
     except UsageError as error:
         print(f"xencrash: {error}", file=sys.stderr)
         return ExitStatus.USAGE
@@ -52,11 +66,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"xencrash: {error}", file=sys.stderr)
         return ExitStatus.UNDECIDED
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone; say nothing at exit either
+        _drop_output()  # the reader has gone
+        return ExitStatus.UNDECIDED
+    except OSError as error:
+        _drop_output()
+        print(f"xencrash: {error.filename or 'writing the output'}: {error.strerror or error}", file=sys.stderr)
         return ExitStatus.UNDECIDED
     except KeyboardInterrupt:
         print("xencrash: interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print("xencrash: an error of its own, above: nothing was decided", file=sys.stderr)
+        return ExitStatus.UNDECIDED  # Python's own status would say that a check failed
+
+
+def _drop_output() -> None:
+    """What is still to be written to standard output goes nowhere, and is not tried again at exit."""
+    try:  # noqa: SIM105 - contextlib is not worth its import here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass  # standard output is no file of the system's
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -68,6 +100,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         except (ValueError, OSError):
             columns = 80
         super().__init__(prog, width=columns - 2)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """What has lines keeps them; a paragraph is filled."""
+        whole = argparse.HelpFormatter if "\n" not in text else argparse.RawDescriptionHelpFormatter
+        return whole._fill_text(self, text, width, indent)
 
 
 def _parser(asked: str | None = None) -> argparse.ArgumentParser:
@@ -113,6 +150,7 @@ def _parser(asked: str | None = None) -> argparse.ArgumentParser:
             commands, "gdb", run_gdb, "an interactive gdb with the plugin loaded",
             "Start gdb with the xen commands, the symbols and the target loaded. Arguments after -- go to gdb.",
         )  # fmt: skip
+        gdb.epilog = GDB_EPILOG
         _target_options(gdb)
 
     if asked in (None, "info"):

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from xen_symbols.absence import Undecidable
 from xen_symbols.api import open_dump
 from xencrash.session import find_gdb, gdb_arguments, parse_live, plugin_script
 
@@ -55,8 +56,11 @@ def _target(args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _is_elf64(path: str) -> bool:
     """xen-syms; the 32-bit image would make gdb take the machine for an i386."""
-    with Path(path).open("rb") as file:
-        return file.read(5) == b"\x7fELF\x02"
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(5) == b"\x7fELF\x02"
+    except OSError as error:
+        raise Undecidable(f"{path}: {error.strerror}; --symbols takes xen-syms, its .map, or Xen's image") from None
 
 
 def _wait(command: list[str]) -> int:

@@ -367,6 +367,8 @@ def _quoted(text: str) -> str:
 def _ask_before_attaching(target: str, socket: str) -> bool:
     """Whether the machine runs, by QMP. Raises Undecidable, also when a debugger is attached already: a second one
     would wait, and stop the machine whenever the first leaves."""
+    if Path(target.removeprefix("gdb:")).resolve() == Path(socket).resolve():  # connecting would stop the machine
+        raise Undecidable(f"{socket} is the gdbstub's socket: --qmp takes that of QEMU's option -qmp")
     try:
         with Qmp(socket) as qmp:
             stubs = [device["filename"] for device in qmp.execute("query-chardev") if device["label"] == "gdb"]

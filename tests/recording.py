@@ -125,6 +125,7 @@ def record(target: Any, symbols: SymbolTable, about: str, cpus: Sequence[Physica
     return {
         "about": about,
         "verdict": str(report.verdict),
+        "crashing_cpu": report.crashing_cpu,
         "kind": recorder.kind,
         "format": recorder.format,
         "build_id": (symbols.build_id or b"").hex(),
@@ -229,6 +230,12 @@ def write_files(folder: Path, target: Example, symbols: SymbolTable) -> tuple[Pa
     lines = (f"{s.address:016x} {s.kind} {f'{s.file}#' if s.file else ''}{s.name}\n" for s in listed)
     (folder / "xen-syms.map").write_text("".join(lines))
     return folder / "vmcore", folder / "xen-syms.map"
+
+
+def crashed(name: str) -> int:
+    """The CPU that crashed, as it was told when the example was recorded."""
+    cpu: int = json.loads((RECORDED / f"{name}.json").read_text())["crashing_cpu"]
+    return cpu
 
 
 def names() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -393,10 +394,10 @@ def _show(state: dict[str, Any]) -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text, 0)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    with contextlib.suppress(ValueError):
+        if (value := int(text, 0)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
 
 
 def _usage(message: str) -> Exception:

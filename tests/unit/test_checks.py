@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.recording import Example, load, names
+from tests.recording import Example, crashed, load, names
 from xen_symbols.absence import Absent, Kind, Undecidable
 from xen_symbols.crashpath import checks, generations
 from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
@@ -153,9 +153,9 @@ def test_as_recorded_everything_passes(name: str) -> None:
 @pytest.mark.parametrize("name", names())
 def test_stages_and_crashing_cpu_are_told_from_state_alone(name: str) -> None:
     report = Machine(name).report()
-    assert [s.stage for s in report.stages] == [name.split("-")[1]]
+    assert f"-{report.stages[0].stage}" in name and len(report.stages) == 1
     # The crash key is handled on whichever CPU the console's interrupt went to.
-    assert report.crashing_cpu == {"4.20": 1}.get(name.split("-")[0], 0)
+    assert report.crashing_cpu == crashed(name)
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -407,7 +407,7 @@ def test_of_memory_alone_everything_that_it_decides_passes(name: str) -> None:
     report = memory_alone(name).report()
     assert (report.verdict, bad(report), report.undecided) == (Verdict.PASS, set(), None)
     assert [(s.stage, s.cpu) for s in report.stages] == [("handover", None)]
-    assert report.crashing_cpu == {"4.20": 1}.get(name.split("-")[0], 0)
+    assert report.crashing_cpu == crashed(name)
     reason = "the dump holds no registers of any CPU"
     assert {f.check for f in report.findings if f.verdict is Verdict.SKIP and f.reason == reason} == NEED_REGISTERS
 

@@ -254,12 +254,16 @@ _SWAP = _handover("77ad1faa6b, machine_kexec")
 _REWRITE = _handover(f"{_RFC}, machine_kexec")
 _OVERTAKE = _handover("77ad1faa6b, machine_kexec: it may overtake do_nmi_crash")
 # 4.2 to 4.10 bit by bit; enable_each_ist and disable_each_ist since.
-_SVM = Maker("f9fc2e584d, svm_ctxt_switch_to and svm_ctxt_switch_from",
-             ("svm_ctxt_switch_to", "svm_ctxt_switch_from", *HELPERS))
+_SVM = Maker(
+    "f9fc2e584d, svm_ctxt_switch_to and svm_ctxt_switch_from", ("svm_ctxt_switch_to", "svm_ctxt_switch_from", *HELPERS)
+)
 # Both are for a CPU that is not online, of which writers are not judged.
 _PLAY_DEAD = Maker("73cb1383bf, play_dead", ("play_dead", "idle_loop", *HELPERS))
-_COPIED = Maker("cc08c73c8c, cpu_smpboot_alloc: a CPU that comes online starts with a copy of the table",
-                ("cpu_smpboot_alloc", "cpu_smpboot_callback", "memcpy"), itself=False)
+_COPIED = Maker(
+    "cc08c73c8c, cpu_smpboot_alloc: a CPU that comes online starts with a copy of the table",
+    ("cpu_smpboot_alloc", "cpu_smpboot_callback", "memcpy"),
+    itself=False,
+)
 
 _ARMED = (CrashStep.ARMED, CrashStep.ARMED)
 _ANSWERING = (CrashStep.WAITED, CrashStep.NEUTRALISED)  # one that answers late does it as late as it answers

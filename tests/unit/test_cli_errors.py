@@ -1,0 +1,113 @@
+"""What the command says, and exits with, when its output or what it was given is not as it should be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from tests.recording import load, write_files
+from xen_symbols.absence import Undecidable
+from xencrash import cli
+from xencrash.cli import main
+from xencrash.session import open_session
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A vmcore and its symbols."""
+    vmcore, symbols = write_files(tmp_path_factory.mktemp("dump"), *load("4.17.0-crashed-vmcore"))
+    return str(vmcore), str(symbols)
+
+
+def run(words: Sequence[str], stdout: IO[str] | int, before: str = "") -> subprocess.CompletedProcess[str]:
+    code = f"import sys; {before}from xencrash.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("format", ["table", "json", "junit"])
+def test_output_that_cannot_be_written_is_no_failed_check(format: str, files: tuple[str, str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run(["check", files[0], "--symbols", files[1], "--format", format], full)
+    assert (done.returncode, done.stderr) == (3, "xencrash: writing the output: No space left on device\n")
+
+
+def test_a_short_output_that_cannot_be_written_is_told_too() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run(["lab", "guests"], full)
+    assert (done.returncode, done.stderr) == (3, "xencrash: writing the output: No space left on device\n")
+
+
+def test_a_reader_that_has_gone_is_no_failed_check(files: tuple[str, str]) -> None:
+    words = ["check", files[0], "--symbols", files[1], "--format", "json"]
+    code = "import sys; from xencrash.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # before anything is written
+        said = process.stderr.read()
+    assert (process.returncode, said) == (3, "")
+
+
+@pytest.mark.parametrize("format", ["table", "json"])
+def test_with_its_output_closed_the_status_is_the_verdict(format: str, files: tuple[str, str]) -> None:
+    words = ["check", files[0], "--symbols", files[1], "--format", format]
+    done = run(words, subprocess.DEVNULL, before="sys.stdout = sys.stderr = None; ")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_error_of_its_own_is_no_failed_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("planted")
+
+    monkeypatch.setattr(cli, "check_dump", broken)
+    assert main(["check", "vmcore"]) == 3
+    assert capsys.readouterr().err.endswith(
+        "TypeError: planted\nxencrash: an error of its own, above: nothing was decided\n"
+    )
+
+
+def test_symbols_that_are_not_there_are_told_before_gdb_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gdb", "gdb:localhost:1", "--symbols", "/nonexistent"]) == 3
+    said = capsys.readouterr().err
+    assert said == (
+        "xencrash: /nonexistent: No such file or directory; --symbols takes xen-syms, its .map, or Xen's image\n"
+    )
+
+
+def test_the_gdbstub_as_qmp_socket_is_refused_before_it_is_connected_to(tmp_path: Path) -> None:
+    stub = tmp_path / "gdb.sock"
+    other = tmp_path / "link"
+    other.symlink_to(stub)
+    for qmp in (stub, other):
+        with pytest.raises(Undecidable, match="is the gdbstub's socket: --qmp takes that of QEMU's option -qmp"):
+            open_session(f"gdb:{stub}", qmp=str(qmp))
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x"])
+def test_a_number_that_is_none(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["lab", "run", f"--cpus={number}"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"argument --cpus: {number!r} is no number above 0\n")
+
+
+@pytest.mark.parametrize("command", ["trace", "check", "gdb", "info"])
+def test_help_fits_a_terminal(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100
+    assert ("gdb's own" in said) is (command == "gdb")
