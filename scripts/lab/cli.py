@@ -93,8 +93,8 @@ def add_parser(commands: Any, summary: str) -> None:
 
     matrix = _step(
         steps, "matrix", run_matrix, "crash every Xen on every QEMU, with every gdb, in every LAPIC mode",
-        "Boot, crash and judge a machine for each cell of the matrix of the lab's rows, every other one with a "
-        "domU that runs on every CPU, and show a table of verdicts. "
+        "Boot, crash and judge a machine for each cell of the matrix of the lab's rows, some with a domU "
+        "that runs on every CPU, and show a table of verdicts. "
         "Without options the cells are a few in which every pair of rows appears (without those of a suite whose "
         "packages change from day to day); --xen, --qemu, --gdb and --lapic take all that have what is named. "
         "What a cell needs and cannot get is `skip`, with the reason. "

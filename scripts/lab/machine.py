@@ -367,7 +367,7 @@ class Lab:
         """What a shell command printed in dom0 (both streams); LabError if its exit status is not 0."""
         status, output = self.dom0_status(command, timeout)
         if status:
-            raise LabError(f"in dom0, {command!r} failed with status {status}: {output.strip()[-200:]}")
+            raise LabError(f"in dom0, {command!r} failed with status {status}: {' '.join(output.split())[-200:]}")
         return output
 
     def dom0_status(self, command: str, timeout: float = 30.0) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from xencrash.lab.crashes import CPUS, Cell, crash_all, finish
 from xencrash.lab.rows import GDBS, QEMUS, SUITES, XENS
 
 DIMENSIONS = ("xen", "qemu", "gdb", "lapic")
-# The ways of crashing, and whether a domU runs then, dealt to the cells in turn.
+# The ways of crashing, and whether a domU runs then (where the QEMU is one for it), dealt to the cells in turn.
 _WAYS = (("key", None), *(("panic", cpu) for cpu in range(CPUS)))
 _DOMU = (False, True)
 
@@ -22,10 +22,10 @@ def cells() -> tuple[Cell, ...]:
         for xen, qemu, gdb in itertools.product(XENS, QEMUS, GDBS)
         for lapic in sorted(QEMUS[qemu].cpu, reverse=True)
     ]
-    moments = zip(itertools.cycle(_WAYS), itertools.cycle(_DOMU), strict=False)
+    ways, domus = itertools.cycle(_WAYS), itertools.cycle(_DOMU)
     return tuple(
-        Cell("-".join(row), *row, how=how, cpu=cpu, domu=domu)
-        for row, ((how, cpu), domu) in zip(rows, moments, strict=False)
+        Cell("-".join(row), *row, how=how, cpu=cpu, domu=QEMUS[row[1]].domu and next(domus))
+        for row, (how, cpu) in zip(rows, ways, strict=False)
     )
 
 

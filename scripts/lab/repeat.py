@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from xencrash.lab import matrix
 from xencrash.lab.crashes import CPUS, Cell, crash_all, finish
+from xencrash.lab.rows import QEMUS
 
 _LONGEST_DELAY = 2.0  # seconds; what dom0 and Xen do after a boot has settled long before
 
@@ -29,7 +30,7 @@ def _moment(chance: random.Random, number: int, cell: Cell) -> Cell:
         how="key" if cpu is None else "panic",
         cpu=cpu,
         load=chance.choice((0, chance.randint(CPUS, 2 * CPUS))),
-        domu=chance.choice((False, True)),
+        domu=chance.choice((False, True)) and QEMUS[cell.qemu].domu,
         delay=round(chance.uniform(0, _LONGEST_DELAY), 2),
     )
 
