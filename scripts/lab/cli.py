@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xencrash.lab.errors import LabError
-from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, QEMUS, XENS
+from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, LAPICS, QEMUS, XENS
 
 _DESCRIPTION = """\
 Real Xen with a real Linux dom0 and a real crash kernel in QEMU (no KVM needed), from Debian's packages:
@@ -155,7 +155,7 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which machine: for `machine_arguments`."""
     parser.add_argument("--xen", choices=XENS, default=DEFAULT_XEN, help=f"default: {DEFAULT_XEN}")
     parser.add_argument("--qemu", choices=QEMUS, default=DEFAULT_QEMU, help=f"default: {DEFAULT_QEMU}")
-    parser.add_argument("--lapic", choices=("xapic", "x2apic"), help="default: what this QEMU and Xen do by themselves")
+    parser.add_argument("--lapic", choices=LAPICS, help="default: what this QEMU and Xen do by themselves")
     parser.add_argument("--cpus", type=_count, default=4, metavar="N", help="default: 4")
     parser.add_argument("--memory", type=_count, default=1024, metavar="MIB", help="default: 1024")
     parser.add_argument("--dom0-vcpus", type=_count, default=1, metavar="N", help="as many as CPUs: pinned; default: 1")
@@ -200,6 +200,8 @@ def _guest_arguments(args: argparse.Namespace) -> dict[str, Any]:
         raise _usage(f"--fault {args.fault}: xencrash lab guests lists the faults")
     if args.fault:
         _require_shown(BY_ID[args.fault], args)
+    if args.lapic and LAPICS[args.lapic].firmware:
+        raise _usage(f"--lapic {args.lapic} is for Xen: the reference guest has it as --fault firmware-x2apic")
     if args.lapic == "x2apic":
         _require_x2apic("--lapic x2apic", args)
     if not 0 <= _crash_cpu(args) < args.cpus:

@@ -17,7 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from xen_symbols.target.qmp import Qmp, QmpError
 from xencrash.lab import images
 from xencrash.lab.errors import LabError
+from xencrash.lab.firmware import with_x2apic_on
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import (
     SOCKET_PATH_LIMIT,
@@ -37,7 +38,7 @@ from xencrash.lab.qemu import (
     start,
     start_time,
 )
-from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, QEMUS, XENS
+from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, LAPICS, QEMUS, XENS
 
 Progress = Callable[[str], None]
 
@@ -166,7 +167,7 @@ class Lab:
     ) -> Lab:
         """Boot a machine and wait until it is as wished; on failure nothing of it is left but its logs.
 
-        `guest` boots that instead of Xen and dom0. `lapic` is "xapic", "x2apic" or None (what this QEMU does).
+        `guest` boots that instead of Xen and dom0. `lapic` is a row of LAPICS or None (what this QEMU does).
         `wait` is how far: "dom0" (a shell answers, and the crash kernel is loaded unless `crash_kernel` is
         false), "xen" (all CPUs are up) or "none". `domu_vcpus` is the number of CPUs on which a domU spins once dom0
         is up (`create_domu`). With `pvh` dom0 is a PVH guest, its vCPUs in SVM
@@ -201,7 +202,7 @@ class Lab:
                 paths,
                 temporary,
                 program,
-                boot,
+                _by_firmware(boot, paths) if lapic and LAPICS[lapic].firmware else boot,
                 name,
                 row.name,
                 owned,
@@ -339,7 +340,7 @@ class Lab:
         if self._process is not None:
             self._process.kill()  # no-op once it is gone; makes the wait below end
             self._process.wait()
-        for path in (*self.paths.sockets, self.paths.disk, self.paths.state):
+        for path in (*self.paths.sockets, self.paths.disk, self.paths.kernel, self.paths.state):
             path.unlink(missing_ok=True)
         if self._temporary and not keep:
             shutil.rmtree(self.run_dir, ignore_errors=True)
@@ -594,6 +595,12 @@ def _xen_boot(
     )
     kernel = f"{made.kernel} console=hvc0 earlyprintk=xen {dom0_args}".rstrip()
     return Boot(made.xen, made.symbols, append.rstrip(), f"{kernel},{made.dom0_initramfs}")
+
+
+def _by_firmware(boot: Boot, paths: Paths) -> Boot:
+    """The same in a machine whose firmware turned x2APIC on."""
+    paths.kernel.write_bytes(with_x2apic_on(boot.kernel.read_bytes()))
+    return replace(boot, kernel=paths.kernel)
 
 
 _TEMPORARY = "temporary"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xencrash.lab.errors import LabError
-from xencrash.lab.rows import QemuRow
+from xencrash.lab.rows import LAPICS, QemuRow
 
 SOCKET_PATH_LIMIT = 107  # sockaddr_un's sun_path holds 108 bytes with the final NUL (unix(7))
 
@@ -76,6 +76,11 @@ class Paths:
         return self.run_dir / "disk.raw"
 
     @property
+    def kernel(self) -> Path:
+        """What is booted, where it was made for this run alone."""
+        return self.run_dir / "xen-of-this-run"
+
+    @property
     def state(self) -> Path:
         return self.run_dir / "state.json"
 
@@ -89,8 +94,8 @@ class Program:
 
 
 def cpu_of(row: QemuRow, lapic: str | None) -> str:
-    """`-cpu` for a LAPIC mode ("xapic", "x2apic", or None for what this QEMU does by itself)."""
-    mode = lapic or row.default_lapic
+    """`-cpu` for a row of LAPICS, or None for what this QEMU does by itself."""
+    mode = LAPICS[lapic].mode if lapic else row.default_lapic
     if mode not in row.cpu:
         raise LabError(f"starting QEMU: QEMU {row.name} cannot do {mode}, only {', '.join(row.cpu)}: {row.reason}")
     return row.cpu[mode]

@@ -153,6 +153,29 @@ QEMUS = {
         ),
     )
 }
+@dataclass(frozen=True)
+class LapicRow:
+    """How the local APICs are to be. `mode` is the one that Xen runs in; with `firmware` it is the boot mode, too."""
+
+    name: str
+    mode: str
+    reason: str
+    firmware: bool = False
+
+
+LAPICS = {
+    row.name: row
+    for row in (
+        LapicRow("xapic", "xapic", "a CPU without x2APIC: Xen changes no mode"),
+        LapicRow("x2apic", "x2apic", "as SeaBIOS leaves them: Xen turns x2APIC on, and off again when it stops"),
+        LapicRow(
+            "x2apic-firmware",
+            "x2apic",
+            "x2APIC is on when Xen is entered: it stops in that mode, and the self-NMI goes through the ICR as an MSR",
+            firmware=True,
+        ),
+    )
+}
 # What of QEMU the lab needs: the program and its libraries; TCG, where it is a module; the firmware.
 QEMU_PACKAGE = "qemu-system-x86"
 QEMU_DATA_PACKAGES = ("qemu-system-common", "qemu-system-data", "seabios")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -70,3 +71,13 @@ def ram(lab: Lab) -> Iterator[mmap.mmap]:
 def named(findings: Sequence[dict[str, Any]], verdict: str = "fail") -> list[tuple[str, int | None]]:
     """(check, cpu) of the findings with a verdict."""
     return [(finding["check"], finding["cpu"]) for finding in findings if finding["verdict"] == verdict]
+
+
+def packets(lab: Lab) -> int:
+    """How many packets of the remote protocol one `xen crash status` sends."""
+    script = (
+        "python from gdbplugin.register import _registered; t = _registered[0].target(); before = t.packets; "
+        "gdb.execute('xen crash status', to_string=True); print('packets', t.packets - before)"
+    )
+    output = gdb(lab, "xen crash status", script)
+    return int(re.search(r"packets (\d+)", output)[1])  # type: ignore[index]

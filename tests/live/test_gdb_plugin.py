@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.machines import gdb, guest, ram, rows, run_gdb, target
+from tests.live.machines import gdb, guest, packets, ram, rows, run_gdb, target
 from xen_symbols.absence import Undecidable
 from xen_symbols.symbols.table import load_symbols
-from xencrash.guests import build
+from xencrash.guests import build, command_line
 from xencrash.lab.machine import Lab
 from xencrash.session import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
 from xencrash.trace import trace
@@ -100,8 +100,9 @@ def test_qmp_and_the_monitor_agree(lab: Lab) -> None:
     assert [cpu["nmi_blocked"] for cpu in again] == [None] * 4  # not known is not false
 
 
-def test_rdmsr_gives_what_the_device_state_gives() -> None:
-    with guest() as machine:
+@pytest.mark.parametrize("mode", ["xapic", "x2apic"])
+def test_rdmsr_gives_what_the_device_state_gives(mode: str) -> None:
+    with guest(append=command_line(x2apic=mode == "x2apic"), qemu="10.0", lapic=mode) as machine:
         with attach(machine) as session:
             session.break_at(load_symbols(str(machine.symbols)).address("kexec_crash"))
             session.run()
@@ -118,8 +119,9 @@ def test_rdmsr_gives_what_the_device_state_gives() -> None:
         before, shown, after = re.split("=== [234]\n", output)[:3]
         assert before == after
         measured = rows(shown, "Local APICs")
-        assert measured[0][:4] == ["0", "0", "xapic", "rdmsr,"] and exact[0]["apic_base"] in measured[0]
-        assert measured[1][:4] == ["1", "1", "xapic", "inferred"]  # it is halted, and was left alone
+        assert {cpu["mode"] for cpu in exact} == {mode}
+        assert measured[0][:4] == ["0", "0", mode, "rdmsr,"] and exact[0]["apic_base"] in measured[0]
+        assert measured[1][:4] == ["1", "1", mode, "inferred"]  # it is halted, and was left alone
 
 
 def test_the_log_is_what_was_printed(lab: Lab) -> None:
@@ -366,15 +368,6 @@ def test_a_symbol_file_that_is_none(lab: Lab, tmp_path: Path, content: bytes, sa
 
 
 # -- cost -------------------------------------------------------------------------------------
-
-
-def packets(lab: Lab) -> int:
-    script = (
-        "python from gdbplugin.register import _registered; t = _registered[0].target(); before = t.packets; "
-        "gdb.execute('xen crash status', to_string=True); print('packets', t.packets - before)"
-    )
-    output = gdb(lab, "xen crash status", script)
-    return int(re.search(r"packets (\d+)", output)[1])  # type: ignore[index]
 
 
 def test_a_status_costs_two_packets_for_each_cpu_and_a_constant() -> None:

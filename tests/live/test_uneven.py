@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.live.machines import gdb, packets, rows
 from xen_symbols import evaluate, open_dump
+from xen_symbols.symbols.table import load_symbols
 from xencrash.lab.machine import Lab
 from xencrash.session import open_session
 from xencrash.trace import trace
@@ -91,13 +96,14 @@ def test_a_crash_on_each_cpu_in_turn(cpu: int) -> None:
 
 def test_sixteen_cpus() -> None:
     with Lab.up(cpus=16) as lab:
+        assert packets(lab) <= 2 * 16 + 40
         report = follow(lab)
     assert_passed(report)
     assert set(verdicts(report)) == set(range(16))
     assert len({s["cpu"] for s in report["stages"] if s["stage"] == "cpu-stop"}) == 15
 
 
-def test_x2apic_and_back() -> None:
+def test_x2apic_and_back(tmp_path: Path) -> None:
     """Each CPU's LAPIC mode and ICR at every stage, from QEMU's device state; then every source, at one stop."""
     stops: list[dict[int, Json]] = []
     seen: list[tuple[Json, dict[int, Json]]] = []
@@ -127,9 +133,66 @@ def test_x2apic_and_back() -> None:
                                                                                    ("0x400", "0x2000000")]  # fmt: skip
         # The shootdown's own NMI was written in x2APIC mode by CPU 1, whose register kept that form.
         assert int(last[1]["icr_high"], 16) < 1 << 24
-        with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols)) as session:  # no QMP: monitor, memory
-            inferred = {cpu["cpu"]: cpu for cpu in session.xen("lapic")["cpus"]}
+        assert_sources_agree(lab, last, awake=1)
+        assert_passed_after_the_fact(lab, 1, "xapic", tmp_path)
+
+
+def assert_sources_agree(lab: Lab, exact: dict[int, Json], awake: int) -> None:
+    """What memory and monitor give by inference, and rdmsr on the CPU that is awake in Xen, is what QEMU's device state
+    gave: the machine has not moved since."""
+    with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols)) as session:
+        inferred = {cpu["cpu"]: cpu for cpu in session.xen("lapic")["cpus"]}
+    assert inferred.keys() == exact.keys()
     for number, cpu in inferred.items():
         assert cpu["mode_source"].startswith("inferred from")
         assert [cpu[name] for name in ("mode", "spiv", "icr_low", "icr_high")] == [
-            last[number][name] for name in ("mode", "spiv", "icr_low", "icr_high")]  # fmt: skip
+            exact[number][name] for name in ("mode", "spiv", "icr_low", "icr_high")]  # fmt: skip
+    measured = {int(row[0]): row for row in rows(gdb(lab, "set xen rdmsr on", "xen lapic", qmp=False), "Local APICs")}
+    assert measured[awake][2:4] == [exact[awake]["mode"], "rdmsr,"] and exact[awake]["apic_base"] in measured[awake]
+    assert {row[3] for number, row in measured.items() if number != awake} == {"inferred"}  # halted: left alone
+
+
+def assert_passed_after_the_fact(lab: Lab, crashing: int, parked: str, folder: Path) -> None:
+    """The crash kernel runs on the crashing CPU, where Linux leaves x2APIC mode if it was in it, as it has no interrupt
+    remapping; the others are parked, in the mode in which Xen left them."""
+    lab.wait_vmcore(folder / "vmcore", 300).unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "xencrash", "check", f"gdb:{lab.gdb_socket}", "--symbols", str(lab.symbols),
+         "--qmp", str(lab.qmp_socket), "--format", "json"], capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    report = json.loads(done.stdout)
+    assert [f for f in report["findings"] if f["verdict"] in ("fail", "unknown")] == []
+    assert [stage["stage"] for stage in report["stages"]] == ["crashed"]
+    assert (report["verdict"], report["crashing_cpu"]) == ("pass", crashing)
+    modes = {cpu["cpu"]: cpu["lapic"]["mode"] for cpu in report["cpus"]}
+    assert modes == {cpu: "xapic" if cpu == crashing else parked for cpu in range(3)}
+
+
+def test_x2apic_of_the_firmware(tmp_path: Path) -> None:
+    """Xen was entered in x2APIC mode: each CPU stops in it, and writes its self-NMI into the ICR that is an MSR."""
+    with Lab.up(qemu="10.0", lapic="x2apic-firmware", cpus=3, dom0_vcpus=3) as lab:
+        report = follow(lab, trigger=lambda: lab.crash("panic", cpu=0), leave_stopped=True)
+        assert_passed(report)
+        assert b"x2APIC mode is already enabled by BIOS" in lab.serial_log.read_bytes()
+        assert report["crashing_cpu"] == 0
+        modes = {(f["observed"], f["verdict"]) for f in report["findings"] if f["check"] == "lapic-mode"}
+        assert modes == {("x2apic", "pass")}
+        judged = {f["cpu"]: f["observed"] for f in report["findings"]
+                  if f["check"] == "lapic-self-nmi" and f["stage"] == "handover"}  # fmt: skip
+        assert judged == {1: "an NMI to itself", 2: "an NMI to itself"}
+        with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
+            exact = {cpu["cpu"]: cpu for cpu in session.xen("lapic")["cpus"]}
+            assert [exact[cpu]["apic_base"] for cpu in range(3)] == ["0xfee00d00", "0xfee00c00", "0xfee00c00"]
+            # SDM vol. 3, 10.12.9: the destination is the upper half as it is.
+            assert [(exact[cpu]["icr_low"], exact[cpu]["icr_high"]) for cpu in (1, 2)] == [("0x400", "0x1"),
+                                                                                          ("0x400", "0x2")]  # fmt: skip
+            # What Xen would have to say if one of its CPUs had gone back to xAPIC, as after any other boot.
+            address = load_symbols(str(lab.symbols)).address("apic_boot_mode", "dDbB")
+            session.mi(f"-data-write-memory-bytes {address:#x} 02000000")
+            changed = session.xen("crash-check")
+            session.mi(f"-data-write-memory-bytes {address:#x} 03000000")
+            failed = {(f["check"], f["cpu"]) for f in changed["findings"] if f["verdict"] == "fail"}
+            assert failed == {("x2apic-enabled", None), *(("lapic-mode", cpu) for cpu in range(3))}
+            session.leave(running=False)
+        assert_sources_agree(lab, exact, awake=0)
+        assert_passed_after_the_fact(lab, 0, "x2apic", tmp_path)
