@@ -9,6 +9,7 @@ map calls RAM or ROM is ever asked for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,10 @@ from xen_symbols.target.qmp import Qmp, QmpError
 PACKET = 2048
 _GAP = 1024  # reading this much more costs about as much as another packet (0.05 ms)
 _APIC_IDS = 1 << 12  # no machine of QEMU's has larger ones
+# The stub sends the monitor's text line by line and reads nothing before the command ends; gdb acknowledges each line.
+# A unix socket holds 277 of these single bytes, and then both wait for ever. `info mtree -f` prints up to 13 lines for
+# each CPU (seen: 290 lines with 16 CPUs go well, 500 with 32 do not); over QMP it is one answer.
+_CPUS_BY_UNIX_SOCKET = 16
 
 
 class LiveTarget:
@@ -48,7 +53,6 @@ class LiveTarget:
         self._cpus: list[PhysicalCpu] | None = None
         self._trusted: str | None = None  # the QMP socket that is known to be this machine's
         self._set_mode(False)  # an earlier client may have left it on
-        self._ram = self._memory_map()
 
     # -- the stub -----------------------------------------------------------------------------
 
@@ -92,11 +96,29 @@ class LiveTarget:
 
     # -- memory -------------------------------------------------------------------------------
 
-    def _memory_map(self) -> list[tuple[int, int]]:
+    @functools.cached_property
+    def _ram(self) -> list[tuple[int, int]]:
+        command = "info mtree -f"
         try:
-            return hmp.parse_ram(self._monitor("info mtree -f"))
+            if self.qmp_socket is None:
+                self._require_room()
+                return hmp.parse_ram(self._monitor(command))
+            with Qmp(self.qmp_socket) as qmp:
+                self._require_same_machine(qmp)
+                return hmp.parse_ram(qmp.execute("human-monitor-command", command_line=command))
+        except QmpError as error:
+            raise Undecidable(str(error)) from None
         except Unreadable as error:
             raise Undecidable(f"{self.location}: {error}") from None
+
+    def _require_room(self) -> None:
+        """That the memory map of so many CPUs comes through this connection."""
+        count = len(hmp.parse_host_threads(self._monitor("info cpus")))
+        if count > _CPUS_BY_UNIX_SOCKET and Path(self.connection.details).is_socket():
+            raise Undecidable(
+                f"{self.location} has {count} CPUs, and QEMU's monitor says too much of them for a unix socket: "
+                "set xen qmp-socket PATH (--qmp PATH), or attach over TCP"
+            )
 
     def physical_ranges(self) -> Sequence[tuple[int, int]]:
         return self._ram
@@ -164,7 +186,7 @@ class LiveTarget:
 
     def _from_monitor(self) -> list[PhysicalCpu]:
         try:
-            cpus = hmp.parse_registers(self._monitor("info registers -a"))
+            cpus = hmp.parse_registers(self._registers())
         except Unreadable as error:
             raise Undecidable(f"{self.location}: {error}") from None
         found: list[tuple[int, hmp.Lapic]] = []
@@ -175,6 +197,18 @@ class LiveTarget:
             if lapic is not None:
                 found.append(lapic)
         return hmp.with_lapics(cpus, found)
+
+    def _registers(self) -> str:
+        """What `info registers -a` says, asked for CPU by CPU: of all at once it may be more than the socket holds."""
+        listed = self._monitor("info cpus")
+        texts = []
+        try:
+            for index in range(len(hmp.parse_host_threads(listed))):
+                self._monitor(f"cpu {index}")
+                texts.append(self._monitor("info registers"))
+        finally:
+            self._monitor(f"cpu {hmp.parse_selected_cpu(listed)}")
+        return "".join(texts)
 
     def _with_measured(self, cpu: PhysicalCpu) -> PhysicalCpu:
         """The LAPIC mode that rdmsr gave, where QEMU's device state did not give it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.live.machines import guest, named, target
+from tests.live.machines import gdb, guest, named, rows, target
 from xencrash.guests import command_line, feature, generations
 from xencrash.trace import trace
 
@@ -45,7 +45,7 @@ def test_the_crash_image_finds_the_mode_in_which_the_firmware_booted(append: str
 @pytest.mark.parametrize(
     ("generation", "append", "machine"),
     [
-        ("4.21.2", "", {"cpus": 16}),
+        ("4.21.2", "", {"cpus": 32}),
         ("4.3.0", "", {"cpus": 4, "max_cpus": 8}),  # an absent CPU's addresses are small numbers
         ("4.17.0", "", {"cpus": 4, "max_cpus": 8}),  # and not canonical here
         ("4.21.2", "", {"cpus": 2, "max_cpus": 16}),
@@ -66,3 +66,15 @@ def test_a_clean_crash_passes(generation: str, append: str, machine: Json) -> No
     assert [cpu["cpu"] for cpu in report["cpus"]] == list(range(machine.get("cpus", 4)))
     modes = {cpu["lapic"]["mode"] for cpu in report["cpus"]}
     assert modes == {"x2apic" if "firmware" in append else "xapic"}
+
+
+def test_without_qmp_each_cpu_is_asked_for_by_itself() -> None:
+    """All at once is more than gdb and QEMU's stub can pass through a unix socket: both would wait for ever."""
+    with guest(cpus=16) as lab:
+        said = gdb(lab, "monitor cpu 3", "xen cpus", "monitor info cpus", qmp=False)
+        assert [row[0] for row in rows(said, "CPUs")] == [str(cpu) for cpu in range(16)]
+        assert [line[:8] for line in said.splitlines() if line.startswith("*")] == ["* CPU #3"]
+    with guest(cpus=32) as lab:
+        said = gdb(lab, "xen cpus", qmp=False)
+        assert "has 32 CPUs, and QEMU's monitor says too much of them for a unix socket: set xen qmp-socket" in said
+        assert len(rows(gdb(lab, "xen cpus"), "CPUs")) == 32

@@ -46,7 +46,7 @@ def test_registers_outside_64_bit_mode() -> None:
     assert cpu.idtr == (0, 0xFFFF)
 
 
-@pytest.mark.parametrize("garbage", ["", "unknown command: 'info registers -a'\r\n", "CPU#0\r\nnonsense\r\n"])
+@pytest.mark.parametrize("garbage", ["", "unknown command: 'info registers'\r\n", "CPU#0\r\nnonsense\r\n"])
 def test_other_text_is_no_registers(garbage: str) -> None:
     with pytest.raises(Unreadable):
         hmp.parse_registers(garbage)
@@ -101,6 +101,8 @@ def test_host_threads() -> None:
     text = "* CPU #0: thread_id=4711\r\n  CPU #1: (halted) thread_id=4712 model=max\r\n"  # the model from QEMU 11.1 on
     assert hmp.parse_host_threads(text) == [4711, 4712]
     assert hmp.parse_host_threads("unknown command: 'info cpus'\r\n") == []
+    assert hmp.parse_selected_cpu(text) == 0
+    assert hmp.parse_selected_cpu("  CPU #0: thread_id=4711\r\n* CPU #1: thread_id=4712\r\n") == 1
 
 
 def test_text_that_gdb_wrapped_for_its_machine_interface() -> None:

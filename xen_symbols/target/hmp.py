@@ -47,10 +47,10 @@ _NAMES = {
 
 
 def parse_registers(text: str) -> list[PhysicalCpu]:
-    """The CPUs of `info registers -a`, by cpu_index, without APIC ids. Raises Unreadable for any other text."""
+    """The CPUs of `info registers`, by cpu_index, without APIC ids. Raises Unreadable for any other text."""
     blocks = re.split(r"^CPU#(\d+)\r?$", text, flags=re.MULTILINE)[1:]
     if not blocks:
-        raise Unreadable(f"QEMU's monitor does not know 'info registers -a': it said {text.strip()[:60]!r}")
+        raise Unreadable(f"QEMU's monitor does not know 'info registers': it said {text.strip()[:60]!r}")
     return [_cpu(int(number), block.replace("\r", "")) for number, block in zip(blocks[::2], blocks[1::2], strict=True)]
 
 
@@ -124,6 +124,12 @@ def without_qmp(cpus: Sequence[PhysicalCpu], why: Absent) -> list[PhysicalCpu]:
 def parse_host_threads(text: str) -> list[int]:
     """The host's thread of each CPU, by cpu_index, from `info cpus`: no other machine of this host has them."""
     return [int(thread) for thread in re.findall(r"CPU #\d+:.*?thread_id=(\d+)", text)]
+
+
+def parse_selected_cpu(text: str) -> int:
+    """The monitor's own CPU, by cpu_index, from `info cpus`: what `info registers` without a number tells of."""
+    selected = re.search(r"^\* CPU #(\d+):", text, re.MULTILINE)
+    return int(selected[1]) if selected else 0
 
 
 _VIEW = re.compile(r"^ *AS \"memory\"", re.MULTILINE)
