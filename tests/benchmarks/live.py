@@ -25,16 +25,9 @@ from xencrash.session import open_session
 from xencrash.trace import trace
 
 ROUNDS = 30
-_IN_GDB = """
+_TIMED = """
 import json, statistics, time
 import gdb
-from gdbplugin.register import _registered
-from xen_symbols.crashpath.engine import context_at, judge
-from xen_symbols.crashpath.position import infer
-from xen_symbols.xen.state import read_state
-
-session = _registered[0]
-target = session.target()
 
 def seconds(run):
     times = []
@@ -43,6 +36,17 @@ def seconds(run):
         run()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+"""
+
+_SNAPSHOT = """
+from gdbplugin.register import _registered
+from xen_symbols.crashpath.engine import context_at, judge
+from xen_symbols.crashpath.position import infer
+from xen_symbols.xen.state import read_state
+
+session = _registered[0]
+target = session.target()
 
 def snapshot():
     with session.look() as memory:
@@ -67,8 +71,6 @@ json.dump(out, open({path!r}, "w"))
 
 
 _STATUS = """
-import json, statistics, time
-import gdb
 from gdbplugin.register import _registered
 from gdbplugin.target import device_state
 from xen_symbols.target.qmp import Qmp
@@ -87,14 +89,6 @@ def status():
 def state():
     with Qmp(target.qmp_socket) as qmp:
         device_state(qmp)
-
-def seconds(run):
-    times = []
-    for _ in range({rounds}):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 status()
 target._send = noted
@@ -132,7 +126,7 @@ def status(cpus: int) -> dict[str, Any]:
     """Seconds of one `xen crash status`, of its reads by a bare client, and of the device state over QMP."""
     with Lab.up(cpus=cpus) as lab, tempfile.TemporaryDirectory() as name:
         script, result = Path(name) / "bench.py", Path(name) / "result.json"
-        script.write_text(_STATUS.format(rounds=ROUNDS, path=str(result)))
+        script.write_text((_TIMED + _STATUS).format(rounds=ROUNDS, path=str(result)))
         with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
             session.cli(f"source {script}", timeout=300)
             figures: dict[str, Any] = json.loads(result.read_text())
@@ -152,7 +146,7 @@ def snapshot(cpus: int) -> dict[str, Any]:
     """Figures of one snapshot, taken inside gdb."""
     with Lab.up(cpus=cpus) as lab, tempfile.TemporaryDirectory() as name:
         script, result = Path(name) / "bench.py", Path(name) / "result.json"
-        script.write_text(_IN_GDB.format(rounds=ROUNDS, path=str(result)))
+        script.write_text((_TIMED + _SNAPSHOT).format(rounds=ROUNDS, path=str(result)))
         with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
             session.xen("crash-check")
             session.cli(f"source {script}")
