@@ -244,8 +244,10 @@ def check_dump(path: str, args: argparse.Namespace) -> Report:
     return api.evaluate(xen)
 
 
-def searching(path: str) -> Callable[[int, int], None]:
-    """Tells how far the search for Xen in a dump has come: a line on standard error every few seconds."""
+def searching(path: str) -> Callable[[int, int], None] | None:
+    """Tells whoever watches how far the search for Xen in a dump has come: a line every few seconds, on a terminal."""
+    if not sys.stderr.isatty():  # a script finds the reason there, and nothing else
+        return None
     told = time.monotonic()
 
     def tell(done: int, total: int) -> None:

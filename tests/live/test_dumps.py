@@ -380,7 +380,7 @@ def test_a_dump_of_linux_without_xen(
 ) -> None:
     symbols = ["--symbols", symbols_of("4.17")] if given else []
     assert main(["check", str(linux / name), *base, *symbols]) == 3
-    said = [line for line in capsys.readouterr().err.splitlines() if "looking for Xen" not in line]
+    said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "is it Xen" in said[0], said
 
 

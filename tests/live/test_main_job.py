@@ -403,7 +403,7 @@ def test_before_xen_has_paging_on() -> None:
 def test_a_guest_that_is_not_xen(tmp_path: Path) -> None:
     images = xen_images(Cache(), XENS[DEFAULT_XEN])
     boot = Boot(kernel=images.kernel, symbols=images.symbols, append="console=ttyS0 panic=0 earlyprintk=ttyS0")
-    with Lab.up(guest=boot, wait="none") as lab:
+    with Lab.up(guest=boot, wait="none", memory_mib=256) as lab:
         lab.wait_serial(rb"Kernel panic", 60)  # Linux without a root: paging is on, and no Xen anywhere
         for target in (("check",), ("trace",)):
             done = xencrash(*target, f"gdb:{lab.gdb_socket}", "--symbols", str(lab.symbols), "--qmp",
