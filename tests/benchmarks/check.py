@@ -93,7 +93,7 @@ def synthesise(directory: Path, cpus: int, gigabytes: int) -> tuple[str, str]:
 def measure(name: str, dump: str, symbols: str | None, python: str, runs: int) -> float:
     """Print the lines for one dump; returns the seconds of its checks."""
     words = ["check", dump, "--format", "json", *(["--symbols", symbols] if symbols else [])]
-    empty, whole = in_turn(runs, [python, "-c", "pass"], [python, "-m", "xencrash", *words])
+    empty, whole = in_turn(runs, [python, "-c", "pass"], [str(Path(python).with_name("xencrash")), *words])
     peak = subprocess.run([python, "-c", _PEAK, *words], capture_output=True, text=True, check=True, cwd="/").stdout
     print(f"{name}: {ratios(whole, empty)}, {whole.wall * 1e3:.0f} ms; {int(peak) / 1024:.0f} MB at the peak")
 

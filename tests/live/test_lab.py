@@ -112,14 +112,6 @@ def test_a_pvh_dom0_runs(xen: str, qemu: str) -> None:
         assert b"ACPI: Core revision" in console
 
 
-@pytest.mark.parametrize(("cpus", "max_cpus"), [(1, None), (4, 8), (16, None), (32, None)])
-def test_other_numbers_of_cpus(cpus: int, max_cpus: int | None, tmp_path: Path) -> None:
-    with Lab.up(cpus=cpus, max_cpus=max_cpus) as lab:
-        assert f"Brought up {cpus} CPUs".encode() in lab.serial_log.read_bytes()
-        lab.crash()
-        lab.wait_vmcore(tmp_path / "vmcore")
-
-
 def test_several_at_once_and_dumps_of_qemu(tmp_path: Path) -> None:
     with Lab.up(paused=True) as one, Lab.up(paused=True, cpus=2) as two:
         assert one.run_dir != two.run_dir
