@@ -25,12 +25,13 @@ def measure_modes(memory: XenMemory) -> dict[int, int | Absent]:
     assert isinstance(target, LiveTarget)
     address = _instruction(memory)
     region = image_region(address)
+    awake = {cpu.index for cpu in target.cpus() if cpu.halted is False}
     found: dict[int, int | Absent] = {}
     # Without the second, gdb prints where each step ended.
     with kept_selection(), setting("scheduler-locking", "on"), setting("suppress-cli-notifications", "on"):
         for thread in gdb.selected_inferior().threads():
             index = cpu_index(thread)
-            if "halted" in (thread.details or ""):
+            if index not in awake:
                 found[index] = Absent("it is halted: an instruction stepped there would not finish")
                 continue
             thread.switch()
