@@ -84,7 +84,9 @@ def expect(
 
 
 def because(outcome: Outcome, *checks: str) -> Outcome:
-    """The same outcome; a failure of any of the checks explains this one."""
+    """The same outcome; if it is a failure, one of any of the checks explains it."""
+    if outcome.verdict is not Verdict.FAIL:
+        return outcome
     return outcome._replace(because_of=tuple((check,) for check in checks))
 
 
