@@ -228,6 +228,7 @@ def run_check(args: argparse.Namespace) -> int:
         try:
             return finish(check_dump(target, args), args)
         finally:
+            gc.freeze()  # nor is there anything for the interpreter to look for when it ends
             gc.enable()
     from xencrash import judging
 

@@ -1,7 +1,5 @@
 """Absence as a value with a reason: what could not be read is never a zero."""
 
-from __future__ import annotations
-
 import enum
 from typing import NamedTuple
 

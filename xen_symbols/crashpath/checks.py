@@ -4,8 +4,6 @@ A row's `judge` says which values are allowed, given how far each CPU has come, 
 be on either side of a step, both values are allowed: a race window is no alarm.
 """
 
-from __future__ import annotations
-
 import enum
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -68,9 +66,11 @@ def expect(
     of: Callable[[Any], Any] | None = None,
 ) -> Outcome:
     """Pass when what was read, or what `of` takes out of it, is one of those allowed; `show` makes JSON of them."""
-    if len(allowed) > 1:
+    if len(allowed) == 1:
+        shown = allowed[0] if show is None else show(allowed[0])
+    else:
         allowed = tuple(dict.fromkeys(allowed))
-    shown = _expected_json(allowed if show is None else [show(value) for value in allowed])
+        shown = _expected_json(allowed if show is None else [show(value) for value in allowed])
     value, evidence = read
     if of is not None and not isinstance(value, Absent):
         value = of(value)
@@ -133,7 +133,7 @@ class Context:
         xen_phys_start: int | Absent = Absent("not known"),  # noqa: B008 - a frozen value
         console_tail: str | Absent = Absent("the console ring was not read"),  # noqa: B008
         nmi_entries: dict[int, int] | None = None,
-        gates_before: Mapping[Key, GateChange] | None = None,
+        gates_before: "Mapping[Key, GateChange] | None" = None,
     ) -> None:
         """`nmi_entries` and `gates_before` are what a trace alone knows; None for any other look at a machine."""
         self.state = state
@@ -696,9 +696,11 @@ def _shootdown_report(context: Context, _cpu: int) -> Outcome:
 
 def _reports(line: str, missing: Sequence[int]) -> bool:
     """Whether Xen's report names just these CPUs, as a list of ranges: `{1,4-6}`."""
+    if "Shot down all CPUs" in line:
+        return not missing
     named = re.search(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}", line)
     if named is None:
-        return not missing and "Shot down all CPUs" in line
+        return False
     bounds = [[int(number) for number in one.split("-")] for one in named[1].split(",")]
     size = sum(one[-1] - one[0] + 1 for one in bounds)
     return size == len(missing) and all(any(one[0] <= cpu <= one[-1] for one in bounds) for cpu in missing)

@@ -1,8 +1,5 @@
 """The one engine: a target, its symbols and a position become findings and a report."""
 
-from __future__ import annotations
-
-import copy
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,7 +32,8 @@ def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> l
     `earlier` what was found at the stages before."""
     subjects = {subject: _subjects(subject, context) for subject in Subject}
     findings: list[Finding] = []
-    found = findings.append
+    # Past NamedTuple's own constructor, which takes longer than most checks: there are 120,000 findings on 4096 CPUs.
+    found, new = findings.append, tuple.__new__
     stage = context.position.stage.id
     failed: list[Failure] = []
     for check in CHECKS:
@@ -46,10 +44,10 @@ def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> l
                 failed.append(Failure(check, cpu, outcome, len(findings)))
                 reason = reason or check.explain(outcome)
             whose = None if cpu == MACHINE else cpu
-            # By position, which is faster: there are 120,000 of them on 4096 CPUs.
             found(
-                Finding(check.id, stage, whose, verdict, expected, observed, check.source, evidence, reason, None, stop)
-            )
+                new(Finding, (check.id, stage, whose, verdict, expected, observed, check.source, evidence, reason,
+                              None, stop))
+            )  # fmt: skip
     if failed:
         _follow(context, findings, failed, [finding for finding in earlier if finding.verdict is Verdict.FAIL])
     return findings
@@ -154,6 +152,8 @@ def _no_further(context: Context, failed: Sequence[Failure]) -> dict[int, tuple[
 
 def _assume(context: Context, spans: Mapping[int, Span]) -> Context:
     """The same moment, with some of the other CPUs elsewhere."""
+    import copy  # where nothing failed its import would cost more than the judging
+
     assumed = copy.copy(context)
     assumed.position = context.position._replace(others={**context.position.others, **spans})
     return assumed
@@ -170,7 +170,7 @@ def context_at(
     position: Position,
     generation: Generation,
     entries: dict[int, int] | None = None,
-    gates_before: Mapping[Key, GateChange] | None = None,
+    gates_before: "Mapping[Key, GateChange] | None" = None,
 ) -> Context:
     """A context for the checks; the end of the console is read only where a check needs it. `entries` and
     `gates_before` are a trace's."""
@@ -272,7 +272,7 @@ def gate_json(symbols: SymbolTable, read: Read) -> dict[str, Any] | None:
     return _gate_json(symbols, read.value) if read.present else None
 
 
-def gate_change_json(symbols: SymbolTable, change: GateChange) -> dict[str, Any]:
+def gate_change_json(symbols: SymbolTable, change: "GateChange") -> dict[str, Any]:
     """A change of a gate as the JSON contract gives it, between two of the report's stages."""
     return {
         **gate_difference_json(symbols, change),
@@ -282,7 +282,7 @@ def gate_change_json(symbols: SymbolTable, change: GateChange) -> dict[str, Any]
     }
 
 
-def gate_difference_json(symbols: SymbolTable, change: GateChange) -> dict[str, Any]:
+def gate_difference_json(symbols: SymbolTable, change: "GateChange") -> dict[str, Any]:
     """What changed a gate from what to what, and who was seen to write to it."""
     return {
         "cpu": change.cpu,

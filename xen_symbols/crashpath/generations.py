@@ -4,8 +4,6 @@ A row is recognised by symbols and by Xen's own code in memory, never by a versi
 tried; exactly one row must hold.
 """
 
-from __future__ import annotations
-
 import enum
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Where on its crash path a Xen is, told from its state alone: for a dump, or a machine that was not followed."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ The crashing CPU and each other CPU go through steps of their own. A stage is a 
 which the step of the CPU that reached it is exact; the others are within bounds.
 """
 
-from __future__ import annotations
-
 import enum
 from typing import NamedTuple
 

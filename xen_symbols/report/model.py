@@ -1,7 +1,5 @@
 """What was found: findings, and the report that they add up to. Renderers read this; nothing here computes a check."""
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -3,21 +3,16 @@
 Symbol columns are sliced out of the table as they are asked for; no object is built per symbol.
 """
 
-from __future__ import annotations
-
 import struct
 from bisect import bisect_left
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from xen_symbols.absence import Kind, Undecidable, Unreadable
 from xen_symbols.symbols import buildid
+from xen_symbols.symbols.files import Bytes
 from xen_symbols.symbols.table import Symbol, SymbolTable
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from xen_symbols.symbols.files import Bytes
 
 EM_386, EM_X86_64 = 3, 62
 _TYPES = {

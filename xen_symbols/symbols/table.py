@@ -5,16 +5,12 @@ profiler and the variable in traps.c. `file#name` (Xen's own notation) says whic
 name that stands for several addresses is an error that lists them.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from xen_symbols.absence import Kind, Unreadable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 TEXT = "tTwW"
 # Linker-script symbols that mark an end: nothing lies between one of them and the next symbol.

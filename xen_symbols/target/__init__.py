@@ -5,8 +5,6 @@ absence. Addresses are physical here; Xen's virtual addresses are translated by 
 own page tables in one place, `xen_symbols.xen.locate`, for every kind of target.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -57,6 +55,14 @@ class PhysicalCpu(NamedTuple):
     source: str = ""
 
 
+class Note(NamedTuple):
+    """One ELF note (gABI, chapter 5). `name` without its NUL."""
+
+    name: str
+    type: int
+    desc: bytes
+
+
 class Target(Protocol):
     """A machine with Xen in it, live or dumped."""
 
@@ -86,11 +92,3 @@ class Target(Protocol):
     def notes(self) -> Sequence[Note]:
         """ELF notes of a dump, in file order; empty for a live machine."""
         ...
-
-
-class Note(NamedTuple):
-    """One ELF note (gABI, chapter 5). `name` without its NUL."""
-
-    name: str
-    type: int
-    desc: bytes

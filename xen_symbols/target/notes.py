@@ -6,8 +6,6 @@ QEMU's target/i386/arch_dump.c. The framing is the gABI's, chapter 5, with the
 4-byte alignment that all three use.
 """
 
-from __future__ import annotations
-
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence

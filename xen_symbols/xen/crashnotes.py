@@ -1,7 +1,5 @@
 """The crash notes that Xen keeps per CPU in its own memory (xen/common/kexec.c), the source of a dump's notes."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
@@ -83,7 +81,7 @@ def parse(raw: bytes) -> CpuNotes:
 # -- as JSON ----------------------------------------------------------------------------------
 
 
-def describe(memory: XenMemory, state: State) -> Json:
+def describe(memory: "XenMemory", state: "State") -> Json:
     """The notes in Xen's memory, and on a dump those of the file: {"buffers", "info", "file"}.
 
     Each note of Xen's in the file says whether it is what memory holds (`in_memory`); null where that is not known.
@@ -114,7 +112,7 @@ def _compared(out: Json, note: Note, held: dict[tuple[str, int, int], bytes]) ->
     return out | {"in_memory": None if theirs is None else theirs == note.desc}
 
 
-def _describe_buffer(state: State, cpu: CpuState) -> Json:
+def _describe_buffer(state: "State", cpu: "CpuState") -> Json:
     """One CPU's buffer: `state` is empty, half written, saved or damaged, or null when it could not be read.
 
     The registers are those of Xen in kexec_crash_save_cpu(), not of what the crash interrupted.
@@ -153,7 +151,7 @@ def _says(notes: CpuNotes, in_mask: bool | None) -> str:
     return f"complete{unmarked}"
 
 
-def _describe_info(memory: XenMemory, first: CpuState) -> Json:
+def _describe_info(memory: "XenMemory", first: "CpuState") -> Json:
     notes = first.notes.value
     info = notes if isinstance(notes, Absent) else notes.info
     if isinstance(info, Absent):

@@ -1,7 +1,5 @@
 """Which entry of the interrupt stack table (SDM vol. 3, 6.14.5) each exception of Xen's uses, told by its gates."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from xen_symbols.absence import Absent
