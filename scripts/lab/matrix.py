@@ -17,16 +17,15 @@ _DOMU = (False, True)
 
 def cells() -> tuple[Cell, ...]:
     """Every cell there is: a LAPIC mode that a QEMU does not have makes none."""
-    rows = [
-        (xen, qemu, gdb, lapic)
-        for xen, qemu, gdb in itertools.product(XENS, QEMUS, GDBS)
-        for lapic in sorted(QEMUS[qemu].cpu, reverse=True)
-    ]
-    ways, domus = itertools.cycle(_WAYS), itertools.cycle(_DOMU)
-    return tuple(
-        Cell("-".join(row), *row, how=how, cpu=cpu, domu=QEMUS[row[1]].domu and next(domus))
-        for row, (how, cpu) in zip(rows, ways, strict=False)
-    )
+    made = []
+    for number, xen in enumerate(XENS):  # each Xen begins elsewhere, or all would be crashed alike
+        ways, domus = (itertools.islice(itertools.cycle(one), number, None) for one in (_WAYS, _DOMU))
+        for qemu, gdb in itertools.product(QEMUS, GDBS):
+            for lapic in sorted(QEMUS[qemu].cpu, reverse=True):
+                how, cpu = next(ways)
+                domu = QEMUS[qemu].domu and next(domus)
+                made.append(Cell("-".join((xen, qemu, gdb, lapic)), xen, qemu, gdb, lapic, how=how, cpu=cpu, domu=domu))
+    return tuple(made)
 
 
 def settled(cells: Iterable[Cell]) -> tuple[Cell, ...]:
