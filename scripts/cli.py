@@ -16,22 +16,29 @@ from xen_symbols.report.model import ExitStatus, Finding, Report, Verdict
 
 Json = dict[str, Any]
 
-EPILOG = """\
-TARGET is a dump's path, or gdb:HOST:PORT, or gdb:/path/of/a/unix/socket (QEMU's -gdb).
+_LIVE = "gdb:HOST:PORT, or gdb:/path/of/a/unix/socket (QEMU's -gdb)"
+_ANY = f"TARGET is a dump's path, or {_LIVE}."
+_JUDGED = """
 
 exit status:
   0  every check passed          2  bad usage
   1  at least one check failed   3  could not be decided (the reason is on standard error)
 """
+EPILOG = _ANY + _JUDGED
+TRACE_EPILOG = f"TARGET is {_LIVE}." + _JUDGED
+INFO_EPILOG = f"""\
+{_ANY}
 
-GDB_EPILOG = (
-    EPILOG.partition("exit status:")[0]
-    + """\
+exit status:
+  0  everything was told     2  bad usage     3  some could not be (the reason is on standard error)
+"""
+GDB_EPILOG = f"""\
+{_ANY}
+
 exit status:
   gdb's own, or
   2  bad usage     3  no gdb, or what was named cannot be opened (the reason is on standard error)
 """
-)
 
 PHYSICAL_BITS = 52  # the most that x86-64 has: SDM vol. 3, 4.1.4
 _TELL_EVERY = 2.0  # seconds
@@ -56,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("only gdb takes arguments after --")
     args.gdb_arguments = theirs
     try:
+        if "target" in args:
+            _require_sense(args)
         status = int(args.run(args))
         sys.stdout.flush()  # what cannot be written is told here, not at exit
         return status
@@ -125,7 +134,8 @@ def _parser(asked: str | None = None) -> argparse.ArgumentParser:
             "Attach to QEMU's gdbstub, wait for Xen to crash, stop at each stage of the crash path, read every gate "
             "and every CPU there, and judge them. The machine then runs on into its crash kernel.",
         )  # fmt: skip
-        _target_options(trace)
+        trace.epilog = TRACE_EPILOG
+        _target_options(trace, dumps=False)
         _output_options(trace)
         trace.add_argument("--timeout", type=_seconds, metavar="S", help="give up after S seconds without a crash")
         trace.add_argument(
@@ -158,6 +168,7 @@ def _parser(asked: str | None = None) -> argparse.ArgumentParser:
             commands, "info", run_info, "what this is: format, notes, CPUs, symbols, build-id, generation and evidence",
             "Say what a target is and what is known of it, without judging it.",
         )  # fmt: skip
+        info.epilog = INFO_EPILOG
         _target_options(info)
         _output_options(info, formats=("table", "json"))
 
@@ -179,16 +190,21 @@ def _command(
     return parser
 
 
-def _target_options(parser: argparse.ArgumentParser, many: bool = False) -> None:
+def _target_options(parser: argparse.ArgumentParser, many: bool = False, dumps: bool = True) -> None:
     if many:
         parser.add_argument("target", nargs="+", metavar="TARGET", help="dumps, or one gdb:…")
     else:
-        parser.add_argument("target", metavar="TARGET", help="a dump, or gdb:…")
+        parser.add_argument("target", metavar="TARGET", help="a dump, or gdb:…" if dumps else "gdb:…")
     parser.add_argument(
         "--symbols", metavar="FILE", help="xen-syms, a .map, or an image; default: what Xen itself carries"
     )
-    parser.add_argument("--qmp", metavar="SOCKET", help="QEMU's QMP socket: LAPIC mode, NMI latch, IDTR of every CPU")
-    parser.add_argument("--base", type=_address, metavar="ADDRESS", help="physical address of a raw image's first byte")
+    parser.add_argument(
+        "--qmp", metavar="SOCKET", help="QEMU's QMP socket: a live machine's LAPIC modes, NMI latches, IDTRs"
+    )
+    if dumps:
+        parser.add_argument(
+            "--base", type=_address, metavar="ADDRESS", help="physical address of a raw image's first byte"
+        )
     parser.add_argument(
         "--allow-build-id-mismatch", action="store_true", help="go on with symbols of another build; the report says so"
     )
@@ -219,6 +235,21 @@ def _seconds(text: str) -> float:
 
 def is_live(target: str) -> bool:
     return target.startswith("gdb:")
+
+
+def _require_sense(args: argparse.Namespace) -> None:
+    """Raises UsageError for a target that the command does not take, or an option that has no effect on it."""
+    for target in args.target if isinstance(args.target, list) else [args.target]:
+        if not is_live(target) and args.run is run_trace:
+            raise UsageError(
+                f"{target} is not a live machine: trace takes gdb:HOST:PORT or gdb:SOCKET; a dump takes check"
+            )
+        if is_live(target) and getattr(args, "base", None) is not None:
+            raise UsageError(f"--base is for a raw image of memory, and {target} is a live machine: leave it out")
+        if not is_live(target) and args.qmp is not None:
+            raise UsageError(f"--qmp is for a live machine, and {target} is a dump: leave it out")
+    if args.allow_build_id_mismatch and args.symbols is None and args.run is not run_gdb:  # gdb may load some itself
+        raise UsageError("--allow-build-id-mismatch is for --symbols, and none are given: leave it out")
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -267,10 +298,6 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def run_trace(args: argparse.Namespace) -> int:
-    if not is_live(args.target):
-        raise UsageError(
-            f"{args.target} is not a live machine: trace takes gdb:HOST:PORT or gdb:SOCKET; a dump takes check"
-        )
     from xencrash.judging import trace_live
 
     return finish(trace_live(args), args)

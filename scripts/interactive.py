@@ -11,6 +11,7 @@ from pathlib import Path
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.api import open_dump
+from xencrash.cli import is_live, searching
 from xencrash.session import find_gdb, gdb_arguments, parse_live, plugin_script
 
 
@@ -37,10 +38,9 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _target(args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(where gdb connects to, what to set before): the machine's stub, or a dump served on a private socket."""
-    if args.target.startswith("gdb:"):
+    if is_live(args.target):
         yield parse_live(args.target), ()
         return
-    from xencrash.cli import searching
     from xencrash.serve import GDB_SETTINGS, served, serving
 
     memory = open_dump(

@@ -32,6 +32,7 @@ from xen_symbols.target.notes import describe_notes
 from xen_symbols.xen import crashnotes
 from xen_symbols.xen.locate import carried_symbols, locate
 from xen_symbols.xen.state import read_state
+from xencrash.cli import UsageError, check_dump, is_live, render, searching, status_of, write, write_pieces
 
 Json = dict[str, Any]
 
@@ -83,9 +84,7 @@ def tell_stage(stage: Json, findings: Sequence[Json]) -> None:
 
 def check_many(args: argparse.Namespace) -> int:
     """Judge several dumps: a line for each, a report for each with --output DIR, and the worst status."""
-    from xencrash.cli import UsageError, check_dump, render, status_of, write, write_pieces
-
-    live = [target for target in args.target if target.startswith("gdb:")]
+    live = [target for target in args.target if is_live(target)]
     if live:
         raise UsageError(f"{live[0]} is a live machine: check it alone")
     if args.output:
@@ -124,9 +123,7 @@ def _undecided(path: str, why: str) -> Json:
 
 def info(args: argparse.Namespace) -> int:
     """Say what a target is. What can be told is told even where the rest cannot; then the status is 3."""
-    from xencrash.cli import write
-
-    data = live_info(args) if args.target.startswith("gdb:") else _dump_info(args)
+    data = live_info(args) if is_live(args.target) else _dump_info(args)
     if args.format == "json":
         write(json.dumps(data, indent=2) + "\n", args.output)
     elif args.output:
@@ -140,8 +137,6 @@ def info(args: argparse.Namespace) -> int:
 
 
 def _dump_info(args: argparse.Namespace) -> Json:
-    from xencrash.cli import searching
-
     target = open_dump(args.target, base=args.base)
     data: Json = {
         "schema": SCHEMA_VERSION,

@@ -93,6 +93,50 @@ def test_the_gdbstub_as_qmp_socket_is_refused_before_it_is_connected_to(tmp_path
             open_session(f"gdb:{stub}", qmp=str(qmp))
 
 
+QMP = "--qmp is for a live machine, and vmcore is a dump: leave it out"
+BASE = "--base is for a raw image of memory, and gdb:/s is a live machine: leave it out"
+MISMATCH = "--allow-build-id-mismatch is for --symbols, and none are given: leave it out"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("check vmcore --qmp s", QMP),
+        ("check other vmcore --qmp s", QMP.replace("vmcore", "other")),
+        ("info vmcore --qmp s", QMP),
+        ("gdb vmcore --qmp s", QMP),
+        ("check gdb:/s --base 0", BASE),
+        ("info gdb:/s --base 0", BASE),
+        ("gdb gdb:/s --base 0", BASE),
+        ("check vmcore --allow-build-id-mismatch", MISMATCH),
+        ("info vmcore --allow-build-id-mismatch", MISMATCH),
+        ("trace gdb:/s --allow-build-id-mismatch", MISMATCH),
+        ("trace vmcore --qmp s", "vmcore is not a live machine: trace takes gdb:HOST:PORT or gdb:SOCKET; "
+         "a dump takes check"),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_have_no_effect_is_refused(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    assert capsys.readouterr() == ("", f"xencrash: {said}\n")
+
+
+def test_a_trace_takes_no_base(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["trace", "gdb:/s", "--base", "0"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --base 0\n")
+
+
+def test_gdb_may_be_given_symbols_of_another_build_by_hand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XENCRASH_GDB", "/nonexistent")  # as far as it comes here
+    assert main(["gdb", "gdb:/s", "--allow-build-id-mismatch"]) == 3
+    assert capsys.readouterr().err == "xencrash: /nonexistent was not found: install gdb, or name one in XENCRASH_GDB\n"
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "x"])
 def test_a_number_that_is_none(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -111,3 +155,5 @@ def test_help_fits_a_terminal(
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 100
     assert ("gdb's own" in said) is (command == "gdb")
+    assert ("every check passed" in said) is (command in ("trace", "check"))
+    assert ("TARGET is a dump's path, or" in said, "--base" in said) == ((command != "trace",) * 2)
