@@ -26,6 +26,7 @@ Progress = Callable[[str], None]
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _LIBRARY = re.compile(r"lib|zlib1g$")  # how Debian names the packages of shared libraries
 _GONE = re.compile(r"404\s+Not Found|410\s+Gone|does not have a Release file|no longer has a Release file")
+_NONE_OF_THEM = ["E: No packages found"]  # all that apt-cache says, with a status of 100, where no name is in the index
 
 
 @dataclass(frozen=True)
@@ -225,16 +226,23 @@ class Cache:
 
     def _ask(self, suite: str, names: list[str]) -> dict[str, Package]:
         self._update(suite)
-        # Its status says only that some name is unknown; the records say which.
         shown = self._run(suite, "apt-cache", "show", "--no-all-versions", *names)
         found = parse_records(shown.stdout)
-        for name in names:
-            if name not in found:
-                raise PackageGone(
-                    f"packages: the index of {suite} has no {name}: the suite may have dropped it; "
-                    "xencrash lab fetch --refresh asks again"
-                )
-        return {name: found[name] for name in names}
+        missing = next((name for name in names if name not in found), None)
+        if missing is None and not shown.returncode:
+            return {name: found[name] for name in names}
+        errors = [line for line in shown.stderr.splitlines() if line.startswith("E:")]
+        # A status of 0 and no record at all is of a name that other packages provide: not known to be gone.
+        if missing and (errors == _NONE_OF_THEM if shown.returncode else found):
+            raise PackageGone(
+                f"packages: the index of {suite} has no {missing}: the suite may have dropped it; "
+                "xencrash lab fetch --refresh asks again"
+            )
+        said = " ".join((errors or shown.stderr.splitlines() or ["it gave no record, and no reason"])[-1].split())
+        raise LabError(
+            f"packages: apt-cache show {' '.join(names)} failed with status {shown.returncode}: {said}; "
+            "check the disk and the memory, then try again"
+        )
 
     def _update(self, suite: str) -> None:
         """Fetch the suite's signed index, once in the life of a cache (or of a refresh)."""

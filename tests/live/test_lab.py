@@ -20,11 +20,11 @@ from xencrash.lab import machine
 from xencrash.lab.errors import LabError
 from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
-from xencrash.lab.packages import Cache, default_root
+from xencrash.lab.packages import Cache, default_root, sha256_of
 from xencrash.lab.qemu import start_time
-from xencrash.lab.rows import DEFAULT_XEN, XENS
+from xencrash.lab.rows import DEFAULT_XEN, KERNEL_SUITE, XENS
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("default_row")]
 
 COMMAND = [sys.executable, "-m", "xencrash"]
 
@@ -222,9 +222,19 @@ def test_the_steps_from_a_shell(tmp_path: Path) -> None:
     assert lab("crash", "--nosuch").returncode == 2
 
 
-def test_a_broken_package_is_fetched_again_by_apt(tmp_path: Path) -> None:
+def of_the_machines_apt() -> dict[str, tuple[int, str]]:
+    """When each file that apt has by itself was written, and its SHA-256."""
+    folders = (Path("/etc/apt"), Path("/var/lib/apt"), Path("/var/cache/apt"))
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert Path("/etc/apt") in {parent for path in files for parent in path.parents}
+    return {str(path): (path.stat().st_mtime_ns, sha256_of(path)) for path in files}
+
+
+def test_a_broken_package_is_fetched_again_by_apt_whose_own_files_stay_as_they_are(tmp_path: Path) -> None:
+    before = of_the_machines_apt()
     xen_images(Cache(), XENS[DEFAULT_XEN])
     shutil.copytree(default_root() / "suites", tmp_path / "suites")
+    (tmp_path / "suites" / KERNEL_SUITE / "updated").unlink()  # the index is fetched, too
     shutil.copytree(default_root() / "packages", tmp_path / "packages", copy_function=os.link)
     (broken,) = (tmp_path / "packages").glob("busybox-static_*.deb")
     whole = broken.read_bytes()
@@ -233,5 +243,7 @@ def test_a_broken_package_is_fetched_again_by_apt(tmp_path: Path) -> None:
     told: list[str] = []
     made = xen_images(Cache(tmp_path, told.append), XENS[DEFAULT_XEN])
     assert f"{broken.name} in the cache is broken (its SHA-256 is wrong): fetching it again" in told
+    assert f"fetching the package index of {KERNEL_SUITE}" in told
     assert broken.read_bytes() == whole
     assert made.xen.exists()
+    assert of_the_machines_apt() == before

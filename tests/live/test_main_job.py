@@ -159,6 +159,7 @@ def assert_every_stage(report: Json, crashing: int, row: Row = MAIN) -> None:
                 assert observed(report, stop, "cpu-parked", cpu) == "halted in do_nmi_crash, interrupts off"
 
 
+@pytest.mark.usefixtures("default_row")
 def test_the_crash_key_judged_stage_by_stage_and_in_the_vmcore(tmp_path: Path) -> None:
     done = xencrash("lab", "run", "--output", str(tmp_path), timeout=300)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import subprocess
 from pathlib import Path
 
@@ -101,21 +102,29 @@ class FakeApt:
         self.content = self.delivered = content
         self.version = "1:2.0-1"
         self.index_error = ""
+        self.show_fails: tuple[int, str, str] | None = None  # status, output, errors
         self.calls: list[str] = []
+        self.options: list[dict[str, str]] = []
 
     def __call__(self, command: list[str], cwd: Path | None) -> subprocess.CompletedProcess[str]:
         if command[1] == "indextargets":
             return subprocess.CompletedProcess(command, 0, "Debian|Debian|http://m.example/debian/\n", "")
         words = [word for word in command[1:] if not word.startswith("-") and "::" not in word]
         self.calls.append(" ".join([command[0], *words]))
+        given = (value for option, value in itertools.pairwise(command) if option == "-o")
+        self.options.append(dict(value.split("=", 1) for value in given))
         if words[0] == "update" and self.index_error:
             return subprocess.CompletedProcess(command, 100, "", self.index_error)
+        if words[0] == "show" and self.show_fails:
+            return subprocess.CompletedProcess(command, *self.show_fails)
+        if words[0] == "show" and "tool" not in words:
+            return subprocess.CompletedProcess(command, 100, "", "E: No packages found\n")
         if words[0] == "show":
             text = (
                 f"Package: tool\nVersion: {self.version}\nFilename: pool/tool_{self.version[2:]}_amd64.deb\n"
                 f"Size: {len(self.content)}\nSHA256: {hashlib.sha256(self.content).hexdigest()}\n"
             )
-            return subprocess.CompletedProcess(command, 0, text if "tool" in words else "", "")
+            return subprocess.CompletedProcess(command, 0, text, "")
         if words[0] == "download":
             if words[1:] != [f"tool={self.version}"]:
                 return subprocess.CompletedProcess(command, 100, "", f"E: Version for {words[1]} was not found")
@@ -177,14 +186,58 @@ def test_a_truncated_download_is_not_accepted(apt: FakeApt, tmp_path: Path) -> N
 
 
 def test_a_package_that_the_index_lacks_is_gone(apt: FakeApt, tmp_path: Path) -> None:
-    with pytest.raises(PackageGone, match="the index of bookworm has no other"):
+    with pytest.raises(PackageGone, match="the index of bookworm has no other") as raised:
         collect(tmp_path, name="other")
+    assert raised.value.__context__ is None  # as tests/conftest.py has it
+    cache = Cache(tmp_path)  # apt-cache's status is 0 where it knows one of them
+    with cache.lock(), pytest.raises(PackageGone, match="the index of bookworm has no other"):
+        cache.collect("bookworm", lambda at: at.packages("bookworm", ["tool", "other"]))
+
+
+@pytest.mark.parametrize(
+    ("failed", "words"),
+    [
+        ((100, "", "E: Write error - write (28: No space left on device)"), "status 100: E: Write error"),
+        ((-9, "", ""), "status -9: it gave no record, and no reason"),
+        ((100, RECORDS, "E: Could not get lock /l/lock - open (11: Resource temporarily unavailable)"), "get lock"),
+        ((100, "", "E: No packages found\nE: The package lists or status file could not be parsed"), "not be parsed"),
+        ((0, "", ""), "status 0: it gave no record"),
+    ],
+)
+def test_a_failure_of_apt_cache_itself_is_ours(
+    apt: FakeApt, tmp_path: Path, failed: tuple[int, str, str], words: str
+) -> None:
+    apt.show_fails = failed
+    with pytest.raises(LabError, match=words) as raised:
+        collect(tmp_path)
+    assert type(raised.value) is LabError and "\n" not in str(raised.value)
+    assert apt.calls.count("apt-cache show tool") == 1  # the index was fresh
+    apt.show_fails = None
+    assert collect(tmp_path).read_bytes() == apt.content
+
+
+def test_apt_is_given_nothing_of_the_machines_own_to_write_to(apt: FakeApt, tmp_path: Path) -> None:
+    collect(tmp_path)
+    folder = tmp_path / "suites/bookworm"
+    assert [call.split()[1] for call in apt.calls] == ["update", "show", "download"]
+    for options in apt.options:
+        assert {name: value for name, value in options.items() if name.startswith("Dir::")} == {
+            "Dir::Etc::SourceList": f"{folder}/sources.list",
+            "Dir::Etc::SourceParts": "/dev/null",
+            "Dir::Etc::Preferences": "/dev/null",
+            "Dir::Etc::PreferencesParts": "/dev/null",
+            "Dir::State": f"{folder}/state",
+            "Dir::State::Lists": f"{folder}/lists",
+            "Dir::State::status": f"{folder}/status",
+            "Dir::Cache": f"{folder}/cache",
+        }
 
 
 def test_a_suite_that_left_the_mirror_is_gone(apt: FakeApt, tmp_path: Path) -> None:
     apt.index_error = "E: The repository 'http://m.example bookworm Release' does not have a Release file."
-    with pytest.raises(PackageGone, match="fetching the package index of bookworm"):
+    with pytest.raises(PackageGone, match="fetching the package index of bookworm") as raised:
         collect(tmp_path)
+    assert raised.value.__context__ is None
     apt.index_error = ""  # and is not remembered as fetched
     assert collect(tmp_path).read_bytes() == apt.content
 

@@ -1,0 +1,55 @@
+"""What all tests share: a package that its source no longer has is no failure of ours, and is not passed over quietly.
+
+Old suites leave the mirrors one day. A test that needs such a package is skipped, and a section of its own at the end
+says which and why. Only that very error is taken so: not one that came of another, nor anything that it led to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from xencrash.lab.errors import PackageGone
+from xencrash.lab.images import qemu_words, xen_images
+from xencrash.lab.packages import Cache
+from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, QEMUS, XENS
+
+_NOT_RUN = pytest.StashKey[dict[str, str]]()  # why, by test
+
+
+@pytest.fixture(scope="session")
+def default_row() -> None:
+    """The packages of the Xen and the QEMU that the lab takes by default, for a test that starts a command which
+    needs them, or looks at how a boot fails."""
+    cache = Cache()
+    xen_images(cache, XENS[DEFAULT_XEN])
+    qemu_words(cache, QEMUS[DEFAULT_QEMU])
+
+
+def _skip_where_gone(item: pytest.Item) -> Iterator[None]:
+    outcome = yield
+    error = outcome.exception  # type: ignore[attr-defined] # pluggy's Result
+    if isinstance(error, PackageGone) and error.__context__ is None:
+        item.config.stash.setdefault(_NOT_RUN, {})[item.nodeid] = str(error)
+        outcome.force_exception(pytest.skip.Exception(f"ITS PACKAGE IS GONE: {error}"))  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    yield from _skip_where_gone(item)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    yield from _skip_where_gone(item)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    not_run = config.stash.get(_NOT_RUN, {})
+    if not_run:
+        terminalreporter.section(f"{len(not_run)} NOT RUN, THEIR PACKAGES ARE GONE", red=True, bold=True)
+    for reason in dict.fromkeys(not_run.values()):
+        terminalreporter.write_line(reason)
+        for test in (test for test, why in not_run.items() if why == reason):
+            terminalreporter.write_line(f"    {test}")
