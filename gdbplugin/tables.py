@@ -43,7 +43,7 @@ def percpu(answer: Json) -> Sequence[Block]:
         value = item["value"] or item["raw"]
         shown = Cell(item["absent"], "unknown") if value is None else Cell(value)
         rows.append([_cell(item["cpu"], "strong"), Cell(item["address"]), shown])
-    size = f"{answer['size']} bytes" if answer["size"] else "size not known"
+    size = f"{answer['size']} byte{'s' * (answer['size'] > 1)}" if answer["size"] else "size not known"
     return [Table(f"per_cpu({answer['name']}), {size}", ["CPU", "address", "value"], rows)]
 
 

@@ -1,70 +1,24 @@
-"""The commands' declarations, and their answers on a recorded real Xen: no gdb is needed for either."""
+"""The commands' declarations, and their answers on a recorded real Xen: no gdb is needed for either.
+
+How the answers are printed is in test_texts.py.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from gdbplugin.commands import COMMANDS, FUNCTIONS, SETTINGS, TRACE_HELP, WATCH_HELP, Command
-from tests.recording import load
+from tests.texts import BY_NAME, RecordedSession, answer, blocks
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.crashpath.generations import Identification, identify
-from xen_symbols.report.console import plain
-from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import Lapic, PhysicalCpu
-from xen_symbols.xen.locate import locate
-from xen_symbols.xen.memory import XenMemory
-
-BY_NAME = {command.name: command for command in COMMANDS}
-
-
-class RecordedSession:
-    """gdb's part, played by a recorded machine."""
-
-    def __init__(self, name: str = "4.17.0-handover") -> None:
-        self.report: dict[str, Any] | None = None
-        self.example, self._symbols = load(name)
-        self.memory = locate(self.example, self._symbols)
-
-    @contextlib.contextmanager
-    def look(self) -> Iterator[XenMemory]:
-        yield self.memory
-
-    def symbols(self) -> SymbolTable:
-        return self._symbols
-
-    def connected(self) -> bool:
-        return True
-
-    def identification(self, memory: XenMemory) -> Identification:
-        return identify(memory)
-
-    def thread(self, cpu: int | None, physical: PhysicalCpu) -> int | None:
-        return physical.index + 1
-
-    def evaluate(self, expression: str) -> int:
-        return self._symbols.address(expression)
-
-    def formatted(self, name: str, raw: bytes) -> str | None:
-        return None
-
-
-def answer(name: str, *arguments: Any, session: RecordedSession | None = None) -> Any:
-    return BY_NAME[name].answer(session or RecordedSession(), *arguments)
-
-
-def text(name: str, *arguments: Any, session: RecordedSession | None = None) -> str:
-    return plain(BY_NAME[name].blocks(answer(name, *arguments, session=session)))
-
+from xen_symbols.report.blocks import report_blocks
+from xen_symbols.target import Lapic
 
 # -- declarations -----------------------------------------------------------------------------
 
 
-def test_every_command_of_the_design_is_there() -> None:
+def test_these_are_the_commands() -> None:
     assert {command.usage for command in COMMANDS} == {
         "xen idt [CPU] [VECTOR]", "xen percpu NAME [CPU]", "xen lapic [CPU]", "xen cpus", "xen symbols", "xen log",
         "xen bt [CPU]", "xen notes", "xen vtop ADDRESS", "xen crash status", "xen crash check", "xen crash report",
@@ -105,7 +59,6 @@ def test_idt_shows_the_gates_that_matter() -> None:
     crashing, parked = gates[0]["gate"], gates[3]["gate"]
     assert (crashing["handler"]["symbol"], crashing["ist"]) == ("trap_nop", 0)
     assert (parked["handler"]["symbol"], parked["ist"], parked["selector"]) == ("nmi", 2, "0xe008")
-    assert "trap_nop" in text("xen idt")
 
 
 def test_one_gate() -> None:
@@ -138,7 +91,6 @@ def test_lapic_by_the_device_state() -> None:
     assert [cpu["mode"] for cpu in cpus] == ["xapic"] * 4
     assert {cpu["mode_source"] for cpu in cpus} == {"QEMU device state"}
     assert [cpu["enabled"] for cpu in cpus] == [True, False, False, False]
-    assert "xapic" in text("xen lapic", 1)
 
 
 def test_a_lapic_mode_without_its_register_is_marked_as_inferred() -> None:
@@ -166,7 +118,6 @@ def test_a_cpu_that_is_none_of_xens_is_shown_apart() -> None:
     found = answer("xen cpus", session=session)
     assert [cpu["index"] for cpu in found["unmatched"]] == [2, 3]
     assert found["cpus"][3]["absent"] == "no physical CPU could be matched to it"
-    assert "none of Xen's" in text("xen cpus", session=session)
 
 
 def test_symbols_name_the_generation_and_its_evidence() -> None:
@@ -174,7 +125,6 @@ def test_symbols_name_the_generation_and_its_evidence() -> None:
     assert found["symbols"]["match"] is True
     assert found["generation"]["id"] == "4.17.0"
     assert "symbol do_nmi_crash" in found["generation"]["evidence"]
-    assert "4.17.0" in text("xen symbols")
 
 
 def test_notes_of_a_crash() -> None:
@@ -191,8 +141,6 @@ def test_notes_of_a_crash() -> None:
     of_cpus = [note for note in found["file"] if "cpu" in note]
     assert [(note["name"], note["cpu"]) for note in of_cpus] == [(n, c) for c in range(4) for n in ("CORE", "Xen")]
     assert {note["in_memory"] for note in of_cpus} == {True}
-    shown = text("xen notes", session=RecordedSession("4.17.0-crashed-vmcore"))
-    assert "4 x CORE 0x1, 336 bytes: NT_PRSTATUS" in shown and "NOT what" not in shown
 
 
 CORE_AT, CONTROL_AT = 20, 372  # of the contents in a CPU's buffer
@@ -219,8 +167,6 @@ def test_a_buffer_that_is_not_what_it_should_be(at: int, content: bytes, state: 
     # The file's own notes were copied before: they are no longer what memory holds.
     other = [note["in_memory"] for note in found["file"] if note.get("cpu") == 1]
     assert other == [None, None] if state == "damaged" else False in other
-    if state != "damaged":
-        assert "NOT what Xen's memory holds for CPU 1" in text("xen notes", session=session)
 
 
 def test_an_empty_buffer_is_told_from_one_that_should_not_be() -> None:
@@ -249,7 +195,6 @@ def test_bt_of_a_recorded_machine() -> None:
         assert cpu["stacks"] is None and "was not recorded" in cpu["stacks_absent"]
         assert cpu["lost"] and cpu["frames"] == [] and cpu["steps"][0]["calls"] == []
     assert cpus[1]["steps"][0]["at"]["symbol"].startswith("do_nmi_crash+")
-    assert "what lies before it is not known" in text("xen bt", 1)
     with pytest.raises(Undecidable, match="CPU 9 does not exist"):
         answer("xen bt", 9)
 
@@ -268,7 +213,6 @@ def test_status_says_where_it_is_and_why() -> None:
     assert (found["stage"], found["crashing_cpu"], found["online_at_crash"]) == ("handover", 0, [0, 1, 2, 3])
     assert "kexec.c's crashing_cpu" in found["crashing_cpu_by"]
     assert (found["saved"], found["waiting_mask"], found["online"]) == ([0, 1, 2, 3], [], [])
-    assert "handover" in text("xen crash status")
 
 
 def test_check_is_kept_for_the_report() -> None:
@@ -278,4 +222,5 @@ def test_check_is_kept_for_the_report() -> None:
     checked = answer("xen crash check", session=session)
     assert checked["verdict"] == "pass"
     assert answer("xen crash report", session=session) == checked
-    assert "PASS" in text("xen crash report", session=session)
+    assert blocks("xen crash report", session=session) == report_blocks(checked)
+    assert BY_NAME["xen crash check"].blocks is report_blocks

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from xen_symbols.report.model import Verdict, worst
+
 Json = Mapping[str, Any]
 
 
@@ -113,12 +115,6 @@ def cpus_table(report: Json) -> Table:
     return Table(f"CPUs at stage {last}", ["CPU", "role", "NMI gate", "#MC gate", "save done", "LAPIC", "at"], rows)
 
 
-def _worst(findings: Iterable[Json]) -> str:
-    order = ["fail", "unknown", "pass", "skip"]
-    seen = {finding["verdict"] for finding in findings}
-    return next((verdict for verdict in order if verdict in seen), "skip")
-
-
 def _gates_at(findings: Sequence[Json], vector: str, crashing: bool, crashing_cpu: int | None) -> str:
     """The gates of the crashing CPU, or of all others, at one stop, equal ones together."""
     gates: dict[int, dict[str, str]] = {}
@@ -127,7 +123,7 @@ def _gates_at(findings: Sequence[Json], vector: str, crashing: bool, crashing_cp
         if name in ("handler", "ist") and finding["check"].startswith(vector):
             gates.setdefault(finding["cpu"], {})[name] = show(finding["observed"])
     wanted = {
-        cpu: f"{gate.get('handler')}/{gate.get('ist')}"
+        cpu: f"{gate.get('handler', '-')}/{gate.get('ist', '-')}"
         for cpu, gate in gates.items()
         if (cpu == crashing_cpu) is crashing
     }
@@ -146,7 +142,7 @@ def stages_table(report: Json) -> Table:
     for number, stage in enumerate(report["stages"]):
         findings = [f for f in report["findings"] if f.get("stop") == number]
         count = Counter(f["verdict"] for f in findings)
-        verdict = _worst(findings)
+        verdict = str(worst(Verdict[f["verdict"].upper()] for f in findings))
         judged = f"{count['pass']} pass" + "".join(f", {count[v]} {v}" for v in ("fail", "unknown") if count[v])
         rows.append(
             [

@@ -97,10 +97,9 @@ class StageSeen(NamedTuple):
         return {"stage": self.stage, "cpu": self.cpu, "at": at}
 
 
-def worst(findings: Iterable[Finding]) -> Verdict:
-    """The verdict of many findings: the worst of them, skips aside; `unknown` when nothing is left."""
-    verdicts = [finding.verdict for finding in findings if finding.verdict is not Verdict.SKIP]
-    return max(verdicts, default=Verdict.UNKNOWN)
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The verdict of many findings by theirs: the worst, skips aside; `unknown` when nothing is left."""
+    return max((verdict for verdict in verdicts if verdict is not Verdict.SKIP), default=Verdict.UNKNOWN)
 
 
 class Report:
@@ -125,7 +124,7 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        verdict = worst(self.findings)
+        verdict = worst(finding.verdict for finding in self.findings)
         return max(verdict, Verdict.UNKNOWN) if self.undecided else verdict
 
     @property

@@ -1,0 +1,19 @@
+"""What people are shown, word for word (tests/texts.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.texts import BY_NAME, FOLDER, TEXTS, path_of, shown
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_it_is_shown_as_it_was_reviewed(name: str) -> None:
+    assert shown(name) == path_of(name).read_text(), "if it is as it should be: python -m tests.texts"
+
+
+def test_every_text_is_of_something_and_every_command_has_one() -> None:
+    assert {path.stem for path in FOLDER.iterdir()} == set(TEXTS)
+    # xen crash check and report show a report; how it is told is in the texts of reports.
+    commands = BY_NAME.keys() - {"xen crash check", "xen crash report"}
+    assert [name for name in commands if f"gdb-{'-'.join(name.split()[1:])}" not in TEXTS] == []
