@@ -24,6 +24,7 @@ from xen_symbols.crashpath.engine import (
 )
 from xen_symbols.crashpath.follow import crash_image_loaded
 from xen_symbols.crashpath.generations import Identification
+from xen_symbols.crashpath.missing import missing
 from xen_symbols.crashpath.position import crashing_cpu, infer
 from xen_symbols.report.blocks import Block, report_blocks
 from xen_symbols.symbols.table import SymbolTable
@@ -306,9 +307,11 @@ def _symbols(session: Session) -> Json:
         try:
             found = session.identification(memory)
         except Undecidable as error:
-            return out | {"generation": None, "absent": str(error)}
+            lacks = [row.to_json() for row in missing(memory.symbols, None)]
+            return out | {"missing": lacks, "generation": None, "absent": str(error)}
         generation = found.generation
         return out | {
+            "missing": [row.to_json() for row in missing(memory.symbols, generation)],
             "generation": {
                 "id": generation.id, "introduced": generation.introduced, "releases": generation.releases,
                 "evidence": list(found.evidence),
@@ -414,7 +417,7 @@ COMMANDS: tuple[Command, ...] = (
         (_CPU,), _bt, tables.bt,
     ),
     Command(
-        ("symbols",), "Show which symbols are used, whether they fit, and which crash path this Xen has.",
+        ("symbols",), "Show which symbols are used, whether they fit, what they lack, and which crash path Xen has.",
         "Symbols come from set xen symbols, or else from the file that gdb has loaded.", (), _symbols, tables.symbols,
     ),
     Command(

@@ -12,6 +12,7 @@ from xen_symbols.report.blocks import (
     Table,
     cpus_table,
     info_note_lines,
+    missing_lines,
     note_lines,
     show,
 )
@@ -154,6 +155,7 @@ def symbols(answer: Json) -> Sequence[Block]:
         matches = {True: "the same", False: "another: DOES NOT MATCH", None: "not comparable"}[used["match"]]
         lines.append(("in memory", f"{used['target_build_id'] or 'not found'} ({matches})"))
         lines.append(("Xen at", f"physical {answer['target']['xen_phys_start']}, by {answer['target']['found_by']}"))
+        lines += [("missing", text) for text in missing_lines(answer["missing"])]
         generation = answer["generation"]
         if generation is None:
             lines.append(("crash path", answer["absent"]))

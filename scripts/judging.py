@@ -12,6 +12,7 @@ from typing import Any
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.engine import TOOL, describe_symbols, describe_target, new_report
 from xen_symbols.crashpath.generations import identify
+from xen_symbols.crashpath.missing import missing
 from xen_symbols.crashpath.position import infer
 from xen_symbols.report.blocks import (
     Block,
@@ -20,6 +21,7 @@ from xen_symbols.report.blocks import (
     buffer_lines,
     dumps_table,
     info_note_lines,
+    missing_lines,
     note_lines,
     stage_line,
 )
@@ -153,7 +155,9 @@ def _dump_info(args: argparse.Namespace) -> Json:
         memory = locate(target, table, allow_mismatch=args.allow_build_id_mismatch)
         data["target"] = describe_target(memory)
         data["symbols"] = describe_symbols(memory)
+        data["missing"] = [row.to_json() for row in missing(table, None)]
         identification = identify(memory)
+        data["missing"] = [row.to_json() for row in missing(table, identification.generation)]
         data["generation"] = new_report(memory, identification).generation
         state = read_state(memory)
         described = crashnotes.describe(memory, state)
@@ -199,6 +203,7 @@ def _info_blocks(data: Json) -> list[Block]:
         lines.append(line("Xen", f"at physical {target['xen_phys_start']}, found by {target['found_by']}"))
         lines.append(line("symbols", f"{symbols['path']} ({symbols['source']})"))
         lines.append(line("build-id", f"{symbols['build_id']}, in memory {symbols['target_build_id']}"))
+    lines += [line("missing", text) for text in missing_lines(data.get("missing", []))]
     if "crash_notes" in data:
         lines += [line("crash notes", text) for text in buffer_lines(data["crash_notes"]["buffers"])]
         lines += [line("crash info", text) for text in info_note_lines(data["crash_notes"]["info"])]

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import pytest
 
 from xen_symbols.absence import Unreadable
+from xen_symbols.crashpath.generations import BY_ID
+from xen_symbols.crashpath.missing import missing
 from xen_symbols.symbols import embedded
-from xen_symbols.symbols.need import survey
 from xen_symbols.symbols.table import Symbol, SymbolAmbiguous, SymbolTable, load_symbols
 from xencrash.lab.images import members
 from xencrash.lab.packages import Cache
@@ -166,9 +167,10 @@ def test_a_functions_extent_ends_before_the_next_one(build: Build) -> None:
         assert exact[1] <= end < exact[1] + 16  # functions are 16-aligned, and these tables have no sizes
 
 
-def test_every_need_is_met_but_what_this_xen_no_longer_has(build: Build) -> None:
-    unmet = [have.need.names[0] for have in survey(build.elf) if not isinstance(have.symbol, Symbol)]
-    assert unmet == ([] if build.name == "4.14" else ["exception_table"])
+def test_nothing_that_the_crash_path_needs_is_missing(build: Build) -> None:
+    generation = BY_ID[XENS[build.name].generation]
+    assert missing(build.elf, generation) == missing(build.image, generation) == []
+    assert (missing(build.map, generation) == []) is not build.map.text_only
 
 
 def test_the_images_content_is_the_packaged_ones(build: Build) -> None:

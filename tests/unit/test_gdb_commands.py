@@ -124,6 +124,9 @@ def test_symbols_name_the_generation_and_its_evidence() -> None:
     found = answer("xen symbols")
     assert found["symbols"]["match"] is True
     assert found["generation"]["id"] == "4.17.0"
+    assert found["missing"] == []
+    lacking = answer("xen symbols", session=RecordedSession("4.17.0-crashed-vmcore"))["missing"]
+    assert {"names": ["machine_kexec"], "stage": "exec-entry"} in lacking  # the recording of a dump has no anchors
     assert "symbol do_nmi_crash" in found["generation"]["evidence"]
 
 

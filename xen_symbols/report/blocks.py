@@ -315,6 +315,14 @@ def _shorten(raw: str) -> str:
     return raw if len(raw) <= 64 else f"{raw[:64]}… ({len(raw) // 2} bytes)"
 
 
+def missing_lines(missing: Sequence[Json]) -> list[str]:
+    """What the symbols do not name, and what that makes unknown, in at most two lines."""
+    values = [" or ".join(row["names"]) for row in missing if row["stage"] is None]
+    stages = [f"{row['stage']} ({' or '.join(row['names'])})" for row in missing if row["stage"] is not None]
+    lines = [f"{', '.join(values)}: what is read through them is unknown"] if values else []
+    return lines + ([f"stages {', '.join(stages)}: a trace does not stop there"] if stages else [])
+
+
 def note_lines(notes: Sequence[Json]) -> list[str]:
     """The ELF notes of a file, those of a kind together: each CPU has its own of some."""
     kinds: dict[tuple[str, str, int, str], list[Json]] = {}
