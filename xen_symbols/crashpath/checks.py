@@ -648,6 +648,39 @@ def _plausible(context: Context, registers: dict[str, int], control: dict[str, i
     return in_text and registers["cs"] == HYPERVISOR_CS and control["cr3"] != 0
 
 
+_AS_SAVED = "what Xen's memory holds"
+
+
+def _few(words: Sequence[str]) -> str:
+    shown, more = words[:4], len(words) - 4
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def _dump_notes(context: Context, cpu: int) -> Outcome:
+    state = context.state.of(cpu)
+    physical = state.physical
+    if isinstance(physical, Absent):
+        return _from_absence(physical, None)
+    if physical.current:
+        return skip("its registers are not of the notes that Xen saved")
+    saved = state.notes.value
+    if isinstance(saved, Absent):
+        return _from_absence(saved, _AS_SAVED)
+    if saved.damaged:
+        return unknown(f"in Xen's memory {saved.registers}", _AS_SAVED)
+    held: dict[str, int] = {}
+    for part in (saved.registers, saved.control):
+        if not isinstance(part, Absent):
+            held.update(part)
+    theirs = physical.registers
+    observed = _AS_SAVED
+    if theirs != held:
+        lost = [f"no {name}" for name in held if name not in theirs]
+        other = [f"other {name}" for name in theirs if theirs[name] != held.get(name)]
+        observed = _few([*other, *lost]) if theirs else "empty"
+    return expect(Read(observed, (*_said_by(physical.source), *state.notes.evidence)), (_AS_SAVED,))
+
+
 def _crash_info_note(context: Context, _cpu: int) -> Outcome:
     read = context.state.of(0).notes
     allowed = timed(context.crash, CrashStep.INFO_SAVED, None, context.xen_phys_start)
@@ -908,7 +941,7 @@ def _idtr(context: Context, cpu: int) -> Outcome:
     def table(physical: PhysicalCpu) -> tuple[int, int] | Absent:
         if physical.guest_mode is True:
             return Absent("it is in a guest: IDTR is the guest's", Kind.NOT_APPLICABLE)
-        if not isinstance(physical.guest_mode, Absent) or not _outside_xen(context, physical):
+        if not physical.current or not isinstance(physical.guest_mode, Absent) or not _outside_xen(context, physical):
             return physical.idtr
         if physical.idtr == (state.idt.value, 0xFFF):
             return physical.idtr
@@ -976,6 +1009,8 @@ CHECKS: tuple[Check, ...] = (
     Check("crash-notes", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
           "its registers are missing from the dump, or are not its own", _crash_notes,
           {"empty": "the dump shows registers of this CPU that this crash did not save"}),
+    Check("dump-notes", Subject.ONLINE, "xen/common/kexec.c, kexec_crash_save_cpu; the dump's own ELF notes",
+          "the registers that gdb or crash(8) show for this CPU are not those that Xen saved", _dump_notes),
     Check("crash-info-note", Subject.MACHINE, "xen/common/kexec.c, kexec_crash_save_info",
           "tools cannot tell where Xen lies in the dump", _crash_info_note),
     Check("crash-owner", Subject.MACHINE, "xen/common/kexec.c, one_cpu_only (470f58c159)",
