@@ -14,6 +14,7 @@ from xen_symbols.crashpath.engine import TOOL, describe_symbols, describe_target
 from xen_symbols.crashpath.generations import identify
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.crashpath.position import infer
+from xen_symbols.crashpath.stages import CRASHING
 from xen_symbols.report.blocks import (
     Block,
     Cell,
@@ -43,23 +44,25 @@ def check_live(args: argparse.Namespace) -> Json:
     """The report on a live machine as it is now; it goes on as it was found. Raises Undecidable."""
     from xencrash.session import open_session
 
-    target = args.target[0] if isinstance(args.target, list) else args.target
-    with open_session(target, args.symbols, args.qmp, allow_mismatch=args.allow_build_id_mismatch) as session:
+    with open_session(args.target[0], args.symbols, args.qmp, allow_mismatch=args.allow_build_id_mismatch) as session:
         return session.xen("crash-check")
 
 
-def live_info(args: argparse.Namespace) -> Json:
-    """What a live machine is, without judging it. Raises Undecidable."""
-    report = check_live(args)
-    return {
-        "schema": SCHEMA_VERSION,
-        "target": report["target"],
-        "symbols": report["symbols"],
-        "generation": report["generation"],
-        "stage": report["stages"][-1]["stage"],
-        "crashing_cpu": report["crashing_cpu"],
-        "online_at_crash": [cpu["cpu"] for cpu in report["cpus"] if cpu["role"] != "offline"],
-    }
+def _live_info(args: argparse.Namespace) -> Json:
+    """What a live machine is; it goes on as it was found. Raises Undecidable when there is no Xen to be seen."""
+    from xencrash.session import MiError, open_session
+
+    with open_session(args.target, args.symbols, args.qmp, allow_mismatch=args.allow_build_id_mismatch) as session:
+        known = session.xen("symbols")
+        data: Json = {"schema": SCHEMA_VERSION} | {name: known[name] for name in ("target", "symbols", "missing")}
+        if known["generation"] is None:
+            return data | {"undecided": known["absent"]}
+        data["generation"] = {name: known["generation"][name] for name in ("id", "introduced", "evidence")}
+        try:
+            status = session.xen("crash-status")
+        except MiError as error:
+            return data | {"undecided": str(error)}
+    return data | {name: status[name] for name in ("stage", "crashing_cpu", "online_at_crash")}
 
 
 def trace_live(args: argparse.Namespace) -> Json:
@@ -125,7 +128,9 @@ def _undecided(path: str, why: str) -> Json:
 
 def info(args: argparse.Namespace) -> int:
     """Say what a target is. What can be told is told even where the rest cannot; then the status is 3."""
-    data = live_info(args) if is_live(args.target) else _dump_info(args)
+    data = _live_info(args) if is_live(args.target) else _dump_info(args)
+    if data.get("stage") == CRASHING.id:
+        data["undecided"] = f"{args.target}: Xen is {CRASHING.says}, or stuck there: how far it came cannot be told"
     if args.format == "json":
         write(json.dumps(data, indent=2) + "\n", args.output)
     elif args.output:

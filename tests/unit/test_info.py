@@ -1,0 +1,106 @@
+"""`xencrash info`: what is told of a machine, and what is said of the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.unit.test_gdb_commands import RecordedSession, answer
+from xen_symbols.absence import Undecidable, Unreadable
+from xencrash import session as sessions
+from xencrash.cli import main
+
+
+class LiveSession:
+    """A gdb session whose plugin answers of a recorded machine; it notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.recorded = RecordedSession("4.17.0-handover")
+        self.asked: list[str] = []
+
+    def xen(self, name: str) -> Any:
+        self.asked.append(name)
+        try:
+            return json.loads(json.dumps(answer(f"xen {name.replace('-', ' ')}", session=self.recorded)))
+        except (Undecidable, Unreadable) as error:
+            raise sessions.MiError(str(error)) from None
+
+    def hide(self, name: str) -> None:
+        """As if the symbols had no such name."""
+        del self.recorded.symbols()._by_name[name]
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> LiveSession:
+    session = LiveSession()
+
+    @contextlib.contextmanager
+    def opened(target: str, symbols: str | None, qmp: str | None, *, allow_mismatch: bool) -> Iterator[LiveSession]:
+        assert (target, symbols, qmp, allow_mismatch) == ("gdb:/s", None, None, False)
+        yield session
+
+    monkeypatch.setattr(sessions, "open_session", opened)
+    return session
+
+
+WORDS = ["info", "gdb:/s", "--format", "json"]
+
+
+def test_a_live_machine_is_told_of_and_not_judged(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(WORDS) == 0
+    said = capsys.readouterr()
+    assert (said.err, live.asked) == ("", ["symbols", "crash-status"])
+    told = json.loads(said.out)
+    known, status = (answer(name, session=live.recorded) for name in ("xen symbols", "xen crash status"))
+    assert told == {
+        "schema": 1,
+        "target": known["target"],
+        "symbols": known["symbols"],
+        "missing": [],
+        "generation": {
+            "id": "4.17.0", "introduced": "e7f147bf4a", "evidence": known["generation"]["evidence"],
+        },
+        "stage": "handover",
+        "crashing_cpu": 0,
+        "online_at_crash": status["online_at_crash"],
+    }  # fmt: skip
+    assert status["online_at_crash"] == [0, 1, 2, 3]
+    assert main(WORDS[:2]) == 0
+    assert re.search(r"^stage +handover; crashed: CPU 0; online then: \[0, 1, 2, 3\]$", capsys.readouterr().out, re.M)
+
+
+def test_a_generation_that_cannot_be_told(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:
+    live.hide("do_nmi_crash")
+    assert main(WORDS) == 3
+    said = capsys.readouterr()
+    assert said.err.startswith("xencrash: no generation of the crash path fits")
+    told = json.loads(said.out)
+    assert told.keys() == {"schema", "target", "symbols", "missing", "undecided"}
+    assert {"names": ["do_nmi_crash", "crash_nmi_callback"], "stage": "nmi-taken"} in told["missing"]
+
+
+def test_a_stage_that_cannot_be_told(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:
+    live.hide("kexecing")
+    assert main(WORDS) == 3
+    said = capsys.readouterr()
+    assert said.err == "xencrash: whether Xen has begun to crash could not be read: the symbols do not name kexecing\n"
+    told = json.loads(said.out)
+    assert told.keys() == {"schema", "target", "symbols", "missing", "generation", "undecided"}
+    assert told["missing"] == [{"names": ["kexecing"], "stage": None}]
+
+
+def test_a_machine_between_two_stages(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:
+    cpus = live.recorded.example.physical_cpus
+    inside = live.recorded.symbols().address("machine_kexec") + 4
+    cpus[0] = cpus[0]._replace(registers={**cpus[0].registers, "rip": inside})
+    assert main(WORDS) == 3
+    said = capsys.readouterr()
+    assert said.err == (
+        "xencrash: gdb:/s: Xen is somewhere on the crash path, or stuck there: how far it came cannot be told\n"
+    )
+    assert json.loads(said.out)["stage"] == "crashing"
