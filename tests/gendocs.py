@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xen_symbols.crashpath.checks import CHECKS
+from xen_symbols.crashpath.follow import COMPLETE
 from xen_symbols.crashpath.gatechanges import CHANGES, HELPERS, Change, Whose
 from xen_symbols.crashpath.generations import GENERATIONS
 from xen_symbols.crashpath.stages import BY_ID, CrashStep, Role
@@ -39,7 +40,8 @@ def _lines() -> Iterator[str]:
     yield "| id | CPU | anchor | says |"
     yield "|---|---|---|---|"
     for stage in BY_ID.values():
-        yield f"| {stage.id} | {stage.role.value} | {', '.join(stage.anchors) or '-'} | {stage.says} |"
+        cpu, anchors = (stage.role.value, ", ".join(stage.anchors)) if stage.anchors else ("-", "-")
+        yield f"| {stage.id} | {cpu} | {anchors} | {stage.says} |"
     yield ""
     yield "## Checks"
     yield ""
@@ -47,8 +49,8 @@ def _lines() -> Iterator[str]:
     yield "|---|---|---|---|"
     for check in CHECKS:
         yield f"| {check.id} | {check.subject.value} | {check.consequence} | {check.source} |"
-    consequence = "no crash kernel starts, and the dump is lost"
-    yield f"| trace-complete | the machine | {consequence} | xen/arch/x86/machine_kexec.c |"
+    places = "; ".join(dict.fromkeys(COMPLETE.sources.values()))
+    yield f"| {COMPLETE.id} | {COMPLETE.subject} | {COMPLETE.consequence} | from where it came to: {places} |"
     yield ""
     yield "## Changes of gates"
     yield ""

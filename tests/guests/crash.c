@@ -1,7 +1,7 @@
 /*
  * crash.c - the shootdown: every other CPU is stopped by an NMI, and the crashing CPU made safe from its own.
  *
- * What this promises, whatever the generation (steps C5 to C12 and O1 to O8 of the crash path):
+ * What this promises, whatever the generation, from machine_crash_shutdown() on:
  *
  *   The crashing CPU must not be disturbed. An NMI or a machine check on it leads nowhere: the NMI gate to
  *   trap_nop, IST off, so that a nested one does not overwrite the frame of the first.

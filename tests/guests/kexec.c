@@ -1,8 +1,8 @@
 /*
  * kexec.c - the way into the crash, and the notes that it leaves for the crash kernel.
  *
- * kexec_crash() is the path from its first instruction to its last (steps C1 to C16): one CPU only, its own
- * notes, the shootdown, the notes about Xen, and the jump.
+ * kexec_crash() is the path from its first instruction to its last: one CPU only, its own notes, the
+ * shootdown, the notes about Xen, and the jump.
  *
  * Each CPU has a buffer of ELF notes, laid out beforehand: its general registers, its control registers, and
  * in CPU 0's what is known of Xen. crash_saved_cpus says who has filled his in.

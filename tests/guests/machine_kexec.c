@@ -1,5 +1,5 @@
 /*
- * machine_kexec.c - the last steps in Xen (C14 to C16): nothing may go wrong between here and the crash image.
+ * machine_kexec.c - the last steps in Xen: nothing may go wrong between here and the crash image.
  *
  * From now on a machine check leads nowhere, on whichever CPU: its gate goes to trap_nop, so that none that
  * is parked runs a handler while the crash image takes the machine over. Then NMIs are opened, in case the

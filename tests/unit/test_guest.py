@@ -5,6 +5,7 @@ import re
 import pytest
 
 from xen_symbols.crashpath.checks import CHECKS
+from xen_symbols.crashpath.follow import COMPLETE
 from xen_symbols.crashpath.generations import GENERATIONS
 from xen_symbols.crashpath.stages import BY_ID as STAGES
 from xen_symbols.crashpath.stages import STAGES as ANCHORED
@@ -46,7 +47,7 @@ def test_every_fault_is_named_where_it_is_made():
 def test_a_fault_makes_sense_somewhere_and_is_expected_in_the_tools_words(fault):
     assert fault.generations
     assert fault.visible is bool(fault.findings)
-    checks = {check.id for check in CHECKS} | {"trace-complete"}
+    checks = {check.id for check in CHECKS} | {COMPLETE.id}
     for generation in fault.generations:
         for finding in fault.expected(generation):
             assert finding.check in checks

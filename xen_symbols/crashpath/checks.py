@@ -338,7 +338,7 @@ def _mc_ist(context: Context, cpu: int) -> _Expected:
     if not generation.swaps_mc:
         return (normal,)
     if generation.clears_remote_ist:
-        # C7 reaches every table; the rewrite of the whole gate at C14 clears IST as well.
+        # nmi_shootdown_cpus clears it in every table; machine_kexec writes the whole gate anew, IST included.
         return timed(context.crash, CrashStep.ARMED, normal, 0)
     if context.is_crashing(cpu):
         return timed(context.crash, CrashStep.ARMED, normal, 0)

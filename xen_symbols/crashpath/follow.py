@@ -7,6 +7,7 @@ every gate and every CPU afresh.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
@@ -31,15 +32,31 @@ _RESET_ANCHOR = "__start_xen"
 # Between two stages Xen waits a second of its own time at most; QEMU's emulation of many CPUs may take ten times that.
 STALL_SECONDS = 30.0
 _LAST_WORDS = 512  # bytes of Xen's console
-# Where the crash path goes on from a stage.
 _SHOOTDOWN = "xen/arch/x86/crash.c, nmi_shootdown_cpus"
-_GOES_ON_IN = {
-    "crash-entry": "xen/common/kexec.c, kexec_crash and kexec_common_shutdown",
-    **dict.fromkeys(("shutdown-entry", "shootdown", "nmi-taken", "cpu-save", "cpu-stop"), f"{_SHOOTDOWN} and its wait"),
-    "shootdown-done": f"{_SHOOTDOWN} after its wait: __stop_this_cpu, disable_IO_APIC, hpet_disable",
-    "crash-info": "xen/arch/x86/crash.c, machine_crash_shutdown after kexec_crash_save_info",
-    "exec-entry": "xen/arch/x86/machine_kexec.c, machine_kexec",
-}
+
+
+class TraceCheck(NamedTuple):
+    """What a trace judges besides CHECKS; `sources` says where the crash path goes on from the stage it came to."""
+
+    id: str
+    subject: str
+    sources: Mapping[str, str]
+    consequence: str
+
+
+COMPLETE = TraceCheck(
+    "trace-complete", "the crashing CPU, at the end of a trace",
+    {
+        "crash-entry": "xen/common/kexec.c, kexec_crash and kexec_common_shutdown",
+        **dict.fromkeys(
+            ("shutdown-entry", "shootdown", "nmi-taken", "cpu-save", "cpu-stop"), f"{_SHOOTDOWN} and its wait"
+        ),
+        "shootdown-done": f"{_SHOOTDOWN} after its wait: __stop_this_cpu, disable_IO_APIC, hpet_disable",
+        "crash-info": "xen/arch/x86/crash.c, machine_crash_shutdown after kexec_crash_save_info",
+        "exec-entry": "xen/arch/x86/machine_kexec.c, machine_kexec",
+    },
+    "no crash kernel starts, and the dump is lost",
+)  # fmt: skip
 
 
 def no_crash(seconds: float, crash_kernel_loaded: bool | None) -> str:
@@ -234,9 +251,9 @@ class Follower:
     def _complete(self, reached: bool, why: str | None = None) -> Finding:
         last = self.report.stages[-1].stage if self.report.stages else None
         finding = Finding(
-            check="trace-complete", stage=self._last, cpu=self._crashing,
+            check=COMPLETE.id, stage=self._last, cpu=self._crashing,
             verdict=Verdict.PASS if reached else Verdict.FAIL,
-            expected=self._last, observed=last, source=_GOES_ON_IN.get(last or "", _GOES_ON_IN["exec-entry"]),
+            expected=self._last, observed=last, source=COMPLETE.sources.get(last or "", COMPLETE.sources["exec-entry"]),
             evidence=(Evidence("breakpoint"),), reason=why, stop=len(self.report.stages) - 1,
         )  # fmt: skip
         self.report.findings.append(finding)
@@ -244,7 +261,7 @@ class Follower:
 
     def stalled(self, why: str) -> Finding:
         """The crash began and never reached its end: a failure, named after where it was seen last."""
-        where = "; ".join([f"{why}: no crash kernel starts, and the dump is lost", *self._whereabouts()])
+        where = "; ".join([f"{why}: {COMPLETE.consequence}", *self._whereabouts()])
         return self._complete(False, where)
 
     def _whereabouts(self) -> list[str]:
