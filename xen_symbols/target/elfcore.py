@@ -81,6 +81,11 @@ def read_elf(image: Image) -> tuple[ElfMemory, list[Note]]:
     if phentsize != _PROGRAM_HEADER.size:
         raise Undecidable(f"ELF header +0x36: program headers of {phentsize} bytes; they have {_PROGRAM_HEADER.size}")
     if phnum == _PN_XNUM:
+        if not shoff:
+            raise Undecidable(
+                "ELF header +0x28: section header 0 would count the program headers, and there is none; "
+                "the file is damaged"
+            )
         section = require(image, shoff, _SECTION_SIZE, "section header 0, which counts the program headers")
         (phnum,) = struct.unpack_from("<I", section, _SECTION_INFO)
     if phnum > _MAX_HEADERS:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.target import Note, bounded
-from xen_symbols.target.decompress import decompress
+from xen_symbols.target.decompress import decompress, missing
 from xen_symbols.target.image import Image, Ranges, require
 from xen_symbols.target.notes import parse_notes
 
@@ -26,7 +26,7 @@ _HEADER = struct.Struct("<8sI260x65s65x6x16xIIIII")
 # phys_base, dump level, split, start, end, (offset, size) of vmcoreinfo, notes, erase info, start, end, frames
 _SUB_HEADER = struct.Struct("<QIIQQQQQQQQQQQ")
 _DESCRIPTOR = struct.Struct("<QIIQ")  # offset, size, compression, page flags
-_INCOMPLETE = 0x8  # in the header's status: the writer ran out of space
+_INCOMPLETE = 0x8  # in the header's status, beside the compressions: the writer ran out of space
 
 _MAX_FRAMES = 1 << 34  # 64 TiB
 _MAX_NOTE_BYTES = 16 << 20
@@ -46,6 +46,8 @@ class KdumpMemory:
             raise Undecidable(f"a kdump of a machine of type {machine.decode('latin-1')!r}; x86_64 is needed")
         if block_size != PAGE:
             raise Undecidable(f"kdump header +0x1ac: blocks of {block_size} bytes; x86-64 has {PAGE}")
+        if lacking := missing(status):
+            raise Undecidable(lacking)
         sub = _SUB_HEADER.unpack(require(image, PAGE, _SUB_HEADER.size, "kdump sub header"))
         if sub[2]:
             raise Undecidable("one file of a split dump; put all of them together with makedumpfile --reassemble")

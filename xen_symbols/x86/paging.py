@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from xen_symbols.absence import Unreadable
+from xen_symbols.absence import Absent, Unreadable
 
 PAGE_SIZE = 4096
 CR0_PE = 1 << 0
@@ -23,6 +23,15 @@ def is_canonical(address: int) -> bool:
     return address >> 47 in (0, 0x1FFFF)
 
 
+class Untranslated(Unreadable):
+    """A virtual address that has no translation, as all of [start, end) have none: an entry is not present, or
+    (`unread`) a table could not be read."""
+
+    def __init__(self, reason: str | Absent, start: int, end: int, *, unread: bool) -> None:
+        super().__init__(reason)
+        self.start, self.end, self.unread = start, end, unread
+
+
 class Mapping(NamedTuple):
     """Where a virtual address lies: the physical address, and the size of the page that shares the entry."""
 
@@ -39,7 +48,8 @@ class Mapping(NamedTuple):
 def walk(read_physical: ReadPhysical, cr3: int, address: int) -> Mapping:
     """Translate one address from the root in `cr3`. At most four entries are read, so looping tables cannot hang it.
 
-    Raises Unreadable for a non-canonical address, a non-present entry, or a table that cannot be read.
+    Raises Unreadable for a non-canonical address, and Untranslated for a non-present entry or a table that cannot be
+    read.
     """
     if not is_canonical(address):
         raise Unreadable(f"{address:#x} is not a canonical address")
@@ -47,13 +57,22 @@ def walk(read_physical: ReadPhysical, cr3: int, address: int) -> Mapping:
     entries = []
     for level, shift in _LEVELS:
         where = table + 8 * (address >> shift & 0x1FF)
-        entry = int.from_bytes(read_physical(where, 8), "little")
+        try:
+            entry = int.from_bytes(read_physical(where, 8), "little")
+        except Unreadable as error:
+            raise _untranslated(error.absent, address, shift, unread=True) from None
         entries.append((level, where, entry))
         if not entry & PRESENT:
-            raise Unreadable(f"{address:#x} is not mapped (its {level} at physical {where:#x} is {entry:#x})")
+            why = f"{address:#x} is not mapped (its {level} at physical {where:#x} is {entry:#x})"
+            raise _untranslated(why, address, shift, unread=False)
         if level == "PTE" or (entry & PAGE_SIZE_BIT and level in ("PDPTE", "PDE")):
             size = 1 << shift
             base = entry & _ADDRESS_MASK & -size
             return Mapping(base + address % size, size, tuple(entries))
         table = entry & _ADDRESS_MASK
     raise AssertionError("the last level always returns")
+
+
+def _untranslated(reason: str | Absent, address: int, shift: int, *, unread: bool) -> Untranslated:
+    start = address >> shift << shift
+    return Untranslated(reason, start, start + (1 << shift), unread=unread)

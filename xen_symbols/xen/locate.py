@@ -25,6 +25,21 @@ from xen_symbols.xen.memory import (
 
 Progress = Callable[[int, int], None]
 
+_BY_INFO = "xen_phys_start in the crash info note"
+_BY_TABLES = "its page tables in physical memory"
+
+
+class Unread:
+    """The first place that should have shown Xen, and could not be read: where no Xen is found, that is why."""
+
+    def __init__(self) -> None:
+        self.why: str | None = None
+
+    def note(self, named_by: str, error: Unreadable) -> None:
+        """A page that is not mapped was read: its page tables were."""
+        if self.why is None and (not isinstance(error, paging.Untranslated) or error.unread):
+            self.why = f"what {named_by} leads to cannot be read ({error})"
+
 
 def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False) -> XenMemory:
     """Xen in `target`, whose symbols are `symbols`.
@@ -32,10 +47,11 @@ def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False
     Raises Undecidable when there is no Xen, Xen has no paging yet, or it is another build (both build-ids are named).
     """
     cpus = target.cpus()
-    memory = _by_evidence(target, symbols, cpus)
+    unread = Unread()
+    memory = _by_evidence(target, symbols, cpus, unread)
     theirs = _build_id_in(memory, symbols) if memory else None
     if memory is None or (symbols.build_id and theirs and theirs != symbols.build_id):
-        other = theirs or _foreign_build_id(target, cpus)
+        other = theirs or _foreign_build_id(target, cpus, unread)
         if other and symbols.build_id and other != symbols.build_id:
             if not allow_mismatch or memory is None:
                 raise Undecidable(
@@ -43,7 +59,7 @@ def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False
                     f"the Xen in {target.location} has {other.hex()}; give its own xen-syms with --symbols"
                 )
         elif memory is None:
-            raise Undecidable(_why_not(target, symbols, cpus))
+            raise Undecidable(_why_not(target, symbols, cpus, unread))
     if theirs:
         memory.build_id = theirs
     else:
@@ -73,17 +89,21 @@ def still_there(memory: XenMemory) -> bool:
         return False
 
 
-def _why_not(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu]) -> str:
+def _why_not(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], unread: Unread) -> str:
     control = [(cpu.registers["cr0"]) for cpu in cpus if "cr0" in cpu.registers]
     if control and not any(value & paging.CR0_PG for value in control):
         return f"no CPU of {target.location} has paging on: Xen is not running there yet; continue it and try again"
+    if unread.why:
+        return f"no Xen of {symbols.path} was found in {target.location}: {unread.why}; take the dump again"
     return (
         f"no Xen of {symbols.path} was found in {target.location}: none of its page tables, nor its build-id; "
         "is it Xen, and are these its symbols?"
     )
 
 
-def _by_evidence(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu]) -> XenMemory | None:
+def _by_evidence(
+    target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], unread: Unread
+) -> XenMemory | None:
     """By the first root that maps `idle_pg_table` to itself: of those that notes and CPUs name, else any in memory."""
     try:
         table = symbols.address(ROOT)
@@ -94,10 +114,11 @@ def _by_evidence(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCp
         if root in tried:
             continue
         tried.add(root)
-        memory = _rooted(target, symbols, root, found_by)
+        memory = _rooted(target, symbols, root, found_by, unread)
         if memory is not None:
             return memory
-    found = [_rooted(target, symbols, root, found_by) for root, found_by in _roots_in_memory(target, symbols, table)]
+    places = _roots_in_memory(target, symbols, table)
+    found = [_rooted(target, symbols, root, found_by, unread) for root, found_by in places]
     ran = [memory for memory in found if memory is not None and is_in_place(memory)]
     if len(ran) < 2:
         return ran[0] if ran else None
@@ -106,7 +127,7 @@ def _by_evidence(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCp
     return booted_last(ran)
 
 
-def _rooted(target: Target, symbols: SymbolTable, root: int, found_by: str) -> XenMemory | None:
+def _rooted(target: Target, symbols: SymbolTable, root: int, found_by: str, unread: Unread) -> XenMemory | None:
     """Xen with its idle page tables, if `root` maps them."""
     table = symbols.address(ROOT)
     memory = XenMemory(target, symbols, root, found_by)
@@ -116,7 +137,8 @@ def _rooted(target: Target, symbols: SymbolTable, root: int, found_by: str) -> X
             memory = XenMemory(target, symbols, own, found_by)
             if memory.physical(table) != own:
                 return None
-    except Unreadable:
+    except Unreadable as error:
+        unread.note(found_by, error)
         return None
     return memory
 
@@ -138,12 +160,12 @@ def _roots(target: Target, cpus: Sequence[PhysicalCpu], table: int) -> Iterator[
         if (note.name, note.type) == ("Xen", XEN_CRASH_INFO):
             info = parse_crash_info(note.desc)
             if not isinstance(info, Absent):
-                yield info.xen_phys_start + offset, "xen_phys_start in the crash info note"
+                yield info.xen_phys_start + offset, _BY_INFO
     for cpu in cpus:
         if cpu.guest_mode is True or not cpu.registers.get("cr0", paging.CR0_PG) & paging.CR0_PG:
             continue
         if "cr3" in cpu.registers:
-            yield cpu.registers["cr3"] & ~0xFFF, f"CR3 of CPU {cpu.index} ({cpu.source})"
+            yield cpu.registers["cr3"] & ~0xFFF, _by_cr3(cpu)
 
 
 def _roots_in_memory(target: Target, symbols: SymbolTable, table: int) -> Iterator[tuple[int, str]]:
@@ -153,7 +175,7 @@ def _roots_in_memory(target: Target, symbols: SymbolTable, table: int) -> Iterat
             yield base + offset, "the build-id in physical memory"
     elif target.kind == "dump":
         for base in _bases(target):
-            yield base + offset, "its page tables in physical memory"
+            yield base + offset, _BY_TABLES
 
 
 def _bases(target: Target) -> range:
@@ -207,9 +229,9 @@ def _scan(memory: XenMemory, region: int) -> bytes | None:
     return None
 
 
-def _foreign_build_id(target: Target, cpus: Sequence[PhysicalCpu]) -> bytes | None:
+def _foreign_build_id(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> bytes | None:
     """The build-id of whatever Xen is there, without any symbols."""
-    for memory, region in chain(_images(target, cpus), _images_in_memory(target)):
+    for memory, region in chain(_images(target, cpus, unread), _images_in_memory(target)):
         found = _scan(memory, region)
         if found:
             return found
@@ -222,13 +244,14 @@ def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolT
     A dump whose notes show no Xen is searched, up to 4 GiB of it: `progress` is told (bytes searched, bytes in all).
     Raises Undecidable when there is none, or several and nothing tells which of them ran last.
     """
-    for memory, region in _images(target, target.cpus()):
-        table = _carried(memory, region)
+    unread = Unread()
+    for memory, region in _images(target, target.cpus(), unread):
+        table = _carried(memory, region, unread)
         if table is not None:
             return table
     found = []
     for memory, region in _images_in_memory(target, progress):
-        table = _carried(memory, region)
+        table = _carried(memory, region, unread)
         if table is not None:
             found.append(XenMemory(target, table, memory.root, memory.found_by))
     ran = {memory.root: memory for memory in found if is_in_place(memory)}
@@ -238,17 +261,24 @@ def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolT
         return booted_last(list(ran.values())).symbols
     for memory in ran.values():
         return memory.symbols
-    raise Undecidable(
-        f"no symbol table of Xen's own was found in {target.location}: is it Xen? "
-        "If so, give its xen-syms with --symbols"
-    )
+    nothing = f"no symbol table of Xen's own was found in {target.location}"
+    if unread.why:
+        raise Undecidable(f"{nothing}: {unread.why}; give its xen-syms with --symbols, or take the dump again")
+    raise Undecidable(f"{nothing}: is it Xen? If so, give its xen-syms with --symbols")
 
 
-def _carried(memory: XenMemory, region: int) -> SymbolTable | None:
+def _carried(memory: XenMemory, region: int, unread: Unread) -> SymbolTable | None:
     from xen_symbols.symbols import embedded
 
+    def read(address: int, size: int) -> bytes:
+        try:
+            return memory.read(address, size)
+        except Unreadable as error:
+            unread.note(memory.found_by, error)
+            raise
+
     try:
-        return embedded.load_memory(memory.target.location, memory.read, region + IMAGE_MIN_OFFSET, region + IMAGE_MAX)
+        return embedded.load_memory(memory.target.location, read, region + IMAGE_MIN_OFFSET, region + IMAGE_MAX)
     except Undecidable:
         return None
 
@@ -259,11 +289,20 @@ def _images_in_memory(target: Target, progress: Progress | None = None) -> Itera
         from xen_symbols.xen.search import roots
 
         for root, region in roots(target, progress):
-            yield _bare(target, root), region
+            yield _bare(target, root, _BY_TABLES), region
 
 
-def _images(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[XenMemory, int]]:
-    """(memory, XEN_VIRT_START) wherever the notes or a CPU's own page tables may show an image of Xen."""
+def _images(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> Iterator[tuple[XenMemory, int]]:
+    """(memory, XEN_VIRT_START) wherever the notes or a CPU's own page tables show something where Xen's image lies."""
+    for root, regions, found_by in _named(target, cpus):
+        memory = _bare(target, root, found_by)
+        for region in regions:
+            if _maps_some(memory, region, unread):
+                yield memory, region
+
+
+def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, Sequence[int], str]]:
+    """(root of page tables, what XEN_VIRT_START may be there, who names it)."""
     start, tables = None, None
     for note in target.notes():
         if (note.name, note.type) == ("Xen", XEN_CRASH_INFO):
@@ -273,20 +312,35 @@ def _images(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[XenMe
             tables = parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)")
     if start is not None and tables is not None:
         root = int(tables, 16)
-        yield _bare(target, start + root - image_region(root)), image_region(root)
+        yield start + root - image_region(root), [image_region(root)], _BY_INFO
     for cpu in cpus:
-        if cpu.guest_mode is True or "cr3" not in cpu.registers:
-            continue
-        memory = _bare(target, cpu.registers["cr3"] & ~0xFFF)
-        for region in [image_region(cpu.registers["rip"])] if _in_xen(cpu) else IMAGE_REGIONS:
-            yield memory, region
+        if cpu.guest_mode is not True and "cr3" in cpu.registers:
+            regions = [image_region(cpu.registers["rip"])] if _in_xen(cpu) else IMAGE_REGIONS
+            yield cpu.registers["cr3"] & ~0xFFF, regions, _by_cr3(cpu)
 
 
-def _bare(target: Target, root: int) -> XenMemory:
+def _maps_some(memory: XenMemory, region: int, unread: Unread) -> bool:
+    """Whether any page is mapped where an image in this region lies."""
+    address = region + IMAGE_MIN_OFFSET
+    while address < region + IMAGE_MAX:
+        try:
+            memory.physical(address)
+            return True
+        except paging.Untranslated as error:
+            unread.note(memory.found_by, error)
+            address = error.end
+    return False
+
+
+def _by_cr3(cpu: PhysicalCpu) -> str:
+    return f"CR3 of CPU {cpu.index} ({cpu.source})"
+
+
+def _bare(target: Target, root: int, found_by: str) -> XenMemory:
     """Memory by page tables alone."""
     from xen_symbols.symbols.mapfile import ListedRows
 
-    return XenMemory(target, SymbolTable("", "none", ListedRows([], [], []), []), root, "")
+    return XenMemory(target, SymbolTable("", "none", ListedRows([], [], []), []), root, found_by)
 
 
 def _in_xen(cpu: PhysicalCpu) -> bool:

@@ -1,0 +1,129 @@
+"""Dumps in which Xen is not found: why not, in one line that says what to do, and soon."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import dumpwriter as writer
+from tests import elfwriter
+from tests.dumpwriter import PAGE
+from tests.syntheticxen import HEAP, PHYS_START, VIRT_START, SyntheticXen
+from xen_symbols import open_dump
+from xen_symbols.absence import Undecidable
+from xencrash.cli import main
+
+IMAGE = (PHYS_START, PHYS_START + (8 << 20))
+RANGES = [IMAGE, (HEAP, HEAP + (1 << 20))]
+LZO = "compressed with lzo; install the Python package lzallright"
+
+
+class Machine:
+    """A crashed Xen that carries its symbols, its notes as in a vmcore, and its symbols in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.xen = SyntheticXen(2)
+        rows = sorted((address - VIRT_START, kind + name) for name, (address, kind) in self.xen.symbols.items())
+        self.xen.content[PHYS_START + 0x300000] = elfwriter.embedded_table(rows)
+        self.symbols = folder / "map"
+        self.symbols.write_text(self.xen.map_file())
+        self.pgd = f"SYMBOL(pgd_l4)={self.xen.symbols['idle_pg_table'][0]:x}\n"
+        self.notes = self.xen.notes() + writer.note("VMCOREINFO_XEN", 0, self.pgd.encode())
+
+    def elf(self, ranges: writer.Ranges = RANGES, notes: bytes | None = None) -> Path:
+        path = self.folder / "vmcore"
+        with path.open("wb") as file:
+            writer.write_elf(file, ranges, self.xen.content, self.notes if notes is None else notes)
+        return path
+
+    def kdump(self, **options: object) -> Path:
+        path = self.folder / "kdump"
+        with path.open("wb") as file:
+            writer.write_kdump(file, RANGES, self.xen.content, self.notes, **options)  # type: ignore[arg-type]
+        return path
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(tmp_path_factory.mktemp("machine"))
+
+
+def refusal(path: Path, *words: str | Path) -> str:
+    """What is said of the dump without symbols, or with those given."""
+    with pytest.raises(Undecidable) as caught:
+        open_dump(path, *words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_machine_is_found_without_damage(machine: Machine) -> None:
+    for symbols in (None, machine.symbols):
+        assert open_dump(machine.elf(), symbols).root == machine.xen.root
+        assert open_dump(machine.kdump(), symbols).root == machine.xen.root
+
+
+def test_the_header_names_a_decompressor_that_is_missing(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = machine.kdump(status=2, compression=2, compress=lambda page: b"anything")
+    monkeypatch.setitem(sys.modules, "lzallright", None)
+    for words in ([], ["--symbols", str(machine.symbols)]):
+        assert main(["check", str(path), *words]) == 3
+        assert capsys.readouterr().err == f"xencrash: {path}: {LZO}\n"
+
+
+def test_a_page_names_a_decompressor_that_is_missing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = machine.kdump(compression=2, compress=lambda page: b"anything")
+    monkeypatch.setitem(sys.modules, "lzallright", None)
+    page = machine.xen.root & -PAGE
+    why = f"what xen_phys_start in the crash info note leads to cannot be read (physical {page:#x}: {LZO})"
+    assert refusal(path) == (
+        f"no symbol table of Xen's own was found in {path}: {why}; "
+        "give its xen-syms with --symbols, or take the dump again"
+    )
+    assert refusal(path, machine.symbols) == (
+        f"no Xen of {machine.symbols} was found in {path}: {why}; take the dump again"
+    )
+
+
+def test_memory_that_the_notes_name_and_the_dump_lacks(machine: Machine) -> None:
+    path = machine.elf(RANGES[1:])
+    page = f"{machine.xen.root >> 12:#x}"
+    why = f"what xen_phys_start in the crash info note leads to cannot be read (physical {page}"
+    assert why in refusal(path)
+    assert why in refusal(path, machine.symbols)
+
+
+def test_the_page_of_the_symbols_alone_is_missing(machine: Machine) -> None:
+    path = machine.kdump(excluded=[(PHYS_START + 0x300000) // PAGE])
+    left_out = f"(physical {PHYS_START + 0x300000:#x}: the page was left out when the dump was written)"
+    assert f"{left_out}; give its xen-syms with --symbols" in refusal(path)
+    assert open_dump(path, machine.symbols).root == machine.xen.root
+
+
+def test_bitmaps_that_are_elsewhere(machine: Machine) -> None:
+    """A block of sub header too many: other pages are there, and other bytes are theirs."""
+    path = machine.kdump()
+    data = bytearray(path.read_bytes())
+    (blocks,) = struct.unpack_from("<I", data, 0x1B0)
+    struct.pack_into("<II", data, 0x1B0, blocks + 1, struct.unpack_from("<I", data, 0x1B4)[0] - 2)
+    struct.pack_into("<I", data, 0x1A8, 8)  # or it is refused for its end
+    path.write_bytes(data)
+    for symbols in ([], [machine.symbols]):
+        said = refusal(path, *symbols)
+        assert "is it Xen" not in said and f"{path}: " in said
+
+
+def test_section_header_0_that_is_not_there(machine: Machine) -> None:
+    path = machine.elf()
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<H", data, 56, 0xFFFF)
+    path.write_bytes(data)
+    assert refusal(path) == (
+        f"{path}: ELF header +0x28: section header 0 would count the program headers, and there is none; "
+        "the file is damaged"
+    )
