@@ -143,6 +143,147 @@ CHANGES: dict[str, tuple[Callable[[Machine], object], str, int | None]] = {
 }  # fmt: skip
 
 
+def no_idt(machine: Machine, cpu: int) -> None:
+    if machine.symbols.has("idt_tables"):  # until 9c20d3c591 (4.21.0)
+        machine.poke(machine.symbols.address("idt_tables") + 8 * cpu, bytes(8))
+    else:
+        machine.per_cpu("idt", cpu, bytes(8))
+
+
+def no_buffer(machine: Machine, cpu: int) -> None:
+    machine.poke(machine.memory.variable("crash_notes") + 16 * cpu, bytes(8))
+
+
+def no_area(machine: Machine, cpu: int) -> None:
+    invalid = (0x8000_0000_0000_0000 - machine.symbols.address("__per_cpu_start")) % (1 << 64)
+    machine.poke(machine.symbols.address("__per_cpu_offset") + 8 * cpu, invalid.to_bytes(8, "little"))
+
+
+GATE_CHECKS = {check.id for check in CHECKS if "-gate-" in check.id}
+OF_ITS_OWN = {"crash-save-done", "crash-notes", "idtr", "lapic-mode", "lapic-enabled", "lapic-lvt", "lapic-self-nmi",
+              "nmi-latch", "nmi-pending", "cpu-parked", "dump-notes"}  # fmt: skip
+# What of a CPU that was online is lost at the handover (CPU 0 crashed) -> what is unknown then, by CPU.
+LOST: dict[str, tuple[Callable[[Machine], object], dict[int | None, set[str]]]] = {
+    "a CPU's IDT": (lambda m: no_idt(m, 2), {2: GATE_CHECKS | {"idtr"}}),
+    "every CPU's IDT": (lambda m: [no_idt(m, cpu) for cpu in range(4)],
+                        {cpu: GATE_CHECKS | {"idtr"} for cpu in range(4)}),
+    "a CPU's buffer of notes": (lambda m: no_buffer(m, 2), {2: {"crash-notes"}}),
+    "CPU 0's buffer of notes": (lambda m: no_buffer(m, 0), {0: {"crash-notes"}, None: {"crash-info-note"}}),
+    "a CPU's per-CPU area": (lambda m: no_area(m, 2), {2: GATE_CHECKS | OF_ITS_OWN, None: {"cpus-found"}}),
+    "a CPU's number": (lambda m: m.variable("nr_cpu_ids", b"\3\0\0\0", None), {None: {"cpus-found"}}),
+}  # fmt: skip
+
+
+def unknowns(lost: dict[int | None, set[str]]) -> set[tuple[str, int | None, str]]:
+    return {(check, cpu, "unknown") for cpu, found in lost.items() for check in found}
+
+
+@pytest.mark.parametrize("what", LOST)
+@pytest.mark.parametrize("name", [name for name in names() if crashed(name) == 0 and not name.endswith("-shootdown")])
+def test_what_is_lost_of_an_online_cpu_is_unknown(name: str, what: str) -> None:
+    change, lost = LOST[what]
+    machine = Machine(name)
+    change(machine)
+    report = machine.report()
+    if name.endswith("-vmcore"):  # whose own notes cannot be compared then
+        lost = {cpu: found | {"dump-notes"} if "crash-notes" in found else found for cpu, found in lost.items()}
+    assert bad(report) == unknowns(lost)
+    assert report.verdict is Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_of_memory_alone_what_is_lost_is_unknown(what: str) -> None:
+    machine = memory_alone("4.17.0-handover")
+    LOST[what][0](machine)
+    report = machine.report()
+    assert bad(report) == unknowns(LOST[what][1])
+    assert report.verdict is Verdict.UNKNOWN
+
+
+def cpus_found(machine: Machine) -> Finding:
+    return next(f for f in machine.report().findings if f.check == "cpus-found")
+
+
+def test_a_cpu_that_is_not_among_xens_is_named() -> None:
+    machine = Machine()
+    found = cpus_found(machine)
+    assert (found.expected, found.observed, found.reason) == ("CPUs 0-3", "CPUs 0-3", None)
+    assert [item.symbol for item in found.evidence] == ["cpu_online_map", "crash_saved_cpus", "waiting_to_crash"]
+    no_area(machine, 2)
+    found = cpus_found(machine)
+    assert (found.expected, found.observed) == ("CPUs 0-3", "CPUs 0-1,3")
+    assert found.reason == (
+        "CPU 2 known to have been online, without a per-CPU area; QEMU device state: its CPU 2 runs Xen "
+        "(do_nmi_crash+0x51), and is none of the CPUs found in Xen's memory"
+    )
+    machine = Machine("4.17.0-crashed-vmcore")
+    machine.variable("nr_cpu_ids", b"\2\0\0\0", None)
+    found = cpus_found(machine)
+    assert (found.expected, found.observed) == ("CPUs 0-3", "CPUs 0-1")
+    assert found.reason == "; ".join([
+        "CPUs 2-3 in crash_saved_cpus, and nr_cpu_ids is 2",
+        *(f"Xen's crash notes: its CPU {cpu} saved its registers, and is none of the CPUs found in Xen's memory"
+          for cpu in (2, 3)),
+    ])  # fmt: skip
+
+
+def test_a_cpu_that_no_mask_knows_is_told_by_what_it_runs() -> None:
+    machine = Machine("4.17.0-shootdown")
+    machine.variable("cpu_online_map", b"\x07")
+    machine.variable("waiting_to_crash", b"\x06")
+    assert bad(machine.report()) == {("cpus-found", None, "unknown")}
+    assert cpus_found(machine).reason == (
+        "QEMU device state: its CPU 3 runs Xen (default_idle+0xc6), and is CPU 3, which is not online"
+    )
+    machine.physical(3, lambda p: p._replace(registers={}))
+    assert "its CPU 3 may run Xen: its registers could not be read" in str(cpus_found(machine).reason)
+
+
+@pytest.mark.parametrize("lose", [no_idt, no_buffer, no_area])
+def test_a_cpu_that_was_not_online_may_be_without(
+    lose: Callable[[Machine, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_AT_REST", {"default_idle"})  # where this one halts, as parked ones elsewhere
+    machine = Machine("4.17.0-shootdown")
+    machine.variable("cpu_online_map", b"\x07")
+    machine.variable("waiting_to_crash", b"\x06")
+    lose(machine, 3)
+    report = machine.report()
+    assert (report.verdict, bad(report)) == (Verdict.PASS, set())
+
+
+def test_cpus_outside_xen_that_cannot_be_matched_are_no_alarm() -> None:
+    machine = Machine()
+    for cpu in (1, 2):
+        machine.physical(cpu, lambda p: p._replace(apic_id=p.apic_id + 16, registers={"rip": 0xFFFFFFFF81000000}))
+    found = cpus_found(machine)
+    assert (found.verdict, found.expected, found.observed) == (Verdict.PASS, "CPUs 0-3", "CPUs 0-3")
+    assert found.reason == "2 of the machine's CPUs are none of Xen's, and run no Xen"
+    assert {check for check, cpu, verdict in bad(machine.report())} == OF_ITS_OWN - {"crash-save-done", "crash-notes"}
+
+
+def test_of_many_strangers_four_are_named() -> None:
+    machine = Machine()
+    parked = machine.example.physical_cpus[1]
+    machine.example.physical_cpus += [parked._replace(index=cpu, apic_id=cpu) for cpu in range(4, 10)]
+    found = cpus_found(machine)
+    assert bad(machine.report()) == {("cpus-found", None, "unknown")}
+    assert [words.split("its ")[-1][:5] for words in str(found.reason).split("; ")] == [
+        "CPU 4", "CPU 5", "CPU 6", "CPU 7", "2 mor",
+    ]  # fmt: skip
+    assert str(found.reason).endswith("; 2 more like these")
+
+
+def test_a_running_xen_without_a_cpu_online_is_unknown() -> None:
+    machine = Machine("4.17.0-shootdown")
+    for name in ("cpu_online_map", "crash_saved_cpus", "waiting_to_crash", "kexecing"):
+        machine.variable(name, b"\0")
+    found = cpus_found(machine)
+    assert (found.stage, found.verdict, found.expected, found.observed) == ("normal", Verdict.UNKNOWN, "none", "none")
+    assert str(found.reason).endswith("its CPU 3 runs Xen (default_idle+0xc6), and is CPU 3, which is not online; "
+                                      "no CPU is online")  # fmt: skip
+
+
 @pytest.mark.parametrize("name", names())
 def test_as_recorded_everything_passes(name: str) -> None:
     report = Machine(name).report()
@@ -175,7 +316,7 @@ def test_every_check_has_a_change_that_fails_it() -> None:
     shown = {check for _, check, _ in CHANGES.values()}
     # Below, in test_gate_changes.py, and in the live tests.
     elsewhere = {"dump-notes", "kexecing", "nmi-answered", "nmi-entries", "shootdown-report", "gate-change"}
-    assert {check.id for check in CHECKS} == shown | elsewhere
+    assert {check.id for check in CHECKS} == shown | elsewhere | {"cpus-found"}  # which is unknown instead
 
 
 def test_a_cpu_that_never_answered_explains_what_follows() -> None:

@@ -6,7 +6,7 @@ be on either side of a step, both values are allowed: a race window is no alarm.
 
 import enum
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NAMES, VECTOR_NMI, Gate
 from xen_symbols.xen.ist import IST_SSP_SIZE, ist_numbers
 from xen_symbols.xen.memory import HYPERVISOR_CS, image_region
-from xen_symbols.xen.state import CpuState, Read, State, absent, in_memory
+from xen_symbols.xen.state import CpuState, Read, State, absent, in_memory, mask
 
 if TYPE_CHECKING:  # a trace alone needs it
     from xen_symbols.crashpath.gatechanges import GateChange, Key
@@ -121,8 +121,35 @@ ENTRY_POINTS = (
 )
 
 
+def _owed_by_online(state: State, online: frozenset[int]) -> State:
+    """The state, where what a CPU that was online must have and has not is unread: a CPU that was not may be without
+    an IDT, a buffer of notes, or a per-CPU area; of one that was, something is lost."""
+    changed = {}
+    for number in online:
+        cpu = state.cpus[number]
+        if cpu.exists and cpu.idt.present and cpu.notes.present:
+            continue
+        owed: tuple[str, ...] = ("idt", "nmi_gate", "mc_gate", "df_gate", "notes")
+        if not cpu.exists:
+            owed += ("crash_save_done", "tss", "physical")
+        changed[number] = cpu._replace(**{name: _owed(getattr(cpu, name)) for name in owed})
+    return state._replace(cpus={**state.cpus, **changed}) if changed else state
+
+
+def _owed(value: Any) -> Any:
+    """A Read or what it holds; where that does not apply, it is unread."""
+    inside = value.value if isinstance(value, Read) else value
+    if not isinstance(inside, Absent) or inside.kind is not Kind.NOT_APPLICABLE:
+        return value
+    unread = Absent(f"{inside.reason}, although it was online")
+    return absent(unread) if isinstance(value, Read) else unread
+
+
 class Context:
-    """One moment, with what the checks need to know about it."""
+    """One moment, with what the checks need to know about it.
+
+    `cpus` are the numbers of those that are judged: all that exist, and all that were online, whether found or not.
+    """
 
     def __init__(
         self,
@@ -136,7 +163,8 @@ class Context:
         gates_before: "Mapping[Key, GateChange] | None" = None,
     ) -> None:
         """`nmi_entries` and `gates_before` are what a trace alone knows; None for any other look at a machine."""
-        self.state = state
+        self.state = _owed_by_online(state, position.online)
+        self.cpus = [cpu.cpu for cpu in state.cpus.values() if cpu.exists or cpu.cpu in position.online]
         self.position = position
         self.crash = position.crash
         self.generation = generation
@@ -257,7 +285,7 @@ class Subject(enum.Enum):
     FOLLOWED = "each CPU that has an IDT, from stop to stop of a trace"
     ONLINE = "each CPU that was online"
     OTHERS = "each other CPU that was online"
-    CPUS = "each CPU that exists"
+    CPUS = "each CPU that exists, or was online"
 
 
 class Check(NamedTuple):
@@ -532,6 +560,79 @@ def _gate_change(context: Context, cpu: int) -> Outcome:
     return Outcome(Verdict.PASS, list(may), observed, evidence, reason=_WRITER_UNSEEN if unseen else None)
 
 
+# The CPUs
+
+_MASKS = ("online", "saved", "waiting_mask")
+_STRAYS_MAX = 4  # CPUs that are named one by one
+# Where Xen leaves a CPU that is no longer online: xen/arch/x86/domain.c, acpi/cpu_idle.c, smp.c.
+_AT_REST = {"play_dead", "default_dead_idle", "acpi_dead_idle", "stop_this_cpu"}
+
+
+def _cpus_found(context: Context, _cpu: int) -> Outcome:
+    """Whether every CPU that Xen's masks, the machine or the dump's notes know of is one of those that are judged."""
+    state, online = context.state, context.position.online
+    known, lost = set(online), []
+    evidence: tuple[Evidence, ...] = ()
+    for read in (state.system[name] for name in _MASKS):
+        if read.raw is None:
+            continue
+        evidence += read.evidence
+        if beyond := int.from_bytes(read.raw, "little") >> len(state.cpus):
+            numbers = {len(state.cpus) + bit for bit in mask(beyond.to_bytes(len(read.raw), "little"))}
+            known |= numbers
+            lost.append(f"{_named(numbers)} in {read.symbol}, and nr_cpu_ids is {len(state.cpus)}")
+    known |= {cpu for name in _MASKS if (read := state.system[name]).present for cpu in read.value - online}
+    if absentees := {cpu for cpu in known if cpu in state.cpus and not state.cpus[cpu].exists}:
+        lost.append(f"{_named(absentees)} known to have been online, without a per-CPU area")
+    unmatched: list[tuple[int | None, PhysicalCpu | Absent]] = [(None, one) for one in state.unmatched]
+    offline = [(cpu.cpu, cpu.physical) for cpu in state.cpus.values() if cpu.exists and cpu.cpu not in online]
+    strays = []
+    for number, one in (*offline, *unmatched):
+        if not isinstance(one, Absent) and (at := _at_work(context, one)):
+            whose = "none of the CPUs found in Xen's memory" if number is None else f"CPU {number}, which is not online"
+            strays.append(f"{one.source or 'the target'}: its CPU {one.index} {at}, and is {whose}")
+    lost += strays[:_STRAYS_MAX]
+    if len(strays) > _STRAYS_MAX:
+        lost.append(f"{len(strays) - _STRAYS_MAX} more like these")
+    if not known:
+        lost.append("no CPU is online")
+    found = {cpu for cpu in known if cpu in state.cpus and state.cpus[cpu].exists}
+    if lost:
+        return Outcome(Verdict.UNKNOWN, _named(known), _named(found), evidence, "; ".join(lost))
+    reason = f"{len(unmatched)} of the machine's CPUs are none of Xen's, and run no Xen" if unmatched else None
+    return Outcome(Verdict.PASS, _named(known), _named(found), evidence, reason)
+
+
+def _at_work(context: Context, physical: PhysicalCpu) -> str | None:
+    """How it is seen that a CPU is, or was, one of those that Xen runs on; None when it is not."""
+    if not physical.current:
+        return "saved its registers" if physical.registers else None
+    rip = physical.registers.get("rip")
+    if rip is None:
+        return "may run Xen: its registers could not be read"
+    if physical.guest_mode is True or _outside_xen(context, physical):
+        return None
+    found = context.symbols.lookup(rip)
+    if found is not None and found[0].name in _AT_REST:
+        return None
+    return f"runs Xen ({context.symbols.describe(rip)})"
+
+
+def _named(cpus: Iterable[int]) -> str:
+    """CPU numbers as Xen prints them: "CPU 1", "CPUs 0-3,5"."""
+    ranges: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if ranges and ranges[-1][1] == cpu - 1:
+            ranges[-1][1] = cpu
+        else:
+            ranges.append([cpu, cpu])
+    if not ranges:
+        return "none"
+    several = len(ranges) > 1 or ranges[0][0] != ranges[0][1]
+    listed = ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
+    return f"CPU{'s' * several} {listed}"
+
+
 # Bookkeeping
 
 
@@ -686,8 +787,8 @@ def _crash_info_note(context: Context, _cpu: int) -> Outcome:
     allowed = timed(context.crash, CrashStep.INFO_SAVED, None, context.xen_phys_start)
     if isinstance(context.xen_phys_start, Absent):
         return _from_absence(context.xen_phys_start, None)
-    if isinstance(read.value, Absent):
-        return expect(read, allowed)
+    if isinstance(read.value, Absent):  # it has one on every Xen that has crash notes
+        return unknown(read.value.reason)
     info = read.value.info
     value = None if isinstance(info, Absent) else info.xen_phys_start
     return expect(
@@ -968,6 +1069,9 @@ def _x2apic_enabled(context: Context, _cpu: int) -> Outcome:
 
 
 CHECKS: tuple[Check, ...] = (
+    Check("cpus-found", Subject.MACHINE, "xen/arch/x86/percpu.c and smpboot.c (7cfb005362)",
+          "it does not fail: a CPU that was online and was not found among Xen's is unknown, and so is the verdict",
+          _cpus_found),
     *_gate_checks("nmi", VECTOR_NMI, "an NMI", _CRASH_C),
     *_gate_checks("mc", VECTOR_MC, "a machine check", _KEXEC_C),
     Check("gate-change", Subject.FOLLOWED, "xen/arch/x86/crash.c and machine_kexec.c (77ad1faa6b); docs/reference.md",

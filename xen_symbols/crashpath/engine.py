@@ -56,13 +56,12 @@ def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> l
 def _subjects(subject: Subject, context: Context) -> list[int]:
     if subject is Subject.MACHINE:
         return [MACHINE]
-    existing = [cpu.cpu for cpu in context.state.cpus.values() if cpu.exists]
     if subject is Subject.FOLLOWED and context.gates_before is None:
         return []
     if subject in (Subject.TABLES, Subject.FOLLOWED):
-        return [cpu for cpu in existing if _may_have_table(context.state.of(cpu))]
+        return [cpu for cpu in context.cpus if _may_have_table(context.state.of(cpu))]
     if subject is Subject.CPUS:
-        return existing
+        return context.cpus
     if subject is Subject.OTHERS:
         if context.position.crashing_cpu is None:
             return []
@@ -317,7 +316,7 @@ def describe_cpus(context: Context) -> list[dict[str, Any]]:
     """Each CPU as the JSON contract gives it. What is not known is null, and `absent` beside it says why."""
     # Thousands of CPUs have the same few gates, and are in the same few places.
     gates, places = cache(partial(_gate_json, context.symbols)), cache(partial(_place_json, context.symbols))
-    return [_describe_cpu(context, cpu, gates, places) for cpu in context.state.cpus.values() if cpu.exists]
+    return [_describe_cpu(context, context.state.of(cpu), gates, places) for cpu in context.cpus]
 
 
 def _describe_cpu(

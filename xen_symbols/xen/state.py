@@ -368,8 +368,10 @@ def _match(
             number = by_idt.get(candidate.idtr[0])
         if number is None or number in matched:
             left.append(candidate)
-        else:
+        elif number in idts:
             matched[number] = candidate
+        elif candidate.registers:  # an absent CPU's notes are there, and empty
+            left.append(candidate)
     unclaimed = [cpu for cpu in existing if cpu not in matched]
     if len(unclaimed) == len(left) == 1 and left[0].xen_cpu is None and len(physical) == len(existing):
         matched[unclaimed[0]] = left.pop()
