@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,11 @@ def check_many(args: argparse.Namespace) -> int:
         except Undecidable as error:
             print(f"xencrash: {error}", file=sys.stderr)
             reports.append(_undecided(path, str(error)))
+        except Exception:  # one file's is not the others'
+            traceback.print_exc()
+            why = f"{path}: an error of its own, above: nothing was decided"
+            print(f"xencrash: {why}", file=sys.stderr)
+            reports.append(_undecided(path, why))
     if args.output:
         suffix = {"json": ".json", "junit": ".xml", "table": ".txt"}[args.format]
         for number, (path, report) in enumerate(zip(args.target, reports, strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,6 +11,8 @@ import pytest
 
 from tests.recording import write_files
 from tests.unit.test_checks import Machine
+from xen_symbols.report.model import Report
+from xencrash import cli, judging
 from xencrash.cli import main
 
 
@@ -43,6 +46,25 @@ def test_a_line_for_each(dumps: Dumps, capsys: pytest.CaptureFixture[str]) -> No
     assert lines[1] == ["fail", dumps.bad, "4.17.0", "0", "fail: mc-gate-ist on CPU 2 at crashed"]
     assert lines[2] == ["unknown", dumps.none, "-", "-", "No such file or directory"]
     assert said.err == f"xencrash: {dumps.none}: No such file or directory\n"
+
+
+def test_an_error_of_its_own_in_one_leaves_the_others(
+    dumps: Dumps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(path: str, args: argparse.Namespace) -> Report:
+        if path == dumps.text:
+            raise TypeError("planted")
+        return cli.check_dump(path, args)
+
+    monkeypatch.setattr(judging, "check_dump", broken)
+    assert dumps.check(dumps.good, dumps.text, dumps.bad) == 1
+    said = capsys.readouterr()
+    lines = [line.split(maxsplit=4) for line in said.out.splitlines()[4:7]]
+    assert [line[:2] for line in lines] == [["pass", dumps.good], ["unknown", dumps.text], ["fail", dumps.bad]]
+    why = "an error of its own, above: nothing was decided"
+    assert lines[1][4] == why
+    assert said.err.endswith(f"TypeError: planted\nxencrash: {dumps.text}: {why}\n")
+    assert dumps.check(dumps.text, dumps.good) == 3
 
 
 def test_the_worst_status(dumps: Dumps) -> None:

@@ -127,3 +127,10 @@ def test_section_header_0_that_is_not_there(machine: Machine) -> None:
         f"{path}: ELF header +0x28: section header 0 would count the program headers, and there is none; "
         "the file is damaged"
     )
+
+
+@pytest.mark.parametrize("value", ["", "none", "-8", "1" * 40, "ffff", "800000000000"])
+def test_an_address_in_vmcoreinfo_that_is_none(machine: Machine, value: str) -> None:
+    """The CPUs' own page tables show the same Xen."""
+    notes = machine.xen.notes() + writer.note("VMCOREINFO_XEN", 0, f"SYMBOL(pgd_l4)={value}\n".encode())
+    assert open_dump(machine.elf(notes=notes)).root == machine.xen.root

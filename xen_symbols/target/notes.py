@@ -136,6 +136,15 @@ def parse_vmcoreinfo(desc: bytes) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
 
 
+def parse_address(text: str) -> int | None:
+    """An address as VMCOREINFO has it, in hex; None for anything else."""
+    try:
+        value = int(text, 16)
+    except ValueError:
+        return None
+    return value if 0 <= value < 1 << 64 else None
+
+
 def parse_qemu_cpu(desc: bytes, index: int) -> PhysicalCpu:
     """QEMU's note of one CPU, `index` its cpu_index."""
     _require_size("QEMU", desc, _QEMU_SIZE, exact=False)

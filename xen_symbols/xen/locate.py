@@ -9,7 +9,7 @@ from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.symbols import buildid
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.target import PhysicalCpu, Target
-from xen_symbols.target.notes import XEN_CRASH_INFO, parse_crash_info, parse_vmcoreinfo
+from xen_symbols.target.notes import XEN_CRASH_INFO, parse_address, parse_crash_info, parse_vmcoreinfo
 from xen_symbols.x86 import paging
 from xen_symbols.xen.memory import (
     IMAGE_MAX,
@@ -303,15 +303,14 @@ def _images(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> Iter
 
 def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, Sequence[int], str]]:
     """(root of page tables, what XEN_VIRT_START may be there, who names it)."""
-    start, tables = None, None
+    start, root = None, None
     for note in target.notes():
         if (note.name, note.type) == ("Xen", XEN_CRASH_INFO):
             info = parse_crash_info(note.desc)
             start = None if isinstance(info, Absent) else info.xen_phys_start
         elif note.name == "VMCOREINFO_XEN":
-            tables = parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)")
-    if start is not None and tables is not None:
-        root = int(tables, 16)
+            root = parse_address(parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)", ""))
+    if start is not None and root is not None and paging.is_canonical(root):
         yield start + root - image_region(root), [image_region(root)], _BY_INFO
     for cpu in cpus:
         if cpu.guest_mode is not True and "cr3" in cpu.registers:
