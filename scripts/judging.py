@@ -154,7 +154,7 @@ def _dump_info(args: argparse.Namespace) -> Json:
     data: Json = {
         "schema": SCHEMA_VERSION,
         "target": {"kind": target.kind, "format": target.format, "location": target.location},
-        "memory": [[hex(start), hex(end)] for start, end in _joined(target.physical_ranges())],
+        "memory": [[hex(start), hex(end)] for start, end in target.physical_ranges()],
         "notes": describe_notes(target.notes()),
         "registers": [
             {"index": cpu.index, "source": cpu.source, "registers": {k: hex(v) for k, v in cpu.registers.items()}}
@@ -181,16 +181,6 @@ def _dump_info(args: argparse.Namespace) -> Json:
     except (Undecidable, Unreadable) as error:
         data["undecided"] = str(error)
     return data
-
-
-def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for start, end in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    return joined
 
 
 def _info_blocks(data: Json) -> list[Block]:

@@ -25,7 +25,6 @@ HOMES = {
     "gdb": ("gdbplugin/",),
     "pygdbmi": ("scripts/",),
     "rich": ("xen_symbols/report/console.py", "scripts/"),
-    "elftools": ("xen_symbols/symbols/", "xen_symbols/target/"),
     "cramjam": ("xen_symbols/target/decompress.py",),
     "lzallright": ("xen_symbols/target/decompress.py",),
 }

@@ -12,9 +12,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
-from xen_symbols.crashpath.generations import TEXT, Generation, Hook
+from xen_symbols.crashpath.generations import Generation, Hook
 from xen_symbols.crashpath.stages import CRASHED, CrashStep, OtherStep, Position, Span
 from xen_symbols.report.model import Evidence, Verdict
+from xen_symbols.symbols.table import TEXT
 from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NAMES, VECTOR_NMI, Gate

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.engine import add_stage, context_at, gate_change_json, gate_difference_json, new_report
 from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
-from xen_symbols.crashpath.generations import TEXT, Identification, identify
+from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Position, Role, Span, Stage
 from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
+from xen_symbols.symbols.table import TEXT
 from xen_symbols.target import PhysicalCpu
 from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.memory import XenMemory

@@ -10,10 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.symbols.table import DATA, TEXT
 from xen_symbols.xen.memory import XenMemory
-
-TEXT = "tTwW"
-DATA = "dDbBrRvV"
 
 
 class Hook(enum.Enum):

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from xen_symbols.absence import Unreadable
 from xen_symbols.crashpath.checks import ENTRY_POINTS
-from xen_symbols.crashpath.generations import DATA, TEXT, Generation, Hook
+from xen_symbols.crashpath.generations import Generation, Hook
 from xen_symbols.crashpath.position import anchor_address
 from xen_symbols.crashpath.stages import STAGES
-from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.symbols.table import DATA, TEXT, SymbolTable
 from xen_symbols.xen.state import SYSTEM
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
-from xen_symbols.crashpath.generations import TEXT, Generation
+from xen_symbols.crashpath.generations import Generation
 from xen_symbols.crashpath.stages import (
     BY_ID,
     CRASHED,
@@ -18,7 +18,7 @@ from xen_symbols.crashpath.stages import (
     Span,
     Stage,
 )
-from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.symbols.table import TEXT, SymbolTable
 from xen_symbols.target import PhysicalCpu
 from xen_symbols.xen.memory import IMAGE_REGION, image_region
 from xen_symbols.xen.state import State

@@ -32,14 +32,14 @@ class _Class(NamedTuple):
 
     header: struct.Struct  # from e_type on
     program: struct.Struct
-    program_fields: tuple[int, ...]  # positions of type, offset, vaddr, filesz, memsz
+    program_fields: tuple[int, ...]  # positions of type, offset, vaddr, filesz
     section: struct.Struct
 
 
 _CLASSES = {
-    1: _Class(struct.Struct("<HHIIIIIHHHHHH"), struct.Struct("<8I"), (0, 1, 2, 4, 5), struct.Struct("<10I")),
+    1: _Class(struct.Struct("<HHIIIIIHHHHHH"), struct.Struct("<8I"), (0, 1, 2, 4), struct.Struct("<10I")),
     2: _Class(
-        struct.Struct("<HHIQQQIHHHHHH"), struct.Struct("<IIQQQQQQ"), (0, 2, 3, 5, 6), struct.Struct("<IIQQQQIIQQ")
+        struct.Struct("<HHIQQQIHHHHHH"), struct.Struct("<IIQQQQQQ"), (0, 2, 3, 5), struct.Struct("<IIQQQQIIQQ")
     ),
 }
 _SYMBOL_SIZE = 24
@@ -63,7 +63,6 @@ class _Segment(NamedTuple):
     offset: int
     address: int
     file_size: int
-    memory_size: int
 
 
 class _Headers(NamedTuple):

@@ -18,6 +18,7 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.symbols import buildid
 from xen_symbols.symbols.mapfile import ListedRows, image_range, note_address
 from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.x86.paging import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,6 @@ _LONGEST_NAME = 512
 # Bounds on hostile input; a real Xen has one such place.
 _MOST_PLACES, _MOST_TOKEN_TABLES = 1024, 8
 _CHUNK = 1 << 20
-_PAGE = 4096
 _ENOUGH_POINTERS = 256
 
 
@@ -218,8 +218,8 @@ def readable(read: Callable[[int, int], bytes], address: int, size: int) -> Iter
     try:
         yield address, read(address, size)
     except Unreadable:
-        if size > _PAGE:
-            half = (size // 2 + _PAGE - 1) // _PAGE * _PAGE
+        if size > PAGE_SIZE:
+            half = (size // 2 + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
             yield from readable(read, address, half)
             yield from readable(read, address + half, size - half)
 

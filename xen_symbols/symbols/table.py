@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from xen_symbols.absence import Kind, Unreadable
 
 TEXT = "tTwW"
+DATA = "dDbBrRvV"
 # Linker-script symbols that mark an end: nothing lies between one of them and the next symbol.
 _END_MARKERS = frozenset({"_etext", "_einittext", "_erodata", "_end"})
 

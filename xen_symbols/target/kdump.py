@@ -18,8 +18,8 @@ from xen_symbols.target import Note, bounded
 from xen_symbols.target.decompress import decompress, missing
 from xen_symbols.target.image import Image, Ranges, require
 from xen_symbols.target.notes import parse_notes
+from xen_symbols.x86.paging import PAGE_SIZE
 
-PAGE = 4096
 # signature, version, utsname (six of 65 bytes; machine is the fifth), timestamp, status, block size,
 # blocks of sub header, blocks of bitmaps, frames
 _HEADER = struct.Struct("<8sI260x65s65x6x16xIIIII")
@@ -44,18 +44,18 @@ class KdumpMemory:
         machine = machine.split(b"\0", 1)[0]
         if machine not in (b"", b"x86_64", b"Unknown"):  # the last is what QEMU 10.0 writes
             raise Undecidable(f"a kdump of a machine of type {machine.decode('latin-1')!r}; x86_64 is needed")
-        if block_size != PAGE:
-            raise Undecidable(f"kdump header +0x1ac: blocks of {block_size} bytes; x86-64 has {PAGE}")
+        if block_size != PAGE_SIZE:
+            raise Undecidable(f"kdump header +0x1ac: blocks of {block_size} bytes; x86-64 has {PAGE_SIZE}")
         if lacking := missing(status):
             raise Undecidable(lacking)
-        sub = _SUB_HEADER.unpack(require(image, PAGE, _SUB_HEADER.size, "kdump sub header"))
+        sub = _SUB_HEADER.unpack(require(image, PAGE_SIZE, _SUB_HEADER.size, "kdump sub header"))
         if sub[2]:
             raise Undecidable("one file of a split dump; put all of them together with makedumpfile --reassemble")
         if version >= 6:
             frames = sub[13]
         if frames > _MAX_FRAMES:
             raise Undecidable(f"kdump header: {frames:#x} page frames; more than {_MAX_FRAMES:#x} are not believable")
-        bitmaps_at, bitmaps_size = (1 + sub_blocks) * PAGE, bitmap_blocks * PAGE
+        bitmaps_at, bitmaps_size = (1 + sub_blocks) * PAGE_SIZE, bitmap_blocks * PAGE_SIZE
         if bitmaps_at + bitmaps_size > image.size:
             raise Undecidable(
                 f"kdump header +0x1b4: the bitmaps end at offset {bitmaps_at + bitmaps_size:#x}, "
@@ -85,19 +85,19 @@ class KdumpMemory:
         return parse_notes(require(self._image, offset, size, "kdump notes"), "kdump notes") if size else []
 
     def read(self, address: int, size: int) -> bytes:
-        first, start = divmod(address, PAGE)
-        if start + size <= PAGE:
+        first, start = divmod(address, PAGE_SIZE)
+        if start + size <= PAGE_SIZE:
             return self._page(first)[start : start + size]
         bounded(address, size)
-        last = (address + size - 1) // PAGE
+        last = (address + size - 1) // PAGE_SIZE
         return b"".join(self._page(frame) for frame in range(first, last + 1))[start : start + size]
 
     def ranges(self) -> Ranges:
         """The pages of the second bitmap, a range per run of them."""
         starts, ends = array("Q"), array("Q")
         for start, end in self._runs():
-            starts.append(start * PAGE)
-            ends.append(end * PAGE)
+            starts.append(start * PAGE_SIZE)
+            ends.append(end * PAGE_SIZE)
         return Ranges(starts, ends)
 
     def _page(self, frame: int) -> bytes:
@@ -106,7 +106,7 @@ class KdumpMemory:
             try:
                 page = self._load(frame)
             except Unreadable as error:
-                raise Unreadable(f"physical {frame * PAGE:#x}: {error}", error.absent.kind) from None
+                raise Unreadable(f"physical {frame * PAGE_SIZE:#x}: {error}", error.absent.kind) from None
             if len(self._pages) >= _CACHED_PAGES:
                 del self._pages[next(iter(self._pages))]
         self._pages[frame] = page  # the last used is the last in the dict
@@ -119,10 +119,10 @@ class KdumpMemory:
             raise Unreadable("the page was left out when the dump was written")
         at = self._descriptors_at + self._dumped_before(frame) * _DESCRIPTOR.size
         offset, size, compression, _ = _DESCRIPTOR.unpack(self._image.read(at, _DESCRIPTOR.size))
-        if not 0 < size <= PAGE or (not compression and size != PAGE):
+        if not 0 < size <= PAGE_SIZE or (not compression and size != PAGE_SIZE):
             raise Unreadable(f"bad page descriptor at offset {at:#x}: {size} bytes, compression {compression:#x}")
         data = self._image.read(offset, size)
-        return decompress(compression, data, PAGE) if compression else data
+        return decompress(compression, data, PAGE_SIZE) if compression else data
 
     def _bit(self, bitmap: int, frame: int) -> int:
         return self._image.read(bitmap + frame // 8, 1)[0] >> frame % 8 & 1

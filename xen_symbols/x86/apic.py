@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import enum
 
-APIC_BASE_BSP = 1 << 8  # SDM fig. 11-5
-APIC_BASE_EXTD = 1 << 10
+APIC_BASE_EXTD = 1 << 10  # SDM fig. 11-5
 APIC_BASE_EN = 1 << 11
 
 SPIV_SOFTWARE_ENABLE = 1 << 8  # SDM fig. 11-23

@@ -13,7 +13,6 @@ VECTOR_NAMES = {vector: name for vector, name in enumerate(_NAMES.split()) if na
 
 INTERRUPT_GATE = 14  # SDM vol. 3, table 3-2
 TRAP_GATE = 15
-TYPE_NAMES = {INTERRUPT_GATE: "interrupt gate", TRAP_GATE: "trap gate"}
 
 _LAYOUT = struct.Struct("<QQ")
 # Bits that must be 0: word 0 bits 35-39 and the S bit 44, word 1 bits 32-63.

@@ -6,9 +6,7 @@ from typing import NamedTuple
 from xen_symbols.absence import Absent, Unreadable
 
 PAGE_SIZE = 4096
-CR0_PE = 1 << 0
 CR0_PG = 1 << 31
-CR4_LA57 = 1 << 12
 
 PRESENT = 1 << 0
 PAGE_SIZE_BIT = 1 << 7  # PS: this entry maps a superpage

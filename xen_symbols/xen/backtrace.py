@@ -13,9 +13,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.symbols.table import TEXT
+from xen_symbols.symbols.table import DATA, TEXT
 from xen_symbols.target import PhysicalCpu
 from xen_symbols.x86.call import LONGEST, follows_indirect_call, follows_relative_call
+from xen_symbols.x86.paging import PAGE_SIZE
 from xen_symbols.xen import frames
 from xen_symbols.xen.frames import Frame
 from xen_symbols.xen.memory import HYPERVISOR_CS, IMAGE_REGION, XenMemory, image_region
@@ -23,7 +24,6 @@ from xen_symbols.xen.stacks import REGS_SIZE, CpuStacks, Stack, stacks_of
 from xen_symbols.xen.state import CpuState, State
 
 Json = dict[str, Any]
-_PAGE = 4096
 _CS_AT = 136  # offsetof(struct cpu_user_regs, cs)
 
 
@@ -209,7 +209,7 @@ class _Walk:
                 self._interrupted(frame)
             else:
                 self._scan(step, stacks.guest_regs)
-                self._finish(state, cpu, stacks)
+                self._finish(cpu, stacks)
                 return
 
     def _lose(self, why: str) -> None:
@@ -240,7 +240,7 @@ class _Walk:
 
     def _words(self, step: Step, start: int, end: int) -> Iterator[tuple[int, int]]:
         """(address, word) of what can be read, a page at a time: a dump may have left one out."""
-        edges = [start, *range((start & -_PAGE) + _PAGE, end, _PAGE), end]
+        edges = [start, *range((start & -PAGE_SIZE) + PAGE_SIZE, end, PAGE_SIZE), end]
         pieces = [(low, high - low) for low, high in pairwise(edges) if low < high]
         for (low, size), raw in zip(pieces, self._memory.read_many(pieces), strict=True):
             if isinstance(raw, Absent):
@@ -285,7 +285,7 @@ class _Walk:
         found = self._memory.symbols.lookup(address)
         return found is not None and found[1] > 0 and follows_indirect_call(before)
 
-    def _finish(self, state: State, cpu: CpuState, stacks: CpuStacks) -> None:
+    def _finish(self, cpu: CpuState, stacks: CpuStacks) -> None:
         """What the primary stack began with: a guest that entered Xen, or nothing."""
         idle = _is_idle(self._memory, cpu, stacks)
         if idle is True:
@@ -315,7 +315,7 @@ def _is_idle(memory: XenMemory, cpu: CpuState, stacks: CpuStacks) -> bool | None
     if isinstance(stacks.current, Absent):
         return None
     try:
-        return stacks.current == memory.read_uint(memory.symbols.address("idle_vcpu", "dDbBrR") + 8 * cpu.cpu)
+        return stacks.current == memory.read_uint(memory.symbols.address("idle_vcpu", DATA) + 8 * cpu.cpu)
     except Unreadable:
         return None
 

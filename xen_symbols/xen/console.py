@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from xen_symbols.absence import Unreadable
+from xen_symbols.symbols.table import DATA
 from xen_symbols.text import escaped
 from xen_symbols.xen.memory import XenMemory
 
-_DATA = "dDbBrR"
 _LARGEST = 64 << 20  # conring_size=; no Xen keeps more
 
 
@@ -15,8 +15,8 @@ def read_console(memory: XenMemory, last: int | None = None) -> str:
 
     The indices run free; byte k is at k modulo the size, a power of two.
     """
-    size, consumer, producer = (memory.variable(name, 4, _DATA) for name in ("conring_size", "conringc", "conringp"))
-    ring = memory.variable("conring", 8, _DATA)
+    size, consumer, producer = (memory.variable(name, 4, DATA) for name in ("conring_size", "conringc", "conringp"))
+    ring = memory.variable("conring", 8, DATA)
     if not 0 < size <= _LARGEST or size & (size - 1) or not ring:
         raise Unreadable(f"conring_size is {size}, not a size that Xen gives its ring")
     held = min((producer - consumer) % (1 << 32), size)

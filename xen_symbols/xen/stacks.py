@@ -11,14 +11,14 @@ from typing import NamedTuple
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.target import PhysicalCpu
 from xen_symbols.x86 import gate, tss
+from xen_symbols.x86.paging import PAGE_SIZE
 from xen_symbols.x86.tss import Tss
 from xen_symbols.xen.ist import IST_NUMBERS, IST_SSP_SIZE, IstNumbers, ist_numbers
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import CpuState, State
 
 STACK_SIZE = 32 << 10  # STACK_ORDER 3, in every release
-_PAGE = 4096
-_PRIMARY_SIZE = 2 * _PAGE  # PRIMARY_STACK_SIZE
+_PRIMARY_SIZE = 2 * PAGE_SIZE  # PRIMARY_STACK_SIZE
 
 
 class _CpuInfo(NamedTuple):
@@ -67,10 +67,6 @@ class CpuStacks(NamedTuple):
     def end(self) -> int:
         return self.base + STACK_SIZE
 
-    @property
-    def primary(self) -> Stack:
-        return next(stack for stack in self.stacks if not stack.ist)
-
     def at(self, address: int) -> Stack | None:
         """The stack that a stack pointer is on: one that has just been entered points at its end."""
         return next((stack for stack in self.stacks if stack.start < address <= stack.end), None)
@@ -100,22 +96,22 @@ def stacks_of(memory: XenMemory, state: State, cpu: CpuState) -> CpuStacks | Abs
         info = next((row for row in _CPU_INFOS if base + STACK_SIZE - found.rsp[0] == row.above_rsp0), None)
         if info is not None and all(base < found.ist[ist - 1] <= base + STACK_SIZE for ist in (1, 2, 3)):
             by = f"the TSS at {address:#x}" + (", which TR points to" if loaded == address else "")
-            return _by_tss(memory, cpu, found, base, info, by, ist_numbers(state))
+            return _by_tss(memory, found, base, info, by, ist_numbers(state))
     return Absent(f"what lies at {cpu.tss:#x} is no TSS of Xen's: its stack pointers are not in one CPU's stacks")
 
 
 def _by_tss(
-    memory: XenMemory, cpu: CpuState, found: Tss, base: int, info: _CpuInfo, by: str, numbers: IstNumbers | Absent
+    memory: XenMemory, found: Tss, base: int, info: _CpuInfo, by: str, numbers: IstNumbers | Absent
 ) -> CpuStacks | Absent:
     end = base + STACK_SIZE
-    page = (found.ist[0] - 1 - base) // _PAGE
+    page = (found.ist[0] - 1 - base) // PAGE_SIZE
     numbers, numbering = _agreed(numbers, page)
     stacks = []
     for ist, top in enumerate(found.ist, start=1):
         if base < top <= end - _PRIMARY_SIZE:
             vector = None if isinstance(numbers, Absent) else numbers.vector(ist)
             name = f"IST {ist}" if vector is None else gate.VECTOR_NAMES[vector]
-            stacks.append(Stack(name, (top - 1) & -_PAGE, top, ist, vector))
+            stacks.append(Stack(name, (top - 1) & -PAGE_SIZE, top, ist, vector))
     stacks.sort(key=lambda stack: stack.start)
     stacks.append(Stack("primary", end - _PRIMARY_SIZE, end))
     id_raw, current = memory.read_many([(end - info.processor_id, 4), (end - info.current, 8)])
