@@ -89,7 +89,7 @@ def follow(run: Run) -> Followed:
     boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
     qemu = "10.0" if run.lapic == "x2apic" else "7.2"
     with Lab.up(guest=boot, qemu=qemu, cpus=run.cpus, memory_mib=64, wait="none",
-                lapic=run.lapic if qemu == "10.0" else None) as lab, TemporaryDirectory() as folder:  # fmt: skip
+                lapic="x2apic" if run.lapic == "x2apic" else None) as lab, TemporaryDirectory() as folder:  # fmt: skip
         path = Path(folder) / "dump"
 
         def dump() -> None:

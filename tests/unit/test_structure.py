@@ -125,11 +125,16 @@ def test_a_check_of_a_dump_imports_what_it_needs(tmp_path: Path) -> None:
 
 # -- Evidence, never version numbers ----------------------------------------------------------
 
-# Names that hold a version, and words that are one: 4.17, 4\\.17, 4.17.0, 4.17-.
+# Names that hold a version; words that are one: 4.17, 4.17.0, 4.17-, Xen 4.17; patterns: 4\\.1[0-9], (\\d+)[.]\\d+.
 VERSION_NAME = re.compile(r"version|release|major|minor", re.IGNORECASE)
-VERSION_WORD = re.compile(r"[0-9]{1,2}\\?\.[0-9]{1,3}(?![0-9])")
+VERSION_WORD = re.compile(r"(?:[Xx]en[ -]?)?[0-9]{1,2}\.[0-9]{1,3}(?![0-9])")
+_NUMBER = r"(?:[0-9]|\\d|\[[0-9]-[0-9]\])[+*?]?\)?"
+VERSION_PATTERN = re.compile(rf"{_NUMBER}(?:\\?\.|\[\.\])\(?(?:\?:)?{_NUMBER}")
 ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
-COMPARING_CALLS = {"startswith", "endswith", "match", "fullmatch", "search", "fnmatch", "index", "count", "find"}
+COMPARING_CALLS = {"startswith", "endswith", "fnmatch", "index", "count", "find"}
+PATTERN_CALLS = {"match", "fullmatch", "search", "findall", "finditer", "compile"}
+SPLITTING_CALLS = {"split", "rsplit", "partition", "rpartition"}
+TABLES = {"GENERATIONS", "BY_ID", "list(BY_ID)", "list(GENERATIONS)", "tuple(BY_ID)"}
 COMPARING_MODULES = {"packaging", "distutils", "pkg_resources", "looseversion", "semver", "operator"}
 
 # Comparisons of what is called a version and is none of Xen's: of a file's layout, which the file itself names.
@@ -144,14 +149,31 @@ OTHER_VERSIONS = {
     ("xen_symbols/report/blocks.py", "'version' not in info"): "whether the note says one, to be shown",
     ("scripts/session.py", "version is None"): "of gdb",
     ("scripts/session.py", "version < OLDEST_GDB"): "gdb is asked before it is started with what older ones lack",
+    ("scripts/session.py", "re.findall('\\\\b(\\\\d+)\\\\.\\\\d+', words.partition('\\n')[0])"): "of gdb",
 }
+# What tests decide by a version that they chose themselves, or that is none of Xen's.
+DECIDED_IN_TESTS = {
+    ("tests/guests/build.py", "generation not in generations()"): "whether the reference guest has it at all",
+    ("tests/live/test_guest_matrix.py", "run.generation == '4.2.0'"): "as the guest was built: 4.2.0 names no owner",
+    ("tests/live/test_lab.py", "int(qemu.split('.')[0])"): "QEMU says the version of the row that was asked for",
+    ("tests/live/test_real_symbols.py", "build.name == '4.14'"): "what Debian put into that package",
+    ("tests/live/test_real_symbols.py", "build.name == '4.20'"): "what Debian put into that package",
+    ("tests/unit/test_checks.py", "row.id != '4.17.0'"): "takes one row away",
+    ("tests/unit/test_lab_packages.py", "words[1:] != [f'tool={self.version}']"): "of a package made up there",
+}
+
+
+def literal(node: ast.AST) -> str | None:
+    """A string or bytes literal as text."""
+    value = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
+    return value.decode("latin-1") if isinstance(value, bytes) else value if isinstance(value, str) else None
 
 
 def mentions_version(node: ast.AST) -> bool:
     """Whether an expression holds a version: by a name in it, or as a literal."""
     for part in ast.walk(node):
-        if isinstance(part, ast.Constant) and isinstance(part.value, str):
-            if VERSION_WORD.match(part.value) or VERSION_NAME.fullmatch(part.value):
+        if (text := literal(part)) is not None:
+            if VERSION_WORD.match(text) or VERSION_NAME.fullmatch(text):
                 return True
         elif isinstance(part, ast.Constant) and isinstance(part.value, float):
             if 4 <= part.value < 5:  # every Xen with this path is 4.something
@@ -167,38 +189,98 @@ def numbers(node: ast.AST) -> bool:
     )  # fmt: skip
 
 
+def call_name(node: ast.AST) -> str:
+    return str(getattr(node.func, "attr", getattr(node.func, "id", ""))) if isinstance(node, ast.Call) else ""
+
+
+def splits_at_dots(node: ast.AST) -> bool:
+    """Whether something in an expression is cut at its dots, as a version is into its numbers."""
+    cuts = (part for part in ast.walk(node) if isinstance(part, ast.Call) and call_name(part) in SPLITTING_CALLS)
+    return any(literal(argument) == "." for cut in cuts for argument in cut.args)
+
+
+def part_as_number(node: ast.AST) -> bool:
+    """Whether a piece of something is taken as a number: int(parts[1]), int(found[2])."""
+    return any(
+        call_name(part) == "int" and any(isinstance(argument, ast.Subscript) for argument in part.args)
+        for part in ast.walk(node) if isinstance(part, ast.Call)
+    )  # fmt: skip
+
+
+def of_generation(node: ast.AST) -> bool:
+    """Whether it is a generation, or its id: generation.id, context.generation, run.generation."""
+    if isinstance(node, ast.Attribute) and node.attr == "id":
+        node = node.value
+    return (getattr(node, "attr", None) or getattr(node, "id", "")).lower() == "generation"
+
+
+def decides(compare: ast.Compare) -> bool:
+    """Whether a comparison is one of versions, or a way to write one."""
+    sides = [compare.left, *compare.comparators]
+    if any(map(mentions_version, sides)) or any(map(splits_at_dots, sides)):
+        return True
+    if any(isinstance(operator, ORDERS) for operator in compare.ops):
+        return any(numbers(side) or getattr(side, "attr", "") == "id" or part_as_number(side) for side in sides)
+    if any(
+        isinstance(operator, ast.In | ast.NotIn) for operator in compare.ops
+    ):  # which of them are meant is by number
+        return of_generation(compare.left) and ast.unparse(compare.comparators[-1]) not in TABLES
+    return False
+
+
 def version_comparisons(source: str) -> Iterator[tuple[int, str]]:
     """(line, expression) of everything that decides by a version number, or could."""
     for node in ast.walk(ast.parse(source)):
-        found = False
-        if isinstance(node, ast.Compare):
-            sides = [node.left, *node.comparators]
-            ordered = any(isinstance(operator, ORDERS) for operator in node.ops)
-            found = any(map(mentions_version, sides))
-            found |= ordered and any(numbers(side) or getattr(side, "attr", "") == "id" for side in sides)
-        elif isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            on = getattr(node.func, "value", None)
-            if name in COMPARING_CALLS:
-                found = any(map(mentions_version, [*node.args, *([on] if on is not None else [])]))
-                found |= name == "index" and ast.unparse(on or node) in ("GENERATIONS", "list(BY_ID)")
-            elif name in ("split", "partition", "rpartition"):
-                parts = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
-                found = "." in parts and on is not None and mentions_version(on)
-            elif name in ("sorted", "min", "max"):
-                found = any(map(mentions_version, node.args))
-        elif isinstance(node, ast.Match):
-            patterns = [part.value for part in ast.walk(node) if isinstance(part, ast.MatchValue)]
-            found = any(map(mentions_version, [node.subject, *patterns]))
-        elif isinstance(node, ast.Dict):  # a table by version is a comparison with each
-            found = any(isinstance(key, ast.Constant) and mentions_version(key) for key in node.keys if key)
-            found &= not all(isinstance(key, ast.Constant) and VERSION_NAME.fullmatch(str(key.value)) for key in
-                             node.keys if key is not None and mentions_version(key))  # fmt: skip
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            found = any(module.split(".")[0] in COMPARING_MODULES for module in modules)
-        if found:
+        if is_version_comparison(node):
             yield node.lineno, ast.unparse(node)
+
+
+def is_version_comparison(node: Any) -> bool:
+    if isinstance(node, ast.Compare):
+        return decides(node)
+    if isinstance(node, ast.Call):
+        name, on = call_name(node), getattr(node.func, "value", None)
+        if name in COMPARING_CALLS:
+            inside = [*node.args, *([on] if on is not None else [])]
+            return any(map(mentions_version, inside)) or (name == "index" and ast.unparse(on or node) in TABLES)
+        if name in PATTERN_CALLS:
+            patterns = [text for argument in node.args if (text := literal(argument)) is not None]
+            return any(map(VERSION_PATTERN.search, patterns)) or any(map(mentions_version, node.args))
+        if name in SPLITTING_CALLS:
+            return on is not None and mentions_version(on) and splits_at_dots(node)
+        if name in ("int", "map"):
+            return any(map(splits_at_dots, node.args))
+        return name in ("sorted", "min", "max") and any(map(mentions_version, node.args))
+    if isinstance(node, ast.Subscript):  # a generation by its place
+        return ast.unparse(node.value) in TABLES - {"BY_ID"}
+    if isinstance(node, ast.Match):
+        patterns = [part.value for part in ast.walk(node) if isinstance(part, ast.MatchValue)]
+        return any(map(mentions_version, [node.subject, *patterns]))
+    if isinstance(node, ast.Dict):  # a table by version is a comparison with each
+        versions = [key for key in node.keys if isinstance(key, ast.Constant) and mentions_version(key)]
+        return any(not VERSION_NAME.fullmatch(str(key.value)) for key in versions)
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        return any(module.split(".")[0] in COMPARING_MODULES for module in modules)
+    return False
+
+
+def decisions(source: str) -> Iterator[tuple[int, str]]:
+    """Of a test: the same, but for what is asserted as it stands and tables of samples: those decide nothing."""
+    tree = ast.parse(source)
+    asserted = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Assert) for part in parts_of(node.test)}
+    for node in ast.walk(tree):
+        if is_version_comparison(node) and id(node) not in asserted and not isinstance(node, ast.Dict):
+            yield node.lineno, ast.unparse(node)
+
+
+def parts_of(test: ast.expr) -> Iterator[ast.expr]:
+    """What an assertion says, joined by `and`."""
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+        for value in test.values:
+            yield from parts_of(value)
+    else:
+        yield test
 
 
 def test_no_module_compares_versions() -> None:
@@ -235,6 +317,24 @@ def test_no_module_compares_versions() -> None:
         "import operator",
         "match name:\n    case '4.17': pass",
         "match minor:\n    case 17: pass",
+        "if int(parts[1]) >= 17: pass",
+        "if 17 <= int(found[2]): pass",
+        "if x.split('.')[1] > '17': pass",
+        "if tuple(map(int, text.split('.'))) >= floor: pass",
+        "floor = tuple(map(int, text.split('.')))",
+        "if b'4.17' in data: pass",
+        "if data.startswith(b'4.17'): pass",
+        "if data == b'4.17.0': pass",
+        "if b'Xen 4.17' in data: pass",
+        "new = data.partition(b'.')[2] > b'17'",
+        "new = re.search('Xen 4.1[0-9]', text)",
+        "new = re.match(rb'4[.]1[0-9]', data)",
+        "pattern = re.compile(r'(\\d+)\\.(\\d+)')",
+        "if generation.id in NEW: pass",
+        "if context.generation not in OLD: pass",
+        "if g in GENERATIONS[6:]: pass",
+        "newest = GENERATIONS[-1]",
+        "later = list(BY_ID)[3:]",
     ],
 )
 def test_a_comparison_of_versions_is_found(planted: str) -> None:
@@ -248,12 +348,45 @@ def test_a_comparison_of_versions_is_found(planted: str) -> None:
         "if size >= 4: pass",
         "row = Variable('fred', ('opt_fred',), source='bbfb30f649 (4.22.0)')",
         "if generation.id == found: pass",
+        "if generation.id in BY_ID: pass",
+        "for generation in GENERATIONS: pass",
+        "if stage.id in seen: pass",
+        "suffix = name.split('.')[-1]",
+        "if len(parts[1]) >= 2: pass",
+        "number = int(words[1])",
+        "pattern = re.compile(r'^CPU#([0-9]+)$')",
+        "if data.startswith(b'XEN'): pass",
         "text = f'{info.xen_major}.{info.xen_minor}'",
         "tool = {'version': __version__}",
     ],
 )
 def test_what_shows_a_version_compares_none(innocent: str) -> None:
     assert not list(version_comparisons(innocent))
+
+
+def test_no_test_decides_by_a_version() -> None:
+    paths = [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    assert len(paths) > 50
+    found = [(name_of(path), text) for path in paths for _, text in decisions(path.read_text())]
+    assert set(found) - DECIDED_IN_TESTS.keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("planted", "decision"),
+    [
+        ("assert found == '4.17.0'", False),
+        ("assert found and release == '4.17.0'", False),
+        ("names = {'4.17': 'nmi', '4.18': 'entry_NMI'}", False),
+        ("assert count == (0 if name == '4.20' else 1)", True),
+        ("assert only is (name == '4.14')", True),
+        ("assert name == '4.14' or found", True),
+        ("if b'4.17' in banner: pytest.skip()", True),
+        ("rows = [row for row in XENS if row.name >= '4.17']", True),
+        ("expected = 1 if generation.id in NEW else 2", True),
+    ],
+)
+def test_what_a_test_asserts_of_a_version_is_no_decision(planted: str, decision: bool) -> None:
+    assert bool(list(decisions(planted))) is decision
 
 
 # -- Every difference has its citation --------------------------------------------------------
