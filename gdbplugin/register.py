@@ -97,7 +97,8 @@ class _Words:
         """The words of a command line; an expression keeps its spaces."""
         if self._command.arguments and self._command.arguments[-1].kind == "address":
             return [text.strip()] if text.strip() else []
-        return gdb.string_to_argv(text)
+        words: list[str] = gdb.string_to_argv(text)
+        return words
 
     def complete(self, text: str, word: str) -> list[str]:
         position = len(text[: len(text) - len(word)].split())

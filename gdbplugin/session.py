@@ -152,7 +152,8 @@ class Session:
         symbol = _debug_symbol(name)
         if symbol is None or symbol.type.sizeof != len(raw):
             return None
-        return gdb.Value(raw, symbol.type).format_string(styling=False)
+        shown: str = gdb.Value(raw, symbol.type).format_string(styling=False)
+        return shown
 
     def _type(self, name: str, size: int) -> gdb.Type | None:
         symbol = _debug_symbol(name)

@@ -19,7 +19,7 @@ from typing import Any
 import gdb
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.target import Note, PhysicalCpu, Target, hmp
+from xen_symbols.target import Lapic, Note, PhysicalCpu, Target, hmp
 from xen_symbols.target.dump import open_dump
 from xen_symbols.target.qemu_state import parse_cpus, unsavable
 from xen_symbols.target.qmp import Qmp, QmpError
@@ -59,9 +59,10 @@ class LiveTarget:
     def _send(self, packet: str) -> bytes:
         self.packets += 1
         try:
-            return self.connection.send_packet(packet)
+            answer: bytes = self.connection.send_packet(packet)
         except gdb.error as error:
             raise Undecidable(f"the connection to {self.location} was lost: {error}") from None
+        return answer
 
     def _set_mode(self, physical: bool) -> None:
         answer = self._send(f"Qqemu.PhyMemMode:{int(physical)}")
@@ -189,7 +190,7 @@ class LiveTarget:
             cpus = hmp.parse_registers(self._registers())
         except Unreadable as error:
             raise Undecidable(f"{self.location}: {error}") from None
-        found: list[tuple[int, hmp.Lapic]] = []
+        found: list[tuple[int, Lapic]] = []
         for apic_id in range(_APIC_IDS):
             if len(found) == len(cpus):
                 break

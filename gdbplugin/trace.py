@@ -129,7 +129,7 @@ def run(session: Session, timeout: float | None, say: Callable[[Sequence[Block]]
     except Undecidable as error:
         follower.report.undecided = str(error)
     end(session)
-    say(report_blocks(session.report))
+    say(report_blocks(follower.report.to_json()))
 
 
 def _follow(

@@ -202,8 +202,8 @@ def _build_qemu(folder: Path, packages: list[Path], data: list[Path]) -> None:
             shutil.copy(path, folder / "lib" / name)
         shutil.copy(program, folder)
     (folder / "data").mkdir()
-    for path, content in members(data, QEMU_FILES).items():
-        (folder / "data" / Path(path).name).write_bytes(content)
+    for name, content in members(data, QEMU_FILES).items():
+        (folder / "data" / Path(name).name).write_bytes(content)
 
 
 def _kexec(packages: list[Path], libxenctrl_as: str) -> list[initramfs.Entry]:

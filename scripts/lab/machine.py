@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from xen_symbols.target.qmp import Qmp, QmpError
 from xencrash.lab import images
@@ -41,6 +41,7 @@ from xencrash.lab.qemu import (
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, LAPICS, QEMUS, XENS
 
 Progress = Callable[[str], None]
+_T = TypeVar("_T")
 
 CRASH_KERNEL_MIB = 256
 DOM0_MIB = 512
@@ -529,7 +530,7 @@ class Lab:
         wanted = re.compile(pattern.encode() if isinstance(pattern, str) else pattern, re.MULTILINE)
         return self._until(step, timeout, lambda: wanted.search(_read(log, since)))
 
-    def _until(self, step: str, timeout: float, ready: Callable[[], Any]) -> Any:
+    def _until(self, step: str, timeout: float, ready: Callable[[], _T | None]) -> _T:
         deadline = time.monotonic() + timeout
         while True:
             alive = self.alive()  # before looking: what a dying QEMU printed last is seen

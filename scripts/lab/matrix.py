@@ -19,7 +19,8 @@ def cells() -> tuple[Cell, ...]:
     """Every cell there is: a LAPIC mode that a QEMU does not have makes none."""
     made = []
     for number, xen in enumerate(XENS):  # each Xen begins elsewhere, or all would be crashed alike
-        ways, domus = (itertools.islice(itertools.cycle(one), number, None) for one in (_WAYS, _DOMU))
+        ways = itertools.islice(itertools.cycle(_WAYS), number, None)
+        domus = itertools.islice(itertools.cycle(_DOMU), number, None)
         for qemu, gdb in itertools.product(QEMUS, GDBS):
             for lapic in sorted(QEMUS[qemu].cpu, reverse=True):
                 how, cpu = next(ways)
