@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -14,6 +15,8 @@ from tests.dumpwriter import PAGE
 from tests.syntheticxen import HEAP, PHYS_START, VIRT_START, SyntheticXen
 from xen_symbols import open_dump
 from xen_symbols.absence import Undecidable
+from xen_symbols.symbols import embedded
+from xen_symbols.target.image import DumpFile
 from xencrash.cli import main
 
 IMAGE = (PHYS_START, PHYS_START + (8 << 20))
@@ -134,3 +137,85 @@ def test_an_address_in_vmcoreinfo_that_is_none(machine: Machine, value: str) -> 
     """The CPUs' own page tables show the same Xen."""
     notes = machine.xen.notes() + writer.note("VMCOREINFO_XEN", 0, f"SYMBOL(pgd_l4)={value}\n".encode())
     assert open_dump(machine.elf(notes=notes)).root == machine.xen.root
+
+
+class Counted:
+    """What a dump's file is asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reads = self.bytes = 0
+        read = DumpFile.read
+
+        def counting(file: DumpFile, offset: int, size: int) -> bytes:
+            self.reads += 1
+            self.bytes += size
+            return read(file, offset, size)
+
+        monkeypatch.setattr(DumpFile, "read", counting)
+
+
+def of_qemu(path: Path, registers: list[dict[str, int]], content: writer.Content = MappingProxyType({})) -> Path:
+    """A dump of 8 MiB with QEMU's notes of these CPUs."""
+    with path.open("wb") as file:
+        notes = writer.qemu_notes(map(writer.qemu_cpu, registers), registers)
+        writer.write_elf(file, [(0, 8 << 20)], content, notes)
+    return path
+
+
+def linux(count: int) -> list[dict[str, int]]:
+    """CPUs in Linux, each with page tables of its own, which map nothing where a Xen is."""
+    return [{"rip": 0xFFFFFFFF81000000, "cr0": 0x80050033, "cr3": 0x100000 + PAGE * cpu} for cpu in range(count)]
+
+
+def test_a_linux_of_many_cpus_costs_a_few_reads_of_each(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = of_qemu(tmp_path / "linux", linux(255))
+    for symbols in ([], [machine.symbols]):
+        counted = Counted(monkeypatch)
+        assert "is it Xen" in refusal(path, *symbols)
+        assert counted.reads < 10 * 255
+
+
+def test_cpus_that_share_page_tables_cost_as_much_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And notes without number are of the same few CPUs."""
+    costs = []
+    for count in (1, 20_000):
+        path = of_qemu(tmp_path / f"{count}", linux(1) * count)
+        counted = Counted(monkeypatch)
+        refusal(path)
+        costs.append(counted.reads)
+    assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_page_tables_that_map_everything_are_bounded(
+    step: int, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, and every other page, on 256 CPUs whose tables differ."""
+    tables = [0x200000 + PAGE * level for level in range(3)]
+    entries = [struct.pack("<512Q", *[entry | 1] * 512) for entry in tables]
+    pages = struct.pack("<512Q", *(0x10000 + PAGE * (n % 64) | (n % step == 0) for n in range(512)))
+    content = {0x100000 + PAGE * cpu: entries[0] for cpu in range(256)}
+    content |= dict(zip(tables, [*entries[1:], pages], strict=True))
+    path = of_qemu(tmp_path / "hostile", linux(256), content)
+    for symbols in ([], [machine.symbols]):
+        counted = Counted(monkeypatch)
+        assert "is it Xen" in refusal(path, *symbols)
+        assert counted.bytes < 300 << 20
+
+
+def test_a_table_across_two_reads_is_found(machine: Machine) -> None:
+    """The image is read a MiB at a time; its table's digits may be in one, the rest in the next."""
+    xen = machine.xen
+    place = PHYS_START + 0x300000
+    table = xen.content.pop(place)
+    digits = table.index(embedded.DIGITS)
+    try:
+        for before in (digits + 4, digits + 100, len(table) - 4):
+            at = PHYS_START + (3 << 20) - (before & ~3)
+            xen.content[at] = table
+            assert open_dump(machine.elf()).root == xen.root
+            del xen.content[at]
+    finally:
+        xen.content[place] = table

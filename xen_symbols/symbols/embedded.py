@@ -18,7 +18,7 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.symbols import buildid
 from xen_symbols.symbols.mapfile import ListedRows, image_range, note_address
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.x86.paging import PAGE_SIZE
+from xen_symbols.x86.paging import PAGE_SIZE, Untranslated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +31,7 @@ _GROUP = 256  # entries per marker
 # A character that occurs in any symbol is its own token, and every Xen has all ten digits.
 DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
 _LONGEST_NAME = 512
+_TOKENS_MAX = (1 << 16) + 3 * _LONGEST_NAME  # bytes from the digits to the end of the tokens' positions, which are u16
 # Bounds on hostile input; a real Xen has one such place.
 _MOST_PLACES, _MOST_TOKEN_TABLES = 1024, 8
 _CHUNK = 1 << 20
@@ -46,9 +47,10 @@ class Embedded(NamedTuple):
     texts: tuple[str, ...]  # nm letter and name; "" ends the function before it
 
 
-def find(memory: bytes) -> Embedded | None:
-    """The table in a stretch of memory that begins at a 4-aligned address; None if there is none."""
-    place, token_tables = memory.find(DIGITS), 0
+def find(memory: bytes, start: int = 0) -> Embedded | None:
+    """The table in a stretch of memory that begins at a 4-aligned address, its digits from `start` on; None if there is
+    none."""
+    place, token_tables = memory.find(DIGITS, start), 0
     for _ in range(_MOST_PLACES):
         if place < 0:
             break
@@ -188,8 +190,8 @@ def load_memory(path: str, read: Callable[[int, int], bytes], start: int, end: i
     Xen gave back. Reading stops behind the table. Raises Undecidable if there is none.
     """
     end = min(end, (start // REGION + 1) * REGION)
-    for run, memory in _runs(read, start, end):
-        found = find(memory)
+    for run, memory, known in _runs(read, start, end):
+        found = find(memory, max(0, known - _TOKENS_MAX))
         if found is not None:
             base = start // REGION * REGION
             # The note lies behind .rodata, which is far smaller than a chunk.
@@ -199,29 +201,39 @@ def load_memory(path: str, read: Callable[[int, int], bytes], start: int, end: i
     raise Undecidable(f"{path}: Xen's embedded symbol table is not in its memory; give xen-syms with --symbols")
 
 
-def _runs(read: Callable[[int, int], bytes], start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """(address, content) of readable runs, each again whenever it has grown by a chunk."""
-    run, memory = start, b""
+def _runs(read: Callable[[int, int], bytes], start: int, end: int) -> Iterator[tuple[int, bytes, int]]:
+    """(address, content, bytes of it that were there the last time) of readable runs, each again whenever it has grown
+    by a chunk."""
+    run, memory, known = start, b"", 0
     for chunk in range(start, end, _CHUNK):
         for address, data in readable(read, chunk, min(_CHUNK, end - chunk)):
             if address != run + len(memory):
-                yield run, memory
-                run, memory = address, b""
+                yield run, memory, known
+                run, memory, known = address, b"", 0
             memory += data
-        yield run, memory
+        if len(memory) > known:
+            yield run, memory, known
+            known = len(memory)
 
 
 def readable(read: Callable[[int, int], bytes], address: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """What can be read of a range, by halving it down to pages."""
-    if size <= 0:
-        return
-    try:
-        yield address, read(address, size)
-    except Unreadable:
-        if size > PAGE_SIZE:
-            half = (size // 2 + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
-            yield from readable(read, address, half)
-            yield from readable(read, address + half, size - half)
+    """What can be read of a range: without what is not mapped, which its page tables tell, else by halving it down to
+    pages."""
+    end = address + size
+    while address < end:
+        try:
+            yield address, read(address, end - address)
+            return
+        except Untranslated as hole:
+            yield from readable(read, address, hole.start - address)
+            address = max(address, hole.end)
+        except Unreadable:
+            size = end - address
+            if size > PAGE_SIZE:
+                half = (size // 2 + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+                yield from readable(read, address, half)
+                yield from readable(read, address + half, size - half)
+            return
 
 
 def _symbol_table(

@@ -25,6 +25,8 @@ from xen_symbols.xen.memory import (
 
 Progress = Callable[[int, int], None]
 
+# A bound on hostile page tables: where a CPU's tables map all of Xen's image, the first of them shows it.
+_MOST_IMAGES = 8
 _BY_INFO = "xen_phys_start in the crash info note"
 _BY_TABLES = "its page tables in physical memory"
 
@@ -118,7 +120,8 @@ def _by_evidence(
         if memory is not None:
             return memory
     places = _roots_in_memory(target, symbols, table)
-    found = [_rooted(target, symbols, root, found_by, unread) for root, found_by in places]
+    guess = Unread()  # wherever it may lie: that memory is not there says nothing
+    found = [_rooted(target, symbols, root, found_by, guess) for root, found_by in places]
     ran = [memory for memory in found if memory is not None and is_in_place(memory)]
     if len(ran) < 2:
         return ran[0] if ran else None
@@ -294,11 +297,17 @@ def _images_in_memory(target: Target, progress: Progress | None = None) -> Itera
 
 def _images(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> Iterator[tuple[XenMemory, int]]:
     """(memory, XEN_VIRT_START) wherever the notes or a CPU's own page tables show something where Xen's image lies."""
+    tried: set[tuple[int, int]] = set()
+    shown = 0
     for root, regions, found_by in _named(target, cpus):
         memory = _bare(target, root, found_by)
         for region in regions:
-            if _maps_some(memory, region, unread):
+            if (root, region) not in tried and _maps_some(memory, region, unread):
                 yield memory, region
+                shown += 1
+                if shown == _MOST_IMAGES:
+                    return
+            tried.add((root, region))
 
 
 def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, Sequence[int], str]]:
