@@ -125,6 +125,20 @@ def test_control_registers_of_nobody() -> None:
         cpus_of(parse_notes(writer.xen_notes([{"rip": 1}]) + writer.note("Xen", 0x1000002, bytes(32))))
 
 
+@pytest.mark.parametrize("cpu", [0, 1, 2])
+def test_general_registers_without_control_registers(cpu: int) -> None:
+    """The CPUs behind it would be taken for others."""
+    notes = parse_notes(writer.xen_notes([{"rip": 1}, {"rip": 2}, {"rip": 3}], writer.crash_info()))
+    at = [index for index, note in enumerate(notes) if note.type == 0x1000002][cpu]
+    for lost in (notes[:at] + notes[at + 1 :], [*notes[:at], notes[at]._replace(name="Xem"), *notes[at + 1 :]]):
+        with pytest.raises(Undecidable, match=f"^the NT_PRSTATUS note of CPU {cpu} has no CRASH_REGS note of Xen's"):
+            cpus_of(lost)
+
+
+def test_general_registers_of_no_xen() -> None:
+    assert cpus_of(parse_notes(writer.note("CORE", 1, writer.prstatus({"rip": 1})) * 2)) == []
+
+
 def test_four_thousand_cpus() -> None:
     registers = [{"rip": 0x1000 + cpu, "rsp": cpu, "cr3": 1} for cpu in range(4096)]
     assert [cpu.registers["rip"] for cpu in cpus_of(parse_notes(writer.xen_notes(registers)))] == [

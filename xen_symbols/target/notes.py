@@ -178,19 +178,28 @@ def cpus_of(notes: Sequence[Note]) -> list[PhysicalCpu]:
     Xen's notes: NT_PRSTATUS then CRASH_REGS for each CPU in the order of Xen's numbers (the crash
     tools ask Xen for CPU 0, 1, … and get headers for every possible CPU). A CPU that saved nothing
     is there with no registers. QEMU's: one per cpu_index; which Xen CPU that is, memory tells.
+    Raises Undecidable where one of a pair of Xen's is missing: those behind it would be taken for another CPU's.
     """
     if any(note.name == "QEMU" for note in notes):
         return [parse_qemu_cpu(note.desc, index) for index, note in enumerate(n for n in notes if n.name == "QEMU")]
+    if not any(note.name == "Xen" for note in notes):
+        return []
     cpus: list[PhysicalCpu] = []
     status: Note | None = None
     for note in notes:
         if note.name == "CORE" and note.type == NT_PRSTATUS:
+            if status is not None:
+                break
             status = note
         elif note.name == "Xen" and note.type == XEN_CRASH_REGS:
             if status is None:
                 raise Undecidable(f"Xen's CRASH_REGS note of CPU {len(cpus)} has no NT_PRSTATUS before it")
             cpus.append(_xen_cpu(len(cpus), parse_prstatus(status.desc), parse_crash_regs(note.desc)))
             status = None
+    if status is not None:
+        raise Undecidable(
+            f"the NT_PRSTATUS note of CPU {len(cpus)} has no CRASH_REGS note of Xen's behind it; the dump is damaged"
+        )
     return cpus
 
 
