@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from tests import dumpwriter as writer
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.target.dump import Dump, open_dump
+from xencrash.session import find_gdb
 
 RANGES = [(0x0, 0xA000), (0x100000, 0x104000)]
 CONTENT = {0x1234: b"hello", 0x102FF0: bytes(range(32))}
@@ -175,6 +177,22 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
 
 def test_a_core_of_a_process(tmp_path: Path) -> None:
     data = writer.made(writer.write_elf, RANGES, {}, writer.note("CORE", 3, bytes(136)))
+    assert refusal(tmp_path, data) == "a core of a process, not of a machine"
+
+
+def test_a_core_that_gdb_took_of_a_process(tmp_path: Path) -> None:
+    """Its notes are read before its memory, all of which is at physical 0."""
+    gdb = [find_gdb(), "-q", "-nx", "-batch", "-ex", "starti", "-ex", f"gcore {tmp_path}/dump", "sleep"]
+    subprocess.run(gdb, capture_output=True, check=True)
+    assert refusal(tmp_path, (tmp_path / "dump").read_bytes()) == "a core of a process, not of a machine"
+
+
+def test_a_core_of_a_process_as_linux_lays_it_out(tmp_path: Path) -> None:
+    notes = b"".join(writer.note("CORE", kind, bytes(336)) for kind in (1, 3, 6))
+    headers = [writer.program_header(4, 64 + 3 * 56, 0, len(notes), 0)]
+    places = ((64, 0x400000), (120, 0x7FFF0000))
+    headers += [writer.program_header(1, offset, 0, 56, 0x1000, vaddr) for offset, vaddr in places]
+    data = writer.elf_header(3) + b"".join(headers) + notes
     assert refusal(tmp_path, data) == "a core of a process, not of a machine"
 
 

@@ -22,9 +22,6 @@ _OTHERS = {
     b"LibvirtQ": "a libvirt save file; take a dump with virsh dump --memory-only",
 }
 
-_NT_OF_A_PROCESS = {3, 6, 0x46494C45}  # PRPSINFO, AUXV, FILE (Linux, include/uapi/linux/elf.h)
-_XEN_DUMPCORE = 2  # types 0x2000000… (Xen, xen/include/public/elfnote.h)
-
 
 class Memory(Protocol):
     """Physical memory as one format holds it."""
@@ -100,12 +97,12 @@ def _open(file: DumpFile, path: str, base: int | None) -> Dump:
         from xen_symbols.target.elfcore import read_elf
 
         elf, notes = read_elf(image)
-        return _recognised(Dump(path, f"{wrapping}ELF core", elf, _of_a_machine(notes)), base)
+        return _recognised(Dump(path, f"{wrapping}ELF core", elf, notes), base)
     if start.startswith(_KDUMP):
         from xen_symbols.target.kdump import KdumpMemory
 
         pages = KdumpMemory(image)
-        return _recognised(Dump(path, f"{wrapping}kdump", pages, _of_a_machine(pages.notes())), base)
+        return _recognised(Dump(path, f"{wrapping}kdump", pages, pages.notes()), base)
     if wrapping:
         raise Undecidable(f"a flattened file with neither an ELF core nor a kdump in it, but {start.hex(' ')}")
     for magic, what in _OTHERS.items():
@@ -122,15 +119,3 @@ def _recognised(dump: Dump, base: int | None) -> Dump:
     if base is not None:
         raise Undecidable(f"the file says itself what is where ({dump.format}); a base is for a raw image of memory")
     return dump
-
-
-def _of_a_machine(notes: Sequence[Note]) -> Sequence[Note]:
-    """The notes, unless they say that there cannot be a Xen in the dump."""
-    names = {note.name for note in notes}
-    if any(note.name == "CORE" and note.type in _NT_OF_A_PROCESS for note in notes):
-        raise Undecidable("a core of a process, not of a machine")
-    if any(note.name == "Xen" and note.type >> 24 == _XEN_DUMPCORE for note in notes):
-        raise Undecidable("a core of a Xen domain (xl dump-core): it holds no Xen")
-    if "VMCOREINFO" in names and not names & {"Xen", "VMCOREINFO_XEN", "QEMU"}:
-        raise Undecidable("a dump of Linux without Xen: it has VMCOREINFO and no note of Xen's")
-    return notes

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.target import Note, bounded
 from xen_symbols.target.image import Conflict, Extents, Image, Ranges, Stretch, require
-from xen_symbols.target.notes import MAX_NOTES, parse_notes
+from xen_symbols.target.notes import MAX_NOTES, of_a_machine, parse_notes
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")  # type, flags, offset, vaddr, paddr, filesz, memsz, align
@@ -91,7 +91,7 @@ def read_elf(image: Image) -> tuple[ElfMemory, list[Note]]:
     if phnum > _MAX_HEADERS:
         raise Undecidable(f"{phnum} program headers; more than {_MAX_HEADERS} are not believable")
     table = require(image, phoff, phnum * _PROGRAM_HEADER.size, f"{phnum} program headers")
-    notes = _read_notes(image, table)
+    notes = of_a_machine(_read_notes(image, table))  # a process's has all its memory at physical 0
     try:
         return ElfMemory(image, Extents(_loads(image, table)), Extents(_left_out(table))), notes
     except Conflict as conflict:

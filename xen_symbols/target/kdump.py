@@ -17,7 +17,7 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.target import Note, bounded
 from xen_symbols.target.decompress import decompress, missing
 from xen_symbols.target.image import Image, Ranges, require
-from xen_symbols.target.notes import parse_notes
+from xen_symbols.target.notes import of_a_machine, parse_notes
 from xen_symbols.x86.paging import PAGE_SIZE
 
 # signature, version, utsname (six of 65 bytes; machine is the fifth), timestamp, status, block size,
@@ -82,7 +82,9 @@ class KdumpMemory:
             raise Undecidable(
                 f"kdump sub header +0x38: {size} bytes of notes; {_MAX_NOTE_BYTES} is the most believable"
             )
-        return parse_notes(require(self._image, offset, size, "kdump notes"), "kdump notes") if size else []
+        if not size:
+            return []
+        return of_a_machine(parse_notes(require(self._image, offset, size, "kdump notes"), "kdump notes"))
 
     def read(self, address: int, size: int) -> bytes:
         first, start = divmod(address, PAGE_SIZE)

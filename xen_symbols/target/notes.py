@@ -29,6 +29,8 @@ _KNOWN = {
     ("VMCOREINFO", 0): "Linux's VMCOREINFO",
     ("QEMU", 0): "QEMUCPUState: a CPU as QEMU has it",
 }
+_NT_OF_A_PROCESS = {3, 6, 0x46494C45}  # PRPSINFO, AUXV, FILE (Linux, include/uapi/linux/elf.h)
+_XEN_DUMPCORE = 2  # types 0x2000000… (Xen, xen/include/public/elfnote.h)
 # Two notes for each of the 16383 CPUs that Xen can be built for, and some for the machine.
 MAX_NOTES = 40_000
 
@@ -90,6 +92,18 @@ def parse_notes(data: bytes, where: str = "notes") -> list[Note]:
             raise Undecidable(f"{where}: more than {MAX_NOTES} notes; the file is damaged")
         notes.append(Note(_name(data[name_at : name_at + name_size]), note_type, data[desc_at : desc_at + desc_size]))
         offset = desc_at + (desc_size + 3 & ~3)
+    return notes
+
+
+def of_a_machine(notes: list[Note]) -> list[Note]:
+    """The notes. Raises Undecidable if they say that there cannot be a Xen in the dump."""
+    names = {note.name for note in notes}
+    if any(note.name == "CORE" and note.type in _NT_OF_A_PROCESS for note in notes):
+        raise Undecidable("a core of a process, not of a machine")
+    if any(note.name == "Xen" and note.type >> 24 == _XEN_DUMPCORE for note in notes):
+        raise Undecidable("a core of a Xen domain (xl dump-core): it holds no Xen")
+    if "VMCOREINFO" in names and not names & {"Xen", "VMCOREINFO_XEN", "QEMU"}:
+        raise Undecidable("a dump of Linux without Xen: it has VMCOREINFO and no note of Xen's")
     return notes
 
 
