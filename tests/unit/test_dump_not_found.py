@@ -12,7 +12,7 @@ import pytest
 from tests import dumpwriter as writer
 from tests import elfwriter
 from tests.dumpwriter import PAGE
-from tests.syntheticxen import HEAP, PHYS_START, VIRT_START, SyntheticXen
+from tests.syntheticxen import BUILD_ID, HEAP, PHYS_START, VIRT_START, SyntheticXen
 from xen_symbols import open_dump
 from xen_symbols.absence import Undecidable
 from xen_symbols.symbols import embedded
@@ -219,3 +219,18 @@ def test_a_table_across_two_reads_is_found(machine: Machine) -> None:
             del xen.content[at]
     finally:
         xen.content[place] = table
+
+
+def test_a_mismatch_that_cannot_be_allowed(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """Symbols of a build whose page tables are elsewhere: they lead nowhere, allowed or not."""
+    other = machine.folder / "other"
+    at = VIRT_START + 0x700000
+    syms = [elfwriter.variable("idle_pg_table", at)]
+    other.write_bytes(elfwriter.xen_syms(syms))
+    path = machine.elf()
+    theirs, ours = elfwriter.BUILD_ID.hex(), BUILD_ID.hex()
+    said = f"the symbols are of another build: {other} has build-id {theirs}, the Xen in {path} has {ours}"
+    why = " (its page tables cannot be found with them: a mismatch cannot be allowed)"
+    for words, more in ([], ""), (["--allow-build-id-mismatch"], why):
+        assert main(["check", str(path), "--symbols", str(other), *words]) == 3
+        assert capsys.readouterr().err == f"xencrash: {said}{more}; give its own xen-syms with --symbols\n"

@@ -56,9 +56,11 @@ def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False
         other = theirs or _foreign_build_id(target, cpus, unread)
         if other and symbols.build_id and other != symbols.build_id:
             if not allow_mismatch or memory is None:
+                even = " (its page tables cannot be found with them: a mismatch cannot be allowed)"
                 raise Undecidable(
                     f"the symbols are of another build: {symbols.path} has build-id {symbols.build_id.hex()}, "
-                    f"the Xen in {target.location} has {other.hex()}; give its own xen-syms with --symbols"
+                    f"the Xen in {target.location} has {other.hex()}{even * allow_mismatch}; "
+                    "give its own xen-syms with --symbols"
                 )
         elif memory is None:
             raise Undecidable(_why_not(target, symbols, cpus, unread))
@@ -103,9 +105,7 @@ def _why_not(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], 
     )
 
 
-def _by_evidence(
-    target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], unread: Unread
-) -> XenMemory | None:
+def _by_evidence(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], unread: Unread) -> XenMemory | None:
     """By the first root that maps `idle_pg_table` to itself: of those that notes and CPUs name, else any in memory."""
     try:
         table = symbols.address(ROOT)
