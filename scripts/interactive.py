@@ -6,11 +6,14 @@ import argparse
 import contextlib
 import signal
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from xen_symbols.absence import Undecidable
 from xen_symbols.api import open_dump
+from xen_symbols.symbols.elf import SOURCE as ELF_TABLE
+from xen_symbols.symbols.table import SymbolTable, load_symbols
 from xencrash.cli import is_live, searching
 from xencrash.session import find_gdb, gdb_arguments, parse_live, plugin_script
 
@@ -18,7 +21,7 @@ from xencrash.session import find_gdb, gdb_arguments, parse_live, plugin_script
 def run(args: argparse.Namespace) -> int:
     """gdb's own exit status. Raises Undecidable when there is no gdb, or the dump cannot be served."""
     command = [find_gdb(), *gdb_arguments()]
-    with _target(args) as (place, settings):
+    with _target(args) as (place, settings, table), _symbol_file(args.symbols, table) as symbols:
         words = [f"source {plugin_script()}"]
         if args.symbols:
             words.append(f"set xen symbols {Path(args.symbols).absolute()}")
@@ -30,16 +33,17 @@ def run(args: argparse.Namespace) -> int:
         for word in words:
             command += ["-ex", word]
         command += args.gdb_arguments
-        if args.symbols and _is_elf64(args.symbols):
-            command.append(str(Path(args.symbols).absolute()))
+        if symbols:
+            command.append(symbols)
         return _wait(command)
 
 
 @contextlib.contextmanager
-def _target(args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(where gdb connects to, what to set before): the machine's stub, or a dump served on a private socket."""
+def _target(args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...], SymbolTable | None]]:
+    """(where gdb connects to, what to set before, the symbols if they are known by now): the machine's stub, or a dump
+    served on a private socket."""
     if is_live(args.target):
-        yield parse_live(args.target), ()
+        yield parse_live(args.target), (), load_symbols(args.symbols) if args.symbols else None
         return
     from xencrash.serve import GDB_SETTINGS, served, serving
 
@@ -51,16 +55,25 @@ def _target(args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...]]]:
         progress=searching(args.target),
     )
     with serving(served(memory, args.base)) as socket:
-        yield socket, GDB_SETTINGS
+        yield socket, GDB_SETTINGS, memory.symbols
 
 
-def _is_elf64(path: str) -> bool:
-    """xen-syms; the 32-bit image would make gdb take the machine for an i386."""
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(5) == b"\x7fELF\x02"
-    except OSError as error:
-        raise Undecidable(f"{path}: {error.strerror}; --symbols takes xen-syms, its .map, or Xen's image") from None
+@contextlib.contextmanager
+def _symbol_file(path: str | None, table: SymbolTable | None) -> Iterator[str | None]:
+    """What gdb itself can load: xen-syms as it is, anything else as an ELF file of the same names while gdb runs."""
+    if table is None:
+        yield None
+    elif path and table.source == ELF_TABLE:
+        yield str(Path(path).absolute())
+    else:
+        from xen_symbols.symbols.elfwrite import symbol_file
+
+        whose = f"of {path}" if path else "that Xen carries in its image"
+        print(f"xencrash: gdb has the symbols {whose}, and no types; xen bt knows Xen's stacks", file=sys.stderr)
+        with tempfile.TemporaryDirectory(prefix="xencrash-") as folder:
+            file = Path(folder) / "xen-syms"
+            file.write_bytes(symbol_file(table))
+            yield str(file)
 
 
 def _wait(command: list[str]) -> int:

@@ -14,6 +14,7 @@ from xen_symbols.symbols import buildid
 from xen_symbols.symbols.files import Bytes
 from xen_symbols.symbols.table import Symbol, SymbolTable
 
+SOURCE = "ELF symbol table"
 EM_386, EM_X86_64 = 3, 62
 _TYPES = {
     1: "an object file; give xen-syms, its .map, or Xen's image",
@@ -247,7 +248,7 @@ def load_elf(path: str, content: Bytes) -> SymbolTable:
     allocated = sorted((s.address, s.address + s.size) for s in headers.sections if s.flags & SHF_ALLOC and s.size)
     return SymbolTable(
         path,
-        "ELF symbol table",
+        SOURCE,
         rows,
         allocated,
         build_id=note[1] if note else None,

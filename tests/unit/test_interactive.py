@@ -1,0 +1,55 @@
+"""`xencrash gdb FILE`: gdb itself knows Xen's symbols, whoever gave them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_dump_not_found import Machine
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    machine = Machine(tmp_path_factory.mktemp("machine"))
+    machine.elf()
+    return machine
+
+
+def gdb(machine: Machine, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    commands = ["p &idle_pg_table", "p/x *(unsigned int*) &nr_cpu_ids", "bt 1", "xen symbols"]
+    theirs = ["-batch", *(part for command in commands for part in ("-ex", command))]
+    code = "import sys; from xencrash.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, "gdb", machine.folder / "vmcore", *words, "--", *theirs],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["carried", "map"])
+def test_gdb_on_a_dump_has_symbols(machine: Machine, given: bool) -> None:
+    done = gdb(machine, *(["--symbols", machine.symbols] if given else []))
+    table = machine.xen.symbols["idle_pg_table"][0]
+    assert f"$1 = (<data variable, no debug info> *) {table:#x}\n" in done.stdout
+    assert "$2 = 0x2\n" in done.stdout
+    assert " in kexec_crash_save_cpu ()\n" in done.stdout
+    whose = f"of {machine.symbols}" if given else "that Xen carries in its image"
+    said = f"xencrash: gdb has the symbols {whose}, and no types; xen bt knows Xen's stacks\n"
+    assert (done.returncode, done.stderr) == (0, said)
+    (shown,) = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("symbols ")]
+    if given:
+        assert shown == f"{machine.symbols} (.map)"
+    else:
+        path = Path(shown.removesuffix(" (ELF symbol table)"))
+        assert path.name == "xen-syms" and not path.exists() and not path.parent.exists()
+
+
+def test_a_dump_that_is_none_starts_no_gdb(machine: Machine) -> None:
+    text = machine.folder / "text"
+    text.write_text("no dump")
+    code = "import sys; from xencrash.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "gdb", text], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"xencrash: {text}: not a dump of a known format") and done.stderr.count("\n") == 1
