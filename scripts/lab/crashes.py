@@ -77,15 +77,17 @@ def crash(cell: Cell, output: Path) -> Json:
 def _outcome(
     cell: Cell, verdict: Verdict, reason: str, seconds: float = 0.0, reports: Sequence[Json] = (), gone: bool = False
 ) -> Json:
+    from xencrash.lab.run import generations, lapic_modes
+
     return {
         **asdict(cell),
         "verdict": str(verdict),
         "reason": reason,
         "gone": gone,
         "seconds": round(seconds, 1),
-        "generation": " and ".join(sorted({r["generation"]["id"] for r in reports if r["generation"]})) or None,
+        "generation": " and ".join(generations(reports)) or None,
         "crashing_cpu": reports[0]["crashing_cpu"] if reports else None,
-        "lapic_modes": _lapic_modes(reports),
+        "lapic_modes": lapic_modes(reports),
     }
 
 
@@ -108,8 +110,7 @@ def _reports(cell: Cell, gdb: str, output: Path) -> Iterator[Json]:
     folder(output)
     rows = {"xen": cell.xen, "qemu": cell.qemu, "lapic": cell.lapic}
     with machine(output, **rows, cpus=CPUS, dom0_vcpus=CPUS, domu_vcpus=CPUS * cell.domu) as lab:
-        for _ in range(cell.load):
-            lab.dom0("while :; do :; done >/dev/null 2>&1 &")
+        lab.load(cell.load)
         report = follow(lab, output, lambda: _crash_later(lab, cell), gdb=gdb)
         yield report
         if not report.get("undecided"):
@@ -117,6 +118,7 @@ def _reports(cell: Cell, gdb: str, output: Path) -> Iterator[Json]:
 
 
 def _crash_later(lab: Lab, cell: Cell) -> None:
+    lab.require_busy()
     time.sleep(cell.delay)
     lab.crash(cell.how, cell.cpu)
 
@@ -128,18 +130,10 @@ def _judged(report: Json) -> tuple[Verdict, str]:
 
 
 def _unlike(cell: Cell, reports: Sequence[Json]) -> Iterator[tuple[Verdict, str]]:
-    """What is not as the cell asks for: then nothing was shown of it, whatever the reports say."""
-    modes, cpus = _lapic_modes(reports), {report["crashing_cpu"] for report in reports}
-    if reports and modes != [cell.lapic]:
-        yield Verdict.UNKNOWN, f"the local APICs were to be in {cell.lapic} mode, not {' and '.join(modes) or 'unread'}"
-    if reports and cell.cpu is not None and cpus != {cell.cpu}:
-        yield Verdict.UNKNOWN, f"CPU {cell.cpu} was to crash, not {cpus}"
+    from xencrash.lab.run import unlike
 
-
-def _lapic_modes(reports: Sequence[Json]) -> list[str]:
-    """The modes of all local APICs before the crash."""
-    findings = [finding for report in reports for finding in report["findings"]]
-    return sorted({str(f["observed"]) for f in findings if (f["check"], f["stage"]) == ("lapic-mode", "normal")})
+    for reason in unlike(reports, XENS[cell.xen].generation, cell.lapic, cell.cpu):
+        yield Verdict.UNKNOWN, reason
 
 
 # Several of them

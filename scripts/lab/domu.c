@@ -3,6 +3,7 @@
  *
  *   domu create VCPUS      a PVH domain (HVM with hardware-assisted paging, no device model) of 4 MiB, each vCPU pinned to
  *                          the CPU of its number and spinning in domu_kernel; prints its domain ID
+ *   domu rounds DOMID VCPUS   how often each vCPU has counted in domu_kernel
  *   domu dump DOMID FILE   its core, as `xl dump-core` writes it
  */
 #define XC_WANT_COMPAT_MAP_FOREIGN_API
@@ -18,6 +19,7 @@
 #define PAGES 1024
 #define KERNEL_FRAME 0x100
 #define DIRECTORY_FRAME 0x101
+#define COUNTS_FRAME 0x102
 
 extern const char domu_kernel[], domu_kernel_end[];
 
@@ -100,6 +102,7 @@ static void set_registers(xc_interface *xch, uint32_t domid, unsigned int vcpus)
         cpu->dr7 = 0x400;
         cpu->rip = (uint64_t)KERNEL_FRAME << XC_PAGE_SHIFT;
         cpu->rbx = (uint64_t)DIRECTORY_FRAME << XC_PAGE_SHIFT;
+        cpu->rsi = ((uint64_t)COUNTS_FRAME << XC_PAGE_SHIFT) + i * sizeof(uint32_t);
     }
     need(!xc_domain_hvm_setcontext(xch, domid, (uint8_t *)state, size), "xc_domain_hvm_setcontext");
     free(state);
@@ -128,6 +131,15 @@ static void create(xc_interface *xch, unsigned int vcpus)
     printf("%u\n", domid);
 }
 
+static void rounds(xc_interface *xch, uint32_t domid, unsigned int vcpus)
+{
+    const volatile uint32_t *counts = xc_map_foreign_range(xch, domid, XC_PAGE_SIZE, PROT_READ, COUNTS_FRAME);
+
+    need(counts != NULL, "xc_map_foreign_range");
+    for (unsigned int vcpu = 0; vcpu < vcpus; vcpu++)
+        printf("%u\n", counts[vcpu]);
+}
+
 static void dump(xc_interface *xch, uint32_t domid, const char *file)
 {
     need(!xc_domain_pause(xch, domid), "xc_domain_pause");
@@ -142,10 +154,12 @@ int main(int argc, char **argv)
     need(xch != NULL, "xc_interface_open");
     if (argc == 3 && !strcmp(argv[1], "create"))
         create(xch, strtoul(argv[2], NULL, 10));
+    else if (argc == 4 && !strcmp(argv[1], "rounds"))
+        rounds(xch, strtoul(argv[2], NULL, 10), strtoul(argv[3], NULL, 10));
     else if (argc == 4 && !strcmp(argv[1], "dump"))
         dump(xch, strtoul(argv[2], NULL, 10), argv[3]);
     else {
-        fprintf(stderr, "usage: domu create VCPUS | domu dump DOMID FILE\n");
+        fprintf(stderr, "usage: domu create VCPUS | domu rounds DOMID VCPUS | domu dump DOMID FILE\n");
         return 2;
     }
     xc_interface_close(xch);

@@ -1,8 +1,9 @@
 /*
  * What every vCPU of the lab's domU runs: 32-bit code that turns paging on and spins, so that its CR3, its segments and
- * its RIP are nothing like Xen's. Once in a while it executes CPUID, which Xen intercepts.
+ * its RIP are nothing like Xen's. Once in a while it counts, and executes CPUID, which Xen intercepts.
  *
- * It may be copied anywhere into the first 4 MiB, which it maps one to one. %ebx: a page for its page directory.
+ * It may be copied anywhere into the first 4 MiB, which it maps one to one. %ebx: a page for its page directory; %esi:
+ * a word of this vCPU's own, for its count.
  */
         .section .rodata
         .globl  domu_kernel, domu_kernel_end
@@ -16,7 +17,8 @@ domu_kernel:
         movl    %cr0, %eax
         orl     $0x80000000, %eax       /* PG */
         movl    %eax, %cr0
-1:      movl    $10000000, %edi
+1:      incl    (%esi)
+        movl    $10000000, %edi
 2:      decl    %edi
         jnz     2b
         xorl    %eax, %eax

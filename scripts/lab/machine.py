@@ -53,6 +53,7 @@ _KEXEC = (
     '--append="console=ttyS0 irqpoll nr_cpus=1 reset_devices loglevel=5"'
 )
 _RESUMES_IN = 5.0  # seconds from gdb's "running" to QEMU's, on a loaded host
+_BUSY_ANSWERS = 600.0  # seconds for a word of a dom0 that shares each CPU with loops and a domU, on a busy host
 _TO_XEN = rb"Serial input to Xen"
 _DIED = rb"Panic on CPU \d+|Kernel panic - not syncing|Hardware Dom0 halted"
 _XEN_UP = rb"Brought up \d+ CPUs"
@@ -95,6 +96,8 @@ class Lab:
         self._progress = progress
         self._lines: dict[Path, _Line] = {}
         self._process: subprocess.Popen[bytes] | None = None
+        self._domu: dict[int, list[int]] = {}  # by domain ID, how often each vCPU was seen to have counted
+        self._loops: set[int] = set()  # process IDs in dom0
 
     # Where things are.
 
@@ -392,7 +395,7 @@ class Lab:
             self._lines[path] = _Line(path)
         return self._lines[path]
 
-    # A domU.
+    # What runs on Xen.
 
     def create_domu(self, vcpus: int) -> int:
         """Create a PVH domU of 4 MiB, and return its domain ID; needs a machine with `domu_vcpus`.
@@ -400,8 +403,32 @@ class Lab:
         It spins, its vCPUs in SVM guest mode, each pinned to the CPU of its number.
         """
         domid = int(self.dom0(f"domu create {vcpus}"))
+        self._domu[domid] = [0] * vcpus
+        self.require_busy()
         self._progress(f"domain {domid} runs")
         return domid
+
+    def load(self, loops: int) -> None:
+        """Keep dom0 busy with so many more endless loops."""
+        for _ in range(loops):
+            self._loops.add(int(self.dom0("while :; do :; done >/dev/null 2>&1 & echo $!", _BUSY_ANSWERS)))
+
+    def require_busy(self) -> None:
+        """Raise LabError unless what was to run beside Xen does: each vCPU of a domU has counted since it was last
+        looked at, which is waited for, and each loop in dom0 runs by what Linux says of it."""
+        if self._loops:
+            stats = " ".join(f"/proc/{pid}/stat" for pid in sorted(self._loops))
+            said = self.dom0(f"cat {stats} 2>&1; true", _BUSY_ANSWERS)
+            running = {int(line.split()[0]) for line in said.splitlines() if re.match(r"\d+ \(.*\) R ", line)}
+            if running != self._loops:
+                raise LabError(f"in dom0: {len(self._loops)} busy loops were started, and {len(running)} run: {said!r}")
+        for domid, before in self._domu.items():
+
+            def counts(domid: int = domid, before: list[int] = before) -> list[int] | None:
+                now = list(map(int, self.dom0(f"domu rounds {domid} {len(before)}", _BUSY_ANSWERS).split()))
+                return now if all(count > then for count, then in zip(now, before, strict=True)) else None
+
+            self._domu[domid] = self._until(f"running domain {domid}: a vCPU does not go on", _BUSY_ANSWERS, counts)
 
     def dump_core(self, domid: int, path: str | Path) -> Path:
         """A domain's core, as `xl dump-core` writes it; the domain is paused meanwhile."""

@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from xen_symbols.report.model import ExitStatus
 from xencrash.lab.errors import LabError
 from xencrash.lab.machine import Lab
+from xencrash.lab.rows import LAPICS, XENS
 
 Json = dict[str, Any]
 
@@ -36,13 +38,49 @@ def run(args: argparse.Namespace) -> int:
         report = follow(lab, output, lambda: _crash(lab, args), progress=judging.tell_stage, gates=gates)
         status = finish(report, argparse.Namespace(format="table", output=None))
         if args.guest or report.get("undecided"):
-            return status
+            return status or _as_asked(args, [report])
         tell("the crash kernel copies the vmcore")
         checked = check_vmcore(lab, output)
     print("\nThe vmcore:", flush=True)
     show(checked)
     print(f"\nThe reports, the vmcore and the logs are in {output}", file=sys.stderr)
-    return status or status_of(checked)
+    return status or status_of(checked) or _as_asked(args, [report, checked])
+
+
+def _as_asked(args: argparse.Namespace, reports: Sequence[Json]) -> ExitStatus:
+    """Undecided, and told why, where the crash was not the one that the options ask for."""
+    lapic = LAPICS[args.lapic].mode if args.lapic and not args.guest else None
+    cpu = None if args.guest else args.cpu
+    reasons = list(unlike(reports, args.guest or XENS[args.xen].generation, lapic, cpu))
+    if reasons:
+        print(f"xencrash: {'; '.join(reasons)}", file=sys.stderr)
+    return ExitStatus.UNDECIDED if reasons else ExitStatus.PASSED
+
+
+def unlike(reports: Sequence[Json], generation: str, lapic: str | None, cpu: int | None) -> Iterator[str]:
+    """What the reports on one crash tell that is not as it was to be: then nothing was shown of it, whatever they say.
+
+    `lapic` is the mode of all local APICs before the crash, `cpu` the one that crashes; None for any. That a domU or
+    dom0's loops run is seen to before the crash (`Lab.require_busy`).
+    """
+    told, modes, cpus = generations(reports), lapic_modes(reports), {report["crashing_cpu"] for report in reports}
+    if reports and told != [generation]:
+        yield f"the crash path was to be of generation {generation}, not {' and '.join(told) or 'untold'}"
+    if reports and lapic is not None and modes != [lapic]:
+        yield f"the local APICs were to be in {lapic} mode, not {' and '.join(modes) or 'unread'}"
+    if reports and cpu is not None and cpus != {cpu}:
+        yield f"CPU {cpu} was to crash, not {' and '.join(sorted(map(str, cpus)))}"
+
+
+def generations(reports: Sequence[Json]) -> list[str]:
+    """Those that the reports tell."""
+    return sorted({report["generation"]["id"] for report in reports if report["generation"]})
+
+
+def lapic_modes(reports: Sequence[Json]) -> list[str]:
+    """The modes of all local APICs before the crash."""
+    findings = [finding for report in reports for finding in report["findings"]]
+    return sorted({str(f["observed"]) for f in findings if (f["check"], f["stage"]) == ("lapic-mode", "normal")})
 
 
 def folder(path: str | Path) -> Path:
@@ -106,4 +144,5 @@ def _crash(lab: Lab, args: argparse.Namespace) -> None:
     if args.guest:
         lab.serial_send(b"C")
     else:
+        lab.require_busy()
         lab.crash(args.how or ("key" if args.cpu is None else "panic"), args.cpu)

@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from xencrash.cli import UsageError
-from xencrash.lab import crashes, matrix, repeat
+from xencrash.lab import crashes, matrix, repeat, run
 from xencrash.lab.crashes import Cell, crash, render, status_of
 from xencrash.lab.errors import LabError, PackageGone
 from xencrash.lab.rows import GDBS, QEMUS, XENS
@@ -147,9 +147,31 @@ def test_what_cannot_be_got_is_a_skip(
     assert (found["verdict"], found["reason"], found["gone"]) == ("skip", str(error), gone)
 
 
-def report(verdict: str = "pass", cpu: int = 2, mode: str = "xapic") -> Json:
+@pytest.mark.parametrize(
+    ("given", "status", "said"),
+    [
+        ({"generation": "4.17.0"}, 0, ""),
+        ({"generation": "4.21.0"}, 3, "xencrash: the crash path was to be of generation 4.17.0, not 4.21.0\n"),
+        ({"mode": "x2apic"}, 3, "xencrash: the local APICs were to be in xapic mode, not x2apic\n"),
+        ({"mode": "x2apic", "lapic": None}, 0, ""),  # nothing was asked
+        ({"cpu": 1}, 3, "xencrash: CPU 2 was to crash, not 1\n"),
+        ({"generation": "4.3.0", "guest": "4.3.0", "cpu": 0, "mode": "x2apic"}, 0, ""),
+        ({"generation": "4.17.0", "guest": "4.3.0"}, 3,
+         "xencrash: the crash path was to be of generation 4.3.0, not 4.17.0\n"),
+    ],
+)  # fmt: skip
+def test_a_run_is_of_what_it_was_asked_for(
+    given: Json, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"xen": "4.17", "guest": given.pop("guest", None), "lapic": given.pop("lapic", "xapic"), "cpu": 2}
+    assert run._as_asked(argparse.Namespace(**asked), [report(**given)] * 2) == status
+    assert capsys.readouterr().err == said
+
+
+def report(verdict: str = "pass", cpu: int = 2, mode: str = "xapic", generation: str | None = "4.17.0") -> Json:
     finding = {"check": "lapic-mode", "stage": "normal", "cpu": 1, "verdict": verdict, "observed": mode}
-    return {"verdict": verdict, "crashing_cpu": cpu, "generation": {"id": "4.17.0"}, "findings": [finding]}
+    told = generation and {"id": generation}
+    return {"verdict": verdict, "crashing_cpu": cpu, "generation": told, "findings": [finding]}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +179,12 @@ def report(verdict: str = "pass", cpu: int = 2, mode: str = "xapic") -> Json:
     [
         ([report(), report()], "pass", ""),
         ([report(), report("fail")], "fail", "fail: lapic-mode on CPU 1 at normal"),
-        ([report(cpu=1), report(cpu=1)], "unknown", "CPU 2 was to crash, not {1}"),
+        ([report(cpu=1), report(cpu=1)], "unknown", "CPU 2 was to crash, not 1"),
+        ([report(), report(cpu=1)], "unknown", "CPU 2 was to crash, not 1 and 2"),
+        ([report(generation="4.21.0")] * 2, "unknown", "the crash path was to be of generation 4.17.0, not 4.21.0"),
+        ([report(), report(generation="4.21.0")], "unknown",
+         "the crash path was to be of generation 4.17.0, not 4.17.0 and 4.21.0"),
+        ([report(generation=None)], "unknown", "the crash path was to be of generation 4.17.0, not untold"),
         ([report(mode="x2apic")], "unknown", "the local APICs were to be in xapic mode, not x2apic"),
         ([report(), LabError("no vmcore")], "unknown", "no vmcore"),
         ([report("fail"), LabError("no vmcore")], "fail", "fail: lapic-mode on CPU 1 at normal"),

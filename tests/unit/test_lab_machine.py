@@ -177,6 +177,41 @@ def test_a_crash_waits_for_a_machine_that_gdb_has_just_let_run(monkeypatch: pyte
         lab._require_running()
 
 
+def busy_lab(monkeypatch: pytest.MonkeyPatch, said: dict[str, list[str]]) -> machine.Lab:
+    """A machine whose dom0 says these things in turn, by the first two words of what it is asked."""
+    lab = machine.Lab(Paths(Path("/run")), machine.State(0, 0, "", 1, 4, "Xen", "7.2", True), False, lambda text: None)
+    monkeypatch.setattr(lab, "alive", lambda: True)
+    monkeypatch.setattr(lab, "dom0", lambda command, timeout=30: said[" ".join(command.split()[:2])].pop(0))
+    return lab
+
+
+def test_a_domu_runs_when_each_of_its_vcpus_has_gone_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"domu create": ["7\n"], "domu rounds": ["0\n3\n", "1\n0\n", "9\n4\n"]}
+    lab = busy_lab(monkeypatch, said)
+    assert lab.create_domu(2) == 7
+    assert said["domu rounds"] == []
+    said["domu rounds"] += ["9\n5\n", "10\n5\n"]
+    lab.require_busy()
+    assert said["domu rounds"] == []
+    monkeypatch.setattr(machine, "_BUSY_ANSWERS", 0.0)
+    said["domu rounds"] += ["11\n5\n", "12\n5\n", "13\n5\n", "14\n5\n"]
+    with pytest.raises(LabError, match=r"^running domain 7: a vCPU does not go on: nothing after 0 s"):
+        lab.require_busy()
+
+
+def test_each_loop_of_dom0_must_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = busy_lab(monkeypatch, {})
+    lab.require_busy()  # which asks dom0 nothing
+    said = {"while :;": ["81\n", "82\n"], "cat /proc/81/stat": ["81 (sh) R 1 0 0\n82 (sh) R 1 0 0\n"]}
+    lab = busy_lab(monkeypatch, said)
+    lab.load(2)
+    lab.require_busy()
+    for second in ("82 (sh) Z 1 0 0\n", "cat: can't open '/proc/82/stat': No such file or directory\n"):
+        said["cat /proc/81/stat"] = [f"81 (sh) R 1 0 0\n{second}"]
+        with pytest.raises(LabError, match="in dom0: 2 busy loops were started, and 1 run"):
+            lab.require_busy()
+
+
 @pytest.mark.parametrize(("stalls", "boots"), [(0, 1), (1, 2), (2, 2)])
 def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(tmp_path: Path, stalls: int, boots: int) -> None:
     started: list[machine.Lab] = []
