@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from xencrash.lab.errors import LabError
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, LAPICS, QEMUS, XENS
 
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _DESCRIPTION = """\
 Real Xen with a real Linux dom0 and a real crash kernel in QEMU (no KVM needed), from Debian's packages:
 
@@ -354,8 +357,28 @@ def _step(
     steps: Any, name: str, run: Any, summary: str, description: str, epilog: str = _EPILOG
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = steps.add_parser(name, help=summary, description=description, epilog=epilog)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=functools.partial(_cleaning_up, run))
     return parser
+
+
+def _cleaning_up(run: Any, args: argparse.Namespace) -> int:
+    """Run a step so that who ends it, by SIGTERM or by closing the terminal, leaves no more behind than by Ctrl-C."""
+
+    def end(number: int, frame: object) -> None:
+        for sign in _ENDING:
+            signal.signal(sign, signal.SIG_IGN)  # once is enough, and is not to disturb the cleaning up
+        print(f"xencrash: ended by {signal.Signals(number).name}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    before = {sign: signal.getsignal(sign) for sign in _ENDING}
+    for sign, handler in before.items():
+        if handler is signal.SIG_DFL:  # not one that nohup(1) has told to be ignored
+            signal.signal(sign, end)
+    try:
+        return int(run(args))
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 
 def _crash_options(parser: argparse.ArgumentParser) -> None:

@@ -68,6 +68,8 @@ def crash(cell: Cell, output: Path) -> Json:
                 reports.append(report)
         except Undecidable as error:
             problems.append((Verdict.UNKNOWN, str(error)))
+        except OSError as error:  # a full disk under /tmp, where the machine's own files are
+            problems.append((Verdict.UNKNOWN, f"{error.filename or output}: {error.strerror or error}"))
     verdict, reason = max([*map(_judged, reports), *_unlike(cell, reports), *problems], key=lambda problem: problem[0])
     if verdict is Verdict.PASS:
         (output / "vmcore").unlink()

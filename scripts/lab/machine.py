@@ -240,10 +240,11 @@ class Lab:
     @staticmethod
     def _boot(start_one: Callable[[], Lab], wait_for: Callable[[Lab], None]) -> Lab:
         lab = start_one()
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(lab.down, keep=True)
+        try:
             wait_for(lab)
-            on_failure.pop_all()
+        except BaseException as error:
+            lab.down(keep=_is_failure(error))
+            raise
         return lab
 
     @classmethod
@@ -279,8 +280,8 @@ class Lab:
         try:
             paths.state.write_text(json.dumps(asdict(state), indent=1))
             lab._until("starting QEMU", 30, lambda: all(path.exists() for path in paths.sockets) or None)
-        except BaseException:
-            lab.down(keep=True)
+        except BaseException as error:
+            lab.down(keep=_is_failure(error))
             raise
         return lab
 
@@ -333,7 +334,7 @@ class Lab:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.down(keep=error is not None)
+        self.down(keep=error is not None and _is_failure(error))
 
     def down(self, keep: bool = False) -> None:
         """Stop QEMU and remove what is of no more use; the logs stay if asked for or the folder was given."""
@@ -604,6 +605,11 @@ class _Line:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether the logs may say why: they do not of an end that was asked for (Ctrl-C, SIGTERM)."""
+    return isinstance(error, Exception)
 
 
 def _row(rows: dict[str, Any], name: str, kind: str) -> Any:

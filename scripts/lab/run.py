@@ -85,10 +85,8 @@ def lapic_modes(reports: Sequence[Json]) -> list[str]:
 
 def folder(path: str | Path) -> Path:
     """A folder for what a run leaves, made where it is not there. Raises LabError."""
-    try:
+    with _left_in(Path(path)):
         Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"running the lab: {path}: {error.strerror}") from error
     return Path(path)
 
 
@@ -99,14 +97,24 @@ def machine(output: Path, **arguments: Any) -> Iterator[Lab]:
         try:
             yield lab
         finally:
-            for log in (lab.serial_log, lab.qemu_log, lab.paths.line_log):
-                if log.exists():
-                    shutil.copy(log, output)
+            with _left_in(output):
+                for log in (lab.serial_log, lab.qemu_log, lab.paths.line_log):
+                    if log.exists():
+                        shutil.copy(log, output)
+
+
+@contextlib.contextmanager
+def _left_in(output: Path) -> Iterator[None]:
+    """What a run leaves cannot be left: a step that failed, not bad usage. Raises LabError."""
+    try:
+        yield
+    except OSError as error:
+        raise LabError(f"running the lab: {error.filename or output}: {error.strerror or error}") from error
 
 
 def follow(lab: Lab, output: Path, crash: Callable[[], None], **options: Any) -> Json:
     """The report on a crash that `crash` causes, also left as `trace.json` and `trace.xml`; `options` are `trace`'s."""
-    from xencrash.cli import render, write
+    from xencrash.cli import render
     from xencrash.trace import trace
 
     report = trace(
@@ -117,19 +125,21 @@ def follow(lab: Lab, output: Path, crash: Callable[[], None], **options: Any) ->
         trigger=crash,
         **options,
     )
-    for name, format in (("trace.json", "json"), ("trace.xml", "junit")):
-        write(render(report, format), str(output / name))
+    with _left_in(output):
+        for name, format in (("trace.json", "json"), ("trace.xml", "junit")):
+            (output / name).write_text(render(report, format), encoding="utf-8")
     return report
 
 
 def check_vmcore(lab: Lab, output: Path) -> Json:
     """The report on the vmcore that the crash kernel takes, also left as `check.json` beside the `vmcore`."""
-    from xencrash.cli import check_dump, render, write
+    from xencrash.cli import check_dump, render
 
     vmcore = lab.wait_vmcore(output / "vmcore")
     options = argparse.Namespace(symbols=str(lab.symbols), base=None, allow_build_id_mismatch=False)
     checked = check_dump(str(vmcore), options).to_json()
-    write(render(checked, "json"), str(output / "check.json"))
+    with _left_in(output):
+        (output / "check.json").write_text(render(checked, "json"), encoding="utf-8")
     return checked
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -22,7 +23,7 @@ from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
 from xencrash.lab.packages import Cache, default_root, sha256_of
 from xencrash.lab.qemu import start_time
-from xencrash.lab.rows import DEFAULT_XEN, KERNEL_SUITE, XENS
+from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, KERNEL_SUITE, XENS
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("default_row")]
 
@@ -174,6 +175,59 @@ def test_no_machine_outlives_its_owner(sign: signal.Signals, tmp_path: Path) -> 
     assert start_time(pid) != started
     if sign == signal.SIGINT:
         assert not (tmp_path / "run/disk.raw").exists()
+
+
+def children(pid: int) -> dict[int, tuple[int, str]]:
+    """When each process started that comes of this one, and its name."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, fields = stat.read_text().partition("(")[2].rsplit(")", 1)
+            parents[int(stat.parent.name)] = int(fields.split()[1]), name
+    found: dict[int, tuple[int, str]] = {}
+    todo = [pid]
+    while todo:
+        one = todo.pop()
+        for child, (parent, name) in parents.items():
+            if parent == one and (started := start_time(child)) is not None:
+                found[child] = started, name
+                todo.append(child)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "machines", "sign", "status"),
+    [
+        (("matrix", "--jobs", "2", "--xen", DEFAULT_XEN, "--qemu", DEFAULT_QEMU), 2, signal.SIGINT, 130),
+        (("run",), 1, signal.SIGTERM, 143),
+    ],
+)
+def test_who_ends_the_command_leaves_nothing_of_it(
+    words: tuple[str, ...], machines: int, sign: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    """A terminal sends Ctrl-C to all of a session's processes but QEMU, kill(1) SIGTERM to one."""
+    command = ["env", "--default-signal=INT,TERM", *COMMAND, "lab", *words, "--output", tmp_path / "out"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as ran:
+        deadline = time.monotonic() + 240
+        folders: set[Path] = set()
+        while len(folders) < machines and time.monotonic() < deadline:
+            time.sleep(0.1)
+            came = children(ran.pid)
+            for pid in came:
+                with contextlib.suppress(OSError):
+                    cwd = Path(f"/proc/{pid}/cwd").readlink()
+                    if cwd.parent == machine.runs_folder() and (cwd / "state.json").exists():
+                        folders.add(cwd)
+        assert len(folders) == machines
+        (os.killpg if sign == signal.SIGINT else os.kill)(ran.pid, sign)
+        _, said = ran.communicate(timeout=60)
+    assert ran.returncode == status
+    assert "Traceback" not in said
+    assert not any(folder.exists() for folder in folders)
+    deadline = time.monotonic() + 10  # multiprocessing's own helper ends when it sees that its parent has
+    while (left := {name for pid, (started, name) in came.items() if start_time(pid) == started}):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
 def test_ctrl_c_while_booting_in_the_background_leaves_no_machine(tmp_path: Path) -> None:

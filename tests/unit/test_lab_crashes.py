@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from xencrash.cli import UsageError
-from xencrash.lab import crashes, matrix, repeat, run
+from xencrash import trace
+from xencrash.cli import UsageError, main
+from xencrash.lab import cli, crashes, matrix, repeat, run
 from xencrash.lab.crashes import Cell, crash, render, status_of
 from xencrash.lab.errors import LabError, PackageGone
 from xencrash.lab.rows import GDBS, QEMUS, XENS
@@ -206,3 +211,51 @@ def test_the_worst_counts(
     found = crash(CELL, tmp_path)
     assert (found["verdict"], found["reason"]) == (verdict, reason)
     assert (tmp_path / "vmcore").exists() is (verdict != "pass")
+
+
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a crash's report finds no room; the crash itself is made up."""
+
+    @contextlib.contextmanager
+    def machine(*_: object, **__: object) -> Iterator[Any]:
+        yield argparse.Namespace(gdb_socket="", symbols="", qmp_socket="", load=lambda loops: None)
+
+    monkeypatch.setattr(run, "machine", machine)
+    monkeypatch.setattr(trace, "trace", lambda *_, **__: report())
+    monkeypatch.setattr(crashes, "_get", lambda cell: "gdb")
+    (tmp_path / "trace.json").symlink_to("/dev/full")
+    return tmp_path
+
+
+def test_a_full_disk_is_an_undecided_cell(full: Path) -> None:
+    found = crash(CELL, full)
+    assert (found["verdict"], found["reason"]) == ("unknown", f"running the lab: {full}: No space left on device")
+
+
+def test_a_full_disk_is_an_undecided_run(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "run", "--output", str(full)]) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == f"xencrash: running the lab: {full}: No space left on device"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+def test_who_ends_a_step_has_it_clean_up(
+    sign: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cleaned = []
+
+    def step(args: argparse.Namespace) -> int:
+        try:
+            os.kill(os.getpid(), sign)
+            raise AssertionError("it went on")
+        finally:
+            os.kill(os.getpid(), sign)  # who asks twice does not disturb
+            cleaned.append(args.xen)
+
+    monkeypatch.setattr(cli, "run_run", step)
+    before = signal.getsignal(sign)
+    with pytest.raises(SystemExit) as ended:
+        main(["lab", "run"])
+    assert (ended.value.code, cleaned) == (128 + sign, ["4.17"])
+    assert capsys.readouterr().err == f"xencrash: ended by {sign.name}\n"
+    assert signal.getsignal(sign) is before
