@@ -129,7 +129,7 @@ def add_parser(commands: Any, summary: str) -> None:
         "--format", default="vmcore", choices=("vmcore", "elf", "kdump-zlib", "kdump-lzo", "kdump-snappy"),
         help="default: vmcore",
     )  # fmt: skip
-    dump.add_argument("--timeout", type=float, default=120, metavar="S", help="seconds to wait; default: 120")
+    dump.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for the vmcore; default: 120")
     _run_dir(dump)
 
     status = _step(
@@ -156,47 +156,71 @@ def add_parser(commands: Any, summary: str) -> None:
 
 def machine_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which machine: for `machine_arguments`."""
-    parser.add_argument("--xen", choices=XENS, default=DEFAULT_XEN, help=f"default: {DEFAULT_XEN}")
+    parser.add_argument("--xen", choices=XENS, help=f"default: {DEFAULT_XEN}")
     parser.add_argument("--qemu", choices=QEMUS, default=DEFAULT_QEMU, help=f"default: {DEFAULT_QEMU}")
     parser.add_argument("--lapic", choices=LAPICS, help="default: what this QEMU and Xen do by themselves")
     parser.add_argument("--cpus", type=_count, default=4, metavar="N", help="default: 4")
-    parser.add_argument("--memory", type=_count, default=1024, metavar="MIB", help="default: 1024")
-    parser.add_argument("--dom0-vcpus", type=_count, default=1, metavar="N", help="as many as CPUs: pinned; default: 1")
+    parser.add_argument("--memory", type=_count, metavar="MIB", help="default: 1024")
+    parser.add_argument("--dom0-vcpus", type=_count, metavar="N", help="as many as CPUs: pinned; default: 1")
     parser.add_argument(
-        "--domu-vcpus", type=_count, default=0, metavar="N",
+        "--domu-vcpus", type=_count, metavar="N",
         help="create a PVH domU that spins on CPUs 0 to N-1, in SVM guest mode, once dom0 is up; default: none",
     )  # fmt: skip
-    parser.add_argument("--xen-args", default="", metavar="WORDS", help="added to Xen's command line")
-    parser.add_argument("--dom0-args", default="", metavar="WORDS", help="added to dom0's command line")
+    parser.add_argument("--xen-args", metavar="WORDS", help="added to Xen's command line")
+    parser.add_argument("--dom0-args", metavar="WORDS", help="added to dom0's command line")
     parser.add_argument("--guest", metavar="GENERATION", help="boot the reference guest of this generation, not Xen")
     parser.add_argument("--fault", metavar="NAME", help="a fault for the reference guest to have")
 
 
 def machine_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of Lab.up from the options of `machine_options`."""
-    arguments: dict[str, Any] = {
-        "qemu": args.qemu,
-        "lapic": args.lapic,
-        "cpus": args.cpus,
-        "memory_mib": args.memory,
-    }
+    """Keyword arguments of Lab.up from the options of `machine_options`.
+
+    Raises UsageError for what could not be done, or would have no effect; also of `_crash_options`, where the step has
+    them.
+    """
+    arguments: dict[str, Any] = {"qemu": args.qemu, "lapic": args.lapic, "cpus": args.cpus}
+    _require_known_crash(args)
+    if getattr(args, "cpu", None) is not None:
+        _require_cpu(args.cpu, args.cpus)
     if args.guest:
         return arguments | _guest_arguments(args)
+    return arguments | _xen_arguments(args)
+
+
+def _xen_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if args.fault:
         raise _usage("--fault is for the reference guest: give --guest too")
-    return arguments | {
-        "xen": args.xen,
-        "dom0_vcpus": args.dom0_vcpus,
-        "domu_vcpus": args.domu_vcpus,
-        "xen_args": args.xen_args,
-        "dom0_args": args.dom0_args,
-    }
+    if args.lapic and LAPICS[args.lapic].mode == "x2apic":
+        _require_x2apic(f"--lapic {args.lapic}", args)
+    if (args.domu_vcpus or 0) > args.cpus:
+        raise _usage(f"--domu-vcpus {args.domu_vcpus}: each needs a CPU of its own, and the machine has {args.cpus}")
+    if args.domu_vcpus and getattr(args, "paused", False):
+        raise _usage("--domu-vcpus is for a machine that boots, and --paused stops it: leave one out")
+    if getattr(args, "cpu", None) is not None and (args.dom0_vcpus or 1) != args.cpus:
+        raise _usage(f"--cpu {args.cpu} needs a vCPU of dom0 on every CPU: give --dom0-vcpus {args.cpus} too")
+    words = {name: getattr(args, option) for option, name in _OF_XEN.items()}
+    return {name: value for name, value in words.items() if value is not None}
+
+
+# The options that the reference guest has no use for, and what they are called where a machine is made.
+_OF_XEN = {
+    "xen": "xen",
+    "memory": "memory_mib",
+    "dom0_vcpus": "dom0_vcpus",
+    "domu_vcpus": "domu_vcpus",
+    "xen_args": "xen_args",
+    "dom0_args": "dom0_args",
+}
 
 
 def _guest_arguments(args: argparse.Namespace) -> dict[str, Any]:
     from xencrash.guests import BY_ID, build, command_line, generations
     from xencrash.lab.qemu import Boot
 
+    for option in (*_OF_XEN, "how", "no_crash_kernel"):
+        if getattr(args, option, None):
+            words = "--" + option.replace("_", "-")
+            raise _usage(f"{words} is for real Xen, and --guest boots the reference guest: leave it out")
     if args.guest not in generations():
         raise _usage(f"--guest {args.guest}: the generations are {', '.join(generations())}")
     if args.fault and args.fault not in BY_ID:
@@ -207,8 +231,6 @@ def _guest_arguments(args: argparse.Namespace) -> dict[str, Any]:
         raise _usage(f"--lapic {args.lapic} is for Xen: the reference guest has it as --fault firmware-x2apic")
     if args.lapic == "x2apic":
         _require_x2apic("--lapic x2apic", args)
-    if not 0 <= _crash_cpu(args) < args.cpus:
-        raise _usage(f"--cpu {args.cpu}: the machine's CPUs are 0 to {args.cpus - 1}")
     built = build(args.guest)
     append = command_line(fault=args.fault, crash_cpu=_crash_cpu(args), x2apic=args.lapic == "x2apic")
     boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
@@ -233,6 +255,17 @@ def _require_x2apic(what: str, args: argparse.Namespace) -> None:
         raise _usage(f"{what} needs x2APIC, which QEMU {args.qemu} does not emulate: give --qemu {' or '.join(able)}")
 
 
+def _require_known_crash(args: argparse.Namespace) -> None:
+    """Refuse the one combination of `_crash_options` that there is not, where the step has them."""
+    if getattr(args, "how", None) == "key" and args.cpu is not None:
+        raise _usage("--how key crashes the CPU that takes the serial interrupt: leave --cpu out, or give --how panic")
+
+
+def _require_cpu(cpu: int, cpus: int) -> None:
+    if not 0 <= cpu < cpus:
+        raise _usage(f"--cpu {cpu}: the machine's CPUs are 0 to {cpus - 1}")
+
+
 def _crash_cpu(args: argparse.Namespace) -> int:
     """--cpu, where the sub-command has it: the guest is told when it boots."""
     return getattr(args, "cpu", None) or 0
@@ -248,6 +281,8 @@ def run_fetch(args: argparse.Namespace) -> int:
     from xencrash.lab.images import domu_images, qemu_words, xen_images
     from xencrash.lab.packages import Cache
 
+    if args.all and (args.xen or args.qemu):
+        raise _usage("--all is every Xen and every QEMU: leave it or --xen and --qemu out")
     cache = Cache(progress=progress())
     if args.refresh:
         cache.refresh()
@@ -271,7 +306,12 @@ def run_up(args: argparse.Namespace) -> int:
 
 
 def run_crash(args: argparse.Namespace) -> int:
+    _require_known_crash(args)
     lab = _lab(args)
+    if args.cpu is not None:
+        _require_cpu(args.cpu, lab.state.cpus)
+        if int(lab.dom0("grep -c ^processor /proc/cpuinfo")) != lab.state.cpus:
+            raise _usage(f"--cpu {args.cpu} needs a vCPU of dom0 on every CPU: lab up --dom0-vcpus {lab.state.cpus}")
     since = lab.serial_size()
     lab.crash(args.how or ("key" if args.cpu is None else "panic"), args.cpu)
     lab.crash_seen(since)
@@ -298,9 +338,11 @@ def run_repeat(args: argparse.Namespace) -> int:
 
 
 def run_dump(args: argparse.Namespace) -> int:
+    if args.format != "vmcore" and args.timeout is not None:
+        raise _usage(f"--timeout is for --format vmcore, and {args.format} is taken at once: leave it out")
     lab = _lab(args)
     if args.format == "vmcore":
-        written = lab.wait_vmcore(args.output, args.timeout)
+        written = lab.wait_vmcore(args.output, args.timeout or 120)
     else:
         written = lab.dump_guest_memory(args.output, args.format)
     print(f"{written}  (symbols: {lab.symbols})")
@@ -324,6 +366,8 @@ def run_status(args: argparse.Namespace) -> int:
 def run_down(args: argparse.Namespace) -> int:
     from xencrash.lab.machine import labs
 
+    if args.all and args.run_dir:
+        raise _usage("--all is every machine: leave it or --run-dir out")
     for lab in [lab for lab in labs() if not lab.state.owned] if args.all else [_lab(args)]:
         lab.down()
         print(f"{lab.run_dir}: down")

@@ -13,7 +13,7 @@ from typing import Any
 from xen_symbols.report.model import ExitStatus
 from xencrash.lab.errors import LabError
 from xencrash.lab.machine import Lab
-from xencrash.lab.rows import LAPICS, XENS
+from xencrash.lab.rows import DEFAULT_XEN, LAPICS, XENS
 
 Json = dict[str, Any]
 
@@ -30,9 +30,10 @@ def run(args: argparse.Namespace) -> int:
     from xencrash.cli import finish, show, status_of
     from xencrash.lab.cli import machine_arguments, progress
 
+    arguments = machine_arguments(args)
     output = folder(args.output)
     tell = progress()
-    with machine(output, **machine_arguments(args), progress=tell) as lab:
+    with machine(output, **arguments, progress=tell) as lab:
         tell("following the crash")
         gates = _shown_by_gates(args)
         report = follow(lab, output, lambda: _crash(lab, args), progress=judging.tell_stage, gates=gates)
@@ -49,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _as_asked(args: argparse.Namespace, reports: Sequence[Json]) -> ExitStatus:
     """Undecided, and told why, where the crash was not the one that the options ask for."""
-    lapic = LAPICS[args.lapic].mode if args.lapic and not args.guest else None
+    lapic = LAPICS[args.lapic].mode if args.lapic and not args.guest else None  # a guest's fault may be of its mode
     cpu = None if args.guest else args.cpu
-    reasons = list(unlike(reports, args.guest or XENS[args.xen].generation, lapic, cpu))
+    reasons = list(unlike(reports, args.guest or XENS[args.xen or DEFAULT_XEN].generation, lapic, cpu))
     if reasons:
         print(f"xencrash: {'; '.join(reasons)}", file=sys.stderr)
     return ExitStatus.UNDECIDED if reasons else ExitStatus.PASSED

@@ -11,10 +11,11 @@ from xen_symbols.crashpath.stages import BY_ID as STAGES
 from xen_symbols.crashpath.stages import STAGES as ANCHORED
 from xen_symbols.symbols.elf import load_elf
 from xen_symbols.symbols.files import open_bytes
-from xencrash.cli import main
+from xencrash.cli import _parser, main
 from xencrash.guests import BY_ID, FAULTS, build, command_line, generations, listing
 from xencrash.guests.faults import clean
 from xencrash.guests.generations import SOURCES, feature
+from xencrash.lab.cli import machine_arguments
 from xencrash.lab.errors import LabError
 
 SOURCE_NAMES = set(re.findall(r"^ +F\(\w+, +\"([a-z0-9-]+)\"\)", (SOURCES / "fault.h").read_text(), re.MULTILINE))
@@ -139,13 +140,52 @@ def test_the_listing_in_words(capsys):
         ("--guest 4.3.0 --fault firmware-x2apic --qemu 10.0 --lapic xapic", "is one of x2APIC mode"),
         ("--guest 4.3.0 --lapic x2apic", "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate"),
         ("--guest 4.3.0 --cpu 4", "--cpu 4: the machine's CPUs are 0 to 3"),
+        ("--guest 4.3.0 --cpu -1", "--cpu -1: the machine's CPUs are 0 to 3"),
         ("--fault stuck", "give --guest too"),
+        *(
+            (f"--guest 4.17.0 {option}", f"{option.split()[0]} is for real Xen, and --guest boots the reference guest")
+            for option in ("--xen 4.20", "--memory 2048", "--dom0-vcpus 4", "--domu-vcpus 2", "--xen-args foo",
+                           "--dom0-args foo", "--how key")
+        ),
+        ("--lapic x2apic", "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate: give --qemu 10.0"),
+        ("--lapic x2apic-firmware", "--lapic x2apic-firmware needs x2APIC, which QEMU 7.2 does not emulate"),
+        ("--domu-vcpus 5", "--domu-vcpus 5: each needs a CPU of its own, and the machine has 4"),
+        ("--cpu 2", "--cpu 2 needs a vCPU of dom0 on every CPU: give --dom0-vcpus 4 too"),
+        ("--cpu 2 --dom0-vcpus 3", "give --dom0-vcpus 4 too"),
+        ("--cpu 4 --dom0-vcpus 4", "--cpu 4: the machine's CPUs are 0 to 3"),
+        ("--how key --cpu 2 --dom0-vcpus 4", "--how key crashes the CPU that takes the serial interrupt"),
     ],
-)
-def test_a_run_that_could_not_show_its_fault_is_bad_usage(words, why, tmp_path, capsys):
-    assert main(["lab", "run", *words.split(), "--output", str(tmp_path)]) == 2
+)  # fmt: skip
+def test_a_run_that_could_not_show_what_is_asked_is_bad_usage(words, why, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("xencrash.lab.machine.Lab.up", None)  # nothing boots
+    assert main(["lab", "run", *words.split(), "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert why in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ("up --guest 4.17.0 --no-crash-kernel", "--no-crash-kernel is for real Xen"),
+        ("up --paused --domu-vcpus 4", "--domu-vcpus is for a machine that boots"),
+        ("crash --how key --cpu 1", "--how key crashes the CPU that takes the serial interrupt"),
+        ("dump --output x --format elf --timeout 5", "--timeout is for --format vmcore"),
+        ("down --all --run-dir x", "--all is every machine"),
+        ("fetch --all --xen 4.17", "--all is every Xen and every QEMU"),
+    ],
+)
+def test_options_of_the_other_steps_that_would_have_no_effect(words, why, capsys):
+    assert main(["lab", *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert why in said and said.count("\n") == 1
+
+
+def test_the_options_of_a_machine_are_what_it_is_made_of():
+    args = _parser("lab").parse_args("lab run --xen 4.20 --memory 2048 --xen-args foo --cpus 2".split())
+    assert machine_arguments(args) == {
+        "qemu": "7.2", "lapic": None, "cpus": 2, "xen": "4.20", "memory_mib": 2048, "xen_args": "foo",
+    }  # fmt: skip
 
 
 def test_a_fault_of_the_crashing_cpu_alone_needs_no_other():

@@ -250,12 +250,12 @@ def test_who_ends_a_step_has_it_clean_up(
             raise AssertionError("it went on")
         finally:
             os.kill(os.getpid(), sign)  # who asks twice does not disturb
-            cleaned.append(args.xen)
+            cleaned.append(args.cpus)
 
     monkeypatch.setattr(cli, "run_run", step)
     before = signal.getsignal(sign)
     with pytest.raises(SystemExit) as ended:
         main(["lab", "run"])
-    assert (ended.value.code, cleaned) == (128 + sign, ["4.17"])
+    assert (ended.value.code, cleaned) == (128 + sign, [4])
     assert capsys.readouterr().err == f"xencrash: ended by {sign.name}\n"
     assert signal.getsignal(sign) is before
