@@ -64,6 +64,11 @@ class XenRow:
     libxenctrl: str = ""
     libxenctrl_as: str = ""
 
+    @property
+    def version(self) -> str:
+        """How its version begins, as it says it on its console: 4.20 of the rows 4.20 and 4.20-sid."""
+        return self.name.partition("-")[0]
+
 
 XENS = {
     row.name: row

@@ -5,6 +5,7 @@ What each stage must show was seen on this Xen by hand, and in its sources; the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import mmap
@@ -22,15 +23,16 @@ import pytest
 import xen_symbols.report
 from tests.unit.test_checks import CHANGES, RENAMED, Machine
 from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.table import SymbolTable, load_symbols
 from xen_symbols.target.qemu_state import parse_cpus
 from xen_symbols.target.qmp import Qmp
 from xen_symbols.xen.locate import locate
+from xencrash.lab.gdbs import gdb_words
 from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot
-from xencrash.lab.rows import DEFAULT_XEN, XENS
+from xencrash.lab.rows import DEFAULT_XEN, GDBS, SUITES, XENS
 from xencrash.session import GdbSession, open_session
 from xencrash.trace import trace
 
@@ -42,23 +44,34 @@ SCHEMA = json.loads((Path(xen_symbols.report.__file__).parent / "schema.json").r
 
 @dataclass(frozen=True)
 class Row:
-    """Where what is shown differs between the lab's rows."""
+    """Rows of the lab; what a Xen shows differently from others follows from its own symbols."""
 
     xen: str
     qemu: str
     lapic: str
-    generation: str
-    unhooked: str | None = None  # what the NMI is dispatched to before the crash
-    renamed: bool = False  # the entry points have the names of 4.18 and later
+    gdb: str = "debian"
+
+    @functools.cached_property
+    def symbols(self) -> SymbolTable:
+        return load_symbols(str(xen_images(Cache(), XENS[self.xen]).symbols))
+
+    @property
+    def unhooked(self) -> str | None:
+        """What the NMI is dispatched to before the crash: exception_table[] held it, until 327db3837a (4.17.0)."""
+        return "do_nmi" if self.symbols.has("exception_table") else None
+
+    @property
+    def renamed(self) -> bool:
+        """Whether the entry points have the names of 4.18 and later."""
+        return self.symbols.has("entry_NMI")
 
 
+# Debian 12 all through, and each Xen with the newest that the lab has of the rest.
 ROWS = {
     f"{row.xen}-{row.qemu}-{row.lapic}": row
     for row in (
-        Row("4.17", "7.2", "xapic", "4.17.0"),
-        Row("4.14", "7.2", "xapic", "4.3.4", unhooked="do_nmi"),
-        Row("4.20", "10.0", "xapic", "4.17.0", renamed=True),
-        Row("4.20", "10.0", "x2apic", "4.17.0", renamed=True),
+        Row("4.17", "7.2", "xapic"),
+        *(Row(xen.name, "10.0", "x2apic", "18.1") for xen in XENS.values() if not SUITES[xen.suite].moving),
     )
 }
 MAIN = ROWS["4.17-7.2-xapic"]
@@ -119,7 +132,9 @@ def assert_every_stage(report: Json, crashing: int, row: Row = MAIN) -> None:
     jsonschema.validate(report, SCHEMA)
     assert [f for f in report["findings"] if f["verdict"] in ("fail", "unknown")] == []
     assert report.get("undecided") is None
-    assert (report["verdict"], report["crashing_cpu"], report["generation"]["id"]) == ("pass", crashing, row.generation)
+    assert (report["verdict"], report["crashing_cpu"], report["generation"]["id"]) == (
+        *("pass", crashing), XENS[row.xen].generation,
+    )  # fmt: skip
     assert report["symbols"]["match"] is True
     stages = [stage["stage"] for stage in report["stages"]]
     others = [cpu for cpu in range(4) if cpu != crashing]
@@ -289,9 +304,10 @@ def stopped(request: pytest.FixtureRequest) -> Iterator[tuple[Lab, GdbSession, L
     """Real Xen of each row, stopped at the handover of a crash on CPU 0, with gdb attached to it."""
     row = ROWS[request.param]
     with Lab.up(xen=row.xen, qemu=row.qemu, lapic=row.lapic, dom0_vcpus=4) as lab:
-        report = follow(lab, 0, leave_stopped=True)
+        gdb = gdb_words(Cache(), GDBS[row.gdb])[0]
+        report = follow(lab, 0, leave_stopped=True, gdb=gdb)
         assert_every_stage(report, 0, row)
-        with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
+        with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), gdb=gdb) as session:
             yield lab, session, LiveMachine(lab)
 
 
@@ -330,7 +346,7 @@ def test_bt_and_notes_at_the_handover(
             assert (names[0] == "do_nmi") is (row.unhooked is None) and "handle_ist_exception" in names
     notes = session.xen("notes")
     assert [(buffer["state"], buffer["says"]) for buffer in notes["buffers"]] == [("saved", "complete")] * 4
-    assert notes["info"]["version"].startswith(f"{row.xen}.")
+    assert notes["info"]["version"].startswith(f"{XENS[row.xen].version}.")
 
 
 def test_a_check_changes_nothing(stopped: tuple[Lab, GdbSession, LiveMachine], tmp_path: Path) -> None:

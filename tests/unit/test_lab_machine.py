@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.live import test_main_job
 from xen_symbols.crashpath.generations import BY_ID
 from xencrash.lab import images, initramfs, machine
 from xencrash.lab.errors import LabError
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot, Paths, Program, command_line, cpu_of
-from xencrash.lab.rows import KERNEL_SUITE, QEMUS, SUITES, XENS
+from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, KERNEL_SUITE, QEMUS, SUITES, XENS
 
 
 def entries(archive: bytes) -> dict[str, tuple[int, bytes]]:
@@ -113,6 +114,14 @@ def test_every_row_names_suites_that_there_are_and_a_reason() -> None:
     assert all(row.reason for row in (*XENS.values(), *QEMUS.values()))
     assert all(row.default_lapic in row.cpu for row in QEMUS.values())
     assert {row.generation for row in XENS.values()} <= BY_ID.keys()
+
+
+def test_every_settled_xen_gets_the_memory_changes_of_the_main_job() -> None:
+    settled = {row.name for row in XENS.values() if not SUITES[row.suite].moving}
+    assert {row.xen for row in test_main_job.ROWS.values()} == settled
+    assert {row.gdb for row in test_main_job.ROWS.values()} == GDBS.keys()
+    modes = {(row.xen, row.qemu, row.lapic) for row in test_main_job.ROWS.values()}
+    assert modes >= {(xen, "10.0", "x2apic") for xen in settled} | {(DEFAULT_XEN, DEFAULT_QEMU, "xapic")}
 
 
 def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
