@@ -290,15 +290,16 @@ def cpus_state(state: bytes) -> bytes:
 def record_qemu(row: str) -> None:
     """The monitor's texts with the reference guest, idle on two CPUs; the device state with Xen 4.17 at its handover.
 
-    The files are named by the version that QEMU itself says.
+    The files are named by the version that QEMU itself says. Prints what tests/unit/test_qemu_state.py asks.
     """
     from tests.live.machines import guest
     from xencrash.lab.machine import Lab
     from xencrash.trace import trace
 
     with guest(cpus=2, qemu=row) as lab, Qmp(lab.qmp_socket) as qmp:
-        version = qmp.execute("query-version")["qemu"]
-        name = f"qemu-{version['major']}.{version['minor']}"
+        told = qmp.execute("query-version")["qemu"]
+        version = f"{told['major']}.{told['minor']}"
+        name = f"qemu-{version}"
         for about, command in MONITOR.items():
             text = qmp.execute("human-monitor-command", **{"command-line": command})
             (RECORDED / "monitor" / f"{name}-{about}.txt").write_bytes(text.encode())
@@ -307,7 +308,12 @@ def record_qemu(row: str) -> None:
         def at_stage(stage: dict[str, Any], findings: object) -> None:
             if stage["stage"] == "handover":
                 with Qmp(lab.qmp_socket) as qmp:
-                    (RECORDED / f"{name}-handover.devstate").write_bytes(cpus_state(device_state(qmp)))
+                    state = cpus_state(device_state(qmp))
+                (RECORDED / f"{name}-handover.devstate").write_bytes(state)
+                lapic = parse_cpus(state)[stage["cpu"]].lapic
+                assert isinstance(lapic, Lapic)
+                line = f'"{version}": ({stage["cpu"]}, {lapic.icr_high:#x}),'
+                print(f"for CRASHED of tests/unit/test_qemu_state.py: {line}")
 
         trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, progress=at_stage,
               trigger=lab.crash)  # fmt: skip
