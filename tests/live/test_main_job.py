@@ -21,7 +21,7 @@ import jsonschema
 import pytest
 
 import xen_symbols.report
-from tests.unit.test_checks import CHANGES, RENAMED, Machine
+from tests.unit.test_checks import CHANGES, LOST, RENAMED, Machine
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import SymbolTable, load_symbols
 from xen_symbols.target.qemu_state import parse_cpus
@@ -321,6 +321,20 @@ def test_one_change_of_guest_memory_is_found_and_nothing_else(
     change(machine)
     try:
         assert wrong(session.xen("crash-check")) == {(check, cpu, "fail", "handover")}
+    finally:
+        machine.restore()
+    assert wrong(session.xen("crash-check")) == set()
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_what_is_lost_of_an_online_cpu_is_unknown(what: str, stopped: tuple[Lab, GdbSession, LiveMachine]) -> None:
+    _, session, machine = stopped
+    change, lost = LOST[what]
+    change(machine)
+    try:
+        assert wrong(session.xen("crash-check")) == {
+            (check, cpu, "unknown", "handover") for cpu, found in lost.items() for check in found
+        }
     finally:
         machine.restore()
     assert wrong(session.xen("crash-check")) == set()
