@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 from gdbplugin import tables
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.crashpath.checks import BOOT_MODES
+from xen_symbols.crashpath.checks import BOOT_MODES, Context
 from xen_symbols.crashpath.engine import (
-    context_at,
     describe_cpus,
     describe_symbols,
     describe_target,
@@ -352,7 +351,7 @@ def _status(session: Session) -> Json:
         generation = session.identification(memory).generation
         state = read_state(memory, notes=False)
         position = infer(state, generation)
-        context = context_at(memory, state, position, generation)
+        context = Context(memory, state, position, generation)
         flags = state.system["kexec_flags"]
         out: Json = {
             "generation": generation.id,

@@ -202,13 +202,14 @@ class LiveTarget:
     def _registers(self) -> str:
         """What `info registers -a` says, asked for CPU by CPU: of all at once it may be more than the socket holds."""
         listed = self._monitor("info cpus")
+        own = hmp.parse_selected_cpu(listed)
         texts = []
         try:
             for index in range(len(hmp.parse_host_threads(listed))):
                 self._monitor(f"cpu {index}")
                 texts.append(self._monitor("info registers"))
         finally:
-            self._monitor(f"cpu {hmp.parse_selected_cpu(listed)}")
+            self._monitor(f"cpu {own}")
         return "".join(texts)
 
     def _with_measured(self, cpu: PhysicalCpu) -> PhysicalCpu:

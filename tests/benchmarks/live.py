@@ -41,7 +41,8 @@ def seconds(run):
 
 _SNAPSHOT = """
 from gdbplugin.register import _registered
-from xen_symbols.crashpath.engine import context_at, judge
+from xen_symbols.crashpath.checks import Context
+from xen_symbols.crashpath.engine import judge
 from xen_symbols.crashpath.position import infer
 from xen_symbols.xen.state import read_state
 
@@ -63,7 +64,7 @@ snapshot()
 out = {{
     "packets": target.packets - before,
     "snapshot": seconds(snapshot),
-    "judge": seconds(lambda: judge(context_at(memory, state, infer(state, generation), generation))),
+    "judge": seconds(lambda: judge(Context(memory, state, infer(state, generation), generation))),
     "packet": seconds(packet),
 }}
 json.dump(out, open({path!r}, "w"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.recording import Example, crashed, load, names
-from xen_symbols.absence import Absent, Kind, Undecidable
+from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
 from xen_symbols.crashpath import checks, generations
 from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
 from xen_symbols.crashpath.engine import evaluate, judge
@@ -122,6 +122,7 @@ CHANGES: dict[str, tuple[Callable[[Machine], object], str, int | None]] = {
     "x2apic_enabled set": (lambda m: m.variable("x2apic_enabled", b"\1"), "x2apic-enabled", None),
     "notes of one CPU empty": (lambda m: m.poke(m.notes(1) + 20, bytes(336)), "crash-notes", 1),
     "notes of one CPU not Xen's": (lambda m: m.poke(m.notes(1) + 20 + 112 + 17 * 8, b"\x33\0"), "crash-notes", 1),
+    "notes of one CPU without page tables": (lambda m: m.poke(m.notes(1) + 372 + 16, bytes(8)), "crash-notes", 1),
     "crash info empty": (lambda m: m.poke(m.notes(0) + 420, bytes(80)), "crash-info-note", None),
     "LAPIC left in x2APIC mode": (lambda m: m.lapic(1, apic_base=0xFEE00C00, icr_high=1), "lapic-mode", 1),
     "LAPIC in the invalid mode": (lambda m: m.lapic(0, apic_base=0xFEE00500), "lapic-mode", 0),
@@ -229,8 +230,7 @@ def test_a_cpu_that_is_not_among_xens_is_named() -> None:
 
 def test_a_cpu_that_no_mask_knows_is_told_by_what_it_runs() -> None:
     machine = Machine("4.17.0-shootdown")
-    machine.variable("cpu_online_map", b"\x07")
-    machine.variable("waiting_to_crash", b"\x06")
+    offline(machine, 3)
     assert bad(machine.report()) == {("cpus-found", None, "unknown")}
     assert cpus_found(machine).reason == (
         "QEMU device state: its CPU 3 runs Xen (default_idle+0xc6), and is CPU 3, which is not online"
@@ -245,8 +245,7 @@ def test_a_cpu_that_was_not_online_may_be_without(
 ) -> None:
     monkeypatch.setattr(checks, "_AT_REST", {"default_idle"})  # where this one halts, as parked ones elsewhere
     machine = Machine("4.17.0-shootdown")
-    machine.variable("cpu_online_map", b"\x07")
-    machine.variable("waiting_to_crash", b"\x06")
+    offline(machine, 3)
     lose(machine, 3)
     report = machine.report()
     assert (report.verdict, bad(report)) == (Verdict.PASS, set())
@@ -366,7 +365,7 @@ def of_the_count(machine: Machine, count: int) -> Finding:
     state = read_state(machine.memory)
     counted = state._replace(system={**state.system, "waiting_count": Read(count)})
     generation = identify(machine.memory).generation._replace(bookkeeping="count", announces=False)
-    context = Context(counted, infer(state, generation), generation)
+    context = Context(machine.memory, counted, infer(state, generation), generation)
     found = judge(context)
     first, later = (
         next(f for f in findings if f.check == "waiting-cpus" and f.cpu is None)
@@ -703,6 +702,53 @@ def test_a_cpu_on_its_way_into_the_halt_loop_is_no_alarm_at_the_handover() -> No
     assert {(check, verdict) for check, cpu, verdict in bad(machine.report()) if cpu == 1} == {
         ("cpu-parked", "unknown"), ("nmi-pending", "unknown"), ("lapic-self-nmi", "unknown"),
     }  # fmt: skip
+
+
+def offline(machine: Machine, cpu: int) -> None:
+    """As a CPU looks, before the shootdown, that was not online."""
+    rest = 0b1111 & ~(1 << cpu)
+    machine.variable("cpu_online_map", bytes([rest]))
+    machine.variable("waiting_to_crash", bytes([rest & ~1]))
+
+
+def test_a_parked_cpu_has_trap_nop_and_no_ist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_AT_REST", {"default_idle"})
+
+    def parked(ist: bytes) -> set[tuple[str, int | None, str]]:
+        machine = Machine("4.17.0-shootdown")
+        offline(machine, 3)
+        handler(machine, 3, NMI, "trap_nop")
+        machine.gate(3, NMI, 4, ist)
+        report = machine.report()
+        assert [cpu["role"] for cpu in report.cpus] == ["crashing", "other", "other", "offline"]
+        return bad(report)
+
+    assert parked(b"\0") == set()
+    assert parked(b"\2") == {("nmi-gate-ist", 3, "fail")}
+
+
+def test_notes_that_may_be_written_right_now_are_no_alarm() -> None:
+    machine = Machine()
+    inside = machine.symbols.address("machine_kexec", "tT") + 4  # between two stages: every step is allowed for
+    machine.physical(0, lambda p: p._replace(registers={**p.registers, "rip": inside}))
+    machine.poke(machine.notes(1) + 372, bytes(32))
+    machine.poke(machine.notes(2) + 20 + 112 + 17 * 8, b"\x33\0")
+    observed = {f.cpu: (str(f.verdict), f.observed) for f in machine.report().findings if f.check == "crash-notes"}
+    assert observed == {0: ("pass", "saved"), 1: ("pass", "half written"), 2: ("pass", "not Xen's registers"),
+                        3: ("pass", "saved")}  # fmt: skip
+
+
+def test_without_the_name_of_do_nmi_its_dispatch_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine("4.14-handover")
+    address = machine.symbols.address
+
+    def nameless(name: str, kinds: str | None = None) -> int:
+        if name == "do_nmi":
+            raise Unreadable("no do_nmi", Kind.NO_SYMBOL)
+        return address(name, kinds)
+
+    monkeypatch.setattr(machine.symbols, "address", nameless)
+    assert bad(machine.report()) == {("nmi-dispatch", None, "unknown")}
 
 
 def test_evidence_names_the_bytes() -> None:

@@ -107,7 +107,7 @@ class Case:
         history.see(since)
         generation = generations.BY_ID[self.generation]
         writes = {key: [Write(self.by[0], symbols.address("kexec_reloc") + 8, self.by[1])]} if self.by else {}
-        context = Context(state, self.now, generation, gates_before=history.see(now, writes))
+        context = Context(machine.memory, state, self.now, generation, gates_before=history.see(now, writes))
         return next(check for check in CHECKS if check.id == "gate-change").judge(context, self.cpu)
 
 
@@ -290,7 +290,7 @@ def test_a_change_that_a_check_of_the_stage_sees_follows_from_it() -> None:
     history = GateHistory()
     history.see(before)
     seen = history.see(moment_of(state, at("handover"), 1))
-    context = Context(state, at("handover"), generations.BY_ID["4.17.0"], gates_before=seen)
+    context = Context(machine.memory, state, at("handover"), generations.BY_ID["4.17.0"], gates_before=seen)
     found = {(f.check, f.follows) for f in judge(context) if f.cpu == 2 and f.verdict is Verdict.FAIL}
     assert found == {("nmi-gate-ist", None), ("gate-change", "nmi-gate-ist")}
 

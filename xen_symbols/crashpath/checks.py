@@ -12,21 +12,23 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
-from xen_symbols.crashpath.generations import Generation, Hook
+from xen_symbols.crashpath.generations import GENERATIONS, Generation, Hook
 from xen_symbols.crashpath.stages import CRASHED, CrashStep, OtherStep, Position, Span
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.symbols.table import TEXT
 from xen_symbols.target import Lapic, PhysicalCpu
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NAMES, VECTOR_NMI, Gate
+from xen_symbols.xen.console import read_console
 from xen_symbols.xen.ist import IST_SSP_SIZE, ist_numbers
-from xen_symbols.xen.memory import HYPERVISOR_CS, image_region
+from xen_symbols.xen.memory import HYPERVISOR_CS, XenMemory, image_region
 from xen_symbols.xen.state import CpuState, Read, State, absent, in_memory, mask
 
 if TYPE_CHECKING:  # a trace alone needs it
     from xen_symbols.crashpath.gatechanges import GateChange, Key
 
 RFLAGS_IF = 1 << 9
+_CONSOLE_TAIL = 2048  # bytes
 
 
 class Outcome(NamedTuple):
@@ -104,6 +106,7 @@ _ANYWHERE = Span(OtherStep.NOTHING, OtherStep.PARKED)
 BOOT_MODES = {1: apic.Mode.DISABLED, 2: apic.Mode.XAPIC, 3: apic.Mode.X2APIC}  # ef41e4fb40, enum apic_mode
 
 
+_IST_0_TOO = "IST of #DF is 0 too, as while an AMD CPU holds an HVM guest's state, but TR is Xen's own"
 # A name that came (7888440625, 4.13.0) after the fix of XSA-244 (cc08c73c8c, 4.10.0 and backports): this Xen has it.
 _SINCE_XSA_244 = "per_cpu__tss_page"
 
@@ -120,6 +123,14 @@ ENTRY_POINTS = (
     EntryPoint(("entry_MC", "machine_check"), "renamed by abe93fc8aa (4.18.0)"),
     EntryPoint(("trap_nop",), "77ad1faa6b (4.3.0)"),
 )
+
+
+def _idt_in_use(state: State) -> Absent | None:
+    """None where the IDT delivers events; else why no gate is judged: FRED does, or that could not be read."""
+    fred = state.system["fred"].value
+    if isinstance(fred, Absent):
+        return None if fred.kind is Kind.NO_SYMBOL else fred  # a build without it has no FRED
+    return Absent("FRED delivers events: the IDT is not used", Kind.NOT_APPLICABLE) if fred == 1 else None
 
 
 def _owed_by_online(state: State, online: frozenset[int]) -> State:
@@ -154,12 +165,10 @@ class Context:
 
     def __init__(
         self,
+        memory: XenMemory,
         state: State,
         position: Position,
         generation: Generation,
-        *,
-        xen_phys_start: int | Absent = Absent("not known"),  # noqa: B008 - a frozen value
-        console_tail: str | Absent = Absent("the console ring was not read"),  # noqa: B008
         nmi_entries: dict[int, int] | None = None,
         gates_before: "Mapping[Key, GateChange] | None" = None,
     ) -> None:
@@ -170,15 +179,15 @@ class Context:
         self.crash = position.crash
         self.generation = generation
         self.symbols = state.symbols
-        self.xen_phys_start = xen_phys_start
-        self.console_tail = console_tail
+        self.memory = memory
         self.nmi_entries = nmi_entries
         self.gates_before = gates_before
         self.nmi, self.mc, self.trap_nop = (self._entry(*entry.names) for entry in ENTRY_POINTS)
         self.ist = ist_numbers(state)
-        self.fred = state.system["fred"].value == 1
+        self.no_idt = _idt_in_use(state)
         self._shown: dict[int, dict[str, Any]] = {}
         self._words: dict[tuple[str, int], Read] = {}
+        self._hlts: dict[int, bool | Absent] = {}
 
     def _entry(self, *names: str) -> int | Absent:
         for name in names:
@@ -217,9 +226,9 @@ class Context:
         physical = self.physical(cpu)
         return physical if isinstance(physical, Absent) else physical.lapic
 
-    def guest_state_loaded(self, cpu: CpuState) -> bool | None:
+    def guest_state_loaded(self, cpu: CpuState) -> bool | Absent:
         """Whether an HVM guest's state is loaded there on AMD: svm_ctxt_switch_to clears IST of #DF, NMI and #MC
-        together. None when that cannot be told from an AP that came up without (XSA-244).
+        together. Absent when that cannot be told from an AP that came up without (XSA-244).
 
         The guest's TR is loaded only when it is entered, and the CPU may do much else before (svm_vmenter_helper;
         seen in do_softirq). With TR Xen's own it is another guest's state where a PV guest runs, and with XSA-244.
@@ -231,9 +240,14 @@ class Context:
             return True
         if physical.tr_base not in (cpu.tss, cpu.tss + IST_SSP_SIZE):
             return True
-        if physical.registers.get("cs", 0) & 3:
+        if "cs" not in physical.registers:
+            return Absent(f"{_IST_0_TOO}: its CS, which tells a PV guest from that, could not be read")
+        if physical.registers["cs"] & 3:
             return False
-        return True if self.symbols.get(_SINCE_XSA_244) is not None else None
+        if self.symbols.get(_SINCE_XSA_244) is not None:
+            return True
+        return Absent(f"{_IST_0_TOO}: the guest is about to be entered, or this Xen is without the fix of XSA-244 "
+                      "(cc08c73c8c)")  # fmt: skip
 
     def in_svm_guest(self, cpu: CpuState) -> bool:
         """Whether it runs a guest on AMD: until it has left it and switched away, none of its gates has an IST
@@ -259,6 +273,25 @@ class Context:
             return read.value
         mode = apic.Mode.X2APIC if read.value else apic.Mode.XAPIC
         return str(mode.value)
+
+    @cached_property
+    def console_tail(self) -> str | Absent:
+        """The last that Xen printed; the report of the shootdown is among it."""
+        try:
+            return read_console(self.memory, _CONSOLE_TAIL)
+        except Unreadable as error:
+            return error.absent
+
+    def after_hlt(self, rip: int) -> bool | Absent:
+        """Whether the instruction before is HLT (SDM vol. 2, F4): a halted CPU's RIP is behind it."""
+        found = self._hlts.get(rip)
+        if found is None:
+            try:
+                found = self.memory.read(rip - 1, 1) == b"\xf4"
+            except Unreadable as error:
+                found = error.absent
+            self._hlts[rip] = found
+        return found
 
     def show_code(self, address: int) -> dict[str, Any]:
         shown = self._shown.get(address)
@@ -303,11 +336,15 @@ class Check(NamedTuple):
     def explain(self, outcome: Outcome) -> str:
         """What a failure would do to a real crash."""
         expected = outcome.allowed
-        if isinstance(expected, dict):
-            expected = expected.get("symbol")
+        several = expected["one_of"] if isinstance(expected, dict) and "one_of" in expected else [expected]
+        said = {self._instead_of(each) for each in several}
+        return said.pop() if len(said) == 1 else self.consequence
+
+    def _instead_of(self, expected: Any) -> str:
         if isinstance(expected, list):
             return self.consequence
-        return self.instead_of.get(expected, self.consequence)
+        value = expected.get("symbol") if isinstance(expected, dict) else expected
+        return self.instead_of.get(value, self.consequence)
 
 
 MACHINE = -1  # the `cpu` that a judge of the whole machine is called with
@@ -381,8 +418,8 @@ _ISTS = {VECTOR_NMI: _nmi_ist, VECTOR_MC: _mc_ist}
 
 
 def _gate_read(context: Context, cpu: int, vector: int) -> Read:
-    if context.fred:
-        return absent("FRED delivers events: the IDT is not used", Kind.NOT_APPLICABLE)
+    if context.no_idt:
+        return Read(context.no_idt)
     state = context.state.of(cpu)
     return state.nmi_gate if vector == VECTOR_NMI else state.mc_gate
 
@@ -409,17 +446,13 @@ def _judge_ist(vector: int) -> Callable[[Context, int], Outcome]:
             return outcome._replace(reason=_IN_GUEST) if outcome.verdict is Verdict.FAIL else outcome
         cleared = read.present and read.value.ist == 0
         if isinstance(allowed, Absent):  # as when every CPU holds a guest's state: no #DF gate tells the numbers
-            if cleared and context.guest_state_loaded(context.state.of(cpu)):
+            if cleared and context.guest_state_loaded(context.state.of(cpu)) is True:
                 return expect(read, (0,), of=lambda gate: gate.ist)
             return _from_absence(allowed, None)
         if cleared and 0 not in allowed:
             loaded = context.guest_state_loaded(context.state.of(cpu))
-            if loaded is None:
-                return unknown(
-                    "IST of #DF is 0 too, as while an AMD CPU holds an HVM guest's state, but TR is Xen's own: the "
-                    "guest is about to be entered, or this Xen is without the fix of XSA-244 (cc08c73c8c)",
-                    _expected_json(allowed), 0,
-                )  # fmt: skip
+            if isinstance(loaded, Absent):
+                return unknown(loaded.reason, _expected_json(allowed), 0)
             if loaded:
                 allowed = (*allowed, 0)
         return expect(read, allowed, of=lambda gate: gate.ist)
@@ -637,6 +670,13 @@ def _named(cpus: Iterable[int]) -> str:
 # Bookkeeping
 
 
+# What an NMI leads to before a crash: no callback, one of another part of Xen, or do_nmi itself.
+_DISPATCHED_BEFORE = (
+    None, "do_nmi",
+    *dict.fromkeys(name.rpartition("#")[2] for generation in GENERATIONS for name in generation.idle_callbacks),
+)  # fmt: skip
+
+
 def _nmi_dispatch(context: Context, _cpu: int) -> Outcome:
     generation = context.generation
     if generation.hook is Hook.GATE:
@@ -785,12 +825,14 @@ def _dump_notes(context: Context, cpu: int) -> Outcome:
 
 def _crash_info_note(context: Context, _cpu: int) -> Outcome:
     read = context.state.of(0).notes
-    allowed = timed(context.crash, CrashStep.INFO_SAVED, None, context.xen_phys_start)
-    if isinstance(context.xen_phys_start, Absent):
-        return _from_absence(context.xen_phys_start, None)
+    allowed = timed(context.crash, CrashStep.INFO_SAVED, None, context.memory.xen_phys_start)
     if isinstance(read.value, Absent):  # it has one on every Xen that has crash notes
         return unknown(read.value.reason)
     info = read.value.info
+    if read.value.damaged:
+        return unknown(info.reason)
+    if isinstance(info, Absent) and info.kind is Kind.NOT_APPLICABLE:
+        return unknown("CPU 0's buffer of crash notes holds no CRASH_INFO")
     value = None if isinstance(info, Absent) else info.xen_phys_start
     return expect(
         Read(value, read.evidence),
@@ -801,7 +843,8 @@ def _crash_info_note(context: Context, _cpu: int) -> Outcome:
 
 def _crash_owner(context: Context, _cpu: int) -> Outcome:
     read = context.state.system["crash_owner"]
-    if isinstance(read.value, Absent) and context.generation.bookkeeping == "count":
+    nameless = isinstance(read.value, Absent) and read.value.kind is Kind.NO_SYMBOL
+    if nameless and context.generation.bookkeeping == "count":
         return skip("this generation may have no owner variable (470f58c159)")
     owner = -1 if context.position.crashing_cpu is None else context.position.crashing_cpu
     return expect(read, timed(context.crash, CrashStep.SAVED, -1, owner))
@@ -844,20 +887,21 @@ def _reports(line: str, missing: Sequence[int]) -> bool:
 def _nmi_answered(context: Context, cpu: int) -> Outcome:
     if not context.crash.reached(CrashStep.WAITED):
         return skip("the wait is not over")
-    answered = False
+    signs = [(context.mask_word("saved", cpu), True), (context.mask_word("online", cpu), False)]
+    if context.generation.has_save_done:
+        signs.append((context.state.of(cpu).crash_save_done, True))
+    if context.generation.bookkeeping == "mask":
+        signs.append((context.mask_word("waiting_mask", cpu), False))
+    answered, unread = False, None
     evidence: tuple[Evidence, ...] = ()
-    for read, sign in (  # and what it is once the CPU has answered
-        (context.mask_word("saved", cpu), True),
-        (context.state.of(cpu).crash_save_done, True),
-        (context.mask_word("online", cpu), False),
-        (context.mask_word("waiting_mask", cpu), False),
-    ):
-        value, where = read
-        if not isinstance(value, Absent):
+    for (value, where), sign in signs:  # `sign` is what it is once the CPU has answered
+        if isinstance(value, Absent):
+            unread = unread or value
+        else:
             answered |= (cpu in value if isinstance(value, frozenset) else value) is sign
             evidence += where
-    if not evidence:
-        return unknown("none of its signs could be read", "answered")
+    if unread is not None and not answered:
+        return unknown(unread.reason, "answered")
     verdict = Verdict.PASS if answered else Verdict.FAIL
     outcome = Outcome(verdict, "answered", "answered" if answered else "did not answer", evidence)
     return because(outcome, "nmi-dispatch", "nmi-gate-present", "nmi-gate-handler", "nmi-gate-selector", "idtr")
@@ -935,21 +979,41 @@ def _on_its_way(context: Context, cpu: int) -> Outcome | None:
     if context.other(cpu).before(OtherStep.SELF_NMI):
         return skip("it has not come so far")
     physical = context.physical(cpu)
-    if isinstance(physical, Absent) or context.other(cpu).reached(OtherStep.PARKED):
+    if isinstance(physical, Absent) or not physical.current or context.other(cpu).reached(OtherStep.PARKED):
         return None
-    if physical.halted is not False or not _in_function(context, physical, context.generation.parks_in):
+    if physical.halted is True:
+        return None
+    inside = _in_function(context, physical, context.generation.parks_in)
+    if isinstance(inside, Absent):
+        return _from_absence(inside, None)
+    if not inside or _stands(context, physical) != _AWAKE:
         return None
     if context.position.stage is CRASHED:
         return unknown("it is awake where it should halt: look again, it may have been on its way into the halt loop")
     return skip("it has signed off and is still on its way into the halt loop: nobody waits for that")
 
 
-def _in_function(context: Context, physical: PhysicalCpu, name: str) -> bool:
+def _in_function(context: Context, physical: PhysicalCpu, name: str) -> bool | Absent:
     try:
         start, end = context.symbols.extent(name)
-    except Unreadable:
-        return False
-    return start <= physical.registers.get("rip", 0) < end
+    except Unreadable as error:
+        return error.absent
+    if "rip" not in physical.registers:
+        return Absent("its registers could not be read")
+    return start <= physical.registers["rip"] < end
+
+
+_HALTED, _AFTER_HLT, _AWAKE = "halted in", "after HLT in", "awake in"
+
+
+def _stands(context: Context, physical: PhysicalCpu) -> str | Absent:
+    """Whether a CPU in Xen's code is halted; where the target does not say so, whether it may be."""
+    if not isinstance(physical.halted, Absent):
+        return _HALTED if physical.halted else _AWAKE
+    after = context.after_hlt(physical.registers["rip"])
+    if isinstance(after, Absent):
+        return after
+    return _AFTER_HLT if after else _AWAKE
 
 
 def _lapic_self_nmi(context: Context, cpu: int) -> Outcome:
@@ -1008,24 +1072,27 @@ def _cpu_parked(context: Context, cpu: int) -> Outcome:
     early = _on_its_way(context, cpu)
     if early:
         return early
-    parked = f"halted in {context.generation.parks_in}, interrupts off"
+    function = context.generation.parks_in
+    known = context.physical(cpu)
+    told = isinstance(known, Absent) or not isinstance(known.halted, Absent)
+    parked = f"{_HALTED if told else _AFTER_HLT} {function}, interrupts off"
 
     def where(physical: PhysicalCpu) -> str | Absent:
         if not physical.current:
             return Absent("the registers are those saved in the notes", Kind.NOT_HELD)
         if "rip" not in physical.registers or "rflags" not in physical.registers:
             return Absent("its registers could not be read")
-        interrupts = physical.registers["rflags"] & RFLAGS_IF
-        if (
-            _in_function(context, physical, context.generation.parks_in)
-            and not interrupts
-            and physical.halted is not False
-        ):
+        interrupts = "on" if physical.registers["rflags"] & RFLAGS_IF else "off"
+        inside = _in_function(context, physical, function)
+        if isinstance(inside, Absent):
+            return inside
+        stands = _stands(context, physical) if inside or told else ""
+        if isinstance(stands, Absent):
+            return stands
+        if inside and stands != _AWAKE and interrupts == "off":
             return parked
-        awake = "" if isinstance(physical.halted, Absent) else "halted in " if physical.halted else "awake in "
-        return (
-            f"{awake}{context.symbols.describe(physical.registers['rip'])}, interrupts {'on' if interrupts else 'off'}"
-        )
+        at = context.symbols.describe(physical.registers["rip"])
+        return f"{stands} {at}, interrupts {interrupts}".lstrip()
 
     return expect(_physical_read(context, cpu, where), (parked,))
 
@@ -1037,8 +1104,8 @@ def _outside_xen(context: Context, physical: PhysicalCpu) -> bool:
 
 def _idtr(context: Context, cpu: int) -> Outcome:
     state = context.state.of(cpu)
-    if context.fred:
-        return skip("FRED delivers events: the IDT is not used")
+    if context.no_idt:
+        return _from_absence(context.no_idt, None)
 
     def table(physical: PhysicalCpu) -> tuple[int, int] | Absent:
         if physical.guest_mode is True:
@@ -1047,7 +1114,7 @@ def _idtr(context: Context, cpu: int) -> Outcome:
             return physical.idtr
         if physical.idtr == (state.idt.value, 0xFFF):
             return physical.idtr
-        if context.guest_state_loaded(state):
+        if context.guest_state_loaded(state) is True:
             return Absent("it runs outside Xen with an HVM guest's state: IDTR is the guest's", Kind.NOT_APPLICABLE)
         return Absent(f"it runs outside Xen, in an HVM guest perhaps, whose IDTR this is: {physical.guest_mode.reason}")
 
@@ -1080,7 +1147,7 @@ CHECKS: tuple[Check, ...] = (
           "between went elsewhere, whatever the gate is now", _gate_change),
     Check("nmi-dispatch", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus (cbeeaa7da0, e7f147bf4a)",
           "the shootdown NMI runs the normal handler: no other CPU saves its state or stops", _nmi_dispatch,
-          {None: "an ordinary NMI stops a CPU of a machine that has not crashed"}),
+          dict.fromkeys(_DISPATCHED_BEFORE, "an ordinary NMI stops a CPU of a machine that has not crashed")),
     Check("waiting-cpus", Subject.MACHINE, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b, and its author's review)",
           "the crashing CPU waits a full second for CPUs that have already answered, or does not wait for those that "
           "have not", _waiting,

@@ -7,24 +7,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xen_symbols import __version__
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
-from xen_symbols.crashpath.generations import Generation, Identification, identify
+from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
-from xen_symbols.crashpath.stages import CRASHING, CrashStep, OtherStep, Position, Span
+from xen_symbols.crashpath.stages import CRASHING, OtherStep, Span
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.target import Lapic
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import Gate
-from xen_symbols.xen.console import read_console
 from xen_symbols.xen.memory import XenMemory
-from xen_symbols.xen.state import CpuState, Read, State, read_state
+from xen_symbols.xen.state import CpuState, Read, read_state
 
 if TYPE_CHECKING:  # a trace alone needs it
-    from xen_symbols.crashpath.gatechanges import GateChange, Key
+    from xen_symbols.crashpath.gatechanges import GateChange
 
 TOOL: Mapping[str, Any] = {"name": "xencrash", "version": __version__}
-# The report of the shootdown is among the last lines that Xen prints.
-_CONSOLE_TAIL = 2048
 
 
 def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> list[Finding]:
@@ -158,34 +155,6 @@ def _assume(context: Context, spans: Mapping[int, Span]) -> Context:
     return assumed
 
 
-def xen_phys_start(memory: XenMemory) -> int | Absent:
-    """Where Xen's image begins in physical memory: what its page tables map XEN_VIRT_START's image to."""
-    return memory.xen_phys_start
-
-
-def context_at(
-    memory: XenMemory,
-    state: State,
-    position: Position,
-    generation: Generation,
-    entries: dict[int, int] | None = None,
-    gates_before: "Mapping[Key, GateChange] | None" = None,
-) -> Context:
-    """A context for the checks; the end of the console is read only where a check needs it. `entries` and
-    `gates_before` are a trace's."""
-    tail: str | Absent = Absent("not needed at this stage")
-    if generation.announces and position.crash.reached(CrashStep.WAITED):
-        try:
-            tail = read_console(memory, _CONSOLE_TAIL)
-        except Unreadable as error:
-            tail = error.absent
-    return Context(
-        state, position, generation,
-        xen_phys_start=xen_phys_start(memory), console_tail=tail, nmi_entries=entries,
-        gates_before=gates_before,
-    )  # fmt: skip
-
-
 def new_report(memory: XenMemory, identification: Identification | None = None) -> Report:
     """A report with its context and no findings."""
     report = Report(tool=TOOL, target=describe_target(memory), symbols=describe_symbols(memory))
@@ -204,7 +173,7 @@ def describe_target(memory: XenMemory) -> dict[str, Any]:
         "kind": target.kind,
         "format": target.format,
         "location": target.location,
-        "xen_phys_start": hex(start) if isinstance(start := xen_phys_start(memory), int) else None,
+        "xen_phys_start": hex(memory.xen_phys_start),
         "found_by": memory.found_by,
     }
 
@@ -232,7 +201,7 @@ def evaluate(memory: XenMemory, identification: Identification | None = None) ->
     except Unreadable as error:
         raise Undecidable(f"{memory.target.location}: {error}") from None
     position = infer(state, identification.generation)
-    add_stage(report, context_at(memory, state, position, identification.generation))
+    add_stage(report, Context(memory, state, position, identification.generation))
     if position.stage is CRASHING:
         why = "no CPU is at the beginning of a stage"
         if is_memory_alone(state):

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.crashpath.engine import add_stage, context_at, gate_change_json, gate_difference_json, new_report
+from xen_symbols.crashpath.checks import Context
+from xen_symbols.crashpath.engine import add_stage, gate_change_json, gate_difference_json, new_report
 from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
@@ -125,7 +126,7 @@ class Follower:
         self._history.see(moment_of(state, position, None if position.stage is not NORMAL else 0))
         self.writes.look(state)
         if position.stage is NORMAL:
-            add_stage(self.report, context_at(self.memory, state, position, self.generation))
+            add_stage(self.report, Context(self.memory, state, position, self.generation))
 
     def _read(self) -> State:
         self.memory.forget()
@@ -235,7 +236,7 @@ class Follower:
         entries = self._entries if "nmi-taken" in self._anchors else None
         now = moment_of(state, position, len(self.report.stages))
         before = self._history.see(now, self.writes.take(state))
-        findings = add_stage(self.report, context_at(self.memory, state, position, self.generation, entries, before))
+        findings = add_stage(self.report, Context(self.memory, state, position, self.generation, entries, before))
         if self.report.gate_changes is not None:
             changes = [change for change in before.values() if change.changed]
             self.report.gate_changes += [gate_change_json(state.symbols, change) for change in changes]

@@ -13,6 +13,8 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.symbols.table import DATA, TEXT
 from xen_symbols.xen.memory import XenMemory
 
+_FUNCTION_MAX = 1 << 16  # bytes; none of Xen's that is read here is nearly as long
+
 
 class Hook(enum.Enum):
     """Where an NMI is turned into the shootdown on each other CPU."""
@@ -45,7 +47,9 @@ def either(first: Evidence, second: Evidence) -> Evidence:
 def function_text(memory: XenMemory, name: str) -> tuple[int, bytes]:
     """(address, code) of a function. Raises Unreadable."""
     start, end = memory.symbols.extent(name)
-    return start, memory.read(start, min(end - start, 1 << 16))
+    if end - start > _FUNCTION_MAX:
+        raise Unreadable(f"{name} would be {end - start} bytes long by the {memory.symbols.source}: they lack its end")
+    return start, memory.read(start, end - start)
 
 
 def references(memory: XenMemory, function: str, symbol: str) -> bool:

@@ -127,9 +127,14 @@ def parse_host_threads(text: str) -> list[int]:
 
 
 def parse_selected_cpu(text: str) -> int:
-    """The monitor's own CPU, by cpu_index, from `info cpus`: what `info registers` without a number tells of."""
+    """The monitor's own CPU, by cpu_index, from `info cpus`: what `info registers` without a number tells of.
+
+    Raises Unreadable for any other text.
+    """
     selected = re.search(r"^\* CPU #(\d+):", text, re.MULTILINE)
-    return int(selected[1]) if selected else 0
+    if selected is None:
+        raise Unreadable(f"QEMU's monitor does not say which CPU is its own: 'info cpus' said {text.strip()[:60]!r}")
+    return int(selected[1])
 
 
 _VIEW = re.compile(r"^ *AS \"memory\"", re.MULTILINE)
