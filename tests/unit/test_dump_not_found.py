@@ -27,11 +27,11 @@ LZO = "compressed with lzo; install the Python package lzallright"
 class Machine:
     """A crashed Xen that carries its symbols, its notes as in a vmcore, and its symbols in a file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cpus: int = 2, table: int = 0x300000) -> None:
         self.folder = folder
-        self.xen = SyntheticXen(2)
+        self.xen = SyntheticXen(cpus)
         rows = sorted((address - VIRT_START, kind + name) for name, (address, kind) in self.xen.symbols.items())
-        self.xen.content[PHYS_START + 0x300000] = elfwriter.embedded_table(rows)
+        self.xen.content[PHYS_START + table] = elfwriter.embedded_table(rows)
         self.symbols = folder / "map"
         self.symbols.write_text(self.xen.map_file())
         self.pgd = f"SYMBOL(pgd_l4)={self.xen.symbols['idle_pg_table'][0]:x}\n"
