@@ -155,6 +155,11 @@ def no_buffer(machine: Machine, cpu: int) -> None:
     machine.poke(machine.memory.variable("crash_notes") + 16 * cpu, bytes(8))
 
 
+def no_offset(machine: Machine, cpu: int) -> None:
+    """A hole of zeros: it would lead to CPU 0's area."""
+    machine.poke(machine.symbols.address("__per_cpu_offset") + 8 * cpu, bytes(8))
+
+
 def no_area(machine: Machine, cpu: int) -> None:
     invalid = (0x8000_0000_0000_0000 - machine.symbols.address("__per_cpu_start")) % (1 << 64)
     machine.poke(machine.symbols.address("__per_cpu_offset") + 8 * cpu, invalid.to_bytes(8, "little"))
@@ -171,6 +176,7 @@ LOST: dict[str, tuple[Callable[[Machine], object], dict[int | None, set[str]]]] 
     "a CPU's buffer of notes": (lambda m: no_buffer(m, 2), {2: {"crash-notes"}}),
     "CPU 0's buffer of notes": (lambda m: no_buffer(m, 0), {0: {"crash-notes"}, None: {"crash-info-note"}}),
     "a CPU's per-CPU area": (lambda m: no_area(m, 2), {2: GATE_CHECKS | OF_ITS_OWN, None: {"cpus-found"}}),
+    "the way to it": (lambda m: no_offset(m, 2), {2: GATE_CHECKS | OF_ITS_OWN, None: {"cpus-found"}}),
     "a CPU's number": (lambda m: m.variable("nr_cpu_ids", b"\3\0\0\0", None), {None: {"cpus-found"}}),
 }  # fmt: skip
 
@@ -239,7 +245,7 @@ def test_a_cpu_that_no_mask_knows_is_told_by_what_it_runs() -> None:
     assert "its CPU 3 may run Xen: its registers could not be read" in str(cpus_found(machine).reason)
 
 
-@pytest.mark.parametrize("lose", [no_idt, no_buffer, no_area])
+@pytest.mark.parametrize("lose", [no_idt, no_buffer, no_area, no_offset])
 def test_a_cpu_that_was_not_online_may_be_without(
     lose: Callable[[Machine, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

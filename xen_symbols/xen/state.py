@@ -174,8 +174,8 @@ def read_state(memory: XenMemory, *, notes: bool = True) -> State:
         raise Unreadable(f"__per_cpu_offset could not be read: {offsets}")
 
     start = symbols.address("__per_cpu_start")
-    per_cpu = [int.from_bytes(offsets[i : i + 8], "little") for i in range(0, 8 * count, 8)]
-    existing = [cpu for cpu, offset in enumerate(per_cpu) if (start + offset) % (1 << 64) not in INVALID_PERCPU_AREAS]
+    per_cpu = _words(offsets)
+    existing = [cpu for cpu, offset in enumerate(per_cpu) if _has_area(start, cpu, offset)]
     idts = _idt_addresses(memory, existing, per_cpu, tables, tables_at)
     done_at = symbols.get("per_cpu__crash_save_done", _DATA)
     tss_at = symbols.get("per_cpu__tss_page", _DATA) or symbols.get("per_cpu__init_tss", _DATA)
@@ -236,8 +236,18 @@ def per_cpu_offsets(memory: XenMemory) -> dict[int, int]:
     count = cpu_count(memory)
     raw = memory.read(memory.symbols.address("__per_cpu_offset"), 8 * count)
     start = memory.symbols.address("__per_cpu_start")
-    offsets = {cpu: int.from_bytes(raw[8 * cpu : 8 * cpu + 8], "little") for cpu in range(count)}
-    return {cpu: o for cpu, o in offsets.items() if (start + o) % (1 << 64) not in INVALID_PERCPU_AREAS}
+    return {cpu: offset for cpu, offset in enumerate(_words(raw)) if _has_area(start, cpu, offset)}
+
+
+def _words(raw: bytes) -> list[int]:
+    """An array of 64-bit words."""
+    return [int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8)]
+
+
+def _has_area(start: int, cpu: int, offset: int) -> bool:
+    """Whether __per_cpu_offset[cpu] leads to a per-CPU area; `start` is that of the template, which CPU 0 alone uses
+    (percpu_init_areas): an offset of 0 would take CPU 0's variables for another's."""
+    return (start + offset) % (1 << 64) not in INVALID_PERCPU_AREAS and (offset != 0 or cpu == 0)
 
 
 def per_cpu_address(memory: XenMemory, name: str, cpu: int) -> int:
@@ -248,7 +258,7 @@ def per_cpu_address(memory: XenMemory, name: str, cpu: int) -> int:
     if not 0 <= cpu < count:
         raise Unreadable(f"CPU {cpu} does not exist: nr_cpu_ids is {count}")
     offset = memory.read_uint(memory.symbols.address("__per_cpu_offset") + 8 * cpu)
-    if (memory.symbols.address("__per_cpu_start") + offset) % (1 << 64) in INVALID_PERCPU_AREAS:
+    if not _has_area(memory.symbols.address("__per_cpu_start"), cpu, offset):
         raise Unreadable(f"CPU {cpu} is announced and absent: it has no per-CPU area")
     return (address + offset) % (1 << 64)
 
