@@ -29,3 +29,8 @@ def _rows() -> dict[str, tuple[int, ...]]:
 def feature(generation: str, name: str) -> int:
     """A row of generation.h. Raises KeyError for a row, ValueError for a generation that does not exist."""
     return _rows()[name][generations().index(generation)]
+
+
+def features() -> tuple[str, ...]:
+    """The rows of generation.h, by name."""
+    return tuple(_rows())

@@ -26,6 +26,7 @@ TSS_PAGE = 0xFFFF830000200000
 POISON = 0x8600111111111111
 XEN_CS, GUEST_CS = 0xE008, 0xE033
 RFLAGS = 0x246
+BEFORE = "what lies before it is not known: "
 
 NAMES = [
     "handle_ist_exception",
@@ -300,7 +301,7 @@ def test_the_frame_of_another_exception_is_not_relabelled(machine: Machine) -> N
     machine.at("do_nmi", machine.tops["NMI"] - 0x200)
     trace = machine.trace()
     assert len(trace["steps"]) == 1 and trace["lost"] and trace["frames"] == []
-    assert "no frame is at the top of the NMI stack: the vector there is 18, not 2" in trace["end"]
+    assert trace["end"] == f"{BEFORE}no frame is at the top of the NMI stack: the vector there is 18, not 2"
 
 
 def test_a_nested_nmi_has_overwritten_the_first(machine: Machine) -> None:
@@ -309,7 +310,8 @@ def test_a_nested_nmi_has_overwritten_the_first(machine: Machine) -> None:
     machine.frame(end, 2, inside("do_nmi"), end - 0x200)
     trace = machine.trace()
     assert [step["stack"] for step in trace["steps"]] == ["NMI", "NMI"]
-    assert trace["lost"] and trace["end"].startswith("another NMI came while the first was handled")
+    assert trace["lost"]
+    assert trace["end"] == "another NMI came while the first was handled, and overwrote its frame"
 
 
 def test_a_frame_that_is_only_half_there(machine: Machine) -> None:
@@ -324,15 +326,17 @@ def test_a_frame_that_is_only_half_there(machine: Machine) -> None:
     ]  # fmt: skip
     assert trace["frames"][0]["vector"] is None
     machine.at("handle_ist_exception", end)
-    assert "nothing has been pushed" in machine.trace()["end"]
+    assert machine.trace()["end"] == f"{BEFORE}nothing has been pushed on the NMI stack yet"
 
 
 def test_an_overflowed_stack_pointer_is_on_no_stack(machine: Machine) -> None:
     machine.at("last", TOP - 0x2100)
     trace = machine.trace()
-    assert trace["steps"][0]["stack"] is None and trace["lost"] and "it has overflowed" in trace["end"]
+    assert trace["steps"][0]["stack"] is None and trace["lost"]
+    below = "no stack: below the primary one, which has overflowed, or it is no stack pointer"
+    assert trace["end"] == f"{BEFORE}rsp {TOP - 0x2100:#x} is on {below}"
     machine.at("last", TOP + 0x8000)
-    assert "none of this CPU's stacks" in machine.trace()["end"]
+    assert machine.trace()["end"] == f"{BEFORE}rsp {TOP + 0x8000:#x} is on none of this CPU's stacks"
 
 
 # -- CPUs that are elsewhere ------------------------------------------------------------------
@@ -372,11 +376,13 @@ def test_the_tss_is_not_believed_blindly(machine: Machine) -> None:
     in_nmi_crash(machine)
     machine.put_tss(TSS_PAGE + 64 * machine.new, machine.guest_regs + 168, [POISON] * 7)
     trace = machine.trace()
-    assert trace["stacks"] is None and "is no TSS of Xen's" in trace["stacks_absent"]
+    why = f"what lies at {TSS_PAGE:#x} is no TSS of Xen's: its stack pointers are not in one CPU's stacks"
+    assert (trace["stacks"], trace["stacks_absent"]) == (None, why)
     assert trace["lost"] and trace["frames"] == [] and trace["steps"][0]["calls"] == []
     for at in range(TSS_PAGE, TSS_PAGE + 0x200, 8):
         machine.memory.pop(at, None)
-    assert "its TSS could not be read" in machine.trace()["stacks_absent"]
+    unread = f"its TSS could not be read: {TSS_PAGE + 0x40:#x} is not mapped"
+    assert machine.trace()["stacks_absent"] == unread
 
 
 def test_numbers_that_contradict_each_other_name_nothing(machine: Machine) -> None:
@@ -405,7 +411,8 @@ def test_tr_is_evidence_for_the_tss(machine: Machine) -> None:
 def test_fred_is_not_decoded(machine: Machine) -> None:
     in_nmi_crash(machine)
     trace = machine.trace(fred=1)
-    assert trace["stacks"] is None and "FRED" in trace["stacks_absent"]
+    why = "FRED delivers events: its stacks and frames are not known here"
+    assert (trace["stacks"], trace["stacks_absent"]) == (None, why)
 
 
 def test_what_cannot_be_read_is_said(machine: Machine) -> None:
@@ -413,12 +420,16 @@ def test_what_cannot_be_read_is_said(machine: Machine) -> None:
     machine.at("last", TOP - 0x1100)
     del machine.memory[TOP - 0x1008]
     (step,) = machine.trace()["steps"]
-    assert "could not be read" in step["absent"] and calls(step) == ["idle_loop"]
+    where = f"the stack from {TOP - 0x1100:#x} to {TOP - 0x1000:#x}"
+    assert step["absent"] == f"{where} could not be read: {TOP - 0x1100:#x} is not mapped"
+    assert calls(step) == ["idle_loop"]
     machine.at("last", TOP - 0x800)
     assert "absent" not in machine.trace()["steps"][0]
     machine.text_end = FUNCTION["idle_loop"]
     (step,) = machine.trace()["steps"]
-    assert "some code that it points to could not be read" in step["absent"] and calls(step) == []
+    code = f"{inside('idle_loop') - 7:#x} is not mapped"
+    assert step["absent"] == f"some code that it points to could not be read: {code}"
+    assert calls(step) == []
 
 
 # -- calls ------------------------------------------------------------------------------------

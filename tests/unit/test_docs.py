@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 from tests.gendocs import DOCS, PAGES
 from xencrash.cli import _parser
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+WRITTEN = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -25,6 +28,31 @@ def test_every_subcommand_that_the_readme_names_has_help() -> None:
     assert all(re.search(rf"^    {name} ", help_text, re.M) for name in named)
 
 
-def test_every_file_that_the_readme_links_to_exists() -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert (Path(__file__).parents[2] / link).exists(), link
+def test_every_file_that_a_page_links_to_exists() -> None:
+    links = [(page, link) for page in WRITTEN for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())]
+    assert {ROOT / "README.md", DOCS / "api.md", DOCS / "supporting-another-xen.md"} <= {page for page, _ in links}
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+    linked = {(page.parent / link).resolve() for page, link in links if page.name == "README.md"}
+    assert {page for page in WRITTEN if page.name != "README.md"} <= linked  # each page can be found
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Those of a command and of all that is below it."""
+    found = {word for action in parser._actions for word in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {word for below in action.choices.values() for word in options_of(below)}
+    return found
+
+
+def test_every_option_that_a_page_names_exists() -> None:
+    """In a command of ours, as `xencrash trace … --qmp SOCKET`, or by itself, as `--qmp`."""
+    named = {
+        (page.name, option)
+        for page in WRITTEN
+        for ours in re.findall(r"xencrash (?:check|info|trace|gdb|lab)\b[^`\n#]*|`--[^`\n]*", page.read_text())
+        for option in re.findall(r"--[a-z][a-z-]+", ours)
+    }
+    assert {"--qmp", "--symbols", "--gates", "--output", "--domu-vcpus"} <= {option for _, option in named}
+    others = {("benchmarks.md", "--python")}  # of the benchmark
+    assert {(page, option) for page, option in named if option not in options_of(_parser())} - others == set()

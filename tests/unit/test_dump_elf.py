@@ -197,9 +197,11 @@ def test_a_core_of_a_process_as_linux_lays_it_out(tmp_path: Path) -> None:
 
 
 def test_a_core_of_a_domain(tmp_path: Path) -> None:
-    assert "a core of a Xen domain" in refusal(tmp_path, writer.elf_header(0, phoff=0, shoff=64, shnum=7) + bytes(512))
+    bare = writer.elf_header(0, phoff=0, shoff=64, shnum=7) + bytes(512)
+    said = "an ELF core without program headers: a core of a Xen domain (xl dump-core) holds no Xen"
+    assert refusal(tmp_path, bare) == said
     data = writer.made(writer.write_elf, RANGES, {}, writer.note("Xen", 0x2000001, bytes(32)))
-    assert "a core of a Xen domain" in refusal(tmp_path, data)
+    assert refusal(tmp_path, data) == "a core of a Xen domain (xl dump-core): it holds no Xen"
 
 
 def test_a_dump_of_linux_without_xen(tmp_path: Path) -> None:
@@ -260,7 +262,8 @@ def test_a_raw_image_has_a_base(tmp_path: Path) -> None:
 
 
 def test_a_base_for_a_file_that_says_itself_is_refused(tmp_path: Path) -> None:
-    assert "a base is for a raw image" in refusal(tmp_path, core(), base=0)
+    said = "the file says itself what is where (ELF core); a base is for a raw image of memory"
+    assert refusal(tmp_path, core(), base=0) == said
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_unreadable(tmp_path: Path) -> None:

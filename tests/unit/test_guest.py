@@ -1,6 +1,7 @@
 """The reference guest's tables agree with its sources and with the tool, and every generation builds."""
 
 import re
+import subprocess
 
 import pytest
 
@@ -14,7 +15,7 @@ from xen_symbols.symbols.files import open_bytes
 from xencrash.cli import _parser, main
 from xencrash.guests import BY_ID, FAULTS, build, command_line, generations, listing
 from xencrash.guests.faults import clean
-from xencrash.guests.generations import SOURCES, feature
+from xencrash.guests.generations import SOURCES, feature, features
 from xencrash.lab.cli import machine_arguments
 from xencrash.lab.errors import LabError
 
@@ -72,11 +73,23 @@ def test_a_build_has_every_anchor(generation):
     assert table.address("_start") == feature(generation, "XEN_VIRT_START") + feature(generation, "START_OFFSET")
 
 
-def test_the_two_rfcs_differ_in_one_instruction():
-    decrement = b"\xf0\xff\x0d"
-    code = {name: build(name).kernel.read_bytes() for name in ("rfc-v1", "rfc-v1-fixed")}
-    assert decrement not in code["rfc-v1"]
-    assert decrement in code["rfc-v1-fixed"]
+def test_the_two_rfcs_differ_in_one_feature_and_its_instruction():
+    posted, fixed = "rfc-v1", "rfc-v1-fixed"
+    assert {name for name in features() if feature(posted, name) != feature(fixed, name)} == {"SIGNS_OFF"}
+    sources = [path for path in SOURCES.iterdir() if path.suffix in (".c", ".h", ".S") and path.name != "generation.h"]
+    assert [path.name for path in sources if re.search(r"\bGENERATION\b", path.read_text())] == []  # by features alone
+    decrement = "lock decl <waiting_for_crash_ipi>"
+    assert decrement not in instructions(posted, "do_nmi_crash")
+    assert decrement in instructions(fixed, "do_nmi_crash")
+
+
+def instructions(generation, function):
+    """A function's, each by its name and operands, with a symbol for its address."""
+    words = ["objdump", "-d", "--no-show-raw-insn", f"--disassemble={function}", str(build(generation).symbols)]
+    listed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^ *[0-9a-f]+:\t(.*)$", listed, re.MULTILINE)
+    assert found, listed
+    return [re.sub(r"\S+ +# [0-9a-f]+ (<\w+>)", r"\1", text) for text in found]
 
 
 def test_a_build_is_made_once(tmp_path):

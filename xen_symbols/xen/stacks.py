@@ -77,7 +77,7 @@ class CpuStacks(NamedTuple):
         if stack is not None:
             return f"the {stack.name} stack"
         if self.base <= address < self.end:
-            return "below the primary stack: it has overflowed, or this is no stack pointer"
+            return "no stack: below the primary one, which has overflowed, or it is no stack pointer"
         return "none of this CPU's stacks"
 
 
