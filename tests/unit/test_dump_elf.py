@@ -137,6 +137,13 @@ DAMAGED = {
         "program header 1: 0xa000 bytes of file for 0xa000",
     ),
     "more file than memory": (FIRST_LOAD + 40, "Q", 0x1000, "program header 1: 0xa000 bytes of file for 0x1000 bytes"),
+    "address past 2^52": (FIRST_LOAD + 24, "Q", 1 << 63, "program header 1: 0xa000 bytes of file for 0xa000 bytes at"),
+    "one place for two addresses": (
+        FIRST_LOAD + 56 + 8,
+        "Q",
+        64 + 3 * 56 + len(NOTES) + 0x9000,
+        "program headers overlap: physical 0x9000 and 0x100000 are both at offset 0x9",
+    ),
     "overlap": (FIRST_LOAD + 24, "Q", 0xFF000, "program headers overlap: physical 0x100000 is at offsets"),
     "notes of 4 GB": (64 + 32, "Q", 1 << 32, "program header 0 (notes): 4294967296 bytes of notes"),
     "notes past the file": (64 + 8, "Q", 1 << 40, "program header 0 (notes): the file ends at"),
@@ -259,6 +266,23 @@ def test_a_raw_image_has_a_base(tmp_path: Path) -> None:
     for address in (0xFFFFF, 0x100011):
         with pytest.raises(Unreadable, match=f"physical {address:#x} is not in the image"):
             dump.read_physical(address, 6)
+
+
+@pytest.mark.parametrize("base", [-5, 1 << 52, 1 << 70])
+def test_a_base_that_is_no_address(tmp_path: Path, base: int) -> None:
+    said = refusal(tmp_path, bytes(16), base=base)
+    assert said == f"its first byte cannot be at physical {base:#x}: give an address below 0x10000000000000"
+
+
+@pytest.mark.parametrize("write", [writer.write_elf, writer.write_kdump, None])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("address, size", [(0, -1), (-1, 1), (-4096, 4096), (-1 << 64, 8)])
+def test_a_read_of_less_than_nothing(address: int, size: int, flat: bool, write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    data = bytes(8192) if write is None else writer.made(write, [(0, 0x3000)], {}, NOTES)
+    options = {"base": 0} if write is None else {}
+    dump = opened(tmp_path, writer.flattened(data) if flat and write else data, **options)
+    with pytest.raises(Unreadable):
+        dump.read_physical(address, size)
 
 
 def test_a_base_for_a_file_that_says_itself_is_refused(tmp_path: Path) -> None:

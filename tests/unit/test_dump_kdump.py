@@ -117,6 +117,7 @@ def test_a_dump_that_ran_out_of_space(tmp_path: Path) -> None:
     last = descriptors_at(data) + 13 * 24
     data[last : last + 24] = bytes(24)
     dump = opened(tmp_path, bytes(data[:-10]))
+    assert dump.format == "kdump, which its writer could not complete"
     assert dump.read_physical(0x1234, 5) == b"hello"
     with pytest.raises(Unreadable, match=f"physical 0x103000: bad page descriptor at offset {last:#x}: 0 bytes"):
         dump.read_physical(0x103000, 1)

@@ -234,3 +234,11 @@ def test_a_mismatch_that_cannot_be_allowed(machine: Machine, capsys: pytest.Capt
     for words, more in ([], ""), (["--allow-build-id-mismatch"], why):
         assert main(["check", str(path), "--symbols", str(other), *words]) == 3
         assert capsys.readouterr().err == f"xencrash: {said}{more}; give its own xen-syms with --symbols\n"
+
+
+def test_a_crash_that_left_no_info_is_searched_for(machine: Machine) -> None:
+    """Neither the info nor any CPU's page tables show Xen; its memory does, with symbols and without."""
+    nowhere = [{"rip": 0xFFFF82D040200000, "cr0": 0x80050033, "cr3": 0x123000}] * 2
+    notes = writer.xen_notes(nowhere, bytes(80), machine.pgd)
+    for symbols in ([], [machine.symbols]):
+        assert open_dump(machine.elf(notes=notes), *symbols).root == machine.xen.root

@@ -15,10 +15,16 @@ _UNASKED = Absent("it is not in memory, and the target holds no device state", K
 READ_MAX = 64 << 20  # bytes; Xen keeps nothing larger in one piece (conring_size= ends there)
 
 
+PHYSICAL_END = 1 << 52  # the most physical memory that x86-64 has: SDM vol. 3, 4.1.4
+
+
 def bounded(address: int, size: int) -> None:
-    """Raises Unreadable for more than one read may ask for, which a length in damaged memory may."""
+    """Raises Unreadable for more than one read may ask for, which a length in damaged memory may, and for less than
+    nothing."""
     if size > READ_MAX:
         raise Unreadable(f"{size} bytes at {address:#x} are too many for one read; {READ_MAX} are the most")
+    if size < 0 or address < 0:
+        raise Unreadable(f"{size} bytes at {address:#x} are no memory")
 
 
 class Lapic(NamedTuple):

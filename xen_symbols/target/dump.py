@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.target import Note, PhysicalCpu
+from xen_symbols.target import PHYSICAL_END, Note, PhysicalCpu
 from xen_symbols.target.image import DumpFile, Image
 from xen_symbols.target.notes import cpus_of
 
@@ -102,12 +102,15 @@ def _open(file: DumpFile, path: str, base: int | None) -> Dump:
         from xen_symbols.target.kdump import KdumpMemory
 
         pages = KdumpMemory(image)
-        return _recognised(Dump(path, f"{wrapping}kdump", pages, pages.notes()), base)
+        format = f"{wrapping}kdump" + ", which its writer could not complete" * pages.incomplete
+        return _recognised(Dump(path, format, pages, pages.notes()), base)
     if wrapping:
         raise Undecidable(f"a flattened file with neither an ELF core nor a kdump in it, but {start.hex(' ')}")
     for magic, what in _OTHERS.items():
         if start.startswith(magic):
             raise Undecidable(what)
+    if base is not None and not 0 <= base < PHYSICAL_END:
+        raise Undecidable(f"its first byte cannot be at physical {base:#x}: give an address below {PHYSICAL_END:#x}")
     if base is None:
         raise Undecidable("not a dump of a known format; a raw image of memory needs its first byte's address (--base)")
     from xen_symbols.target.raw import RawMemory

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.target import Note, bounded
+from xen_symbols.target import PHYSICAL_END, Note, bounded
 from xen_symbols.target.image import Conflict, Extents, Image, Ranges, Stretch, require
 from xen_symbols.target.notes import MAX_NOTES, of_a_machine, parse_notes
 
@@ -93,12 +93,19 @@ def read_elf(image: Image) -> tuple[ElfMemory, list[Note]]:
     table = require(image, phoff, phnum * _PROGRAM_HEADER.size, f"{phnum} program headers")
     notes = of_a_machine(_read_notes(image, table))  # a process's has all its memory at physical 0
     try:
-        return ElfMemory(image, Extents(_loads(image, table)), Extents(_left_out(table))), notes
+        loads, left_out = Extents(_loads(image, table)), Extents(_left_out(table))
     except Conflict as conflict:
         address, one, other = conflict.args
         raise Undecidable(
             f"program headers overlap: physical {address:#x} is at offsets {one:#x} and {other:#x}; the file is damaged"
         ) from None
+    if shared := loads.shared():
+        offset, one_address, other_address = shared
+        raise Undecidable(
+            f"program headers overlap: physical {one_address:#x} and {other_address:#x} are both at offset "
+            f"{offset:#x}; the file is damaged"
+        )
+    return ElfMemory(image, loads, left_out), notes
 
 
 def _read_notes(image: Image, table: bytes) -> list[Note]:
@@ -121,7 +128,7 @@ def _loads(image: Image, table: bytes) -> Iterator[Stretch]:
     for number, (kind, _, offset, _, paddr, filesz, memsz, _) in enumerate(_PROGRAM_HEADER.iter_unpack(table)):
         if kind != _PT_LOAD or not filesz:
             continue
-        if filesz > memsz or paddr + memsz >= 1 << 64:
+        if filesz > memsz or paddr + memsz > PHYSICAL_END:
             raise Undecidable(
                 f"program header {number}: {filesz:#x} bytes of file for {memsz:#x} bytes at physical {paddr:#x}; "
                 "the file is damaged"

@@ -103,6 +103,16 @@ class Extents:
             self._positions.append(position)
             last_end, delta = end, position - start
 
+    def shared(self) -> tuple[int, int, int] | None:
+        """(position, one address, another) of a place in the file that stands for two addresses; None if none does."""
+        last_end = last = 0
+        for index in sorted(range(len(self._starts)), key=self._positions.__getitem__):
+            position, start = self._positions[index], self._starts[index]
+            if position < last_end:
+                return position, self._starts[last] + position - self._positions[last], start
+            last_end, last = position + self._ends[index] - start, index
+        return None
+
     def position(self, address: int, size: int) -> int | None:
         """Where all of the range lies in the file in one piece; None where it does not."""
         index = bisect_right(self._starts, address) - 1

@@ -72,7 +72,8 @@ class KdumpMemory:
         self._notes_at = sub[7:9] if version >= 4 else (0, 0)
         self._pages: dict[int, bytes] = {}
         self._rank = self._count()
-        if not status & _INCOMPLETE:
+        self.incomplete = bool(status & _INCOMPLETE)
+        if not self.incomplete:
             self._check_end()
 
     def notes(self) -> list[Note]:
@@ -88,7 +89,7 @@ class KdumpMemory:
 
     def read(self, address: int, size: int) -> bytes:
         first, start = divmod(address, PAGE_SIZE)
-        if start + size <= PAGE_SIZE:
+        if 0 <= size <= PAGE_SIZE - start:
             return self._page(first)[start : start + size]
         bounded(address, size)
         last = (address + size - 1) // PAGE_SIZE
@@ -115,7 +116,7 @@ class KdumpMemory:
         return page
 
     def _load(self, frame: int) -> bytes:
-        if frame >= self._frames or not self._bit(self._memory_at, frame):
+        if not 0 <= frame < self._frames or not self._bit(self._memory_at, frame):
             raise Unreadable("the dump has no memory there")
         if not self._bit(self._dumped_at, frame):
             raise Unreadable("the page was left out when the dump was written")

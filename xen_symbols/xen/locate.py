@@ -8,7 +8,7 @@ from itertools import chain
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.symbols import buildid
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import PhysicalCpu, Target
+from xen_symbols.target import Note, PhysicalCpu, Target
 from xen_symbols.target.notes import XEN_CRASH_INFO, parse_address, parse_crash_info, parse_vmcoreinfo
 from xen_symbols.x86 import paging
 from xen_symbols.xen.memory import (
@@ -160,10 +160,8 @@ def is_in_place(memory: XenMemory) -> bool:
 def _roots(target: Target, cpus: Sequence[PhysicalCpu], table: int) -> Iterator[tuple[int, str]]:
     offset = table - image_region(table)
     for note in target.notes():
-        if (note.name, note.type) == ("Xen", XEN_CRASH_INFO):
-            info = parse_crash_info(note.desc)
-            if not isinstance(info, Absent):
-                yield info.xen_phys_start + offset, _BY_INFO
+        if (start := _xen_phys_start(note)) is not None:
+            yield start + offset, _BY_INFO
     for cpu in cpus:
         if cpu.guest_mode is True or not cpu.registers.get("cr0", paging.CR0_PG) & paging.CR0_PG:
             continue
@@ -287,8 +285,8 @@ def _carried(memory: XenMemory, region: int, unread: Unread) -> SymbolTable | No
 
 
 def _images_in_memory(target: Target, progress: Progress | None = None) -> Iterator[tuple[XenMemory, int]]:
-    """The same wherever a dump's memory itself shows one, unless its notes are Xen's: these would say."""
-    if target.kind == "dump" and not any(note.name in ("Xen", "VMCOREINFO_XEN") for note in target.notes()):
+    """The same wherever a dump's memory itself shows one, unless its notes say where: there, and nowhere else."""
+    if target.kind == "dump" and all(_xen_phys_start(note) is None for note in target.notes()):
         from xen_symbols.xen.search import roots
 
         for root, region in roots(target, progress):
@@ -314,9 +312,8 @@ def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, S
     """(root of page tables, what XEN_VIRT_START may be there, who names it)."""
     start, root = None, None
     for note in target.notes():
-        if (note.name, note.type) == ("Xen", XEN_CRASH_INFO):
-            info = parse_crash_info(note.desc)
-            start = None if isinstance(info, Absent) else info.xen_phys_start
+        if (named := _xen_phys_start(note)) is not None:
+            start = named
         elif note.name == "VMCOREINFO_XEN":
             root = parse_address(parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)", ""))
     if start is not None and root is not None and paging.is_canonical(root):
@@ -325,6 +322,14 @@ def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, S
         if cpu.guest_mode is not True and "cr3" in cpu.registers:
             regions = [image_region(cpu.registers["rip"])] if _in_xen(cpu) else IMAGE_REGIONS
             yield cpu.registers["cr3"] & ~0xFFF, regions, _by_cr3(cpu)
+
+
+def _xen_phys_start(note: Note) -> int | None:
+    """Where the image begins in physical memory, if the note is Xen's crash info and says so."""
+    if (note.name, note.type) != ("Xen", XEN_CRASH_INFO):
+        return None
+    info = parse_crash_info(note.desc)
+    return None if isinstance(info, Absent) else info.xen_phys_start
 
 
 def _maps_some(memory: XenMemory, region: int, unread: Unread) -> bool:
