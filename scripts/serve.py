@@ -108,12 +108,16 @@ class Served:
 def served(memory: XenMemory, base: int | None = None) -> Served:
     """A dump with Xen in it: a thread for each CPU that Xen has, and for each that could not be matched to one.
 
-    gdb begins at the CPU that crashed, or else at the first with registers. `base` as for open_dump. Raises Unreadable.
+    gdb begins at the CPU that crashed, or else at the first with registers. Where the dump has none of its own, each
+    CPU has what it saved in Xen's memory. `base` as for open_dump. Raises Unreadable.
     """
-    state = read_state(memory, notes=False)
+    saved = not memory.target.cpus()
+    state = read_state(memory, notes=saved)
     threads = []
     for cpu, known in state.cpus.items():
-        if isinstance(known.physical, Absent):
+        if saved and known.notes.present and (registers := known.notes.value.saved):
+            threads.append(Thread(cpu, registers, f"CPU {cpu}, Xen's crash notes in its memory"))
+        elif isinstance(known.physical, Absent):
             if known.exists:
                 threads.append(Thread(cpu, {}, f"CPU {cpu}: {known.physical}"))
         else:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_dump_not_found import Machine
+from xen_symbols import open_dump
+from xencrash.serve import served
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,25 @@ def test_a_dump_that_is_none_starts_no_gdb(machine: Machine) -> None:
     done = subprocess.run([sys.executable, "-c", code, "gdb", text], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith(f"xencrash: {text}: not a dump of a known format") and done.stderr.count("\n") == 1
+
+
+def test_a_raw_image_has_the_registers_that_xen_saved(machine: Machine, tmp_path: Path) -> None:
+    ram = tmp_path / "ram"
+    with ram.open("wb") as file:
+        for address, data in machine.xen.content.items():
+            file.seek(address)
+            file.write(data)
+    memory = open_dump(ram, base=0)
+    registers = machine.xen._registers()
+    threads = served(memory, 0).threads
+    assert [thread.says for thread in threads] == [f"CPU {cpu}, Xen's crash notes in its memory" for cpu in (0, 1)]
+    assert all(registers.items() <= thread.registers.items() for thread in threads)
+    buffer = memory.read_uint(memory.variable("crash_notes") + 16)
+    with ram.open("r+b") as file:
+        file.seek(memory.physical(buffer) + 20)
+        file.write(bytes(336))
+        file.seek(memory.physical(buffer) + 372)
+        file.write(bytes(32))
+    first, second = served(open_dump(ram, base=0), 0).threads
+    assert first.registers["rip"] == registers["rip"]
+    assert (second.registers, second.says) == ({}, "CPU 1: the dump holds no registers of any CPU")

@@ -14,8 +14,10 @@ from tests.syntheticxen import HEAP, PHYS_START, TRAMPOLINE, VIRT_START, Synthet
 from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.symbols import embedded
-from xen_symbols.target import dump
+from xen_symbols.target import PhysicalCpu, dump
+from xen_symbols.x86 import paging
 from xen_symbols.xen import search
+from xen_symbols.xen.locate import carried_symbols, locate
 from xencrash.cli import main
 
 GB = 1 << 30
@@ -85,9 +87,49 @@ def test_no_xen_is_one_line_and_3(tmp_path: Path, capsys: pytest.CaptureFixture[
     path.write_bytes(bytes(range(256)) * 4096)
     assert main(["check", "--base", "0", str(path)]) == 3
     assert capsys.readouterr().err == (
-        f"xencrash: no symbol table of Xen's own was found in {path}: is it Xen? "
-        "If so, give its xen-syms with --symbols\n"
+        f"xencrash: no symbol table of Xen's own was found in {path}: is it Xen, with physical 0x0 as its first byte "
+        "(--base)? If so, give its xen-syms with --symbols\n"
     )
+
+
+def test_a_base_that_is_not_its_is_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    xen = made(monkeypatch)
+    path = image(tmp_path / "ram", xen)
+    (tmp_path / "map").write_text(xen.map_file())
+    for symbols in (None, tmp_path / "map"):
+        with pytest.raises(Undecidable, match=r"is it Xen, with physical 0x100000 as its first byte \(--base\)"):
+            open_dump(path, symbols, base=1 << 20)
+
+
+class Live:
+    """A machine whose memory is a file's, and whose CPUs are these."""
+
+    kind, format, location = "live", "test", "gdb:test"
+
+    def __init__(self, path: Path, cpus: Sequence[PhysicalCpu]) -> None:
+        self._dump = dump.open_dump(str(path), base=0)
+        self.read_physical, self.read_physical_many = self._dump.read_physical, self._dump.read_physical_many
+        self.physical_ranges, self.notes = self._dump.physical_ranges, self._dump.notes
+        self._cpus = cpus
+
+    def cpus(self) -> Sequence[PhysicalCpu]:
+        return self._cpus
+
+
+def test_a_live_machine_shows_its_symbols_by_a_cpu_that_runs_xen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by one in a guest, nor by one that has no paging yet; and its memory is not searched."""
+    xen = made(monkeypatch)
+    path = image(tmp_path / "ram", xen)
+    guest = PhysicalCpu(0, {"cr0": paging.CR0_PG, "cr3": xen.root, "rip": 0x1000}, guest_mode=True)
+    linux = PhysicalCpu(1, {"cr0": paging.CR0_PG, "cr3": 0x5000, "rip": 0xFFFFFFFF81000000})
+    idle = PhysicalCpu(2, {"cr0": paging.CR0_PG, "cr3": xen.root, "rip": VIRT_START + 0x200000})
+    live = Live(path, [guest, linux, idle])
+    found = locate(live, carried_symbols(live))
+    assert (found.root, found.build_id) == (xen.root, syntheticxen.BUILD_ID)
+    with pytest.raises(Undecidable, match=r"^no symbol table of Xen's own was found in gdb:test: is it Xen\? If so"):
+        carried_symbols(Live(path, [guest, linux]))
 
 
 def test_an_image_that_never_ran_is_no_xen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,11 @@ class Dump:
 
     kind = "dump"
 
-    def __init__(self, location: str, format: str, memory: Memory, notes: Sequence[Note]) -> None:
-        self.location, self.format = location, format
+    def __init__(
+        self, location: str, format: str, memory: Memory, notes: Sequence[Note], base: int | None = None
+    ) -> None:
+        """`base` is that of a raw image."""
+        self.location, self.format, self.base = location, format, base
         self._memory, self._notes = memory, notes
         self.read_physical = memory.read
         self.physical_ranges = memory.ranges
@@ -115,7 +118,7 @@ def _open(file: DumpFile, path: str, base: int | None) -> Dump:
         raise Undecidable("not a dump of a known format; a raw image of memory needs its first byte's address (--base)")
     from xen_symbols.target.raw import RawMemory
 
-    return Dump(path, f"raw image at {base:#x}", RawMemory(file, base), ())
+    return Dump(path, f"raw image at {base:#x}", RawMemory(file, base), (), base)
 
 
 def _recognised(dump: Dump, base: int | None) -> Dump:

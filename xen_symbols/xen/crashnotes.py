@@ -48,6 +48,12 @@ class CpuNotes(NamedTuple):
         return "half written" if self.missing else "saved"
 
     @property
+    def saved(self) -> dict[str, int]:
+        """Every register in it; none where the CPU saved nothing, or the buffer is damaged."""
+        parts = (self.registers, self.control)
+        return {name: value for part in parts if not isinstance(part, Absent) for name, value in part.items()}
+
+    @property
     def missing(self) -> list[str]:
         """What a saved buffer has, and this one has not."""
         if isinstance(self.registers, Absent):

@@ -101,7 +101,7 @@ def _why_not(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], 
         return f"no Xen of {symbols.path} was found in {target.location}: {unread.why}; take the dump again"
     return (
         f"no Xen of {symbols.path} was found in {target.location}: none of its page tables, nor its build-id; "
-        "is it Xen, and are these its symbols?"
+        f"is it Xen{_and_base(target)}, and are these its symbols?"
     )
 
 
@@ -265,7 +265,12 @@ def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolT
     nothing = f"no symbol table of Xen's own was found in {target.location}"
     if unread.why:
         raise Undecidable(f"{nothing}: {unread.why}; give its xen-syms with --symbols, or take the dump again")
-    raise Undecidable(f"{nothing}: is it Xen? If so, give its xen-syms with --symbols")
+    raise Undecidable(f"{nothing}: is it Xen{_and_base(target)}? If so, give its xen-syms with --symbols")
+
+
+def _and_base(target: Target) -> str:
+    base = getattr(target, "base", None)
+    return "" if base is None else f", with physical {base:#x} as its first byte (--base)"
 
 
 def _carried(memory: XenMemory, region: int, unread: Unread) -> SymbolTable | None:
