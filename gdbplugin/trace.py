@@ -20,7 +20,7 @@ from gdbplugin.session import Session
 from gdbplugin.target import cpu_index
 from gdbplugin.watch import end_watching, watch
 from xen_symbols.absence import Undecidable
-from xen_symbols.crashpath.follow import STALL_SECONDS, Follower, Progress, no_crash
+from xen_symbols.crashpath.follow import STALL_SECONDS, Follower, StopResult, no_crash
 from xen_symbols.report.blocks import Block, Cell, Lines, report_blocks, stage_line
 
 
@@ -92,7 +92,7 @@ def _follower(session: Session) -> Follower:
     return session.follower
 
 
-def _step(session: Session, follower: Follower) -> Progress:
+def _step(session: Session, follower: Follower) -> StopResult:
     target = session.target()
     if target is not follower.memory.target:
         raise Undecidable("gdb was connected anew while a crash was followed: the trace is lost")

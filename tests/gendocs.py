@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.follow import COMPLETE
-from xen_symbols.crashpath.gatechanges import CHANGES, HELPERS, Change, Whose
+from xen_symbols.crashpath.gatechanges import CHANGES, HELPERS, Change, Owner
 from xen_symbols.crashpath.generations import GENERATIONS
 from xen_symbols.crashpath.stages import BY_ID, CrashStep, Role
 from xen_symbols.x86.gate import VECTOR_NAMES
@@ -75,7 +75,7 @@ def _lines() -> Iterator[str]:
 
 
 def _writer(change: Change) -> str:
-    if change.whose is Whose.OFFLINE:
+    if change.whose is Owner.OFFLINE:
         return "not judged"
     functions = ", ".join(name for name in change.by.functions if name not in HELPERS)
     return f"{functions} on {'the CPU itself' if change.by.itself else 'the crashing CPU'}"

@@ -12,7 +12,7 @@ from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
 from xen_symbols.crashpath import checks, generations
 from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
 from xen_symbols.crashpath.engine import evaluate, judge
-from xen_symbols.crashpath.generations import Generation, identify
+from xen_symbols.crashpath.generations import Bookkeeping, Generation, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, online_at_crash
 from xen_symbols.report.model import Finding, Report, Verdict
 from xen_symbols.target import Lapic, PhysicalCpu
@@ -370,7 +370,7 @@ def of_the_count(machine: Machine, count: int) -> Finding:
     """What is found of waiting_for_crash_ipi, as if this Xen had it."""
     state = read_state(machine.memory)
     counted = state._replace(system={**state.system, "waiting_count": Read(count)})
-    generation = identify(machine.memory).generation._replace(bookkeeping="count", announces=False)
+    generation = identify(machine.memory).generation._replace(bookkeeping=Bookkeeping.COUNT, announces=False)
     context = Context(machine.memory, counted, infer(state, generation), generation)
     found = judge(context)
     first, later = (

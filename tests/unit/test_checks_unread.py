@@ -10,7 +10,7 @@ from tests.unit.test_checks import GATE_CHECKS, MC, NMI, Machine, bad, silent
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
 from xen_symbols.crashpath.engine import judge
-from xen_symbols.crashpath.generations import function_text, identify
+from xen_symbols.crashpath.generations import Bookkeeping, function_text, identify
 from xen_symbols.crashpath.position import infer
 from xen_symbols.report.model import Finding, Verdict
 from xen_symbols.symbols.table import SymbolNotFound
@@ -152,7 +152,7 @@ def test_damaged_headers_are_no_empty_note(name: str, at: int, junk: bytes) -> N
 
 
 def test_an_owner_that_has_a_name_and_was_not_read_is_unknown() -> None:
-    count = {"bookkeeping": "count"}
+    count = {"bookkeeping": Bookkeeping.COUNT}
     assert of(judged(Machine(), count, crash_owner=UNNAMED), "crash-owner")[0] is Verdict.SKIP
     assert of(judged(Machine(), count, crash_owner=HOLE), "crash-owner") == (Verdict.UNKNOWN, "it lies in a hole")
     assert of(judged(Machine(), count, crash_owner=Read(3)), "crash-owner")[0] is Verdict.FAIL
@@ -168,7 +168,8 @@ def test_a_cpu_is_silent_only_where_every_sign_says_so(sign: str) -> None:
     findings = judged(machine, **{sign: HOLE})
     assert of(findings, "nmi-answered", 2) == (Verdict.UNKNOWN, "it lies in a hole")
     assert of(findings, "nmi-answered", 1)[0] is Verdict.PASS  # the others say so
-    assert of(judged(machine, {"bookkeeping": "count"}, waiting_mask=UNNAMED), "nmi-answered", 2)[0] is Verdict.FAIL
+    findings = judged(machine, {"bookkeeping": Bookkeeping.COUNT}, waiting_mask=UNNAMED)
+    assert of(findings, "nmi-answered", 2)[0] is Verdict.FAIL
 
 
 # -- code and the monitor ---------------------------------------------------------------------

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
-from xen_symbols.crashpath.generations import GENERATIONS, Generation, Hook
-from xen_symbols.crashpath.stages import CRASHED, CrashStep, OtherStep, Position, Span
+from xen_symbols.crashpath.generations import GENERATIONS, Bookkeeping, Generation, Hook
+from xen_symbols.crashpath.stages import ANYWHERE, CRASHED, CrashStep, OtherStep, Position, Span
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.symbols.table import TEXT
 from xen_symbols.target import Lapic, PhysicalCpu
@@ -102,7 +102,6 @@ def timed(span: Span, step: int, before: Any, after: Any) -> tuple[Any, ...]:
     return (before, after)
 
 
-_ANYWHERE = Span(OtherStep.NOTHING, OtherStep.PARKED)
 BOOT_MODES = {1: apic.Mode.DISABLED, 2: apic.Mode.XAPIC, 3: apic.Mode.X2APIC}  # ef41e4fb40, enum apic_mode
 
 
@@ -215,7 +214,7 @@ class Context:
         return cpu in self.position.online and not self.is_crashing(cpu)
 
     def other(self, cpu: int) -> Span:
-        return self.position.others.get(cpu, _ANYWHERE)
+        return self.position.others.get(cpu, ANYWHERE)
 
     def physical(self, cpu: int) -> PhysicalCpu | Absent:
         if self.is_crashing(cpu) and self.position.stage is CRASHED:
@@ -547,7 +546,7 @@ _SHOWN: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _gate_change(context: Context, cpu: int) -> Outcome:
-    from xen_symbols.crashpath.gatechanges import allowed, strangers
+    from xen_symbols.crashpath.gatechanges import allowed, unexpected_writes
 
     def words(vector: int, name: str, *values: Any) -> str:
         if name == "handler":
@@ -581,7 +580,7 @@ def _gate_change(context: Context, cpu: int) -> Outcome:
         writers += [
             f"{VECTOR_NAMES[vector]} written by CPU {write.cpu} {context.symbols.describe(write.pc)}, "
             f"after {change.last_stage}"
-            for write in strangers(change, context.generation)
+            for write in unexpected_writes(change, context.generation)
         ]
         unseen |= bool(change.changed and not change.writes)
         evidence += read.evidence if change.changed else ()
@@ -710,7 +709,7 @@ def _expect_member(context: Context, mask: str, cpu: int, allowed: Sequence[bool
 
 def _waiting(context: Context, cpu: int) -> Outcome:
     generation = context.generation
-    if generation.bookkeeping == "count":
+    if generation.bookkeeping is Bookkeeping.COUNT:
         return skip("this generation counts the CPUs that it waits for") if cpu != MACHINE else _waiting_count(context)
     if cpu == MACHINE:
         return skip("this generation keeps a mask, judged per CPU")
@@ -844,7 +843,7 @@ def _crash_info_note(context: Context, _cpu: int) -> Outcome:
 def _crash_owner(context: Context, _cpu: int) -> Outcome:
     read = context.state.system["crash_owner"]
     nameless = isinstance(read.value, Absent) and read.value.kind is Kind.NO_SYMBOL
-    if nameless and context.generation.bookkeeping == "count":
+    if nameless and context.generation.bookkeeping is Bookkeeping.COUNT:
         return skip("this generation may have no owner variable (470f58c159)")
     owner = -1 if context.position.crashing_cpu is None else context.position.crashing_cpu
     return expect(read, timed(context.crash, CrashStep.SAVED, -1, owner))
@@ -890,7 +889,7 @@ def _nmi_answered(context: Context, cpu: int) -> Outcome:
     signs = [(context.mask_word("saved", cpu), True), (context.mask_word("online", cpu), False)]
     if context.generation.has_save_done:
         signs.append((context.state.of(cpu).crash_save_done, True))
-    if context.generation.bookkeeping == "mask":
+    if context.generation.bookkeeping is Bookkeeping.MASK:
         signs.append((context.mask_word("waiting_mask", cpu), False))
     answered, unread = False, None
     evidence: tuple[Evidence, ...] = ()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xen_symbols import __version__
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
-from xen_symbols.crashpath.generations import Identification, identify
+from xen_symbols.crashpath.generations import Bookkeeping, Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING, OtherStep, Span
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
@@ -46,7 +46,7 @@ def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> l
                               None, stop))
             )  # fmt: skip
     if failed:
-        _follow(context, findings, failed, [finding for finding in earlier if finding.verdict is Verdict.FAIL])
+        _explain(context, findings, failed, [finding for finding in earlier if finding.verdict is Verdict.FAIL])
     return findings
 
 
@@ -85,7 +85,7 @@ _SAID_ONCE = "shootdown-report"  # of how things were when the wait was over
 _NO_ANSWER = Span(OtherStep.NOTHING, OtherStep.NMI_TAKEN)
 
 
-def _follow(
+def _explain(
     context: Context, findings: list[Finding], failed: Sequence[Failure], earlier: Sequence[Finding]
 ) -> None:
     """Mark the failures that follow from others, as far as these explain them.
@@ -131,7 +131,7 @@ def _because_of(
 def _no_further(context: Context, failed: Sequence[Failure]) -> dict[int, tuple[str, Span]]:
     """Each other CPU that has not signed off: the check which says so, and what it can have completed."""
     generation = context.generation
-    if generation.bookkeeping == "mask":
+    if generation.bookkeeping is Bookkeeping.MASK:
         sign, missing, span = "waiting-cpus", True, Span(OtherStep.NOTHING, OtherStep.DONE)
     elif generation.has_save_done:
         sign, missing, span = "crash-save-done", False, Span(OtherStep.NOTHING, OtherStep.STOPPED)

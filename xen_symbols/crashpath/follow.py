@@ -73,7 +73,7 @@ def crash_image_loaded(kexec_flags: int) -> bool:
     return bool(kexec_flags >> (_KEXEC_IMAGE_CRASH_BASE + position) & 1)
 
 
-class Progress(NamedTuple):
+class StopResult(NamedTuple):
     """What a stop meant. `stage` is None for one that is none of ours: continue. `finished` ends the trace."""
 
     stage: StageSeen | None
@@ -150,12 +150,12 @@ class Follower:
         """Whether the crash has begun: from here on, stops follow each other within a second of the guest's time."""
         return bool(self.report.stages) and self.report.stages[-1].stage != NORMAL.id
 
-    def stop(self, index: int, pc: int) -> Progress:
+    def stop(self, index: int, pc: int) -> StopResult:
         """The machine stopped with the target's CPU `index` at `pc`. Raises Undecidable when the trace is lost."""
         if pc == self._reset_at:
             raise Undecidable("the guest was reset while its crash was followed: the dump is lost; see its console log")
         if pc not in self._anchors.values():
-            return Progress(None)
+            return StopResult(None)
         state = self._read()
         cpu = next(
             (c.cpu for c in state.cpus.values() if not isinstance(c.physical, Absent) and c.physical.index == index),
@@ -166,7 +166,7 @@ class Follower:
         stage = self._stage(cpu, pc)
         if stage is None:
             self.writes.look(state)
-            return Progress(None)
+            return StopResult(None)
         self._advance(state, stage, cpu)
         position = at_stage(stage, cpu, self._crashing, self._online, self._spans())
         if stage.role is Role.OTHER:
@@ -177,7 +177,7 @@ class Follower:
         finished = stage.id == self._last
         if finished:
             findings = (*findings, self._complete(True))
-        return Progress(seen, findings, finished)
+        return StopResult(seen, findings, finished)
 
     def _as_seen(self, position: Position, cpu: int) -> Position:
         """A stop of another CPU, when the crashing one has gone on without it, or when it was here before."""
@@ -290,7 +290,7 @@ class GateWatch:
 
     def see(self, state: State) -> list[dict[str, Any]]:
         """The changes since the last call."""
-        nowhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
-        position = Position(NORMAL, None, None, nowhere, {}, online_at_crash(state, None, None))
+        anywhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
+        position = Position(NORMAL, None, None, anywhere, {}, online_at_crash(state, None, None))
         seen = self._history.see(moment_of(state, position), self.writes.take(state)).values()
         return [gate_difference_json(state.symbols, change) for change in seen if change.changed]

@@ -152,7 +152,7 @@ class GateHistory:
 # -- What Xen changes -------------------------------------------------------------------------
 
 
-class Whose(enum.Enum):
+class Owner(enum.Enum):
     """Whose gate it is."""
 
     CRASHING = "the crashing CPU's"
@@ -165,7 +165,7 @@ class Whose(enum.Enum):
 NORMAL = "normal"  # the handler, or the IST, of a running Xen
 
 
-class Maker(NamedTuple):
+class Writer(NamedTuple):
     """Who makes a change: code of one of these functions (gcc may have put one into the other), on the gate's own CPU
     or, not `itself`, on the crashing one. Of a helper that is a function of its own the caller is not seen."""
 
@@ -182,21 +182,21 @@ class Change(NamedTuple):
     no more. `with_guest`: only where an HVM guest's state is loaded, or was.
     """
 
-    whose: Whose
+    whose: Owner
     vector: int
     property: str
     to: str | int
     first: CrashStep
     last: CrashStep
-    by: Maker
+    by: Writer
     made_in: Callable[[Generation], bool]
     until: OtherStep | None = None
     with_guest: bool = False
 
     def makes(self, write: Write, change: GateChange) -> bool:
         """Whether a write may be this change."""
-        maker = change.cpu if self.by.itself else change.now.position.crashing_cpu
-        return write.cpu == maker and write.function in self.by.functions
+        writer = change.cpu if self.by.itself else change.now.position.crashing_cpu
+        return write.cpu == writer and write.function in self.by.functions
 
     def allows(self, change: GateChange, generation: Generation) -> bool:
         """Whether a gate may have been changed so between two moments, whatever it became."""
@@ -220,11 +220,11 @@ class Change(NamedTuple):
         position = change.now.position
         online = change.cpu in position.online and change.cpu in change.since.position.online
         return {
-            Whose.CRASHING: change.cpu == position.crashing_cpu,
-            Whose.OTHER: change.cpu != position.crashing_cpu and change.cpu in position.online,
-            Whose.NOT_CRASHING: change.cpu != position.crashing_cpu,
-            Whose.EVERY: True,
-            Whose.OFFLINE: not online,
+            Owner.CRASHING: change.cpu == position.crashing_cpu,
+            Owner.OTHER: change.cpu != position.crashing_cpu and change.cpu in position.online,
+            Owner.NOT_CRASHING: change.cpu != position.crashing_cpu,
+            Owner.EVERY: True,
+            Owner.OFFLINE: not online,
         }[self.whose]
 
 
@@ -236,12 +236,12 @@ HELPERS = (
 )  # fmt: skip
 
 
-def _shootdown(source: str) -> Maker:
-    return Maker(source, ("nmi_shootdown_cpus", "machine_crash_shutdown", *HELPERS), itself=False)
+def _shootdown(source: str) -> Writer:
+    return Writer(source, ("nmi_shootdown_cpus", "machine_crash_shutdown", *HELPERS), itself=False)
 
 
-def _handover(source: str) -> Maker:
-    return Maker(source, ("machine_kexec", *HELPERS), itself=False)
+def _handover(source: str) -> Writer:
+    return Writer(source, ("machine_kexec", *HELPERS), itself=False)
 
 
 _NMI_SHOOTDOWN = "77ad1faa6b, nmi_shootdown_cpus"
@@ -249,17 +249,17 @@ _OWN_NMI_GATE = _shootdown(f"{_NMI_SHOOTDOWN} (until ad9c7d86c9)")
 _OWN_MC_GATE = _shootdown(_NMI_SHOOTDOWN)
 _HOOK = _shootdown(f"{_NMI_SHOOTDOWN} (until cbeeaa7da0)")
 _REMOTE_IST = _shootdown(f"{_RFC}, nmi_shootdown_cpus")
-_ANSWER = Maker("77ad1faa6b, do_nmi_crash", ("do_nmi_crash", *HELPERS))
+_ANSWER = Writer("77ad1faa6b, do_nmi_crash", ("do_nmi_crash", *HELPERS))
 _SWAP = _handover("77ad1faa6b, machine_kexec")
 _REWRITE = _handover(f"{_RFC}, machine_kexec")
 _OVERTAKE = _handover("77ad1faa6b, machine_kexec: it may overtake do_nmi_crash")
 # 4.2 to 4.10 bit by bit; enable_each_ist and disable_each_ist since.
-_SVM = Maker(
+_SVM = Writer(
     "f9fc2e584d, svm_ctxt_switch_to and svm_ctxt_switch_from", ("svm_ctxt_switch_to", "svm_ctxt_switch_from", *HELPERS)
 )
 # Both are for a CPU that is not online, of which writers are not judged.
-_PLAY_DEAD = Maker("73cb1383bf, play_dead", ("play_dead", "idle_loop", *HELPERS))
-_COPIED = Maker(
+_PLAY_DEAD = Writer("73cb1383bf, play_dead", ("play_dead", "idle_loop", *HELPERS))
+_COPIED = Writer(
     "cc08c73c8c, cpu_smpboot_alloc: a CPU that comes online starts with a copy of the table",
     ("cpu_smpboot_alloc", "cpu_smpboot_callback", "memcpy"),
     itself=False,
@@ -281,24 +281,24 @@ def _any(_generation: Generation) -> bool:
 
 
 CHANGES: tuple[Change, ...] = (
-    Change(Whose.CRASHING, VECTOR_NMI, "handler", "trap_nop", *_ARMED, _OWN_NMI_GATE, lambda g: g.own_nmi_gate),
-    Change(Whose.CRASHING, VECTOR_NMI, "ist", 0, *_ARMED, _OWN_NMI_GATE, lambda g: g.own_nmi_gate),
-    Change(Whose.CRASHING, VECTOR_MC, "ist", 0, *_ARMED, _OWN_MC_GATE, lambda g: g.swaps_mc),
-    Change(Whose.NOT_CRASHING, VECTOR_NMI, "handler", "nmi_crash", *_ARMED, _HOOK, lambda g: g.hook is Hook.GATE),
-    *(Change(Whose.NOT_CRASHING, vector, "ist", 0, *_ARMED, _REMOTE_IST,
+    Change(Owner.CRASHING, VECTOR_NMI, "handler", "trap_nop", *_ARMED, _OWN_NMI_GATE, lambda g: g.own_nmi_gate),
+    Change(Owner.CRASHING, VECTOR_NMI, "ist", 0, *_ARMED, _OWN_NMI_GATE, lambda g: g.own_nmi_gate),
+    Change(Owner.CRASHING, VECTOR_MC, "ist", 0, *_ARMED, _OWN_MC_GATE, lambda g: g.swaps_mc),
+    Change(Owner.NOT_CRASHING, VECTOR_NMI, "handler", "nmi_crash", *_ARMED, _HOOK, lambda g: g.hook is Hook.GATE),
+    *(Change(Owner.NOT_CRASHING, vector, "ist", 0, *_ARMED, _REMOTE_IST,
              lambda g: g.clears_remote_ist) for vector in (VECTOR_NMI, VECTOR_MC)),
-    Change(Whose.OTHER, VECTOR_MC, "ist", 0, *_ANSWERING, _ANSWER, _by_itself),
-    Change(Whose.EVERY, VECTOR_MC, "handler", "trap_nop", *_LEAVING, _SWAP, lambda g: g.swaps_mc),
-    Change(Whose.EVERY, VECTOR_MC, "ist", 0, *_LEAVING, _REWRITE, lambda g: g.clears_remote_ist),
+    Change(Owner.OTHER, VECTOR_MC, "ist", 0, *_ANSWERING, _ANSWER, _by_itself),
+    Change(Owner.EVERY, VECTOR_MC, "handler", "trap_nop", *_LEAVING, _SWAP, lambda g: g.swaps_mc),
+    Change(Owner.EVERY, VECTOR_MC, "ist", 0, *_LEAVING, _REWRITE, lambda g: g.clears_remote_ist),
     # The word in which the handler is replaced also holds the IST, which a late CPU may take away at that instant.
-    Change(Whose.OTHER, VECTOR_MC, "ist", NORMAL, *_LEAVING, _OVERTAKE, _by_itself),
-    Change(Whose.OFFLINE, VECTOR_NMI, "handler", "trap_nop", *_EVER, _PLAY_DEAD, lambda g: g.dead_cpus_use_trap_nop),
-    Change(Whose.OFFLINE, VECTOR_NMI, "ist", 0, *_EVER, _PLAY_DEAD, lambda g: g.dead_cpus_use_trap_nop),
-    *(Change(Whose.OFFLINE, vector, name, to, *_RUNNING, _COPIED, _any)
+    Change(Owner.OTHER, VECTOR_MC, "ist", NORMAL, *_LEAVING, _OVERTAKE, _by_itself),
+    Change(Owner.OFFLINE, VECTOR_NMI, "handler", "trap_nop", *_EVER, _PLAY_DEAD, lambda g: g.dead_cpus_use_trap_nop),
+    Change(Owner.OFFLINE, VECTOR_NMI, "ist", 0, *_EVER, _PLAY_DEAD, lambda g: g.dead_cpus_use_trap_nop),
+    *(Change(Owner.OFFLINE, vector, name, to, *_RUNNING, _COPIED, _any)
       for vector in (VECTOR_NMI, VECTOR_MC) for name, to in (("handler", NORMAL), ("ist", 0), ("ist", NORMAL))),
     # A CPU that has taken the NMI switches no more; the crashing one has its interrupts off by then.
     *(Change(whose, vector, "ist", to, *steps, _SVM, _any, OtherStep.NMI_TAKEN, with_guest=True)
-      for whose, steps in ((Whose.CRASHING, _RUNNING), (Whose.NOT_CRASHING, _EVER))
+      for whose, steps in ((Owner.CRASHING, _RUNNING), (Owner.NOT_CRASHING, _EVER))
       for vector in (VECTOR_NMI, VECTOR_MC) for to in (0, NORMAL)),
 )  # fmt: skip
 
@@ -308,7 +308,7 @@ def allowed(change: GateChange, generation: Generation) -> list[Change]:
     return [row for row in CHANGES if row.allows(change, generation)]
 
 
-def strangers(change: GateChange, generation: Generation) -> list[Write]:
+def unexpected_writes(change: GateChange, generation: Generation) -> list[Write]:
     """The writes to a gate that none of Xen's changes between the two moments is made by.
 
     Before the crash they are not judged, nor on a CPU that was not online: such a CPU's table may be given back

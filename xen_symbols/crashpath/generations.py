@@ -25,6 +25,13 @@ class Hook(enum.Enum):
     CALLBACK = "nmi_callback = do_nmi_crash"
 
 
+class Bookkeeping(enum.Enum):
+    """How the other CPUs sign off."""
+
+    COUNT = "waiting_for_crash_ipi counts those that have not"
+    MASK = "waiting_to_crash has a bit of each that has not"
+
+
 class Evidence(NamedTuple):
     """A statement that holds for a build, or does not. `test` may raise Unreadable: not decidable."""
 
@@ -108,14 +115,14 @@ class Generation(NamedTuple):
     releases: str
     hook: Hook
     evidence: tuple[Evidence, ...]
-    bookkeeping: str  # how CPUs sign off: "count" (waiting_for_crash_ipi) or "mask" (waiting_to_crash)
+    bookkeeping: Bookkeeping
     own_nmi_gate: bool = True  # the crashing CPU's NMI gate becomes trap_nop
     swaps_mc: bool = True  # the #MC handlers become trap_nop in machine_kexec, and NMIs are opened
     clears_remote_ist: bool = False  # the RFC: the crashing CPU clears the others' IST, and the NMI gate's too
     has_save_done: bool = True  # crash_save_done and the self-NMI
     announces: bool = True  # "Shot down all CPUs" on the console
-    frees_offline_cpus: bool = False  # has every CPU with an IDT been online? (kept for parked ones: 8797d20a6e, 4.12)
-    dead_cpus_use_trap_nop: bool = False  # may a CPU that was offline have trap_nop in its NMI gate?
+    frees_offline_cpus: bool = False  # with its IDT: every CPU that has one was online (until 8797d20a6e, 4.12)
+    dead_cpus_use_trap_nop: bool = False  # in their own NMI gates (73cb1383bf, 4.13)
     idle_callbacks: tuple[str, ...] = ()  # legitimate values of nmi_callback before the crash
     parks_in: str = "do_nmi_crash"
 
@@ -128,28 +135,30 @@ GENERATIONS = (
     Generation(
         "4.2.0", "before 77ad1faa6b", "4.2.0 - 4.2.5", Hook.CRASH_CALLBACK,
         (has("crash_nmi_callback", TEXT), lacks("do_nmi_crash", TEXT)),
-        bookkeeping="count", own_nmi_gate=False, swaps_mc=False, has_save_done=False, announces=False,
+        bookkeeping=Bookkeeping.COUNT, own_nmi_gate=False, swaps_mc=False, has_save_done=False, announces=False,
         frees_offline_cpus=True, idle_callbacks=_DUMMY, parks_in="crash_nmi_callback",
     ),
     Generation(
         "rfc-v1", "RFC of 2012-12-04, as posted", "never released", Hook.GATE,
         (has("nmi_crash", TEXT), lacks("waiting_to_crash"), _stub_starts_with_cli(True), _decrement(False)),
-        bookkeeping="count", clears_remote_ist=True, announces=False, frees_offline_cpus=True, idle_callbacks=_DUMMY,
+        bookkeeping=Bookkeeping.COUNT, clears_remote_ist=True, announces=False, frees_offline_cpus=True,
+        idle_callbacks=_DUMMY,
     ),
     Generation(
         "rfc-v1-fixed", "RFC of 2012-12-04 with the missing atomic_dec", "never released", Hook.GATE,
         (has("nmi_crash", TEXT), lacks("waiting_to_crash"), _stub_starts_with_cli(True), _decrement(True)),
-        bookkeeping="count", clears_remote_ist=True, announces=False, frees_offline_cpus=True, idle_callbacks=_DUMMY,
+        bookkeeping=Bookkeeping.COUNT, clears_remote_ist=True, announces=False, frees_offline_cpus=True,
+        idle_callbacks=_DUMMY,
     ),
     Generation(
         "4.3.0", "77ad1faa6b", "4.3.0, 4.3.1", Hook.GATE,
         (has("nmi_crash", TEXT), lacks("waiting_to_crash"), has("waiting_for_crash_ipi"), _stub_starts_with_cli(False)),
-        bookkeeping="count", announces=False, frees_offline_cpus=True, idle_callbacks=_DUMMY,
+        bookkeeping=Bookkeeping.COUNT, announces=False, frees_offline_cpus=True, idle_callbacks=_DUMMY,
     ),
     Generation(
         "4.3.2", "f12c1f0b09", "4.3.2, 4.3.3, 4.4.0, 4.4.1, 4.5.0", Hook.GATE,
         (has("nmi_crash", TEXT), has("waiting_to_crash")),
-        bookkeeping="mask", frees_offline_cpus=True, idle_callbacks=_DUMMY,
+        bookkeeping=Bookkeeping.MASK, frees_offline_cpus=True, idle_callbacks=_DUMMY,
     ),
     Generation(
         # 8228055568 (4.4.3) writes the same entry through another mapping, which leaves no trace.
@@ -158,7 +167,7 @@ GENERATIONS = (
             has("do_nmi_crash", TEXT), lacks("nmi_crash", TEXT),
             either(has("exception_table", DATA), has("dummy_nmi_callback", TEXT)),
         ),
-        bookkeeping="mask", dead_cpus_use_trap_nop=True, idle_callbacks=(*_DUMMY, *_TRANSIENT),
+        bookkeeping=Bookkeeping.MASK, dead_cpus_use_trap_nop=True, idle_callbacks=(*_DUMMY, *_TRANSIENT),
     ),
     Generation(
         "4.17.0", "e7f147bf4a", "4.17 - 4.20", Hook.CALLBACK,
@@ -166,7 +175,7 @@ GENERATIONS = (
             has("do_nmi_crash", TEXT), lacks("nmi_crash", TEXT), lacks("exception_table", DATA),
             lacks("dummy_nmi_callback", TEXT), has("idt_tables", DATA),
         ),
-        bookkeeping="mask", dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
+        bookkeeping=Bookkeeping.MASK, dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
     ),
     Generation(
         "4.21.0", "9c20d3c591", "4.21.0, 4.21.1", Hook.CALLBACK,
@@ -174,7 +183,7 @@ GENERATIONS = (
             has("do_nmi_crash", TEXT), lacks("idt_tables", DATA), has("per_cpu__idt", DATA),
             code_references("machine_crash_shutdown", "trap_nop"),
         ),
-        bookkeeping="mask", dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
+        bookkeeping=Bookkeeping.MASK, dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
     ),
     Generation(
         "4.21.2", "ad9c7d86c9, 2c9829a261", "4.21.2, 4.22", Hook.CALLBACK,
@@ -182,7 +191,7 @@ GENERATIONS = (
             has("do_nmi_crash", TEXT), lacks("idt_tables", DATA), has("per_cpu__idt", DATA),
             code_references("machine_crash_shutdown", "trap_nop", expected=False),
         ),
-        bookkeeping="mask", own_nmi_gate=False, dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
+        bookkeeping=Bookkeeping.MASK, own_nmi_gate=False, dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
     ),
 )  # fmt: skip
 

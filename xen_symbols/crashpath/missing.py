@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from xen_symbols.absence import Unreadable
 from xen_symbols.crashpath.checks import ENTRY_POINTS
-from xen_symbols.crashpath.generations import Generation, Hook
+from xen_symbols.crashpath.generations import Bookkeeping, Generation, Hook
 from xen_symbols.crashpath.position import anchor_address
 from xen_symbols.crashpath.stages import STAGES
 from xen_symbols.symbols.table import DATA, TEXT, SymbolTable
@@ -34,9 +34,9 @@ _BESIDES = (
 
 # What some generations do not have: that their symbols lack it is as it should be.
 _ONLY_IN: dict[str, Callable[[Generation], bool]] = {
-    "waiting_mask": lambda generation: generation.bookkeeping == "mask",
-    "waiting_count": lambda generation: generation.bookkeeping == "count",
-    "crash_owner": lambda generation: generation.bookkeeping == "mask",
+    "waiting_mask": lambda generation: generation.bookkeeping is Bookkeeping.MASK,
+    "waiting_count": lambda generation: generation.bookkeeping is Bookkeeping.COUNT,
+    "crash_owner": lambda generation: generation.bookkeeping is Bookkeeping.MASK,
     "exception_table_nmi": lambda generation: generation.hook is Hook.EXCEPTION_TABLE,
     "fred": lambda generation: False,  # a build without it has no FRED
 }

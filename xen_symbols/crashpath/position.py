@@ -6,6 +6,7 @@ from typing import NamedTuple
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
 from xen_symbols.crashpath.generations import Generation
 from xen_symbols.crashpath.stages import (
+    ANYWHERE,
     BY_ID,
     CRASHED,
     CRASHING,
@@ -25,7 +26,6 @@ from xen_symbols.xen.state import State
 
 _RUNNING = Span(OtherStep.NOTHING, OtherStep.NOTHING)
 _SHOT = Span(OtherStep.SIGNED_OFF, OtherStep.PARKED)
-_ANYWHERE = Span(OtherStep.NOTHING, OtherStep.PARKED)
 
 # Functions that only the crashing CPU runs: the anchors of its stages, but for those that another CPU reaches, too. One
 # that comes too late to crash stays behind in kexec_crash (one_cpu_only).
@@ -56,7 +56,7 @@ def at_stage(
             others = dict.fromkeys(others, _SHOT)
     else:
         crash = Span(stage.crash_step, stage.crash_step + 1)
-        others = dict.fromkeys(others, _ANYWHERE) | (seen or {})
+        others = dict.fromkeys(others, ANYWHERE) | (seen or {})
         assert stage.other_step is not None
         others[subject] = Span(stage.other_step, stage.other_step)
     return Position(stage, subject, crashing_cpu, crash, others, online)
@@ -165,7 +165,7 @@ def infer(state: State, generation: Generation) -> Position:
         done = Span(CrashStep.NEUTRALISED, CrashStep.NEUTRALISED)
         return Position(BY_ID["handover"], None, cpu, done, dict.fromkeys(online - {cpu}, _SHOT), online)
     anywhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
-    return Position(CRASHING, None, cpu, anywhere, dict.fromkeys(online - {cpu}, _ANYWHERE), online)
+    return Position(CRASHING, None, cpu, anywhere, dict.fromkeys(online - {cpu}, ANYWHERE), online)
 
 
 def is_memory_alone(state: State) -> bool:

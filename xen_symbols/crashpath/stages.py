@@ -94,6 +94,9 @@ class Span(NamedTuple):
         return self.low >= step
 
 
+ANYWHERE = Span(OtherStep.NOTHING, OtherStep.PARKED)  # of another CPU that nothing is known of
+
+
 class Position(NamedTuple):
     """Where the crash path stands: at a stage, with each CPU within its bounds.
 
