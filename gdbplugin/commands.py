@@ -147,7 +147,11 @@ def _idt(session: Session, cpu: int | None = None, vector: int | None = None) ->
             gates = [
                 _gate(memory, known.cpu, number, read)
                 for known in _chosen(state, None)
-                for number, read in ((2, known.nmi_gate), (8, known.df_gate), (18, known.mc_gate))
+                for number, read in (
+                    (gate.VECTOR_NMI, known.nmi_gate),
+                    (gate.VECTOR_DF, known.df_gate),
+                    (gate.VECTOR_MC, known.mc_gate),
+                )
             ]
         else:
             table = idt_address(memory, cpu)
@@ -234,8 +238,10 @@ def lapic_mode(state: State, cpu: CpuState) -> tuple[str | None, str]:
         return apic.mode(lapic.apic_base).value, lapic.source
     online, boot, running = (state.system[name] for name in ("online", "apic_boot_mode", "x2apic_enabled"))
     stopped = cpu.crash_save_done.present and cpu.crash_save_done.value is True
-    if (stopped or (online.present and cpu.cpu not in online.value)) and boot.present and boot.value in BOOT_MODES:
-        return BOOT_MODES[boot.value].value, "inferred from apic_boot_mode: it has been stopped"
+    offline = online.present and cpu.cpu not in online.value
+    if (stopped or offline) and boot.present and boot.value in BOOT_MODES:
+        why = "it has been stopped" if stopped else "it is not online"
+        return BOOT_MODES[boot.value].value, f"inferred from apic_boot_mode: {why}"
     if running.present:
         mode = apic.Mode.X2APIC if running.value else apic.Mode.XAPIC
         return mode.value, "inferred from x2apic_enabled"

@@ -16,6 +16,7 @@ from xen_symbols.report.blocks import (
     note_lines,
     show,
 )
+from xen_symbols.x86.apic import LVT_MASKED
 
 Json = dict[str, Any]
 
@@ -54,7 +55,7 @@ def lapic(answer: Json) -> Sequence[Block]:
     for cpu in answer["cpus"]:
         icr = None if cpu.get("icr_low") is None else f"{cpu['icr_high']}:{cpu['icr_low']}"
         lvt = cpu.get("lvt")
-        unmasked = None if lvt is None else [name for name, entry in lvt.items() if not int(entry, 16) & 1 << 16]
+        unmasked = None if lvt is None else [name for name, entry in lvt.items() if not int(entry, 16) & LVT_MASKED]
         values = (cpu.get("apic_base"), cpu.get("enabled"), cpu.get("spiv"), icr, unmasked)
         rows.append(
             [_cell(cpu["cpu"], "strong"), _cell(cpu["apic_id"]), _cell(cpu["mode"]), Cell(cpu["mode_source"], "dim"),

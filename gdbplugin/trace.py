@@ -30,6 +30,8 @@ def begin(session: Session, gates: str = "") -> Json:
 
     {"anchors": [{"address", "name"}], "crash_kernel_loaded": or null, "report": the report so far}.
     """
+    if gates not in ("", "gates"):
+        raise Undecidable(f"usage: -xen-crash-trace-begin [gates], not {gates!r}")
     end_watching()
     with session.look() as memory:
         if memory.target.kind != "live":

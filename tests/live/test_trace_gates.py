@@ -92,6 +92,8 @@ def test_the_watchpoints_are_there_for_the_trace_alone() -> None:
 
         session.xen("crash-trace-begin")
         assert watched() == 0
+        with pytest.raises(Undecidable, match=r"usage: -xen-crash-trace-begin \[gates\], not 'gate'"):
+            session.xen("crash-trace-begin", "gate")
         session.xen("crash-trace-begin", "gates")
         session.xen("crash-trace-begin", "gates")  # anew, with nothing left of the one before
         assert watched() == 4

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xen_symbols.report.model import Verdict, worst
+from xen_symbols.x86 import apic
+from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_NAMES
 
 Json = Mapping[str, Any]
 
@@ -58,7 +60,7 @@ def gate_cell(gate: Json | None) -> Cell:
     text = f"{gate['handler']['symbol']}, IST {gate['ist']}"
     if not gate["present"]:
         text += ", not present"
-    if gate["type"] != 14:
+    if gate["type"] != INTERRUPT_GATE:
         text += f", type {gate['type']}"
     if gate["dpl"]:
         text += f", DPL {gate['dpl']}"
@@ -91,8 +93,10 @@ def _lapic_cell(cpu: Json) -> Cell:
     lapic = cpu.get("lapic")
     if not lapic or lapic.get("mode") is None:
         return Cell("not known", "dim")
-    enabled = "" if lapic.get("spiv") is None else ", on" if int(lapic["spiv"], 16) & 0x100 else ", off"
-    return Cell(f"{lapic['mode']}{enabled}")
+    if lapic.get("spiv") is None:
+        return Cell(lapic["mode"])
+    enabled = "on" if int(lapic["spiv"], 16) & apic.SPIV_SOFTWARE_ENABLE else "off"
+    return Cell(f"{lapic['mode']}, {enabled}")
 
 
 def cpus_table(report: Json) -> Table:
@@ -192,7 +196,7 @@ def watched_gates(answer: Json) -> list[Block]:
 def _what_changed(change: Json) -> list[Cell]:
     return [
         Cell(str(change["cpu"]), "strong"),
-        Cell({2: "NMI", 18: "#MC"}[change["vector"]]),
+        Cell(VECTOR_NAMES[change["vector"]]),
         Cell("; ".join(_property_change(change, name) for name in change["changed"])),
     ]
 

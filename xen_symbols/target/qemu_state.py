@@ -26,7 +26,19 @@ _HF2_NMI = 1 << 2
 
 _REGISTERS = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
 _SEGMENTS = "es cs ss ds fs gs ldt tr gdt idt".split()
-_SEGMENTS_AT, _SEGMENT = 236, struct.Struct(">IQII")  # selector, base, limit, flags
+_SEGMENT = struct.Struct(">IQII")  # selector, base, limit, flags
+# Where the cpu section has what is read of it (target/i386/machine.c, vmstate_x86_cpu).
+_CPU = {
+    "registers": (0, struct.Struct(">18Q")),  # env.regs, env.eip, env.eflags
+    "hflags": (144, struct.Struct(">I")),
+    "segments": (236, struct.Struct(f">{_SEGMENT.format[1:] * len(_SEGMENTS)}")),  # env.segs, ldt, tr, gdt, idt
+    "control": (456, struct.Struct(">4Q")),  # env.cr[0], cr[2], cr[3], cr[4]
+    "efer": (816, struct.Struct(">Q")),
+    "hflags2": (876, struct.Struct(">I")),
+}
+_COMMON = struct.Struct(">II")  # halted, interrupt_request (vmstate_cpu_common)
+# hw/intc/apic_common.c, vmstate_apic_common: apicbase, id, arb_id, tpr, spurious_vec, log_dest, dest_mode, isr, tmr,
+# irr, lvt, esr, icr.
 _APIC = struct.Struct(">I B B B I B B 32x 32x 32x 6I I 2I")
 
 
@@ -119,20 +131,16 @@ def parse_cpus(data: bytes) -> list[PhysicalCpu]:
 
 def _cpu(index: int, cpu: bytes, common: bytes, apic_id: int, apic: bytes) -> PhysicalCpu:
     try:
-        registers = dict(zip(_REGISTERS, struct.unpack_from(">18Q", cpu), strict=True))
-        (hflags,) = struct.unpack_from(">I", cpu, 144)
-        segments = {
-            name: _SEGMENT.unpack_from(cpu, _SEGMENTS_AT + _SEGMENT.size * i) for i, name in enumerate(_SEGMENTS)
-        }
-        registers |= {name: segments[name][0] for name in ("cs", "ss", "tr")}
-        registers |= {"fs_base": segments["fs"][1], "gs_base": segments["gs"][1]}
-        registers |= dict(zip(("cr0", "cr2", "cr3", "cr4"), struct.unpack_from(">4Q", cpu, 456), strict=True))
-        (registers["efer"],) = struct.unpack_from(">Q", cpu, 816)
-        (hflags2,) = struct.unpack_from(">I", cpu, 876)
-        halted, interrupts = struct.unpack_from(">II", common)
+        fields = {name: layout.unpack_from(cpu, at) for name, (at, layout) in _CPU.items()}
+        halted, interrupts = _COMMON.unpack_from(common)
         lapic = _lapic(apic)
     except struct.error:
         raise Unreadable(f"QEMU's state of CPU {index} is shorter than its version says") from None
+    segments = {name: fields["segments"][4 * i : 4 * i + 4] for i, name in enumerate(_SEGMENTS)}
+    registers = dict(zip(_REGISTERS, fields["registers"], strict=True))
+    registers |= {name: segments[name][0] for name in ("cs", "ss", "tr")}
+    registers |= {"fs_base": segments["fs"][1], "gs_base": segments["gs"][1], "efer": fields["efer"][0]}
+    registers |= dict(zip(("cr0", "cr2", "cr3", "cr4"), fields["control"], strict=True))
     return PhysicalCpu(
         index=index,
         registers=registers,
@@ -141,9 +149,9 @@ def _cpu(index: int, cpu: bytes, common: bytes, apic_id: int, apic: bytes) -> Ph
         tr_base=segments["tr"][1],
         halted=bool(halted),
         # mp_state, nmi_pending and nmi_injected are KVM's; under TCG these two hold the truth.
-        nmi_blocked=bool(hflags2 & _HF2_NMI),
+        nmi_blocked=bool(fields["hflags2"][0] & _HF2_NMI),
         nmi_pending=bool(interrupts & _INTERRUPT_NMI),
-        guest_mode=bool(hflags & _HF_GUEST),
+        guest_mode=bool(fields["hflags"][0] & _HF_GUEST),
         lapic=lapic,
         source="QEMU device state",
     )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 SIZE = 16
 
 VECTOR_NMI = 2  # SDM vol. 3, table 6-1
+VECTOR_DF = 8
 VECTOR_MC = 18
 _NAMES = "#DE #DB NMI #BP #OF #BR #UD #NM #DF - #TS #NP #SS #GP #PF - #MF #AC #MC #XM #VE #CP"
 VECTOR_NAMES = {vector: name for vector, name in enumerate(_NAMES.split()) if name != "-"}
