@@ -47,7 +47,7 @@ class LiveTarget:
         self.connection = connection
         self.location = f"gdb:{connection.details}"
         self.qmp_socket: str | None = None
-        self.packets = 0
+        self.packets = 0  # sent: our own, and one for each of the monitor's commands (gdb's qRcmd)
         self.measured_modes: dict[int, int | Absent] = {}  # IA32_APIC_BASE by CPU index, when rdmsr was asked for
         self._batching = False
         self._cpus: list[PhysicalCpu] | None = None
@@ -72,6 +72,7 @@ class LiveTarget:
             )
 
     def _monitor(self, command: str) -> str:
+        self.packets += 1
         try:
             return hmp.plain(gdb.execute(f"monitor {command}", to_string=True))
         except gdb.error as error:
@@ -202,15 +203,20 @@ class LiveTarget:
     def _registers(self) -> str:
         """What `info registers -a` says, asked for CPU by CPU: of all at once it may be more than the socket holds."""
         listed = self._monitor("info cpus")
-        own = hmp.parse_selected_cpu(listed)
-        texts = []
+        indexes = range(len(hmp.parse_host_threads(listed)))
+        texts = [self._monitor(f"info registers {index}") for index in indexes[:1]]
+        if texts and hmp.names_a_cpu(texts[0]):
+            return "".join([*texts, *(self._monitor(f"info registers {index}") for index in indexes[1:])])
+        return "".join(self._registers_by_selection(indexes, hmp.parse_selected_cpu(listed)))
+
+    def _registers_by_selection(self, indexes: Sequence[int], selected: int) -> Iterator[str]:
+        """The same of a QEMU before 7.2, whose `info registers` takes no number."""
         try:
-            for index in range(len(hmp.parse_host_threads(listed))):
+            for index in indexes:
                 self._monitor(f"cpu {index}")
-                texts.append(self._monitor("info registers"))
+                yield self._monitor("info registers")
         finally:
-            self._monitor(f"cpu {own}")
-        return "".join(texts)
+            self._monitor(f"cpu {selected}")
 
     def _with_measured(self, cpu: PhysicalCpu) -> PhysicalCpu:
         """The LAPIC mode that rdmsr gave, where QEMU's device state did not give it."""

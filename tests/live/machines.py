@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,9 +32,17 @@ def target(lab: Lab) -> str:
     return f"gdb:{lab.gdb_socket}"
 
 
-def gdb(lab: Lab, *commands: str, qmp: bool = True, symbols: str | None = None, timeout: float = 60) -> str:
-    """What a gdb with the plugin, attached to the machine, prints for some commands. It detaches at the end."""
-    before = [f"source {plugin_script()}", f"set xen symbols {symbols or lab.symbols}"]
+def gdb(
+    lab: Lab,
+    *commands: str,
+    qmp: bool = True,
+    symbols: str | None = None,
+    timeout: float = 60,
+    before: Sequence[str] = (),
+) -> str:
+    """What a gdb with the plugin, attached to the machine, prints for some commands, of which `before` run before it is
+    attached. It detaches at the end."""
+    before = [*before, f"source {plugin_script()}", f"set xen symbols {symbols or lab.symbols}"]
     before += [f"set xen qmp-socket {lab.qmp_socket}"] * qmp
     return run_gdb(*before, f"target remote {lab.gdb_socket}", "echo \\n=== begin\\n", *commands, timeout=timeout)
 
@@ -73,11 +82,17 @@ def named(findings: Sequence[dict[str, Any]], verdict: str = "fail") -> list[tup
     return [(finding["check"], finding["cpu"]) for finding in findings if finding["verdict"] == verdict]
 
 
-def packets(lab: Lab) -> int:
-    """How many packets of the remote protocol one `xen crash status` sends."""
+def packets(lab: Lab, qmp: bool = True) -> int:
+    """How many packets of the remote protocol one `xen crash status` sends, by gdb's own log of them."""
     script = (
         "python from gdbplugin.register import _registered; t = _registered[0].target(); before = t.packets; "
         "gdb.execute('xen crash status', to_string=True); print('packets', t.packets - before)"
     )
-    output = gdb(lab, "xen crash status", script)
-    return int(re.search(r"packets (\d+)", output)[1])  # type: ignore[index]
+    mark = "maint packet qmark"
+    with tempfile.NamedTemporaryFile("r") as log:
+        output = gdb(lab, "xen crash status", mark, script, mark, qmp=qmp, before=[f"set remotelogfile {log.name}"])
+        sent = re.findall(r"^w [+]?\$([^#]*)#", log.read(), re.MULTILINE)
+    first, last = (at for at, packet in enumerate(sent) if packet == "qmark")
+    ours = int(re.search(r"packets (\d+)", output)[1])  # type: ignore[index]
+    assert ours == last - first - 1, sent[first:last]  # what we say that we send is what gdb sends
+    return ours

@@ -52,6 +52,11 @@ def test_other_text_is_no_registers(garbage: str) -> None:
         hmp.parse_registers(garbage)
 
 
+def test_a_monitor_that_takes_no_number_names_no_cpu() -> None:
+    assert not hmp.names_a_cpu("info registers: extraneous characters at the end of line\r\n")
+    assert all(hmp.names_a_cpu(text(f"qemu-{qemu}-registers")) for qemu in QEMUS)
+
+
 @pytest.mark.parametrize("qemu", QEMUS)
 def test_lapic(qemu: str) -> None:
     found = hmp.parse_lapic(text(f"qemu-{qemu}-lapic"), 1)

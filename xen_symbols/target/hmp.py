@@ -15,6 +15,7 @@ from xen_symbols.target import Lapic, PhysicalCpu
 NEEDS_QMP = Absent("needs QEMU's QMP socket: set xen qmp-socket PATH, or --qmp PATH")
 SOURCE = "QEMU monitor"
 
+_CPU_HEAD = re.compile(r"^CPU#(\d+)\r?$", re.MULTILINE)
 _REGISTER = re.compile(r"\b([A-Z][A-Z0-9]{1,3}) ?= *([0-9a-f]+)\b")
 _SEGMENT = re.compile(r"^(LDT|TR|GDT|IDT) ?= *([0-9a-f ]+?) *(?:DPL=.*)?$", re.MULTILINE)
 _MI_OUTPUT = re.compile(r'^@"((?:[^"\\]|\\.)*)"$', re.MULTILINE)
@@ -48,10 +49,15 @@ _NAMES = {
 
 def parse_registers(text: str) -> list[PhysicalCpu]:
     """The CPUs of `info registers`, by cpu_index, without APIC ids. Raises Unreadable for any other text."""
-    blocks = re.split(r"^CPU#(\d+)\r?$", text, flags=re.MULTILINE)[1:]
+    blocks = _CPU_HEAD.split(text)[1:]
     if not blocks:
         raise Unreadable(f"QEMU's monitor does not know 'info registers': it said {text.strip()[:60]!r}")
     return [_cpu(int(number), block.replace("\r", "")) for number, block in zip(blocks[::2], blocks[1::2], strict=True)]
+
+
+def names_a_cpu(text: str) -> bool:
+    """Whether it is of one or more CPUs' registers at all; what a QEMU before 7.2 says to `info registers N` is not."""
+    return _CPU_HEAD.search(text) is not None
 
 
 def _cpu(index: int, text: str) -> PhysicalCpu:
