@@ -128,8 +128,25 @@ def test_a_live_machine_shows_its_symbols_by_a_cpu_that_runs_xen(
     live = Live(path, [guest, linux, idle])
     found = locate(live, carried_symbols(live))
     assert (found.root, found.build_id) == (xen.root, syntheticxen.BUILD_ID)
+    lost = linux._replace(registers=linux.registers | {"cr3": 1 << 40})
     with pytest.raises(Undecidable, match=r"^no symbol table of Xen's own was found in gdb:test: is it Xen\? If so"):
-        carried_symbols(Live(path, [guest, linux]))
+        carried_symbols(Live(path, [guest, linux, lost]))
+
+
+def test_a_cpu_that_runs_xen_is_asked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of others have page tables that map a part of the image, as a PV guest's do with XPTI."""
+    xen = made(monkeypatch)
+    others = []
+    for number in range(64):
+        root = 0x10000000 + 0x4000 * number
+        for level, shift in enumerate((39, 30, 21)):
+            entry = struct.pack("<Q", root + 0x1000 * (level + 1) | 1)
+            xen.content[root + 0x1000 * level + 8 * (VIRT_START + 0x200000 >> shift & 511)] = entry
+        xen.content[root + 0x3000] = struct.pack("<Q", PHYS_START + 0x200000 | 1)
+        others.append(PhysicalCpu(number, {"cr0": paging.CR0_PG, "cr3": root, "rip": 0x401000}))
+    idle = PhysicalCpu(64, {"cr0": paging.CR0_PG, "cr3": xen.root, "rip": VIRT_START + 0x200000})
+    live = Live(image(tmp_path / "ram", xen), [*others, idle])
+    assert locate(live, carried_symbols(live)).root == xen.root
 
 
 def test_an_image_that_never_ran_is_no_xen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,21 +25,26 @@ from xen_symbols.xen.memory import (
 
 Progress = Callable[[int, int], None]
 
-# A bound on hostile page tables: where a CPU's tables map all of Xen's image, the first of them shows it.
+# A bound on hostile page tables. The tables of a CPU that runs Xen map all of its image, and come first; those of a PV
+# guest's CPU may map some (XPTI).
 _MOST_IMAGES = 8
 _BY_INFO = "xen_phys_start in the crash info note"
 _BY_TABLES = "its page tables in physical memory"
 
 
 class Unread:
-    """The first place that should have shown Xen, and could not be read: where no Xen is found, that is why."""
+    """The first place in a dump that should have shown Xen, and could not be read: where none is found, that is why.
 
-    def __init__(self) -> None:
+    Of a live machine it says nothing: a CPU in a guest has page tables that lead nowhere.
+    """
+
+    def __init__(self, target: Target) -> None:
         self.why: str | None = None
+        self._is_dump = target.kind == "dump"
 
     def note(self, named_by: str, error: Unreadable) -> None:
         """A page that is not mapped was read: its page tables were."""
-        if self.why is None and (not isinstance(error, paging.Untranslated) or error.unread):
+        if self._is_dump and self.why is None and (not isinstance(error, paging.Untranslated) or error.unread):
             self.why = f"what {named_by} leads to cannot be read ({error})"
 
 
@@ -49,7 +54,7 @@ def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False
     Raises Undecidable when there is no Xen, Xen has no paging yet, or it is another build (both build-ids are named).
     """
     cpus = target.cpus()
-    unread = Unread()
+    unread = Unread(target)
     memory = _by_evidence(target, symbols, cpus, unread)
     theirs = _build_id_in(memory, symbols) if memory else None
     if memory is None or (symbols.build_id and theirs and theirs != symbols.build_id):
@@ -120,7 +125,7 @@ def _by_evidence(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCp
         if memory is not None:
             return memory
     places = _roots_in_memory(target, symbols, table)
-    guess = Unread()  # wherever it may lie: that memory is not there says nothing
+    guess = Unread(target)  # wherever it may lie: that memory is not there says nothing
     found = [_rooted(target, symbols, root, found_by, guess) for root, found_by in places]
     ran = [memory for memory in found if memory is not None and is_in_place(memory)]
     if len(ran) < 2:
@@ -245,7 +250,7 @@ def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolT
     A dump whose notes show no Xen is searched, up to 4 GiB of it: `progress` is told (bytes searched, bytes in all).
     Raises Undecidable when there is none, or several and nothing tells which of them ran last.
     """
-    unread = Unread()
+    unread = Unread(target)
     for memory, region in _images(target, target.cpus(), unread):
         table = _carried(memory, region, unread)
         if table is not None:
@@ -323,7 +328,7 @@ def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, S
             root = parse_address(parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)", ""))
     if start is not None and root is not None and paging.is_canonical(root):
         yield start + root - image_region(root), [image_region(root)], _BY_INFO
-    for cpu in cpus:
+    for cpu in sorted(cpus, key=_in_xen, reverse=True):
         if cpu.guest_mode is not True and "cr3" in cpu.registers:
             regions = [image_region(cpu.registers["rip"])] if _in_xen(cpu) else IMAGE_REGIONS
             yield cpu.registers["cr3"] & ~0xFFF, regions, _by_cr3(cpu)
