@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import read_state
 
@@ -109,10 +109,13 @@ def served(memory: XenMemory, base: int | None = None) -> Served:
     """A dump with Xen in it: a thread for each CPU that Xen has, and for each that could not be matched to one.
 
     gdb begins at the CPU that crashed, or else at the first with registers. Where the dump has none of its own, each
-    CPU has what it saved in Xen's memory. `base` as for open_dump. Raises Unreadable.
+    CPU has what it saved in Xen's memory. `base` as for open_dump. Raises Undecidable.
     """
     saved = not memory.target.cpus()
-    state = read_state(memory, notes=saved)
+    try:
+        state = read_state(memory, notes=saved)
+    except Unreadable as error:
+        raise Undecidable(f"{memory.target.location}: {error}") from None
     threads = []
     for cpu, known in state.cpus.items():
         if saved and known.notes.present and (registers := known.notes.value.saved):

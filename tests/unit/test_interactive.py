@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.syntheticxen import PHYS_START, VIRT_START
 from tests.unit.test_dump_not_found import Machine
 from xen_symbols import open_dump
+from xencrash.cli import main
 from xencrash.serve import served
 
 
@@ -55,6 +57,21 @@ def test_a_dump_that_is_none_starts_no_gdb(machine: Machine) -> None:
     done = subprocess.run([sys.executable, "-c", code, "gdb", text], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith(f"xencrash: {text}: not a dump of a known format") and done.stderr.count("\n") == 1
+
+
+def test_a_xen_whose_cpus_cannot_be_told_starts_no_gdb(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    address = machine.xen.symbols["nr_cpu_ids"][0] - VIRT_START + PHYS_START
+    count = machine.xen.content[address]
+    machine.xen.content[address] = bytes(4)
+    try:
+        path = machine.elf()
+    finally:
+        machine.xen.content[address] = count
+    assert main(["gdb", str(path)]) == 3
+    machine.elf()
+    assert capsys.readouterr().err == (
+        f"xencrash: {path}: nr_cpu_ids is 0, which no Xen has: Xen has not set it yet, or the symbols are wrong\n"
+    )
 
 
 def test_a_raw_image_has_the_registers_that_xen_saved(machine: Machine, tmp_path: Path) -> None:
