@@ -70,7 +70,6 @@ def trace_live(args: argparse.Namespace) -> Json:
     """Follow a crash, a line for each stage on standard error. Raises Undecidable when it could not begin."""
     from xencrash.trace import trace
 
-    print("waiting for Xen to crash; Ctrl-C ends it", file=sys.stderr)
     return trace(
         args.target,
         args.symbols,
@@ -80,7 +79,12 @@ def trace_live(args: argparse.Namespace) -> Json:
         gates=args.gates,
         allow_mismatch=args.allow_build_id_mismatch,
         progress=tell_stage,
+        trigger=_tell_waiting,
     )
+
+
+def _tell_waiting() -> None:
+    print("waiting for Xen to crash; Ctrl-C ends it", file=sys.stderr)
 
 
 def tell_stage(stage: Json, findings: Sequence[Json]) -> None:

@@ -129,6 +129,12 @@ def test_a_trace_takes_no_base(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.endswith("unrecognized arguments: --base 0\n")
 
 
+def test_a_trace_that_cannot_begin_waits_for_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", f"gdb:{tmp_path}/none"]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith(f"xencrash: nothing to attach to at gdb:{tmp_path}/none:") and said.count("\n") == 1
+
+
 def test_gdb_may_be_given_symbols_of_another_build_by_hand(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
