@@ -48,7 +48,7 @@ Json = dict[str, Any]
 class RecordedSession:
     """gdb's part, played by a recorded machine."""
 
-    def __init__(self, name: str = "4.17.0-handover") -> None:
+    def __init__(self, name: str = "4.17-handover") -> None:
         self.report: Json | None = None
         self.example, self._symbols = load(name)
         self.memory = locate(self.example, self._symbols)
@@ -87,7 +87,7 @@ def blocks(name: str, *arguments: Any, session: RecordedSession | None = None) -
 # -- machines that show the difference --------------------------------------------------------
 
 
-def unlike(name: str = "4.17.0-handover") -> RecordedSession:
+def unlike(name: str = "4.17-handover") -> RecordedSession:
     """No two numberings agree: CPU 1 is the machine's CPU 2, and CPU 2 its CPU 1, with APIC ids 8 and 4."""
     session = RecordedSession(name)
     cpus = session.example.physical_cpus
@@ -124,7 +124,7 @@ def inferred(name: str, x2apic: bool) -> RecordedSession:
 
 def damaged_notes() -> RecordedSession:
     """Of a vmcore: CPU 1's buffer is half written, CPU 2's is no longer Xen's, CPU 3's is empty."""
-    session = RecordedSession("4.17.0-crashed-vmcore")
+    session = RecordedSession("4.17-crashed-vmcore")
     starts = [int(item["address"], 16) for item in answer("xen notes", session=session)["buffers"]]
     for cpu, at, content in ((1, 20, bytes(336)), (2, 0, b"\xff" * 12), (3, 20, bytes(336)), (3, 372, bytes(32))):
         session.example.write(session.memory.physical(starts[cpu]) + at, content)
@@ -139,7 +139,7 @@ def sized(size: int) -> RecordedSession:
 
 
 def _idt_unread() -> Sequence[Block]:
-    gates = answer("xen idt", session=RecordedSession("4.17.0-shootdown"))["gates"][:4]
+    gates = answer("xen idt", session=RecordedSession("4.17-shootdown"))["gates"][:4]
     gates[1] |= {"gate": None, "absent": "physical 0x1000 was not recorded"}
     gates[2]["gate"] |= {"type": 15, "dpl": 3, "present": False}
     return BY_NAME["xen idt"].blocks({"gates": gates})
@@ -204,7 +204,7 @@ def faulty() -> Json:
 
 def traced() -> Json:
     """The shootdown, the same with its machine's skips alone, and the handover of `faulty`, as one trace saw them."""
-    stops = [told(Machine("4.17.0-shootdown")), faulty()]
+    stops = [told(Machine("4.17-shootdown")), faulty()]
     report = stops[-1] | {"stages": [*stops[0]["stages"], stops[0]["stages"][0], *stops[1]["stages"]]}
     skipped = stops[0]["findings"][0] | {"verdict": "skip", "reason": "does not apply", "stop": 1}
     later = [finding | {"stop": 2} for finding in stops[1]["findings"]]
@@ -215,7 +215,7 @@ def traced() -> Json:
 
 def _changes(to_json: Callable[..., Json]) -> list[Json]:
     """What is put into three gates between the shootdown and the handover; a watchpoint saw the first two writers."""
-    before, machine = (Machine(f"4.17.0-{stage}") for stage in ("shootdown", "handover"))
+    before, machine = (Machine(f"4.17-{stage}") for stage in ("shootdown", "handover"))
     machine.gate(1, NMI, 4, b"\x00")
     machine.gate(2, NMI, 5, b"\x6f")
     machine.gate(3, NMI, 12, b"\x01")
@@ -268,9 +268,9 @@ TEXTS: dict[str, Callable[[], Sequence[Block] | str]] = {
     "gdb-percpu-unsized": lambda: blocks("xen percpu", "crash_save_done"),
     "gdb-lapic": lambda: blocks("xen lapic", session=unlike()),
     "gdb-lapic-of-one": lambda: blocks("xen lapic", 1, session=unlike()),
-    "gdb-lapic-inferred-stopped": lambda: blocks("xen lapic", session=inferred("4.17.0-handover", True)),
-    "gdb-lapic-inferred-xapic": lambda: blocks("xen lapic", session=inferred("4.17.0-shootdown", False)),
-    "gdb-lapic-inferred-x2apic": lambda: blocks("xen lapic", session=inferred("4.17.0-shootdown", True)),
+    "gdb-lapic-inferred-stopped": lambda: blocks("xen lapic", session=inferred("4.17-handover", True)),
+    "gdb-lapic-inferred-xapic": lambda: blocks("xen lapic", session=inferred("4.17-shootdown", False)),
+    "gdb-lapic-inferred-x2apic": lambda: blocks("xen lapic", session=inferred("4.17-shootdown", True)),
     "gdb-cpus": lambda: blocks("xen cpus", session=unlike()),
     "gdb-cpus-elsewhere": lambda: blocks("xen cpus", session=elsewhere()),
     "gdb-symbols": lambda: blocks("xen symbols"),
@@ -280,16 +280,16 @@ TEXTS: dict[str, Callable[[], Sequence[Block] | str]] = {
     "gdb-symbols-unverified": lambda: _symbols(symbols={"match": None, "build_id": None, "target_build_id": None}),
     "gdb-symbols-alone": lambda: _symbols(target="gone"),
     "gdb-log": lambda: BY_NAME["xen log"].blocks({"text": "(XEN) one\n(XEN) \\x1b[2J two\n"}),
-    "gdb-notes": lambda: blocks("xen notes", session=RecordedSession("4.17.0-crashed-vmcore")),
+    "gdb-notes": lambda: blocks("xen notes", session=RecordedSession("4.17-crashed-vmcore")),
     "gdb-notes-damaged": lambda: blocks("xen notes", session=damaged_notes()),
     "gdb-notes-live": lambda: blocks("xen notes", session=RecordedSession("4.20-shootdown")),
     "gdb-bt": _bt,
     "gdb-bt-without-stacks": lambda: blocks("xen bt", 1),
     "gdb-vtop": lambda: blocks("xen vtop", RecordedSession().symbols().address("idle_pg_table")),
-    "gdb-crash-status": lambda: _status("4.17.0-handover"),
-    "gdb-crash-status-shootdown": lambda: _status("4.17.0-shootdown", crash_kernel_loaded=False),
+    "gdb-crash-status": lambda: _status("4.17-handover"),
+    "gdb-crash-status-shootdown": lambda: _status("4.17-shootdown", crash_kernel_loaded=False),
     "gdb-crash-status-running": lambda: _status(
-        "4.17.0-shootdown", crashing_cpu=None, subject=None, crash_kernel_loaded=None, cpus=[]
+        "4.17-shootdown", crashing_cpu=None, subject=None, crash_kernel_loaded=None, cpus=[]
     ),
     "report-clean": lambda: report_blocks(clean()),
     "report-faulty": lambda: report_blocks(faulty()),

@@ -158,7 +158,7 @@ WRITTEN: dict[str, Callable[[Path], Subject]] = {
     **{f"synthetic-{name}": lambda folder, name=name: synthetic(folder, name)  # type: ignore[misc]
        for name in ("elf", "kdump", "flattened-kdump")},
     **{f"recorded-{name}": lambda folder, name=name: recorded(name)  # type: ignore[misc]
-       for name in ("4.17.0-handover", "4.17.0-crashed-vmcore")},
+       for name in ("4.17-handover", "4.17-crashed-vmcore")},
 }  # fmt: skip
 
 

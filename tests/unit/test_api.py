@@ -18,7 +18,7 @@ from xen_symbols.absence import Undecidable
 from xen_symbols.report.model import Verdict
 
 ROOT = Path(__file__).parents[2]
-VMCORE = "4.17.0-crashed-vmcore"
+VMCORE = "4.17-crashed-vmcore"
 EXAMPLES = re.findall(r"^```pycon\n(.*?)^```$", (ROOT / "docs" / "api.md").read_text(), re.S | re.M)
 
 

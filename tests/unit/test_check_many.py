@@ -20,7 +20,7 @@ class Dumps:
     """Files that pass, fail, are no dumps, or are not there."""
 
     def __init__(self, folder: Path) -> None:
-        machine = Machine("4.17.0-crashed-vmcore")
+        machine = Machine("4.17-crashed-vmcore")
         good, symbols = write_files(folder / "good", machine.target, machine.symbols)
         machine.gate(2, 18, 4, b"\x01")
         bad, _ = write_files(folder / "bad", machine.target, machine.symbols)

@@ -29,7 +29,7 @@ RENAMED = {"nmi": "entry_NMI", "machine_check": "entry_MC"}  # abe93fc8aa (4.18.
 class Machine:
     """A recorded example with helpers that name what they change."""
 
-    def __init__(self, name: str = "4.17.0-handover") -> None:
+    def __init__(self, name: str = "4.17-handover") -> None:
         self.target, self.symbols = load(name)
         self.memory: XenMemory = locate(self.target, self.symbols)
         self.example: Example = self.target
@@ -200,7 +200,7 @@ def test_what_is_lost_of_an_online_cpu_is_unknown(name: str, what: str) -> None:
 
 @pytest.mark.parametrize("what", LOST)
 def test_of_memory_alone_what_is_lost_is_unknown(what: str) -> None:
-    machine = memory_alone("4.17.0-handover")
+    machine = memory_alone("4.17-handover")
     LOST[what][0](machine)
     report = machine.report()
     assert bad(report) == unknowns(LOST[what][1])
@@ -223,7 +223,7 @@ def test_a_cpu_that_is_not_among_xens_is_named() -> None:
         "CPU 2 known to have been online, without a per-CPU area; QEMU device state: its CPU 2 runs Xen "
         "(do_nmi_crash+0x51), and is none of the CPUs found in Xen's memory"
     )
-    machine = Machine("4.17.0-crashed-vmcore")
+    machine = Machine("4.17-crashed-vmcore")
     machine.variable("nr_cpu_ids", b"\2\0\0\0", None)
     found = cpus_found(machine)
     assert (found.expected, found.observed) == ("CPUs 0-3", "CPUs 0-1")
@@ -235,7 +235,7 @@ def test_a_cpu_that_is_not_among_xens_is_named() -> None:
 
 
 def test_a_cpu_that_no_mask_knows_is_told_by_what_it_runs() -> None:
-    machine = Machine("4.17.0-shootdown")
+    machine = Machine("4.17-shootdown")
     offline(machine, 3)
     assert bad(machine.report()) == {("cpus-found", None, "unknown")}
     assert cpus_found(machine).reason == (
@@ -250,7 +250,7 @@ def test_a_cpu_that_was_not_online_may_be_without(
     lose: Callable[[Machine, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "_AT_REST", {"default_idle"})  # where this one halts, as parked ones elsewhere
-    machine = Machine("4.17.0-shootdown")
+    machine = Machine("4.17-shootdown")
     offline(machine, 3)
     lose(machine, 3)
     report = machine.report()
@@ -280,7 +280,7 @@ def test_of_many_strangers_four_are_named() -> None:
 
 
 def test_a_running_xen_without_a_cpu_online_is_unknown() -> None:
-    machine = Machine("4.17.0-shootdown")
+    machine = Machine("4.17-shootdown")
     for name in ("cpu_online_map", "crash_saved_cpus", "waiting_to_crash", "kexecing"):
         machine.variable(name, b"\0")
     found = cpus_found(machine)
@@ -530,7 +530,7 @@ def test_what_was_not_read_is_unknown_and_never_a_pass() -> None:
 
 
 def test_what_a_target_cannot_hold_is_skipped_with_the_reason() -> None:
-    report = Machine("4.17.0-crashed-vmcore").report()
+    report = Machine("4.17-crashed-vmcore").report()
     skipped = [f for f in report.findings if f.check == "lapic-mode" and f.cpu == 1]
     assert [(f.verdict, f.reason) for f in skipped] == [
         (Verdict.SKIP, "it is not in memory, and the target holds no device state")
@@ -561,7 +561,7 @@ def test_of_memory_alone_everything_that_it_decides_passes(name: str) -> None:
 @pytest.mark.parametrize("what", [what for what, (_, check, _) in CHANGES.items() if check not in NEED_REGISTERS])
 def test_of_memory_alone_no_change_is_taken_for_good(what: str) -> None:
     change, check, cpu = CHANGES[what]
-    machine = memory_alone("4.17.0-handover")
+    machine = memory_alone("4.17-handover")
     change(machine)
     report = machine.report()
     if what == "#MC handler of one CPU not swapped":  # as while the crashing CPU swaps them
@@ -590,7 +590,7 @@ def test_a_crash_between_two_stages_or_stuck_there_is_no_pass() -> None:
 
 
 def _shootdown_findings(change: Callable[[Machine], object]) -> set[tuple[str, int | None, str]]:
-    machine = Machine("4.17.0-shootdown")
+    machine = Machine("4.17-shootdown")
     change(machine)
     return bad(machine.report())
 
@@ -613,7 +613,7 @@ def test_ist_0_while_an_amd_cpu_holds_a_guests_state_is_no_alarm(monkeypatch: py
 
     assert _shootdown_findings(lambda m: guest(m, tr_base=0xFFFF888000001000)) == set()
     # TR is Xen's own until the guest is entered.
-    physical = Machine("4.17.0-shootdown").example.physical_cpus[1]
+    physical = Machine("4.17-shootdown").example.physical_cpus[1]
     assert _shootdown_findings(lambda m: guest(m, tr_base=physical.tr_base)) == set()
     # A PV guest runs: no HVM guest's state is loaded.
     in_ring_3 = {**physical.registers, "cs": 0xE033}
@@ -721,7 +721,7 @@ def test_a_parked_cpu_has_trap_nop_and_no_ist(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(checks, "_AT_REST", {"default_idle"})
 
     def parked(ist: bytes) -> set[tuple[str, int | None, str]]:
-        machine = Machine("4.17.0-shootdown")
+        machine = Machine("4.17-shootdown")
         offline(machine, 3)
         handler(machine, 3, NMI, "trap_nop")
         machine.gate(3, NMI, 4, ist)
@@ -768,7 +768,7 @@ def test_evidence_names_the_bytes() -> None:
 
 
 def test_a_failure_says_what_it_does_by_what_should_have_been_there() -> None:
-    def reason(change: Callable[[Machine], object], name: str = "4.17.0-handover") -> str | None:
+    def reason(change: Callable[[Machine], object], name: str = "4.17-handover") -> str | None:
         machine = Machine(name)
         change(machine)
         return next(f.reason for f in machine.report().findings if f.verdict is Verdict.FAIL)

@@ -20,7 +20,7 @@ from xencrash.session import open_session
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A vmcore and its symbols."""
-    vmcore, symbols = write_files(tmp_path_factory.mktemp("dump"), *load("4.17.0-crashed-vmcore"))
+    vmcore, symbols = write_files(tmp_path_factory.mktemp("dump"), *load("4.17-crashed-vmcore"))
     return str(vmcore), str(symbols)
 
 

@@ -93,7 +93,7 @@ class Case:
     by: tuple[int, str] | None = None  # the CPU and the function that were seen to write it
 
     def outcome(self) -> Outcome:
-        machine = Machine("4.17.0-handover")
+        machine = Machine("4.17-handover")
         if self.poke:
             machine.gate(self.cpu, self.vector, 4, self.poke)
         state = read_state(machine.memory)
@@ -236,7 +236,7 @@ class Watched:
     key = (1, MC)
 
     def __init__(self) -> None:
-        self.machine = Machine("4.17.0-handover")
+        self.machine = Machine("4.17-handover")
         self.state = read_state(self.machine.memory)
         self.writes = Writes()
         self.writes.look(self.state)

@@ -20,7 +20,7 @@ class LiveSession:
     """A gdb session whose plugin answers of a recorded machine; it notes what it was asked."""
 
     def __init__(self) -> None:
-        self.recorded = RecordedSession("4.17.0-handover")
+        self.recorded = RecordedSession("4.17-handover")
         self.asked: list[str] = []
 
     def xen(self, name: str) -> Any:

@@ -16,7 +16,7 @@ from xen_symbols.symbols.mapfile import ListedRows
 from xen_symbols.symbols.table import SymbolTable
 from xencrash.cli import main
 
-EXAMPLE = "4.17.0-crashed-vmcore"
+EXAMPLE = "4.17-crashed-vmcore"
 
 
 def table(*names: str, kind: str = "B", text_only: bool = False) -> SymbolTable:

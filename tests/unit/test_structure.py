@@ -109,7 +109,7 @@ COSTLY = {"ast", "asyncio", "dataclasses", "dis", "inspect", "mmap", "pathlib", 
 
 def test_a_check_of_a_dump_imports_what_it_needs(tmp_path: Path) -> None:
     """Values, not clocks: importing is most of what a check of a dump costs (docs/benchmarks.md)."""
-    vmcore, symbols = recording.write_files(tmp_path, *recording.load("4.17.0-crashed-vmcore"))
+    vmcore, symbols = recording.write_files(tmp_path, *recording.load("4.17-crashed-vmcore"))
     code = (
         "import sys; before = set(sys.modules); from xencrash.cli import main\n"
         f"status = main(['check', {str(vmcore)!r}, '--symbols', {str(symbols)!r}, '--format', 'json',"

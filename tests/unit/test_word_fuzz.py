@@ -19,7 +19,7 @@ from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.xen.locate import locate
 
 # Each build and each stage that is recorded, once.
-EXAMPLES = ("4.14-shootdown", "4.17.0-handover", "4.20-crashed-vmcore")
+EXAMPLES = ("4.14-shootdown", "4.17-handover", "4.20-crashed-vmcore")
 LARGE = 1024  # bytes of one read
 WORD = 8
 
