@@ -217,5 +217,6 @@ def _info_blocks(data: Json) -> list[Block]:
         lines += [line("", f"evidence: {evidence}") for evidence in generation["evidence"]]
     if "stage" in data:
         crashed = "nobody" if data["crashing_cpu"] is None else f"CPU {data['crashing_cpu']}"
-        lines.append(line("stage", f"{data['stage']}; crashed: {crashed}; online then: {data['online_at_crash']}"))
+        when = "now" if data["crashing_cpu"] is None else "then"
+        lines.append(line("stage", f"{data['stage']}; crashed: {crashed}; online {when}: {data['online_at_crash']}"))
     return [Lines(lines)]

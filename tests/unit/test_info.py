@@ -12,8 +12,10 @@ import pytest
 
 from tests.unit.test_gdb_commands import RecordedSession, answer
 from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.report.console import plain
 from xencrash import session as sessions
 from xencrash.cli import main
+from xencrash.judging import _info_blocks
 
 
 class LiveSession:
@@ -104,3 +106,9 @@ def test_a_machine_between_two_stages(live: LiveSession, capsys: pytest.CaptureF
         "xencrash: gdb:/s: Xen is somewhere on the crash path, or stuck there: how far it came cannot be told\n"
     )
     assert json.loads(said.out)["stage"] == "crashing"
+
+
+@pytest.mark.parametrize(("crashed", "says"), [(None, "nobody; online now"), (2, "CPU 2; online then")])
+def test_when_the_cpus_were_online(crashed: int | None, says: str) -> None:
+    data = {"target": {"location": "x", "format": "y"}, "stage": "s", "crashing_cpu": crashed, "online_at_crash": [0]}
+    assert plain(_info_blocks(data)).splitlines()[-1] == f"{'stage':13}s; crashed: {says}: [0]"

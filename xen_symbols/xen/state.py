@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.report.model import Evidence
-from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.symbols.table import DATA, SymbolTable
 from xen_symbols.target import PhysicalCpu
 from xen_symbols.x86 import gate
 from xen_symbols.xen import crashnotes
@@ -22,7 +22,6 @@ VECTOR_DF = 8
 _GATES_AT = gate.VECTOR_NMI * gate.SIZE
 _GATES_SIZE = (gate.VECTOR_MC + 1) * gate.SIZE - _GATES_AT
 NR_CPUS_MAX = 16384  # no build of Xen allows more (Kconfig NR_CPUS); a larger nr_cpu_ids is not one
-_DATA = "dDbBrRvV"
 
 
 class Read(NamedTuple):
@@ -152,9 +151,9 @@ def read_state(memory: XenMemory, *, notes: bool = True) -> State:
     count = cpu_count(memory)
     words = 8 * ((count + 63) // 64)
     offsets_at = symbols.address("__per_cpu_offset")
-    apic_ids_at = symbols.get("x86_cpu_to_apicid", _DATA)
-    tables_at = symbols.get("idt_tables", _DATA)
-    crash_notes_at = symbols.get("crash_notes", _DATA) if notes else None
+    apic_ids_at = symbols.get("x86_cpu_to_apicid", DATA)
+    tables_at = symbols.get("idt_tables", DATA)
+    crash_notes_at = symbols.get("crash_notes", DATA) if notes else None
     plan = [_plan(symbols, variable, words) for variable in SYSTEM]
     requests = [(p.address, p.size) for p in plan if not isinstance(p, Absent)]
     requests.append((offsets_at, 8 * count))
@@ -177,8 +176,8 @@ def read_state(memory: XenMemory, *, notes: bool = True) -> State:
     per_cpu = _words(offsets)
     existing = [cpu for cpu, offset in enumerate(per_cpu) if _has_area(start, cpu, offset)]
     idts = _idt_addresses(memory, existing, per_cpu, tables, tables_at)
-    done_at = symbols.get("per_cpu__crash_save_done", _DATA)
-    tss_at = symbols.get("per_cpu__tss_page", _DATA) or symbols.get("per_cpu__init_tss", _DATA)
+    done_at = symbols.get("per_cpu__crash_save_done", DATA)
+    tss_at = symbols.get("per_cpu__tss_page", DATA) or symbols.get("per_cpu__init_tss", DATA)
 
     requests = []
     for cpu in existing:
@@ -225,7 +224,7 @@ def read_state(memory: XenMemory, *, notes: bool = True) -> State:
 
 def cpu_count(memory: XenMemory) -> int:
     """nr_cpu_ids: how many CPU numbers are announced. Raises Unreadable, also for a number no Xen can have."""
-    count = memory.variable("nr_cpu_ids", 4, _DATA)
+    count = memory.variable("nr_cpu_ids", 4, DATA)
     if not 0 < count <= NR_CPUS_MAX:
         raise Unreadable(f"nr_cpu_ids is {count}, which no Xen has: Xen has not set it yet, or the symbols are wrong")
     return count
@@ -265,11 +264,11 @@ def per_cpu_address(memory: XenMemory, name: str, cpu: int) -> int:
 
 def idt_address(memory: XenMemory, cpu: int) -> int:
     """Where one CPU's IDT lies. Raises Unreadable for a CPU without one."""
-    if memory.symbols.has("idt_tables", _DATA):
+    if memory.symbols.has("idt_tables", DATA):
         count = cpu_count(memory)
         if not 0 <= cpu < count:
             raise Unreadable(f"CPU {cpu} does not exist: nr_cpu_ids is {count}")
-        table = memory.read_uint(memory.symbols.address("idt_tables", _DATA) + 8 * cpu)
+        table = memory.read_uint(memory.symbols.address("idt_tables", DATA) + 8 * cpu)
     else:  # b7cfb45aaf and following (4.21.0)
         table = memory.read_uint(per_cpu_address(memory, "idt", cpu))
     if not table:
@@ -286,7 +285,7 @@ class _Plan(NamedTuple):
 def _plan(symbols: SymbolTable, variable: Variable, words: int) -> _Plan | Absent:
     for name in variable.names:
         try:
-            address = symbols.get(name, _DATA)
+            address = symbols.get(name, DATA)
         except Unreadable as error:
             return error.absent
         if address is not None:
@@ -314,7 +313,7 @@ def _idt_addresses(
         places = [tables_at + 8 * cpu for cpu in existing]
         name = "idt_tables"
     else:
-        symbol = memory.symbols.get("per_cpu__idt", _DATA)
+        symbol = memory.symbols.get("per_cpu__idt", DATA)
         if symbol is None:
             reason = "the symbols name neither idt_tables nor per_cpu__idt"
             return dict.fromkeys(existing, absent(reason, Kind.NO_SYMBOL))
