@@ -23,7 +23,6 @@ from xencrash.lab.rows import GDBS, QEMUS, XENS
 
 Json = dict[str, Any]
 CPUS = 4
-FORMATS = ("table", "json", "junit", "markdown")
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,7 @@ def summary(outcomes: Sequence[Json]) -> str:
 
 
 def render(outcomes: Sequence[Json], format: str, title: str) -> str:
-    """The outcomes as text in one of the FORMATS."""
+    """The outcomes as text as table, json, junit or markdown."""
     if format == "json":
         return json.dumps({"title": title, "summary": summary(outcomes), "cells": outcomes}, indent=2) + "\n"
     if format == "junit":

@@ -54,7 +54,7 @@ sleep 100000
 """
 )
 
-# The size before and after the copy, so that the reader knows what a whole vmcore is.
+# With the size, so that the reader knows what a whole vmcore is.
 CRASH_INIT = (
     _HEAD.format(loglevel=4)
     + f"""exec >{LINE} 2>&1
@@ -63,7 +63,6 @@ echo "@crash kernel"
 """
     + "".join(f"insmod /lib/modules/{name}\n" for name in CRASH_MODULES)
     + """size=$(stat -c %s /proc/vmcore)
-echo "@vmcore $size"
 if [ -b /dev/vda ] && dd if=/proc/vmcore of=/dev/vda bs=1M iflag=fullblock oflag=direct conv=sync,fsync 2>/tmp.log; then
     echo "@vmcore copied $size"
 else

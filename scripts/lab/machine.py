@@ -6,13 +6,10 @@ import base64
 import contextlib
 import gzip
 import json
-import os
 import re
 import secrets
 import shutil
 import socket
-import stat
-import struct
 import subprocess
 import threading
 import time
@@ -27,18 +24,10 @@ from xencrash.lab import images
 from xencrash.lab.errors import LabError
 from xencrash.lab.firmware import with_x2apic_on
 from xencrash.lab.packages import Cache
-from xencrash.lab.qemu import (
-    SOCKET_PATH_LIMIT,
-    Boot,
-    Paths,
-    Program,
-    command_line,
-    cpu_of,
-    end,
-    start,
-    start_time,
-)
+from xencrash.lab.qemu import Boot, Paths, Program, command_line, cpu_of, end, start, start_time
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, LAPICS, QEMUS, XENS
+from xencrash.lab.runs import State, known_run, new_run, runs_folder
+from xencrash.lab.vmcore import copy_sparse, elf_size
 
 Progress = Callable[[str], None]
 _T = TypeVar("_T")
@@ -73,17 +62,47 @@ class _Stalled(LabError):
 
 
 @dataclass(frozen=True)
-class State:
-    """What `state.json` in the run's folder holds: enough to find the machine again."""
+class Machine:
+    """What is to be booted. Raises LabError for what cannot be.
 
-    pid: int
-    started: int
-    symbols: str
-    memory_mib: int
-    cpus: int
-    guest: str  # "Xen 4.17", or the guest's name
-    qemu: str
-    owned: bool  # it ends with the process that started it
+    `xen` and `qemu` are rows of the lab; `guest` boots that instead of Xen and dom0. `lapic` is a row of LAPICS or None
+    (what this QEMU does). `domu_vcpus` is the number of CPUs on which a domU spins once dom0 is up (`Lab.create_domu`).
+    With `pvh` dom0 is a PVH guest, its vCPUs in SVM guest mode, and no crash kernel is loaded: kexec finds no place for
+    one there. It gets no RDTSCP, on whose intercept Xen kills it under TCG.
+    `cpu_args` is added to QEMU's -cpu, `qemu_args` to its command line. `wait` is how far the boot is waited for:
+    "dom0" (a shell answers, and the crash kernel is loaded unless `crash_kernel` is false), "xen" (all CPUs are up) or
+    "none". `paused` stops before the first instruction, and waits for nothing.
+    """
+
+    xen: str = DEFAULT_XEN
+    qemu: str = DEFAULT_QEMU
+    lapic: str | None = None
+    guest: Boot | None = None
+    cpus: int = 4
+    max_cpus: int | None = None
+    memory_mib: int = 1024
+    crash_kernel: bool = True
+    xen_args: str = ""
+    dom0_args: str = ""
+    dom0_vcpus: int = 1
+    domu_vcpus: int = 0
+    pvh: bool = False
+    cpu_args: str = ""
+    qemu_args: Sequence[str] = ()
+    wait: str = "dom0"
+    paused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.wait not in ("dom0", "xen", "none"):
+            raise LabError(f"starting the lab: wait is dom0, xen or none, not {self.wait!r}")
+        if self.domu_vcpus > self.cpus:
+            raise LabError(
+                f"starting the lab: each of a domU's {self.domu_vcpus} vCPUs needs a CPU of its own, of {self.cpus}"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.guest.kernel.name if self.guest else f"Xen {self.xen}"
 
 
 class Lab:
@@ -149,80 +168,57 @@ class Lab:
         cls,
         run_dir: str | Path | None = None,
         *,
-        xen: str = DEFAULT_XEN,
-        qemu: str = DEFAULT_QEMU,
-        lapic: str | None = None,
-        guest: Boot | None = None,
-        cpus: int = 4,
-        max_cpus: int | None = None,
-        memory_mib: int = 1024,
-        crash_kernel: bool = True,
-        xen_args: str = "",
-        dom0_args: str = "",
-        dom0_vcpus: int = 1,
-        domu_vcpus: int = 0,
-        pvh: bool = False,
-        cpu_args: str = "",
-        qemu_args: Sequence[str] = (),
-        wait: str = "dom0",
-        paused: bool = False,
         progress: Progress = lambda text: None,
         owned: bool = True,
+        **wanted: Any,
     ) -> Lab:
         """Boot a machine and wait until it is as wished; on failure nothing of it is left but its logs.
 
-        `guest` boots that instead of Xen and dom0. `lapic` is a row of LAPICS or None (what this QEMU does).
-        `wait` is how far: "dom0" (a shell answers, and the crash kernel is loaded unless `crash_kernel` is
-        false), "xen" (all CPUs are up) or "none". `domu_vcpus` is the number of CPUs on which a domU spins once dom0
-        is up (`create_domu`). With `pvh` dom0 is a PVH guest, its vCPUs in SVM
-        guest mode, and no crash kernel is loaded: kexec finds no place for one there. It gets no RDTSCP, on whose
-        intercept Xen kills it under TCG.
-        `paused` stops before the first instruction, and waits for nothing. `cpu_args` is added to QEMU's -cpu,
-        `qemu_args` to its command line. An owned machine dies with the thread that called this; one that is
-        not is for `Lab.attach` and `down`.
-        Raises LabError.
+        `wanted` are Machine's fields. An owned machine dies with the thread that called this; one that is not is for
+        `Lab.attach` and `down`. Raises LabError.
         """
-        if wait not in ("dom0", "xen", "none"):
-            raise LabError(f"starting the lab: wait is dom0, xen or none, not {wait!r}")
-        if domu_vcpus > cpus:
-            raise LabError(f"starting the lab: each of a domU's {domu_vcpus} vCPUs needs a CPU of its own, of {cpus}")
-        row = _row(QEMUS, qemu, "QEMU")
-        if pvh:
-            xen_args, qemu_args = f"dom0=pvh {xen_args}", ("-device", row.iommu, *qemu_args)
-            cpu_args = f"-rdtscp,{cpu_args}".rstrip(",")
+        machine = Machine(**wanted)
         cache = Cache(progress=progress)
-        cpu = cpu_of(row, lapic)
-        program = Program(images.qemu_words(cache, row), f"{cpu},{cpu_args}" if cpu_args else cpu)
-        if guest is None:
-            image_of = images.domu_images if domu_vcpus else images.xen_images
-            made = image_of(cache, _row(XENS, xen, "Xen"))
-            boot, name = _xen_boot(made, cpus, dom0_vcpus, crash_kernel, xen_args, dom0_args), f"Xen {xen}"
-        else:
-            boot, name, wait = guest, guest.kernel.name, "none"
-        paths, temporary = _run_folder(run_dir)
+        row = _row(QEMUS, machine.qemu, "QEMU")
+        cpu = ",".join(filter(None, (cpu_of(row, machine.lapic), "-rdtscp" * machine.pvh, machine.cpu_args)))
+        program = Program(images.qemu_words(cache, row), cpu)
+        iommu = ("-device", row.iommu) if machine.pvh else ()
+        boot = machine.guest or _xen_boot(cache, machine)
+        paths, temporary = new_run(run_dir)
+        by_firmware = bool(machine.lapic) and LAPICS[machine.lapic].firmware
+        command = command_line(
+            program,
+            replace(boot, kernel=paths.kernel) if by_firmware else boot,
+            paths,
+            cpus=machine.cpus,
+            max_cpus=machine.max_cpus,
+            memory_mib=machine.memory_mib,
+            paused=machine.paused,
+            extra=(*iommu, *machine.qemu_args),
+        )
 
         def start_one() -> Lab:
-            return cls._start(
-                paths,
-                temporary,
-                program,
-                _by_firmware(boot, paths) if lapic and LAPICS[lapic].firmware else boot,
-                name,
-                row.name,
-                owned,
-                progress,
-                cpus=cpus,
-                max_cpus=max_cpus,
-                memory_mib=memory_mib,
-                paused=paused,
-                extra=qemu_args,
+            progress(f"starting {machine.name} on {machine.cpus} CPUs in QEMU {machine.qemu} ({paths.run_dir})")
+            with paths.disk.open("wb") as disk:
+                disk.truncate((machine.memory_mib + 64) << 20)  # a vmcore is a little larger than the memory it holds
+            if by_firmware:
+                paths.kernel.write_bytes(with_x2apic_on(boot.kernel.read_bytes()))
+            process = start(command, paths, owned)
+            state = State(
+                pid=process.pid,
+                started=start_time(process.pid) or 0,
+                symbols=str(boot.symbols),
+                memory_mib=machine.memory_mib,
+                cpus=machine.cpus,
+                guest=machine.name,
+                qemu=machine.qemu,
+                owned=owned,
             )
+            lab = cls(paths, state, temporary, progress)
+            lab._process = process
+            return lab
 
-        def wait_for(lab: Lab) -> None:
-            if not paused:
-                lab._wait_until_up(wait, crash_kernel and not pvh, domu_vcpus)
-
-        return cls._boot_twice(start_one, wait_for, paths, progress)
+        return cls._boot_twice(start_one, lambda lab: lab._wait_until_up(machine), paths, progress)
 
     @classmethod
     def _boot_twice(
@@ -247,56 +243,20 @@ class Lab:
             raise
         return lab
 
-    @classmethod
-    def _start(
-        cls,
-        paths: Paths,
-        temporary: bool,
-        program: Program,
-        boot: Boot,
-        name: str,
-        qemu_name: str,
-        owned: bool,
-        progress: Progress,
-        *,
-        cpus: int,
-        max_cpus: int | None,
-        memory_mib: int,
-        paused: bool,
-        extra: Sequence[str],
-    ) -> Lab:
-        with paths.disk.open("wb") as disk:
-            disk.truncate((memory_mib + 64) << 20)  # a vmcore is a little larger than the memory it holds
-        command = command_line(
-            program, boot, paths, cpus=cpus, max_cpus=max_cpus, memory_mib=memory_mib, paused=paused, extra=extra
-        )
-        progress(f"starting {name} on {cpus} CPUs in QEMU {qemu_name} ({paths.run_dir})")
-        process = start(command, paths, owned)
-        state = State(
-            process.pid, start_time(process.pid) or 0, str(boot.symbols), memory_mib, cpus, name, qemu_name, owned
-        )
-        lab = cls(paths, state, temporary, progress)
-        lab._process = process
-        try:
-            paths.state.write_text(json.dumps(asdict(state), indent=1))
-            lab._until("starting QEMU", 30, lambda: all(path.exists() for path in paths.sockets) or None)
-        except BaseException as error:
-            lab.down(keep=_is_failure(error))
-            raise
-        return lab
-
-    def _wait_until_up(self, wait: str, crash_kernel: bool, domu_vcpus: int) -> None:
-        if wait == "none":
+    def _wait_until_up(self, machine: Machine) -> None:
+        self.paths.state.write_text(json.dumps(asdict(self.state), indent=1))
+        self._until("starting QEMU", 30, lambda: all(path.exists() for path in self.paths.sockets) or None)
+        if machine.paused or machine.guest or machine.wait == "none":
             return
         begun = time.monotonic()
         self._boots("booting Xen", self.paths.serial_log, _XEN_UP)
-        if wait == "dom0":
+        if machine.wait == "dom0":
             self._boots("booting dom0", self.paths.line_log, _DOM0_UP)
             self._progress(f"dom0 is up after {time.monotonic() - begun:.1f} s")
-            if crash_kernel:
+            if machine.crash_kernel and not machine.pvh:
                 self.load_crash_kernel()
-            if domu_vcpus:
-                self.create_domu(domu_vcpus)
+            if machine.domu_vcpus:
+                self.create_domu(machine.domu_vcpus)
 
     def _boots(self, step: str, log: Path, sign: bytes) -> None:
         size, heard = 0, time.monotonic()
@@ -318,15 +278,7 @@ class Lab:
     @classmethod
     def attach(cls, run_dir: str | Path, progress: Progress = lambda text: None) -> Lab:
         """The machine that an `up` with owned=False left running in `run_dir`."""
-        paths = Paths(Path(run_dir).absolute())
-        try:
-            state = State(**json.loads(paths.state.read_text()))
-        except FileNotFoundError as error:
-            raise LabError(f"finding the lab: none in {run_dir}: xencrash lab status lists those that run") from error
-        except (OSError, ValueError, TypeError) as error:
-            raise LabError(f"finding the lab: {paths.state} cannot be read ({error}): boot a new one") from error
-        temporary = (paths.run_dir / _TEMPORARY).exists()
-        return cls(paths, state, temporary, progress)
+        return cls(*known_run(run_dir), progress)
 
     def __enter__(self) -> Lab:
         return self
@@ -351,7 +303,7 @@ class Lab:
             shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def alive(self) -> bool:
-        return start_time(self.state.pid) == self.state.started
+        return self.state.alive()
 
     # The serial lines.
 
@@ -618,31 +570,19 @@ def _row(rows: dict[str, Any], name: str, kind: str) -> Any:
     return rows[name]
 
 
-def _xen_boot(
-    made: images.XenImages, cpus: int, dom0_vcpus: int, crash_kernel: bool, xen_args: str, dom0_args: str
-) -> Boot:
-    pinned = "dom0_vcpus_pin " if dom0_vcpus == cpus else ""
-    reserved = f"crashkernel={CRASH_KERNEL_MIB}M " if crash_kernel else ""
-    append = (
-        f"xen com1=115200,8n1 console=com1 loglvl=all noreboot {reserved}"
-        f"dom0_mem={DOM0_MIB}M dom0_max_vcpus={dom0_vcpus} {pinned}{xen_args}"
+def _xen_boot(cache: Cache, machine: Machine) -> Boot:
+    image_of = images.domu_images if machine.domu_vcpus else images.xen_images
+    made = image_of(cache, _row(XENS, machine.xen, "Xen"))
+    words = (
+        "xen com1=115200,8n1 console=com1 loglvl=all noreboot",
+        f"crashkernel={CRASH_KERNEL_MIB}M" * machine.crash_kernel,
+        f"dom0_mem={DOM0_MIB}M dom0_max_vcpus={machine.dom0_vcpus}",
+        "dom0_vcpus_pin" * (machine.dom0_vcpus == machine.cpus),
+        "dom0=pvh" * machine.pvh,
+        machine.xen_args,
     )
-    kernel = f"{made.kernel} console=hvc0 earlyprintk=xen {dom0_args}".rstrip()
-    return Boot(made.xen, made.symbols, append.rstrip(), f"{kernel},{made.dom0_initramfs}")
-
-
-def _by_firmware(boot: Boot, paths: Paths) -> Boot:
-    """The same in a machine whose firmware turned x2APIC on."""
-    paths.kernel.write_bytes(with_x2apic_on(boot.kernel.read_bytes()))
-    return replace(boot, kernel=paths.kernel)
-
-
-_TEMPORARY = "temporary"
-
-
-def runs_folder() -> Path:
-    """Where runs without a folder of their own live: short, because sockets' paths are limited to 107 bytes."""
-    return Path("/tmp") / f"xencrash-{os.getuid()}"
+    kernel = f"{made.kernel} console=hvc0 earlyprintk=xen {machine.dom0_args}".rstrip()
+    return Boot(made.xen, made.symbols, " ".join(filter(None, words)), f"{kernel},{made.dom0_initramfs}")
 
 
 def labs() -> list[Lab]:
@@ -652,91 +592,6 @@ def labs() -> list[Lab]:
         with contextlib.suppress(LabError):  # a run that just ended, or never began
             found.append(Lab.attach(folder))
     return found
-
-
-def _sweep(parent: Path) -> None:
-    """Remove what failed and killed runs left a day ago or earlier."""
-    for folder in parent.glob("*"):
-        try:
-            alive = Lab.attach(folder).alive()
-        except LabError:
-            alive = False
-        with contextlib.suppress(FileNotFoundError):  # another machine has just ended
-            if not alive and time.time() - folder.stat().st_mtime > 86400:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _run_folder(run_dir: str | Path | None) -> tuple[Paths, bool]:
-    if run_dir is None:
-        parent = runs_folder()
-        _sweep(parent)
-        parent.mkdir(mode=0o700, exist_ok=True)
-        found = parent.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise LabError(f"starting the lab: {parent} is not a folder of this user: remove it, or give --run-dir")
-        folder = parent / secrets.token_hex(3)
-        folder.mkdir(mode=0o700)
-        (folder / _TEMPORARY).touch()
-        return Paths(folder), True
-    paths = Paths(Path(run_dir).absolute())
-    longest = max(len(os.fsencode(path)) for path in paths.sockets)
-    if longest > SOCKET_PATH_LIMIT:
-        raise LabError(
-            f"starting the lab: {run_dir} is too long for the sockets in it "
-            f"({longest} bytes, at most {SOCKET_PATH_LIMIT}): give a shorter folder"
-        )
-    try:
-        paths.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"starting the lab: cannot make {run_dir}: {error.strerror}") from error
-    if paths.state.exists():
-        try:
-            runs = Lab.attach(run_dir).alive()
-        except LabError:  # unreadable: no longer of use
-            runs = False
-        if runs:
-            raise LabError(f"starting the lab: one already runs in {run_dir}: xencrash lab down --run-dir {run_dir}")
-    for path in (*paths.sockets, paths.serial_log, paths.line_log, paths.qemu_log):
-        path.unlink(missing_ok=True)
-    return paths, False
-
-
-def copy_sparse(source: Path, target: Path, size: int) -> None:
-    """Copy the first `size` bytes, leaving holes where the source has holes."""
-    with source.open("rb") as reader, target.open("wb") as writer:
-        writer.truncate(size)
-        position = 0
-        while position < size:
-            try:
-                position = os.lseek(reader.fileno(), position, os.SEEK_DATA)
-            except OSError:  # ENXIO: only a hole is left (lseek(2))
-                break
-            stop = min(os.lseek(reader.fileno(), position, os.SEEK_HOLE), size)
-            os.lseek(reader.fileno(), position, os.SEEK_SET)
-            os.lseek(writer.fileno(), position, os.SEEK_SET)
-            while position < stop:
-                moved = os.sendfile(writer.fileno(), reader.fileno(), None, min(stop - position, 1 << 24))
-                if not moved:
-                    raise OSError(5, "the disk ended early")
-                position += moved
-
-
-def elf_size(path: Path) -> int:
-    """Where the last segment of an ELF64 core ends: the size of the whole file. 0 if it is no such file."""
-    with path.open("rb") as stream:
-        header = stream.read(64)
-        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
-            return 0
-        (offset,) = struct.unpack_from("<Q", header, 32)
-        size, count = struct.unpack_from("<HH", header, 54)
-        ends = [0]
-        for index in range(count):
-            stream.seek(offset + index * size)
-            segment = stream.read(56)
-            if len(segment) == 56:
-                start, _, _, length = struct.unpack_from("<QQQQ", segment, 8)
-                ends.append(start + length)
-    return max(ends)
 
 
 def _size(path: Path) -> int:

@@ -210,4 +210,3 @@ GDBS = {
         ),
     )
 }
-DEFAULT_GDB = "debian"

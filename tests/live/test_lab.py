@@ -24,6 +24,7 @@ from xencrash.lab.machine import Lab
 from xencrash.lab.packages import Cache, default_root, sha256_of
 from xencrash.lab.qemu import start_time
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, KERNEL_SUITE, XENS
+from xencrash.lab.runs import runs_folder
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("default_row")]
 
@@ -216,7 +217,7 @@ def test_who_ends_the_command_leaves_nothing_of_it(
             for pid in came:
                 with contextlib.suppress(OSError):
                     cwd = Path(f"/proc/{pid}/cwd").readlink()
-                    if cwd.parent == machine.runs_folder() and (cwd / "state.json").exists():
+                    if cwd.parent == runs_folder() and (cwd / "state.json").exists():
                         folders.add(cwd)
         assert len(folders) == machines
         (os.killpg if sign == signal.SIGINT else os.kill)(ran.pid, sign)

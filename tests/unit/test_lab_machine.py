@@ -18,6 +18,8 @@ from xencrash.lab.errors import LabError
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot, Paths, Program, command_line, cpu_of
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, KERNEL_SUITE, QEMUS, SUITES, XENS
+from xencrash.lab.runs import State, new_run
+from xencrash.lab.vmcore import copy_sparse, elf_size
 
 
 def entries(archive: bytes) -> dict[str, tuple[int, bytes]]:
@@ -64,10 +66,10 @@ def core(tmp_path: Path, *segments: tuple[int, int]) -> Path:
 
 
 def test_the_size_of_a_core_is_where_its_last_segment_ends(tmp_path: Path) -> None:
-    assert machine.elf_size(core(tmp_path, (0x1000, 0x234), (0x2000, 0x5000), (0x1800, 8))) == 0x7000
+    assert elf_size(core(tmp_path, (0x1000, 0x234), (0x2000, 0x5000), (0x1800, 8))) == 0x7000
     empty = tmp_path / "empty"
     empty.touch()
-    assert machine.elf_size(empty) == 0
+    assert elf_size(empty) == 0
 
 
 def test_a_sparse_copy_is_exact_and_keeps_holes(tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def test_a_sparse_copy_is_exact_and_keeps_holes(tmp_path: Path) -> None:
         stream.seek(20 << 20)
         stream.write(b"x" * 5000)
     size = (20 << 20) + 4000
-    machine.copy_sparse(source, target, size)
+    copy_sparse(source, target, size)
     assert target.stat().st_size == size
     assert target.read_bytes() == bytes(20 << 20) + b"x" * 4000
     assert target.stat().st_blocks * 512 < 1 << 20
@@ -126,7 +128,7 @@ def test_every_settled_xen_gets_the_memory_changes_of_the_main_job() -> None:
 
 def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LabError, match=r"too long for the sockets in it .* give a shorter folder"):
-        machine._run_folder(tmp_path / ("x" * 100))
+        new_run(tmp_path / ("x" * 100))
 
 
 def test_a_domu_of_more_vcpus_than_cpus_is_refused() -> None:
@@ -143,7 +145,7 @@ def test_a_folder_of_no_lab(tmp_path: Path) -> None:
 
 
 def test_a_dead_machine_is_seen_even_if_its_process_number_lives_on(tmp_path: Path) -> None:
-    state = machine.State(os.getpid(), 1, "/syms", 512, 1, "Xen", "7.2", False)
+    state = State(os.getpid(), 1, "/syms", 512, 1, "Xen", "7.2", False)
     (tmp_path / "state.json").write_text(json.dumps(state.__dict__))
     lab = machine.Lab.attach(tmp_path)
     assert lab.status()["machine"] == "gone"
@@ -188,7 +190,7 @@ def test_a_crash_waits_for_a_machine_that_gdb_has_just_let_run(monkeypatch: pyte
 
 def busy_lab(monkeypatch: pytest.MonkeyPatch, said: dict[str, list[str]]) -> machine.Lab:
     """A machine whose dom0 says these things in turn, by the first two words of what it is asked."""
-    lab = machine.Lab(Paths(Path("/run")), machine.State(0, 0, "", 1, 4, "Xen", "7.2", True), False, lambda text: None)
+    lab = machine.Lab(Paths(Path("/run")), State(0, 0, "", 1, 4, "Xen", "7.2", True), False, lambda text: None)
     monkeypatch.setattr(lab, "alive", lambda: True)
     monkeypatch.setattr(lab, "dom0", lambda command, timeout=30: said[" ".join(command.split()[:2])].pop(0))
     return lab
@@ -231,7 +233,7 @@ def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(tmp_path: Path, st
         for log in (paths.serial_log, paths.line_log, paths.qemu_log):
             assert not log.exists()
             log.write_text(f"boot {len(started)}")
-        started.append(machine.Lab(paths, machine.State(0, -1, "", 1, 1, "Xen", "7.2", True), False, told.append))
+        started.append(machine.Lab(paths, State(0, -1, "", 1, 1, "Xen", "7.2", True), False, told.append))
         return started[-1]
 
     def wait_for(lab: machine.Lab) -> None:
