@@ -355,7 +355,7 @@ class Lab:
 
         It spins, its vCPUs in SVM guest mode, each pinned to the CPU of its number.
         """
-        domid = int(self.dom0(f"domu create {vcpus}"))
+        domid = int(self.dom0(f"domu create {vcpus}", _BUSY_ANSWERS))
         self._domu[domid] = [0] * vcpus
         self.require_busy()
         self._progress(f"domain {domid} runs")
