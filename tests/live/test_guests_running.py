@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from xen_symbols.absence import Undecidable
 from xencrash.cli import main
 from xencrash.lab.machine import Lab
 from xencrash.lab.run import check_vmcore
-from xencrash.session import GdbSession, open_session
+from xencrash.session import GdbSession, MiError, open_session
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
@@ -21,13 +22,24 @@ pytestmark = pytest.mark.live
 Json = dict[str, Any]
 TRIES = 40
 CPUS = 4
+COMMANDS = ("cpus", "idt", "lapic", "bt", "notes", "symbols", "crash-status", "crash-check", "log")
+FUNCTIONS = {"$xen_per_cpu": '$xen_per_cpu(\\"crash_save_done\\", 1)', "$xen_gate": "$xen_gate(1, 18)"}
+# Of these nothing is a CPU's own state, of which QEMU's monitor says less.
+OF_MEMORY = ("idt", "idt-of-one", "notes", "log", "percpu", "vtop", *FUNCTIONS)
 
 
 def xen_facts(session: GdbSession) -> Json:
     """What every command says of one stop."""
     address = session.xen("idt", "0", "2")["gates"][0]["address"]
-    facts = {name: session.xen(name) for name in ("cpus", "idt", "lapic", "crash-status", "crash-check", "log")}
-    return facts | {"percpu": session.xen("percpu", "crash_save_done"), "vtop": session.xen("vtop", address)}
+    facts = {name: session.xen(name) for name in COMMANDS}
+    facts |= {
+        "idt-of-one": session.xen("idt", "1"),
+        "percpu": session.xen("percpu", "crash_save_done"),
+        "vtop": session.xen("vtop", address),
+    }
+    for name, expression in FUNCTIONS.items():
+        facts[name] = session.mi(f'-data-evaluate-expression "{expression}"')["value"]
+    return facts
 
 
 def assert_the_same_from_every_cpu(session: GdbSession, cpus: int) -> Json:
@@ -57,6 +69,16 @@ def assert_the_same_without_qmp(session: GdbSession, cpus: int) -> None:
     findings = session.xen("crash-check")["findings"]
     assert (named(findings), {check for check, _ in named(findings, "unknown")}) == ([], {"lapic-mode"})
     assert [cpu["guest_mode"] for cpu in session.xen("cpus")["cpus"]] == [None] * cpus
+
+
+def assert_it_is_what_ram_holds(lab: Lab, facts: Json) -> None:
+    """The first gate, where the page walk says that it lies, and the functions' values beside the commands'."""
+    at = int(facts["vtop"]["physical"], 16)
+    with ram(lab) as memory:
+        assert memory[at : at + 16].hex() == facts["idt"]["gates"][0]["gate"]["raw"]
+    handler = facts["idt-of-one"]["gates"][18]["gate"]["handler"]["address"]
+    assert int(facts["$xen_gate"]) == int(handler, 16)
+    assert int(facts["$xen_per_cpu"]) == int(facts["percpu"]["cpus"][1]["value"], 16)
 
 
 def attach(lab: Lab, qmp: bool = True) -> GdbSession:
@@ -134,7 +156,9 @@ def test_a_domu_on_every_cpu_and_a_crash_then(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_dom0_busy_in_user_space_on_every_cpu_and_a_crash_then() -> None:
-    with Lab.up(cpus=2, dom0_vcpus=2) as lab:
+    """On Intel dom0 has page tables without Xen in them (XPTI): gdb itself reads nothing of Xen's from such a CPU."""
+    with Lab.up(cpus=2, dom0_vcpus=2, cpu_args="vendor=GenuineIntel") as lab:
+        assert re.search(rb"XPTI \(64-bit PV only\): Dom0 enabled", lab.serial_log.read_bytes())
         for cpu in range(2):
             lab.dom0(f"(taskset -p {1 << cpu} $$; while :; do :; done) >/dev/null 2>&1 &")
         with attach(lab) as session:
@@ -145,8 +169,18 @@ def test_dom0_busy_in_user_space_on_every_cpu_and_a_crash_then() -> None:
                 session.wait_stop(0.05)
                 session.interrupt()
             facts = assert_the_same_from_every_cpu(session, 2)
-            assert any(cpu["ring"] == 3 for cpu in facts["cpus"]["cpus"])
+            assert_it_is_what_ram_holds(lab, facts)
             assert facts["crash-check"]["verdict"] == "pass"
+            away = next(cpu for cpu in facts["cpus"]["cpus"] if cpu["ring"] == 3)
+            session.mi(f"-thread-select {away['thread']}")
+            with pytest.raises(MiError, match="Unable to read memory"):
+                session.mi(f"-data-read-memory-bytes {facts['idt']['gates'][0]['address']} 16")
+            session.leave(running=False)
+        with attach(lab, qmp=False) as session:
+            assert_the_same_without_qmp(session, 2)
+            again = assert_the_same_from_every_cpu(session, 2)
+            assert {name: again[name] for name in OF_MEMORY} == {name: facts[name] for name in OF_MEMORY}
+            session.leave(running=True)
         report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, trigger=lab.crash)
         assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
         # After the fact: the crash kernel runs on the crashing CPU, the other one is parked.
@@ -155,6 +189,16 @@ def test_dom0_busy_in_user_space_on_every_cpu_and_a_crash_then() -> None:
             facts = assert_the_same_from_every_cpu(session, 2)
             assert (facts["crash-check"]["verdict"], facts["crash-status"]["stage"]) == ("pass", "crashed")
             assert facts["crash-status"]["crashing_cpu"] == report["crashing_cpu"]
+            assert_it_is_what_ram_holds(lab, facts)
+            session.leave(running=False)
+        with attach(lab, qmp=False) as session:
+            again = assert_the_same_from_every_cpu(session, 2)
+            assert {name: again[name] for name in OF_MEMORY} == {name: facts[name] for name in OF_MEMORY}
+            assert again["crash-status"]["crashing_cpu"] == report["crashing_cpu"]
+            unknown = {check for check, _ in named(again["crash-check"]["findings"], "unknown")}
+            assert (named(again["crash-check"]["findings"]), unknown) == (
+                [], {"lapic-mode", "nmi-latch", "nmi-pending"},
+            )  # fmt: skip
 
 
 def test_a_machine_whose_device_state_qemu_cannot_save_lives_on() -> None:
