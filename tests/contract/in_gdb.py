@@ -1,4 +1,4 @@
-"""Sourced in a gdb with the plugin: which promises are broken by what it is attached to, as JSON.
+"""Sourced in a gdb with the plugin: which promises what it is attached to keeps and breaks, as JSON.
 
 `$cases` names a file with the list of cases, each the arguments of `_subject`.
 """
@@ -36,4 +36,4 @@ def _subject(qmp: str | None, registers: str, symbols: str, ram: str, build_id: 
 
 sys.stdout.flush()
 _cases = json.loads(Path(gdb.convenience_variable("cases").string()).read_text())
-print(json.dumps([promises.broken(_subject(**case)) for case in _cases]))
+print(json.dumps([promises.tried(_subject(**case)) for case in _cases]))

@@ -310,10 +310,16 @@ PROMISES: Mapping[str, Callable[[Subject], None]] = {
 
 def broken(subject: Subject) -> dict[str, str]:
     """The promises that this target does not keep, and in what."""
-    found = {}
+    return {name: what for name, what in tried(subject).items() if what is not None}
+
+
+def tried(subject: Subject) -> dict[str, str | None]:
+    """Every promise: None for one that is kept, or in what it is broken."""
+    found: dict[str, str | None] = {}
     for name, promise in PROMISES.items():
         try:
             promise(subject)
+            found[name] = None
         except Exception as error:  # whatever else a target raises is a promise broken as well
             found[name] = f"{type(error).__name__}: {error}"
     return found

@@ -40,7 +40,7 @@ DUMPS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 IN_GDB = ("live", "live-without-qmp", "served")
 
-Answers = dict[str, dict[str, str]]  # by kind of target: the promises it breaks
+Answers = dict[str, dict[str, str | None]]  # by kind of target: each promise, and in what it is broken if it is
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def stopped(qemu: str, folder: Path) -> Stopped:
 
 def examined(folder: Path, symbols: str, socket: str, ways: dict[str, tuple[str | None, str]],
              notes: list[str]) -> Answers:  # fmt: skip
-    """What gdb, attached to a socket, finds broken: the same suite within it."""
+    """What gdb, attached to a socket, finds kept and broken: the same suite within it."""
     same = {"symbols": symbols, "ram": str(folder / "raw"), "build_id": build_id(symbols).hex(), "cpus": CPUS,
             "notes": notes}  # fmt: skip
     cases = folder / "cases.json"
@@ -120,7 +120,7 @@ def examined(folder: Path, symbols: str, socket: str, ways: dict[str, tuple[str 
 def test_a_guest_keeps(promise: str, qemu: str, kind: str, machines: Callable[[str], Stopped]) -> None:
     machine = machines(qemu)
     if kind in IN_GDB:
-        assert machine.in_gdb[kind].get(promise) is None
+        assert machine.in_gdb[kind][promise] is None
     else:
         PROMISES[promise](machine.subject(kind))
 

@@ -173,7 +173,8 @@ def test_qemu_is_killed_at_a_stage(lab: Lab, stage: str) -> None:
     kill = Ending(lambda: os.kill(lab.qemu_pid, signal.SIGKILL))
     report = follow(lab, progress=lambda seen, _: kill() if seen["stage"] == stage else None)
     kill.assert_reported(report, GONE)
-    assert stages(report)[-1] in (stage, "nmi-taken", "cpu-save", "cpu-stop")
+    # Several other CPUs may have stopped at once.
+    assert stages(report)[-1] in ({stage} if stage == "shootdown" else {"nmi-taken", "cpu-save", "cpu-stop"})
 
 
 def test_the_guest_is_reset(lab: Lab) -> None:
