@@ -185,7 +185,7 @@ class Lab:
         iommu = ("-device", row.iommu) if machine.pvh else ()
         boot = machine.guest or _xen_boot(cache, machine)
         paths, temporary = new_run(run_dir)
-        by_firmware = bool(machine.lapic) and LAPICS[machine.lapic].firmware
+        by_firmware = machine.lapic is not None and LAPICS[machine.lapic].firmware
         command = command_line(
             program,
             replace(boot, kernel=paths.kernel) if by_firmware else boot,
