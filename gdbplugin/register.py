@@ -91,7 +91,8 @@ class _Words:
             try:
                 return int(gdb.parse_and_eval(word))
             except gdb.error as error:
-                raise Undecidable(f"{argument.name} is a number, not {word!r}: {error}") from None
+                why = str(error).partition("  ")[0]
+                raise Undecidable(f"{argument.name} is a number, not {word!r}: {why}") from None
 
     def split(self, text: str) -> list[str]:
         """The words of a command line; an expression keeps its spaces."""

@@ -137,7 +137,8 @@ class Session:
         try:
             return int(gdb.parse_and_eval(f"(unsigned long) ({expression})"))
         except gdb.error as error:
-            raise Undecidable(f"{expression}: {error}") from None
+            # Not what gdb would do about it: its own "file" command is no help here.
+            raise Undecidable(f"{expression}: {str(error).partition('  ')[0]}") from None
 
     def value(self, name: str, raw: bytes) -> gdb.Value:
         """The content of a per-CPU variable: of its own type where there is debug information, else an unsigned

@@ -40,7 +40,6 @@ exit status:
   2  bad usage     3  no gdb, or what was named cannot be opened (the reason is on standard error)
 """
 
-PHYSICAL_BITS = 52  # the most that x86-64 has: SDM vol. 3, 4.1.4
 _TELL_EVERY = 2.0  # seconds
 COMMANDS = ("trace", "check", "gdb", "info", "lab")
 LAB = "real Xen, or a reference guest, in QEMU"
@@ -69,17 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # what cannot be written is told here, not at exit
         return status
     except UsageError as error:
-        print(f"xencrash: {error}", file=sys.stderr)
+        complain(error)
         return ExitStatus.USAGE
     except Undecidable as error:
-        print(f"xencrash: {error}", file=sys.stderr)
+        complain(error)
         return ExitStatus.UNDECIDED
     except BrokenPipeError:
         _drop_output()  # the reader has gone
         return ExitStatus.UNDECIDED
     except OSError as error:
         _drop_output()
-        print(f"xencrash: {error.filename or 'writing the output'}: {error.strerror or error}", file=sys.stderr)
+        complain(f"{error.filename or 'writing the output'}: {error.strerror or error}")
         return ExitStatus.UNDECIDED
     except KeyboardInterrupt:
         print("xencrash: interrupted", file=sys.stderr)
@@ -90,6 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print("xencrash: an error of its own, above: nothing was decided", file=sys.stderr)
         return ExitStatus.UNDECIDED  # Python's own status would say that a check failed
+
+
+def complain(what: object) -> None:
+    """What went wrong, on standard error, in one line, whatever a file is called."""
+    from xen_symbols.text import escaped
+
+    print(f"xencrash: {escaped(str(what))}", file=sys.stderr)
 
 
 def _drop_output() -> None:
@@ -216,8 +222,10 @@ def _output_options(parser: argparse.ArgumentParser, formats: tuple[str, ...] = 
 
 
 def _address(text: str) -> int:
+    from xen_symbols.target import PHYSICAL_END
+
     try:
-        if 0 <= (value := int(text, 0)) < 1 << PHYSICAL_BITS:
+        if 0 <= (value := int(text, 0)) < PHYSICAL_END:
             return value
     except ValueError:
         pass
@@ -335,9 +343,9 @@ def _finish_json(report: Report, args: argparse.Namespace) -> int:
 
 def _say_why(report: Json) -> None:
     if report.get("undecided"):
-        print(f"xencrash: {report['undecided']}", file=sys.stderr)
+        complain(report["undecided"])
     elif report["verdict"] == str(Verdict.UNKNOWN):
-        print(f"xencrash: {_first_unknown(report)}", file=sys.stderr)
+        complain(_first_unknown(report))
 
 
 def status_of(report: Json) -> int:

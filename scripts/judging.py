@@ -36,7 +36,17 @@ from xen_symbols.target.notes import describe_notes
 from xen_symbols.xen import crashnotes
 from xen_symbols.xen.locate import carried_symbols, locate
 from xen_symbols.xen.state import read_state
-from xencrash.cli import UsageError, check_dump, is_live, render, searching, status_of, write, write_pieces
+from xencrash.cli import (
+    UsageError,
+    check_dump,
+    complain,
+    is_live,
+    render,
+    searching,
+    status_of,
+    write,
+    write_pieces,
+)
 
 Json = dict[str, Any]
 
@@ -107,12 +117,12 @@ def check_many(args: argparse.Namespace) -> int:
         try:
             reports.append(check_dump(path, args).to_json())
         except Undecidable as error:
-            print(f"xencrash: {error}", file=sys.stderr)
+            complain(error)
             reports.append(_undecided(path, str(error)))
         except Exception:  # one file's is not the others'
             traceback.print_exc()
             why = f"{path}: an error of its own, above: nothing was decided"
-            print(f"xencrash: {why}", file=sys.stderr)
+            complain(why)
             reports.append(_undecided(path, why))
     if args.output:
         suffix = {"json": ".json", "junit": ".xml", "table": ".txt"}[args.format]
@@ -148,7 +158,7 @@ def info(args: argparse.Namespace) -> int:
     else:
         print_blocks(_info_blocks(data), sys.stdout)
     if data.get("undecided"):
-        print(f"xencrash: {data['undecided']}", file=sys.stderr)
+        complain(data["undecided"])
         return ExitStatus.UNDECIDED
     return ExitStatus.PASSED
 

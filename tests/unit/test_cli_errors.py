@@ -16,6 +16,8 @@ from xencrash import cli
 from xencrash.cli import main
 from xencrash.session import open_session
 
+NO_DUMP = "not a dump of a known format; a raw image of memory needs its first byte's address (--base)"
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
@@ -120,6 +122,20 @@ def test_an_option_that_would_have_no_effect_is_refused(
 ) -> None:
     assert main(words.split()) == 2
     assert capsys.readouterr() == ("", f"xencrash: {said}\n")
+
+
+def test_a_files_name_breaks_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [str(tmp_path / name) for name in ("a\nb", "c")]
+    for name in names:
+        Path(name).write_bytes(b"nothing known")
+    assert main(["check", names[0]]) == 3
+    assert capsys.readouterr().err.splitlines() == [f"xencrash: {tmp_path}/a\\nb: {NO_DUMP}"]
+    assert main(["check", *names]) == 3
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 2
+    assert [line.split()[:2] for line in out.splitlines()[-3:-1]] == [
+        ["unknown", f"{tmp_path}/a\\nb"], ["unknown", f"{tmp_path}/c"],
+    ]  # fmt: skip
 
 
 def test_a_trace_takes_no_base(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xen_symbols.report.model import Verdict, worst
+from xen_symbols.text import escaped
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_NAMES
 
@@ -238,7 +239,7 @@ def dumps_table(reports: Sequence[Json]) -> Table:
         crashed = "not crashed" if has_not_crashed(report) else "-" if crashed_on is None else str(crashed_on)
         problem = first_problem(report).removeprefix(f"{location}: ")
         generation = (report["generation"] or {}).get("id", "-")
-        cells = [location, generation, crashed, problem]
+        cells = [escaped(location), generation, crashed, escaped(problem)]
         rows.append([Cell(report["verdict"], report["verdict"]), *map(Cell, cells)])
     return Table("Dumps", ["verdict", "dump", "generation", "crashed on CPU", "first problem"], rows)
 
