@@ -804,15 +804,12 @@ def _dump_notes(context: Context, cpu: int) -> Outcome:
         return _from_absence(physical, None)
     if physical.current:
         return skip("its registers are not of the notes that Xen saved")
-    saved = state.notes.value
-    if isinstance(saved, Absent):
-        return _from_absence(saved, _AS_SAVED)
-    if saved.damaged:
-        return unknown(f"in Xen's memory {saved.registers}", _AS_SAVED)
-    held: dict[str, int] = {}
-    for part in (saved.registers, saved.control):
-        if not isinstance(part, Absent):
-            held.update(part)
+    notes = state.notes.value
+    if isinstance(notes, Absent):
+        return _from_absence(notes, _AS_SAVED)
+    if notes.damaged:
+        return unknown(f"in Xen's memory {notes.registers}", _AS_SAVED)
+    held = notes.saved
     theirs = physical.registers
     observed = _AS_SAVED
     if theirs != held:
