@@ -816,7 +816,7 @@ def _dump_notes(context: Context, cpu: int) -> Outcome:
         lost = [f"no {name}" for name in held if name not in theirs]
         other = [f"other {name}" for name in theirs if theirs[name] != held.get(name)]
         observed = _few([*other, *lost]) if theirs else "empty"
-    return expect(Read(observed, (*_said_by(physical.source), *state.notes.evidence)), (_AS_SAVED,))
+    return expect(Read(observed, state.notes.evidence), (_AS_SAVED,))
 
 
 def _crash_info_note(context: Context, _cpu: int) -> Outcome:
