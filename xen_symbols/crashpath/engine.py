@@ -221,7 +221,8 @@ def add_stage(report: Report, context: Context) -> list[Finding]:
     report.crashing_cpu = position.crashing_cpu
     report.stages.append(_seen(context))
     findings = judge(context, len(report.stages) - 1, report.findings)
-    report.findings += findings
+    # Of a dump these are all: the list of 120,000 is not copied.
+    report.findings = [*report.findings, *findings] if report.findings else findings
     report.cpus = describe_cpus(context)
     return findings
 
