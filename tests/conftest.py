@@ -18,6 +18,12 @@ from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, QEMUS, XENS
 _NOT_RUN = pytest.StashKey[dict[str, str]]()  # why, by test
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-rows", action="store_true", help="make the changes of memory in every row of the lab, not in a few"
+    )
+
+
 @pytest.fixture(scope="session")
 def default_row() -> None:
     """The packages of the Xen and the QEMU that the lab takes by default, for a test that starts a command which

@@ -30,6 +30,7 @@ from xen_symbols.xen.locate import locate
 from xencrash.lab.gdbs import gdb_words
 from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
+from xencrash.lab.matrix import cells, settled
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot
 from xencrash.lab.rows import DEFAULT_XEN, GDBS, SUITES, XENS
@@ -74,6 +75,8 @@ ROWS = {
         *(Row(xen.name, "10.0", "x2apic", "18.1") for xen in XENS.values() if not SUITES[xen.suite].moving),
     )
 }
+# With --all-rows: every cell of the lab's matrix.
+EVERY_ROW = {cell.name: Row(cell.xen, cell.qemu, cell.lapic, cell.gdb) for cell in settled(cells())}
 MAIN = ROWS["4.17-7.2-xapic"]
 # (NMI handler, IST, #MC handler, IST) by stage: of the crashing CPU, of every other one.
 NORMAL = ("nmi", 2, "machine_check", 1)
@@ -299,10 +302,16 @@ def wrong(report: Json) -> set[tuple[str, int | None, str, str]]:
             if f["verdict"] in ("fail", "unknown")}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=ROWS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "stopped" in metafunc.fixturenames:
+        rows = EVERY_ROW if metafunc.config.getoption("all_rows") else ROWS
+        metafunc.parametrize("stopped", rows, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def stopped(request: pytest.FixtureRequest) -> Iterator[tuple[Lab, GdbSession, LiveMachine]]:
     """Real Xen of each row, stopped at the handover of a crash on CPU 0, with gdb attached to it."""
-    row = ROWS[request.param]
+    row = (ROWS | EVERY_ROW)[request.param]
     with Lab.up(xen=row.xen, qemu=row.qemu, lapic=row.lapic, dom0_vcpus=4) as lab:
         gdb = gdb_words(Cache(), GDBS[row.gdb])[0]
         report = follow(lab, 0, leave_stopped=True, gdb=gdb)
@@ -343,7 +352,7 @@ def test_what_is_lost_of_an_online_cpu_is_unknown(what: str, stopped: tuple[Lab,
 def test_bt_and_notes_at_the_handover(
     stopped: tuple[Lab, GdbSession, LiveMachine], request: pytest.FixtureRequest
 ) -> None:
-    row = ROWS[request.node.callspec.params["stopped"]]
+    row = (ROWS | EVERY_ROW)[request.node.callspec.params["stopped"]]
     _, session, _ = stopped
     crashed, *others = session.xen("bt")["cpus"]
     assert [stack["name"] for stack in crashed["stacks"]["list"]] == ["#MC", "NMI", "#DB", "#DF", "primary"]
