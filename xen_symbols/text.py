@@ -1,8 +1,21 @@
-"""Text that came out of a machine or a file, made safe to print."""
+"""Text that came out of a machine or a file, made safe to print, and numbers as it has them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 def escaped(text: str, keep: str = "") -> str:
     """`text` with every character that a terminal might obey as an escape, those in `keep` excepted."""
     return "".join(c if c in keep or c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """Numbers, ascending, as Xen prints CPUs: 0, 1, 2, 5 are "0-2" and "5"."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], number]
+        else:
+            found.append([number])
+    return ["-".join(map(str, one)) for one in found]

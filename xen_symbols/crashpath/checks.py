@@ -17,6 +17,7 @@ from xen_symbols.crashpath.stages import ANYWHERE, CRASHED, CrashStep, OtherStep
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.symbols.table import TEXT
 from xen_symbols.target import Lapic, PhysicalCpu
+from xen_symbols.text import ranges
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NAMES, VECTOR_NMI, Gate
 from xen_symbols.xen.console import read_console
@@ -653,17 +654,8 @@ def _at_work(context: Context, physical: PhysicalCpu) -> str | None:
 
 def _named(cpus: Iterable[int]) -> str:
     """CPU numbers as Xen prints them: "CPU 1", "CPUs 0-3,5"."""
-    ranges: list[list[int]] = []
-    for cpu in sorted(cpus):
-        if ranges and ranges[-1][1] == cpu - 1:
-            ranges[-1][1] = cpu
-        else:
-            ranges.append([cpu, cpu])
-    if not ranges:
-        return "none"
-    several = len(ranges) > 1 or ranges[0][0] != ranges[0][1]
-    listed = ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
-    return f"CPU{'s' * several} {listed}"
+    listed = ",".join(ranges(cpus))
+    return f"CPU{'s' * (not listed.isdecimal())} {listed}" if listed else "none"
 
 
 # Bookkeeping

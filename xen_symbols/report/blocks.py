@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xen_symbols.report.model import Verdict, worst
-from xen_symbols.text import escaped
+from xen_symbols.text import escaped, ranges
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_NAMES
 
@@ -267,13 +267,7 @@ def _alike(findings: Iterable[Json]) -> list[list[list[Json]]]:
 
 def cpu_ranges(cpus: Iterable[int]) -> str:
     """`0, 2-5, 7` of CPU numbers in order."""
-    ranges: list[list[int]] = []
-    for cpu in cpus:
-        if ranges and cpu == ranges[-1][-1] + 1:
-            ranges[-1] = [ranges[-1][0], cpu]
-        else:
-            ranges.append([cpu])
-    return ", ".join("-".join(map(str, one)) for one in ranges)
+    return ", ".join(ranges(cpus))
 
 
 def problems(report: Json) -> Lines | None:
