@@ -27,7 +27,7 @@ from xen_symbols.crashpath.missing import missing
 from xen_symbols.crashpath.position import crashing_cpu, infer
 from xen_symbols.report.blocks import Block, report_blocks
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import PhysicalCpu
+from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86 import apic, gate
 from xen_symbols.xen import crashnotes
 from xen_symbols.xen.backtrace import backtrace

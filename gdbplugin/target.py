@@ -19,10 +19,10 @@ from typing import Any
 import gdb
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.target import Lapic, Note, PhysicalCpu, Target, hmp
-from xen_symbols.target.dump import open_dump
-from xen_symbols.target.qemu_state import parse_cpus, unsavable
-from xen_symbols.target.qmp import Qmp, QmpError
+from xen_symbols.targets import Lapic, Note, PhysicalCpu, Target, hmp
+from xen_symbols.targets.dump import open_dump
+from xen_symbols.targets.qemu_state import parse_cpus, unsavable
+from xen_symbols.targets.qmp import Qmp, QmpError
 
 # The most that any QEMU's stub returns for one read: up to 10.0 MAX_PACKET_LENGTH / 2 (gdbstub.c); 11.1 takes 64 KiB.
 PACKET = 2048
@@ -35,7 +35,7 @@ _CPUS_BY_UNIX_SOCKET = 16
 
 
 class LiveTarget:
-    """Implements xen_symbols.target.Target for the connection that gdb has selected.
+    """Implements xen_symbols.targets.Target for the connection that gdb has selected.
 
     `cpus()` is read once per batch. Raises Undecidable where the stub is not QEMU's or is gone.
     """

@@ -96,8 +96,8 @@ def faults() -> str:
 def _fault_lines() -> Iterator[str]:
     yield "# Faults of the reference guest"
     yield ""
-    yield "Generated from `tests/guests/faults.py` by `python -m tests.gendocs`. Each row is run in the tests,"
-    yield "live, and in a dump that QEMU takes at the end, which shows each fault too unless it says otherwise."
+    yield "Generated from `scripts/lib/xencrash/guests/faults.py` by `python -m tests.gendocs`. Each row is run in the"
+    yield "tests, live, and in a dump that QEMU takes at the end, which shows each fault too unless it says otherwise."
     yield "C is the crashing CPU, F the faulty one, O each other one; the stage is the first at which it can be seen."
     yield ""
     for fault in FAULTS:

@@ -27,10 +27,10 @@ from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.mapfile import ListedRows
 from xen_symbols.symbols.table import SymbolTable, load_symbols
-from xen_symbols.target import Lapic, Note, PhysicalCpu
-from xen_symbols.target.dump import open_dump
-from xen_symbols.target.qemu_state import parse_cpus, raw_sections
-from xen_symbols.target.qmp import Qmp
+from xen_symbols.targets import Lapic, Note, PhysicalCpu
+from xen_symbols.targets.dump import open_dump
+from xen_symbols.targets.qemu_state import parse_cpus, raw_sections
+from xen_symbols.targets.qmp import Qmp
 from xen_symbols.xen.locate import locate
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -323,10 +323,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.recording", description="Record examples of real Xens.")
     commands = parser.add_subparsers(dest="command", required=True)
     lab = commands.add_parser("lab", help="boot and crash a row of the lab: three examples")
-    lab.add_argument("xen", metavar="XEN", help="a row of scripts/lab/rows.py")
+    lab.add_argument("xen", metavar="XEN", help="a row of scripts/lib/xencrash/lab/rows.py")
     lab.add_argument("--qemu", default="7.2", metavar="QEMU", help="default: %(default)s")
     qemu = commands.add_parser("qemu", help="a QEMU of the lab: what its monitor prints, and its device state")
-    qemu.add_argument("qemu", metavar="QEMU", help="a row of scripts/lab/rows.py")
+    qemu.add_argument("qemu", metavar="QEMU", help="a row of scripts/lib/xencrash/lab/rows.py")
     dump = commands.add_parser("dump", help="any dump: one example")
     dump.add_argument("dump", metavar="DUMP")
     dump.add_argument("symbols", metavar="XEN-SYMS")

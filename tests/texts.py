@@ -35,7 +35,7 @@ from xen_symbols.report.console import plain
 from xen_symbols.report.junit import to_junit
 from xen_symbols.report.model import Verdict, worst
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import Lapic, PhysicalCpu
+from xen_symbols.targets import Lapic, PhysicalCpu
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import read_state

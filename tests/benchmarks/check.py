@@ -24,7 +24,7 @@ from tests import dumpwriter
 from tests.syntheticxen import SyntheticXen
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.table import SymbolTable, load_symbols
-from xen_symbols.target.dump import open_dump
+from xen_symbols.targets.dump import open_dump
 from xen_symbols.xen.locate import carried_symbols, locate
 
 SYNTHETIC = ((4, 4), (4, 64), (256, 4), (4096, 4))  # CPUs, GB

@@ -74,7 +74,7 @@ json.dump(out, open({path!r}, "w"))
 _STATUS = """
 from gdbplugin.register import _registered
 from gdbplugin.target import device_state
-from xen_symbols.target.qmp import Qmp
+from xen_symbols.targets.qmp import Qmp
 
 target = _registered[0].target()
 sent = []

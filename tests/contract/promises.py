@@ -1,4 +1,4 @@
-"""What every target promises (xen_symbols/target/__init__.py), as assertions that are the same for each kind of it.
+"""What every target promises (xen_symbols/targets/__init__.py), as assertions that are the same for each kind of it.
 
 The standard library and xen_symbols only: for a live machine, and for a dump that is served to gdb, they run in gdb.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.symbols import buildid
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import Lapic, Note, PhysicalCpu, Target
+from xen_symbols.targets import Lapic, Note, PhysicalCpu, Target
 from xen_symbols.xen.locate import locate
 
 Request = tuple[int, int]  # physical address, size

@@ -24,7 +24,7 @@ from tests.live.machines import build_id, guest, run_gdb, target
 from tests.syntheticxen import BUILD_ID, HEAP, PHYS_START, SyntheticXen
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import load_symbols
-from xen_symbols.target.dump import open_dump
+from xen_symbols.targets.dump import open_dump
 from xen_symbols.xen.locate import locate
 from xencrash.serve import GDB_SETTINGS, served, serving
 from xencrash.session import plugin_script

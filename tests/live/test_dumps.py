@@ -23,10 +23,10 @@ from xen_symbols import open_dump as open_xen
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.symbols.embedded import SOURCE
 from xen_symbols.symbols.table import load_symbols
-from xen_symbols.target import PhysicalCpu, hmp
-from xen_symbols.target.dump import Dump, open_dump
-from xen_symbols.target.image import DumpFile
-from xen_symbols.target.kdump import KdumpMemory
+from xen_symbols.targets import PhysicalCpu, hmp
+from xen_symbols.targets.dump import Dump, open_dump
+from xen_symbols.targets.image import DumpFile
+from xen_symbols.targets.kdump import KdumpMemory
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import idt_address, read_state

@@ -24,8 +24,8 @@ import xen_symbols.report
 from tests.unit.test_checks import CHANGES, LOST, RENAMED, Machine
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import SymbolTable, load_symbols
-from xen_symbols.target.qemu_state import parse_cpus
-from xen_symbols.target.qmp import Qmp
+from xen_symbols.targets.qemu_state import parse_cpus
+from xen_symbols.targets.qmp import Qmp
 from xen_symbols.xen.locate import locate
 from xencrash.lab.gdbs import gdb_words
 from xencrash.lab.images import xen_images

@@ -10,7 +10,7 @@ import pytest
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.mapfile import ListedRows
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import PhysicalCpu
+from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86 import tss
 from xen_symbols.x86.call import follows_indirect_call, follows_relative_call
 from xen_symbols.x86.gate import INTERRUPT_GATE, Gate

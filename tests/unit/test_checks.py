@@ -15,7 +15,7 @@ from xen_symbols.crashpath.engine import evaluate, judge
 from xen_symbols.crashpath.generations import Bookkeeping, Generation, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, online_at_crash
 from xen_symbols.report.model import Finding, Report, Verdict
-from xen_symbols.target import Lapic, PhysicalCpu
+from xen_symbols.targets import Lapic, PhysicalCpu
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import Read, State, absent, idt_address, per_cpu_address, read_state

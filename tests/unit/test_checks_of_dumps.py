@@ -9,7 +9,7 @@ import pytest
 from tests.recording import names
 from tests.unit.test_checks import Machine, bad
 from xen_symbols.report.model import Verdict
-from xen_symbols.target import PhysicalCpu
+from xen_symbols.targets import PhysicalCpu
 
 VMCORES = [name for name in names() if name.endswith("crashed-vmcore")]
 AS_SAVED = "what Xen's memory holds"

@@ -13,8 +13,8 @@ from tests import dumpwriter as writer
 from tests.syntheticxen import DIRECTMAP, HEAP, PHYS_START, SyntheticXen
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import load_symbols
-from xen_symbols.target import READ_MAX
-from xen_symbols.target.dump import Dump, open_dump
+from xen_symbols.targets import READ_MAX
+from xen_symbols.targets.dump import Dump, open_dump
 from xen_symbols.xen.memory import XenMemory
 from xencrash.serve import Conversation, served
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests import dumpwriter as writer
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.target.dump import Dump, open_dump
+from xen_symbols.targets.dump import Dump, open_dump
 from xencrash.session import find_gdb
 
 RANGES = [(0x0, 0xA000), (0x100000, 0x104000)]

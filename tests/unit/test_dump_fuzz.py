@@ -17,9 +17,9 @@ import pytest
 from tests import dumpwriter as writer
 from tests.damage import EDGES, bounded_memory
 from xen_symbols.absence import Absent, Undecidable
-from xen_symbols.target import PhysicalCpu
-from xen_symbols.target.dump import open_dump
-from xen_symbols.target.notes import XEN_CRASH_INFO, parse_crash_info, parse_vmcoreinfo
+from xen_symbols.targets import PhysicalCpu
+from xen_symbols.targets.dump import open_dump
+from xen_symbols.targets.notes import XEN_CRASH_INFO, parse_crash_info, parse_vmcoreinfo
 
 CASES = 3000  # per shape
 RANGES = [(0x0, 0x3000), (0x10000, 0x14000)]

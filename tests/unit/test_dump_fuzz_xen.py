@@ -22,8 +22,8 @@ from tests import dumpwriter as writer
 from tests.damage import EDGES, bounded_memory
 from tests.syntheticxen import DIRECTMAP, HEAP, PHYS_START, VIRT_START
 from tests.unit.test_dump_not_found import Machine
-from xen_symbols.target.image import DumpFile
-from xen_symbols.target.kdump import KdumpMemory
+from xen_symbols.targets.image import DumpFile
+from xen_symbols.targets.kdump import KdumpMemory
 from xencrash.cli import main
 
 CASES = {"vmcore": 2500, "qemu": 1000, "kdump": 700}

@@ -12,8 +12,8 @@ import pytest
 from tests import dumpwriter as writer
 from tests.dumpwriter import PAGE
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.target import flattened, image, kdump
-from xen_symbols.target.dump import Dump, open_dump
+from xen_symbols.targets import flattened, image, kdump
+from xen_symbols.targets.dump import Dump, open_dump
 
 RANGES = [(0x0, 0xA000), (0x100000, 0x104000)]
 CONTENT = {0x1234: b"hello", 0x102FF0: bytes(range(32)), 0x3000: bytes(range(256)) * 16}

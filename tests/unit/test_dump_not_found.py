@@ -16,7 +16,7 @@ from tests.syntheticxen import BUILD_ID, HEAP, PHYS_START, VIRT_START, Synthetic
 from xen_symbols import open_dump
 from xen_symbols.absence import Undecidable
 from xen_symbols.symbols import embedded
-from xen_symbols.target.image import DumpFile
+from xen_symbols.targets.image import DumpFile
 from xencrash.cli import main
 
 IMAGE = (PHYS_START, PHYS_START + (8 << 20))

@@ -8,8 +8,8 @@ import pytest
 
 from tests import dumpwriter as writer
 from xen_symbols.absence import Absent, Undecidable
-from xen_symbols.target import Note
-from xen_symbols.target.notes import (
+from xen_symbols.targets import Note
+from xen_symbols.targets.notes import (
     cpus_of,
     describe_notes,
     parse_crash_info,

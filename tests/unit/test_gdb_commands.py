@@ -13,7 +13,7 @@ from gdbplugin.commands import COMMANDS, FUNCTIONS, SETTINGS, TRACE_HELP, WATCH_
 from tests.texts import BY_NAME, RecordedSession, answer, blocks
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.report.blocks import report_blocks
-from xen_symbols.target import Lapic
+from xen_symbols.targets import Lapic
 
 # -- declarations -----------------------------------------------------------------------------
 

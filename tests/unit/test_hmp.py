@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.target import hmp
+from xen_symbols.targets import hmp
 
 MONITOR = Path(__file__).parent.parent / "recorded" / "monitor"
 QEMUS = ("7.2", "10.0", "11.1")

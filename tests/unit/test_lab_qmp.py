@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from xen_symbols.target.qmp import Qmp, QmpError
+from xen_symbols.targets.qmp import Qmp, QmpError
 
 Answer = Callable[[dict[str, Any]], list[Any]]
 Serve = Callable[[Answer], Path]

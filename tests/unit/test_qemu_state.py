@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.recording import RECORDED
 from xen_symbols.absence import Unreadable
-from xen_symbols.target import Lapic
-from xen_symbols.target.qemu_state import parse_cpus, sections, unsavable
+from xen_symbols.targets import Lapic
+from xen_symbols.targets.qemu_state import parse_cpus, sections, unsavable
 
 # By QEMU: the CPU that crashed, and the high half of its last ICR, which names the others: of an xAPIC or an x2APIC.
 CRASHED = {"7.2": (0, 0xE << 24), "10.0": (3, 0x7), "11.1": (2, 0xB)}

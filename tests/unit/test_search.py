@@ -14,7 +14,7 @@ from tests.syntheticxen import HEAP, PHYS_START, TRAMPOLINE, VIRT_START, Synthet
 from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.symbols import embedded
-from xen_symbols.target import PhysicalCpu, dump
+from xen_symbols.targets import PhysicalCpu, dump
 from xen_symbols.x86 import paging
 from xen_symbols.xen import search
 from xen_symbols.xen.locate import carried_symbols, locate

@@ -16,7 +16,7 @@ import pytest
 
 from tests import dumpwriter as writer
 from xen_symbols.absence import Unreadable
-from xen_symbols.target.dump import open_dump
+from xen_symbols.targets.dump import open_dump
 from xencrash.serve import GDB_SETTINGS, READ_ONLY, Served, Thread, serving
 
 BASE = 0xFFFF82D040000000  # what the test's page tables map: physical 0 and on, three pages

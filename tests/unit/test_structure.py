@@ -17,16 +17,17 @@ from tests import recording
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("xen_symbols", "gdbplugin", "scripts")
+XENCRASH = "scripts/lib/xencrash"
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # A layer may import itself and what stands to its left.
-LAYERS = ("absence", "x86", "report", "symbols", "target", "xen", "crashpath", "api")
+LAYERS = ("absence", "x86", "report", "symbols", "targets", "xen", "crashpath", "api")
 HOMES = {
     "gdb": ("gdbplugin/",),
     "pygdbmi": ("scripts/",),
     "rich": ("xen_symbols/report/console.py", "scripts/"),
-    "cramjam": ("xen_symbols/target/decompress.py",),
-    "lzallright": ("xen_symbols/target/decompress.py",),
+    "cramjam": ("xen_symbols/targets/decompress.py",),
+    "lzallright": ("xen_symbols/targets/decompress.py",),
 }
 
 
@@ -97,7 +98,8 @@ xen_symbols.x86 xen_symbols.x86.apic xen_symbols.x86.gate xen_symbols.x86.paging
 xen_symbols.report xen_symbols.report.jsontext xen_symbols.report.model
 xen_symbols.symbols xen_symbols.symbols.buildid xen_symbols.symbols.files xen_symbols.symbols.mapfile
 xen_symbols.symbols.table
-xen_symbols.target xen_symbols.target.dump xen_symbols.target.elfcore xen_symbols.target.image xen_symbols.target.notes
+xen_symbols.targets xen_symbols.targets.dump xen_symbols.targets.elfcore
+xen_symbols.targets.image xen_symbols.targets.notes
 xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.locate
 xen_symbols.xen.memory xen_symbols.xen.state
 xen_symbols.crashpath xen_symbols.crashpath.checks xen_symbols.crashpath.engine xen_symbols.crashpath.generations
@@ -139,21 +141,21 @@ COMPARING_MODULES = {"packaging", "distutils", "pkg_resources", "looseversion", 
 
 # Comparisons of what is called a version and is none of Xen's: of a file's layout, which the file itself names.
 OTHER_VERSIONS = {
-    ("xen_symbols/target/qemu_state.py", "version > 64"): "no section header has such a one",
-    ("xen_symbols/target/qemu_state.py", "section.name not in _VERSIONS"): "which sections are read",
-    ("xen_symbols/target/qemu_state.py", "section.version != _VERSIONS[section.name]"): "of a section's layout",
-    ("xen_symbols/target/kdump.py", "version >= 6"): "header_version, which says which fields the header has",
-    ("xen_symbols/target/kdump.py", "version >= 4"): "header_version",
-    ("xen_symbols/target/notes.py", "version != 1"): "of QEMU's note",
-    ("xen_symbols/target/flattened.py", "(kind, version) != (1, 1)"): "of the flattened format",
+    ("xen_symbols/targets/qemu_state.py", "version > 64"): "no section header has such a one",
+    ("xen_symbols/targets/qemu_state.py", "section.name not in _VERSIONS"): "which sections are read",
+    ("xen_symbols/targets/qemu_state.py", "section.version != _VERSIONS[section.name]"): "of a section's layout",
+    ("xen_symbols/targets/kdump.py", "version >= 6"): "header_version, which says which fields the header has",
+    ("xen_symbols/targets/kdump.py", "version >= 4"): "header_version",
+    ("xen_symbols/targets/notes.py", "version != 1"): "of QEMU's note",
+    ("xen_symbols/targets/flattened.py", "(kind, version) != (1, 1)"): "of the flattened format",
     ("xen_symbols/report/blocks.py", "'version' not in info"): "whether the note says one, to be shown",
-    ("scripts/session.py", "version is None"): "of gdb",
-    ("scripts/session.py", "version < OLDEST_GDB"): "gdb is asked before it is started with what older ones lack",
-    ("scripts/session.py", "re.findall('\\\\b(\\\\d+)\\\\.\\\\d+', words.partition('\\n')[0])"): "of gdb",
+    (f"{XENCRASH}/guests/build.py", "generation not in generations()"): "whether the reference guest has it at all",
+    (f"{XENCRASH}/session.py", "version is None"): "of gdb",
+    (f"{XENCRASH}/session.py", "version < OLDEST_GDB"): "gdb is asked before it is started with what older ones lack",
+    (f"{XENCRASH}/session.py", "re.findall('\\\\b(\\\\d+)\\\\.\\\\d+', words.partition('\\n')[0])"): "of gdb",
 }
 # What tests decide by a version that they chose themselves, or that is none of Xen's.
 DECIDED_IN_TESTS = {
-    ("tests/guests/build.py", "generation not in generations()"): "whether the reference guest has it at all",
     ("tests/live/test_guest_matrix.py", "run.generation == '4.2.0'"): "as the guest was built: 4.2.0 names no owner",
     ("tests/live/test_lab.py", "int(qemu.split('.')[0])"): "QEMU says the version of the row that was asked for",
     ("tests/live/test_real_symbols.py", "build.name == '4.14'"): "what Debian put into that package",

@@ -16,7 +16,7 @@ from xen_symbols.crashpath.generations import GENERATIONS, Bookkeeping, Generati
 from xen_symbols.crashpath.stages import ANYWHERE, CRASHED, CrashStep, OtherStep, Position, Span
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.symbols.table import TEXT
-from xen_symbols.target import Lapic, PhysicalCpu
+from xen_symbols.targets import Lapic, PhysicalCpu
 from xen_symbols.text import ranges
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NAMES, VECTOR_NMI, Gate

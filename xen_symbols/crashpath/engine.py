@@ -12,7 +12,7 @@ from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING, OtherStep, Span
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import Lapic
+from xen_symbols.targets import Lapic
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import Gate
 from xen_symbols.xen.memory import XenMemory

@@ -19,7 +19,7 @@ from xen_symbols.crashpath.position import anchor_address, at_stage, infer, onli
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Position, Role, Span, Stage
 from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
 from xen_symbols.symbols.table import TEXT
-from xen_symbols.target import PhysicalCpu
+from xen_symbols.targets import PhysicalCpu
 from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import State, read_state

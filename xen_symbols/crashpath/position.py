@@ -20,7 +20,7 @@ from xen_symbols.crashpath.stages import (
     Stage,
 )
 from xen_symbols.symbols.table import TEXT, SymbolTable
-from xen_symbols.target import PhysicalCpu
+from xen_symbols.targets import PhysicalCpu
 from xen_symbols.xen.memory import IMAGE_REGION, image_region
 from xen_symbols.xen.state import State
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import DATA, TEXT
-from xen_symbols.target import PhysicalCpu
+from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.call import LONGEST, follows_indirect_call, follows_relative_call
 from xen_symbols.x86.paging import PAGE_SIZE
 from xen_symbols.xen import frames

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
-from xen_symbols.target import Note, Target
-from xen_symbols.target.notes import (
+from xen_symbols.targets import Note, Target
+from xen_symbols.targets.notes import (
     NT_PRSTATUS,
     XEN_CRASH_INFO,
     XEN_CRASH_REGS,

@@ -8,8 +8,8 @@ from itertools import chain
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.symbols import buildid
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import Note, PhysicalCpu, Target
-from xen_symbols.target.notes import XEN_CRASH_INFO, parse_address, parse_crash_info, parse_vmcoreinfo
+from xen_symbols.targets import Note, PhysicalCpu, Target
+from xen_symbols.targets.notes import XEN_CRASH_INFO, parse_address, parse_crash_info, parse_vmcoreinfo
 from xen_symbols.x86 import paging
 from xen_symbols.xen.memory import (
     IMAGE_MAX,

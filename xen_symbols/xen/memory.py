@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.target import Target, bounded
+from xen_symbols.targets import Target, bounded
 from xen_symbols.x86 import paging
 
 # Page-table entries are read so many bytes at a time: neighbours are mostly wanted too, and lie in the same page.

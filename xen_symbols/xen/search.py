@@ -12,7 +12,7 @@ from itertools import takewhile
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.symbols import embedded
-from xen_symbols.target import Target
+from xen_symbols.targets import Target
 from xen_symbols.x86 import paging
 from xen_symbols.xen.memory import (
     IMAGE_MAX,

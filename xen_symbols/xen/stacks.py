@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.target import PhysicalCpu
+from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86 import gate, tss
 from xen_symbols.x86.paging import PAGE_SIZE
 from xen_symbols.x86.tss import Tss

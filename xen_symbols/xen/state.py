@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.report.model import Evidence
 from xen_symbols.symbols.table import DATA, SymbolTable
-from xen_symbols.target import PhysicalCpu
+from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86 import gate
 from xen_symbols.xen import crashnotes
 from xen_symbols.xen.memory import XenMemory

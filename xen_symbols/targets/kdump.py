@@ -14,10 +14,10 @@ from array import array
 from collections.abc import Iterator
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.target import Note, bounded
-from xen_symbols.target.decompress import decompress, missing
-from xen_symbols.target.image import Image, Ranges, require
-from xen_symbols.target.notes import of_a_machine, parse_notes
+from xen_symbols.targets import Note, bounded
+from xen_symbols.targets.decompress import decompress, missing
+from xen_symbols.targets.image import Image, Ranges, require
+from xen_symbols.targets.notes import of_a_machine, parse_notes
 from xen_symbols.x86.paging import PAGE_SIZE
 
 # signature, version, utsname (six of 65 bytes; machine is the fifth), timestamp, status, block size,

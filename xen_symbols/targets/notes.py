@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable
-from xen_symbols.target import Note, PhysicalCpu
+from xen_symbols.targets import Note, PhysicalCpu
 from xen_symbols.text import escaped
 
 NT_PRSTATUS = 1

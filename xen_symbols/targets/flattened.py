@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.target.image import Conflict, Extents, Image, Stretch, layered, require
+from xen_symbols.targets.image import Conflict, Extents, Image, Stretch, layered, require
 
 _HEADER = struct.Struct(">16sqq")  # signature, type, version
 _HEADER_SIZE = 4096

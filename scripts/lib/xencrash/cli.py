@@ -222,7 +222,7 @@ def _output_options(parser: argparse.ArgumentParser, formats: tuple[str, ...] = 
 
 
 def _address(text: str) -> int:
-    from xen_symbols.target import PHYSICAL_END
+    from xen_symbols.targets import PHYSICAL_END
 
     try:
         if 0 <= (value := int(text, 0)) < PHYSICAL_END:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Unreadable
-from xen_symbols.target import Lapic, PhysicalCpu
+from xen_symbols.targets import Lapic, PhysicalCpu
 
 _HEADER = b"QEVM" + (3).to_bytes(4, "big")
 _SECTION_FULL = 0x04

@@ -25,7 +25,7 @@ from typing import Any
 from pygdbmi.IoManager import IoManager
 
 from xen_symbols.absence import Undecidable
-from xen_symbols.target.qmp import Qmp, QmpError
+from xen_symbols.targets.qmp import Qmp, QmpError
 
 Json = dict[str, Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from xen_symbols.absence import Unreadable
-from xen_symbols.target import bounded
-from xen_symbols.target.image import DumpFile
+from xen_symbols.targets import bounded
+from xen_symbols.targets.image import DumpFile
 
 
 class RawMemory:

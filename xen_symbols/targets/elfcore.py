@@ -10,9 +10,9 @@ import struct
 from collections.abc import Iterator
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.target import PHYSICAL_END, Note, bounded
-from xen_symbols.target.image import Conflict, Extents, Image, Ranges, Stretch, require
-from xen_symbols.target.notes import MAX_NOTES, of_a_machine, parse_notes
+from xen_symbols.targets import PHYSICAL_END, Note, bounded
+from xen_symbols.targets.image import Conflict, Extents, Image, Ranges, Stretch, require
+from xen_symbols.targets.notes import MAX_NOTES, of_a_machine, parse_notes
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")  # type, flags, offset, vaddr, paddr, filesz, memsz, align

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from xen_symbols.target.qmp import Qmp, QmpError
+from xen_symbols.targets.qmp import Qmp, QmpError
 from xencrash.lab import images
 from xencrash.lab.errors import LabError
 from xencrash.lab.firmware import with_x2apic_on

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.target import Lapic, PhysicalCpu
+from xen_symbols.targets import Lapic, PhysicalCpu
 
 NEEDS_QMP = Absent("needs QEMU's QMP socket: set xen qmp-socket PATH, or --qmp PATH")
 SOURCE = "QEMU monitor"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.target import PHYSICAL_END, Note, PhysicalCpu
-from xen_symbols.target.image import DumpFile, Image
-from xen_symbols.target.notes import cpus_of
+from xen_symbols.targets import PHYSICAL_END, Note, PhysicalCpu
+from xen_symbols.targets.image import DumpFile, Image
+from xen_symbols.targets.notes import cpus_of
 
 _FLATTENED, _ELF, _KDUMP = b"makedumpfile\0\0\0\0", b"\x7fELF", b"KDUMP   "
 # Files that people hand over and that need one more step, or are something else.
@@ -92,17 +92,17 @@ def _open(file: DumpFile, path: str, base: int | None) -> Dump:
     start = image.read(0, min(16, image.size))
     # Each format is imported when it is met: most runs meet one.
     if start == _FLATTENED:
-        from xen_symbols.target.flattened import FlattenedFile
+        from xen_symbols.targets.flattened import FlattenedFile
 
         image = FlattenedFile(image)
         wrapping, start = "flattened ", image.read(0, min(16, image.size))
     if start.startswith(_ELF):
-        from xen_symbols.target.elfcore import read_elf
+        from xen_symbols.targets.elfcore import read_elf
 
         elf, notes = read_elf(image)
         return _recognised(Dump(path, f"{wrapping}ELF core", elf, notes), base)
     if start.startswith(_KDUMP):
-        from xen_symbols.target.kdump import KdumpMemory
+        from xen_symbols.targets.kdump import KdumpMemory
 
         pages = KdumpMemory(image)
         format = f"{wrapping}kdump" + ", which its writer could not complete" * pages.incomplete
@@ -116,7 +116,7 @@ def _open(file: DumpFile, path: str, base: int | None) -> Dump:
         raise Undecidable(f"its first byte cannot be at physical {base:#x}: give an address below {PHYSICAL_END:#x}")
     if base is None:
         raise Undecidable("not a dump of a known format; a raw image of memory needs its first byte's address (--base)")
-    from xen_symbols.target.raw import RawMemory
+    from xen_symbols.targets.raw import RawMemory
 
     return Dump(path, f"raw image at {base:#x}", RawMemory(file, base), (), base)
 
