@@ -14,17 +14,12 @@ from typing import Any, Protocol
 from gdbplugin import tables
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import BOOT_MODES, Context
-from xen_symbols.crashpath.engine import (
-    describe_cpus,
-    describe_symbols,
-    describe_target,
-    evaluate,
-    gate_json,
-)
+from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.crashpath.follow import crash_image_loaded
 from xen_symbols.crashpath.generations import Identification
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.crashpath.position import crashing_cpu, infer
+from xen_symbols.describe.machine import describe_cpus, describe_gate, describe_symbols, describe_target
 from xen_symbols.report.blocks import Block, report_blocks
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
@@ -168,7 +163,7 @@ def _idt(session: Session, cpu: int | None = None, vector: int | None = None) ->
 
 def _gate(memory: XenMemory, cpu: int, vector: int, read: Read) -> Json:
     out: Json = {"cpu": cpu, "vector": vector, "name": gate.VECTOR_NAMES.get(vector), "address": _hex(read.address)}
-    out["gate"] = gate_json(memory.symbols, read)
+    out["gate"] = describe_gate(memory.symbols, read.value) if read.present else None
     if isinstance(read.value, Absent):
         out["absent"] = read.value.reason
     return out
@@ -372,7 +367,7 @@ def _status(session: Session) -> Json:
         for name in ("online", "saved", "waiting_mask", "waiting_count", "kexecing"):
             value = state.system[name].value
             out[name] = sorted(value) if isinstance(value, frozenset) else _plain(value)
-        out["cpus"] = describe_cpus(context)
+        out["cpus"] = describe_cpus(context.state, context.cpus, position.crashing_cpu, position.online)
         return out
 
 

@@ -16,10 +16,10 @@ from tests.recording import RECORDED, load
 from tests.unit import test_backtrace
 from tests.unit.test_checks import MC, NMI, Machine
 from xen_symbols.absence import Absent
-from xen_symbols.crashpath.engine import gate_change_json, gate_difference_json
 from xen_symbols.crashpath.gatechanges import GateHistory, Write, moment_of
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.crashpath.position import infer
+from xen_symbols.describe.changes import describe_gate_change, describe_traced_change
 from xen_symbols.report.blocks import (
     Block,
     Cell,
@@ -209,7 +209,7 @@ def traced() -> Json:
     skipped = stops[0]["findings"][0] | {"verdict": "skip", "reason": "does not apply", "stop": 1}
     later = [finding | {"stop": 2} for finding in stops[1]["findings"]]
     report["findings"] = [*stops[0]["findings"], skipped, *later]
-    report["gate_changes"] = _changes(gate_change_json)
+    report["gate_changes"] = _changes(describe_traced_change)
     return report
 
 
@@ -303,7 +303,7 @@ TEXTS: dict[str, Callable[[], Sequence[Block] | str]] = {
     ],
     "report-junit": lambda: to_junit(faulty() | {"undecided": "the connection was lost"}),
     "dumps": lambda: [dumps_table(_reports())],
-    "watched-gates": lambda: watched_gates({"changes": _changes(gate_difference_json)}),
+    "watched-gates": lambda: watched_gates({"changes": _changes(describe_gate_change)}),
     "watched-gates-none": lambda: watched_gates({"changes": []}),
     "crash-note-buffers": _buffers,
 }

@@ -15,10 +15,11 @@ from tests.unit.test_checks import MC, NMI, Machine
 from tests.unit.test_report import SCHEMA
 from xen_symbols.crashpath import generations
 from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
-from xen_symbols.crashpath.engine import evaluate, gate_change_json, judge
+from xen_symbols.crashpath.engine import evaluate, judge
 from xen_symbols.crashpath.gatechanges import GateChange, GateHistory, Moment, Write, Writes, moment_of
 from xen_symbols.crashpath.position import at_stage
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, OtherStep, Position, Span
+from xen_symbols.describe.changes import describe_traced_change
 from xen_symbols.report.blocks import report_blocks
 from xen_symbols.report.console import plain
 from xen_symbols.report.model import Verdict
@@ -332,7 +333,7 @@ def test_a_change_of_a_real_xens_gate_is_listed_and_printed() -> None:
     report = evaluate(machine.memory)
     state = read_state(machine.memory)
     seen = history.see(moment_of(state, at("handover"), 0)).values()
-    report.gate_changes = [gate_change_json(state.symbols, change) for change in seen if change.changed]
+    report.gate_changes = [describe_traced_change(state.symbols, change) for change in seen if change.changed]
     made = report.to_json()
     jsonschema.validate(made, SCHEMA)
     (change,) = made["gate_changes"]

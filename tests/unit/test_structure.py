@@ -21,7 +21,7 @@ XENCRASH = "scripts/lib/xencrash"
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # A layer may import itself and what stands to its left.
-LAYERS = ("absence", "x86", "report", "symbols", "targets", "xen", "crashpath", "api")
+LAYERS = ("absence", "x86", "report", "symbols", "targets", "xen", "describe", "crashpath", "api")
 HOMES = {
     "gdb": ("gdbplugin/",),
     "pygdbmi": ("scripts/",),
@@ -102,6 +102,7 @@ xen_symbols.targets xen_symbols.targets.dump xen_symbols.targets.elfcore
 xen_symbols.targets.image xen_symbols.targets.notes
 xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.locate
 xen_symbols.xen.memory xen_symbols.xen.state
+xen_symbols.describe xen_symbols.describe.machine
 xen_symbols.crashpath xen_symbols.crashpath.checks xen_symbols.crashpath.engine xen_symbols.crashpath.generations
 xen_symbols.crashpath.position xen_symbols.crashpath.stages
 """.split()

@@ -1,8 +1,7 @@
 """The one engine: a target, its symbols and a position become findings and a report."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from xen_symbols import __version__
 from xen_symbols.absence import Absent, Undecidable, Unreadable
@@ -10,16 +9,10 @@ from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcom
 from xen_symbols.crashpath.generations import Bookkeeping, Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING, OtherStep, Span
+from xen_symbols.describe.machine import describe_cpus, describe_symbols, describe_target
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
-from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.targets import Lapic
-from xen_symbols.x86 import apic
-from xen_symbols.x86.gate import Gate
 from xen_symbols.xen.memory import XenMemory
-from xen_symbols.xen.state import CpuState, Read, read_state
-
-if TYPE_CHECKING:  # a trace alone needs it
-    from xen_symbols.crashpath.gatechanges import GateChange
+from xen_symbols.xen.state import CpuState, read_state
 
 TOOL: Mapping[str, Any] = {"name": "xencrash", "version": __version__}
 
@@ -167,31 +160,6 @@ def new_report(memory: XenMemory, identification: Identification | None = None) 
     return report
 
 
-def describe_target(memory: XenMemory) -> dict[str, Any]:
-    target = memory.target
-    return {
-        "kind": target.kind,
-        "format": target.format,
-        "location": target.location,
-        "xen_phys_start": hex(memory.xen_phys_start),
-        "found_by": memory.found_by,
-    }
-
-
-def describe_symbols(memory: XenMemory) -> dict[str, Any]:
-    symbols: SymbolTable = memory.symbols
-    theirs = memory.build_id
-    own = symbols.build_id
-    match = None if own is None or isinstance(theirs, Absent) else own == theirs
-    return {
-        "path": symbols.path,
-        "source": symbols.source,
-        "build_id": own.hex() if own else None,
-        "target_build_id": None if isinstance(theirs, Absent) else theirs.hex(),
-        "match": match,
-    }
-
-
 def evaluate(memory: XenMemory, identification: Identification | None = None) -> Report:
     """Judge what is there now. Raises Undecidable when it cannot be told which Xen this is or where it stands."""
     identification = identification or identify(memory)
@@ -223,7 +191,7 @@ def add_stage(report: Report, context: Context) -> list[Finding]:
     findings = judge(context, len(report.stages) - 1, report.findings)
     # Of a dump these are all: the list of 120,000 is not copied.
     report.findings = [*report.findings, *findings] if report.findings else findings
-    report.cpus = describe_cpus(context)
+    report.cpus = describe_cpus(context.state, context.cpus, position.crashing_cpu, position.online)
     return findings
 
 
@@ -234,104 +202,3 @@ def _seen(context: Context) -> StageSeen:
     physical = context.state.of(position.subject).physical
     pc = None if isinstance(physical, Absent) else physical.registers.get("rip")
     return StageSeen(position.stage.id, position.subject, None if pc is None else context.symbols.describe(pc), pc)
-
-
-def gate_json(symbols: SymbolTable, read: Read) -> dict[str, Any] | None:
-    """A gate as the JSON contract gives it; None when it could not be read."""
-    return _gate_json(symbols, read.value) if read.present else None
-
-
-def gate_change_json(symbols: SymbolTable, change: "GateChange") -> dict[str, Any]:
-    """A change of a gate as the JSON contract gives it, between two of the report's stages."""
-    return {
-        **gate_difference_json(symbols, change),
-        "since": None if change.since.stop is None else change.last_stage,
-        "stage": change.now.position.stage.id,
-        "stop": change.now.stop,
-    }
-
-
-def gate_difference_json(symbols: SymbolTable, change: "GateChange") -> dict[str, Any]:
-    """What changed a gate from what to what, and who was seen to write to it."""
-    return {
-        "cpu": change.cpu,
-        "vector": change.vector,
-        "changed": list(change.changed),
-        "before": _gate_json(symbols, change.before),
-        "after": _gate_json(symbols, change.after),
-        "writers": [{"cpu": write.cpu, "at": _place_json(symbols, write.pc)} for write in change.writes],
-    }
-
-
-def _gate_json(symbols: SymbolTable, gate: Gate) -> dict[str, Any]:
-    return {
-        "handler": {"address": hex(gate.handler), "symbol": symbols.describe(gate.handler)},
-        "selector": hex(gate.selector),
-        "type": gate.type,
-        "dpl": gate.dpl,
-        "present": gate.present,
-        "ist": gate.ist,
-        "raw": gate.raw.hex(),
-    }
-
-
-def _place_json(symbols: SymbolTable, pc: int) -> dict[str, Any]:
-    return {"symbol": symbols.describe(pc), "pc": hex(pc)}
-
-
-_NO_REGISTERS = Absent("no registers")
-
-
-def describe_cpus(context: Context) -> list[dict[str, Any]]:
-    """Each CPU as the JSON contract gives it. What is not known is null, and `absent` beside it says why."""
-    # Thousands of CPUs have the same few gates, and are in the same few places.
-    gates, places = cache(partial(_gate_json, context.symbols)), cache(partial(_place_json, context.symbols))
-    return [_describe_cpu(context, context.state.of(cpu), gates, places) for cpu in context.cpus]
-
-
-def _describe_cpu(
-    context: Context, cpu: CpuState, gates: Callable[[Gate], dict[str, Any]], places: Callable[[int], dict[str, Any]]
-) -> dict[str, Any]:
-    physical = cpu.physical
-    lapic = physical if isinstance(physical, Absent) else physical.lapic
-    pc = None if isinstance(physical, Absent) else physical.registers.get("rip")
-    return _with_reasons(
-        {
-            "cpu": cpu.cpu,
-            "role": _role(context, cpu.cpu),
-            "nmi_gate": gates(cpu.nmi_gate.value) if cpu.nmi_gate.present else cpu.nmi_gate.value,
-            "mc_gate": gates(cpu.mc_gate.value) if cpu.mc_gate.present else cpu.mc_gate.value,
-            "apic_id": cpu.apic_id.value,
-            "crash_save_done": cpu.crash_save_done.value,
-            **{
-                name: physical if isinstance(physical, Absent) else getattr(physical, name)
-                for name in ("halted", "nmi_blocked", "nmi_pending", "guest_mode")
-            },
-            "lapic": lapic if isinstance(lapic, Absent) else _lapic_json(lapic),
-            "at": physical if isinstance(physical, Absent) else places(pc) if pc is not None else _NO_REGISTERS,
-        }
-    )
-
-
-def _with_reasons(values: dict[str, Any]) -> dict[str, Any]:
-    """The values as JSON: an Absent is null, and its reason stands in `absent`."""
-    reasons = {name: value.reason for name, value in values.items() if isinstance(value, Absent)}
-    return {**values, **dict.fromkeys(reasons), "absent": reasons} if reasons else values
-
-
-def _role(context: Context, cpu: int) -> str:
-    if context.is_crashing(cpu):
-        return "crashing"
-    return "other" if cpu in context.position.online else "offline"
-
-
-def _lapic_json(lapic: Lapic) -> dict[str, Any]:
-    base = lapic.apic_base
-    registers = {name: getattr(lapic, name) for name in ("apic_base", "spiv", "icr_low", "icr_high")}
-    return _with_reasons(
-        {
-            "mode": base if isinstance(base, Absent) else apic.mode(base).value,
-            "source": lapic.source,
-            **{name: value if isinstance(value, Absent) else hex(value) for name, value in registers.items()},
-        }
-    )

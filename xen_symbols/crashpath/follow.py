@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import Context
-from xen_symbols.crashpath.engine import add_stage, gate_change_json, gate_difference_json, new_report
+from xen_symbols.crashpath.engine import add_stage, new_report
 from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Position, Role, Span, Stage
+from xen_symbols.describe.changes import describe_gate_change, describe_traced_change
 from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
 from xen_symbols.symbols.table import TEXT
 from xen_symbols.targets import PhysicalCpu
@@ -239,7 +240,7 @@ class Follower:
         findings = add_stage(self.report, Context(self.memory, state, position, self.generation, entries, before))
         if self.report.gate_changes is not None:
             changes = [change for change in before.values() if change.changed]
-            self.report.gate_changes += [gate_change_json(state.symbols, change) for change in changes]
+            self.report.gate_changes += [describe_traced_change(state.symbols, change) for change in changes]
         return self.report.stages[-1], tuple(findings)
 
     def _require_image(self, state: State) -> None:
@@ -293,4 +294,4 @@ class GateWatch:
         anywhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
         position = Position(NORMAL, None, None, anywhere, {}, online_at_crash(state, None, None))
         seen = self._history.see(moment_of(state, position), self.writes.take(state)).values()
-        return [gate_difference_json(state.symbols, change) for change in seen if change.changed]
+        return [describe_gate_change(state.symbols, change) for change in seen if change.changed]

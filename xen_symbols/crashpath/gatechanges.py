@@ -91,6 +91,21 @@ class GateChange(NamedTuple):
         return self.since.position.stage.id
 
     @property
+    def since_stage(self) -> str | None:
+        """The stage at which it was read last; None before the first of a trace."""
+        return None if self.since.stop is None else self.last_stage
+
+    @property
+    def stage(self) -> str:
+        """The stage at which the change was seen."""
+        return self.now.position.stage.id
+
+    @property
+    def stop(self) -> int | None:
+        """The index of that stage in the report."""
+        return self.now.stop
+
+    @property
     def changed(self) -> tuple[str, ...]:
         """Which properties differ, by their names in `Gate`."""
         return tuple(name for name in Gate._fields if getattr(self.before, name) != getattr(self.after, name))

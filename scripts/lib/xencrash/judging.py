@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.crashpath.engine import TOOL, describe_symbols, describe_target, new_report
+from xen_symbols.crashpath.engine import TOOL, new_report
 from xen_symbols.crashpath.generations import identify
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.crashpath.position import infer
 from xen_symbols.crashpath.stages import CRASHING
+from xen_symbols.describe.machine import describe_symbols, describe_target
 from xen_symbols.report.blocks import (
     Block,
     Cell,

@@ -1,0 +1,113 @@
+"""A target, its symbols and its CPUs as the JSON contract gives them. What is not known is null, with the reason."""
+
+from collections.abc import Callable, Container, Iterable
+from functools import cache, partial
+from typing import Any
+
+from xen_symbols.absence import Absent
+from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.targets import Lapic
+from xen_symbols.x86 import apic
+from xen_symbols.x86.gate import Gate
+from xen_symbols.xen.memory import XenMemory
+from xen_symbols.xen.state import CpuState, State
+
+
+def describe_target(memory: XenMemory) -> dict[str, Any]:
+    """Where Xen was found."""
+    target = memory.target
+    return {
+        "kind": target.kind,
+        "format": target.format,
+        "location": target.location,
+        "xen_phys_start": hex(memory.xen_phys_start),
+        "found_by": memory.found_by,
+    }
+
+
+def describe_symbols(memory: XenMemory) -> dict[str, Any]:
+    """The symbols, and whether they are of the build that is in memory."""
+    symbols: SymbolTable = memory.symbols
+    theirs = memory.build_id
+    own = symbols.build_id
+    match = None if own is None or isinstance(theirs, Absent) else own == theirs
+    return {
+        "path": symbols.path,
+        "source": symbols.source,
+        "build_id": own.hex() if own else None,
+        "target_build_id": None if isinstance(theirs, Absent) else theirs.hex(),
+        "match": match,
+    }
+
+
+def describe_gate(symbols: SymbolTable, gate: Gate) -> dict[str, Any]:
+    """A gate, with its handler's name."""
+    return {
+        "handler": {"address": hex(gate.handler), "symbol": symbols.describe(gate.handler)},
+        "selector": hex(gate.selector),
+        "type": gate.type,
+        "dpl": gate.dpl,
+        "present": gate.present,
+        "ist": gate.ist,
+        "raw": gate.raw.hex(),
+    }
+
+
+def describe_place(symbols: SymbolTable, pc: int) -> dict[str, Any]:
+    """Where a CPU is in Xen's text."""
+    return {"symbol": symbols.describe(pc), "pc": hex(pc)}
+
+
+_NO_REGISTERS = Absent("no registers")
+
+
+def describe_cpus(
+    state: State, cpus: Iterable[int], crashing: int | None, online: Container[int]
+) -> list[dict[str, Any]]:
+    """Each of these CPUs; `online` are those that were when the crash began."""
+    # Thousands of CPUs have the same few gates, and are in the same few places.
+    gates, places = cache(partial(describe_gate, state.symbols)), cache(partial(describe_place, state.symbols))
+    roles = {cpu: "crashing" if cpu == crashing else "other" if cpu in online else "offline" for cpu in cpus}
+    return [_describe_cpu(state.of(cpu), role, gates, places) for cpu, role in roles.items()]
+
+
+def _describe_cpu(
+    cpu: CpuState, role: str, gates: Callable[[Gate], dict[str, Any]], places: Callable[[int], dict[str, Any]]
+) -> dict[str, Any]:
+    physical = cpu.physical
+    lapic = physical if isinstance(physical, Absent) else physical.lapic
+    pc = None if isinstance(physical, Absent) else physical.registers.get("rip")
+    return _with_reasons(
+        {
+            "cpu": cpu.cpu,
+            "role": role,
+            "nmi_gate": gates(cpu.nmi_gate.value) if cpu.nmi_gate.present else cpu.nmi_gate.value,
+            "mc_gate": gates(cpu.mc_gate.value) if cpu.mc_gate.present else cpu.mc_gate.value,
+            "apic_id": cpu.apic_id.value,
+            "crash_save_done": cpu.crash_save_done.value,
+            **{
+                name: physical if isinstance(physical, Absent) else getattr(physical, name)
+                for name in ("halted", "nmi_blocked", "nmi_pending", "guest_mode")
+            },
+            "lapic": lapic if isinstance(lapic, Absent) else _describe_lapic(lapic),
+            "at": physical if isinstance(physical, Absent) else places(pc) if pc is not None else _NO_REGISTERS,
+        }
+    )
+
+
+def _with_reasons(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as JSON: an Absent is null, and its reason stands in `absent`."""
+    reasons = {name: value.reason for name, value in values.items() if isinstance(value, Absent)}
+    return {**values, **dict.fromkeys(reasons), "absent": reasons} if reasons else values
+
+
+def _describe_lapic(lapic: Lapic) -> dict[str, Any]:
+    base = lapic.apic_base
+    registers = {name: getattr(lapic, name) for name in ("apic_base", "spiv", "icr_low", "icr_high")}
+    return _with_reasons(
+        {
+            "mode": base if isinstance(base, Absent) else apic.mode(base).value,
+            "source": lapic.source,
+            **{name: value if isinstance(value, Absent) else hex(value) for name, value in registers.items()},
+        }
+    )
