@@ -1,6 +1,8 @@
 """QEMU's device state: real ones (three QEMUs, Xen 4.17.7 stopped at the handover), and damaged ones.
 
-The recordings hold the sections cpu, cpu_common and apic of 4 CPUs, and one other; the rest was left out.
+The recordings hold the sections cpu, cpu_common and apic of each CPU, and one other; the rest was left out. kvm-…
+were taken under KVM (AMD, Linux 6.1), of real Xen 4.17 with 2 CPUs or of the reference guest 4.17.0 with 4; the
+in-kernel interrupt controllers are on, or split.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from xen_symbols.targets.qemu_state import parse_cpus, sections, unsavable
 CRASHED = {"7.2": (0, 0xE << 24), "10.0": (3, 0x7), "11.1": (2, 0xB)}
 STATES = {qemu: (RECORDED / f"qemu-{qemu}-handover.devstate").read_bytes() for qemu in CRASHED}
 STATE = STATES["7.2"]
+# By recording under KVM at the handover: how many CPUs, and the local APICs' mode then.
+KVM = {"10.0-xen": (2, 0x800), "7.2-guest": (4, 0x800), "10.0-split-guest": (4, 0x800), "11.1-guest": (4, 0x800),
+       "10.0-x2apic-guest": (4, 0xC00)}  # fmt: skip
 
 
 @pytest.mark.parametrize("qemu", CRASHED)
@@ -49,6 +54,36 @@ def test_the_lapics_at_the_handover(qemu: str) -> None:
         assert isinstance(parked.apic_id, int)
         assert (parked.spiv, parked.icr_low, parked.icr_high) == (0xFF, 0x400, parked.apic_id << 24)
         assert parked.lvt == (0x10000,) * 6
+
+
+@pytest.mark.parametrize("name", KVM)
+def test_the_cpus_at_the_handover_under_kvm(name: str) -> None:
+    cpus, (count, mode) = parse_cpus((RECORDED / f"kvm-{name}-handover.devstate").read_bytes()), KVM[name]
+    parked = [False] + [True] * (count - 1)
+    assert [cpu.halted for cpu in cpus] == parked
+    assert [cpu.nmi_blocked for cpu in cpus] == parked
+    assert [cpu.nmi_pending for cpu in cpus] == parked
+    assert [cpu.guest_mode for cpu in cpus] == [False] * count
+    lapics = [cpu.lapic for cpu in cpus if isinstance(cpu.lapic, Lapic)]
+    assert [lapic.apic_base for lapic in lapics] == [0xFEE00100 | mode] + [0xFEE00000 | mode] * (count - 1)
+    assert [lapic.spiv for lapic in lapics] == [0x10F] + [0xFF] * (count - 1)
+
+
+def test_an_nmi_just_taken_under_kvm() -> None:
+    """CPU 1 is at the first instruction of do_nmi_crash: blocked, and nothing pending yet."""
+    cpus = parse_cpus((RECORDED / "kvm-10.0-xen-nmi-taken.devstate").read_bytes())
+    assert [(cpu.halted, cpu.nmi_blocked, cpu.nmi_pending) for cpu in cpus] == [(False, False, False),
+                                                                               (False, True, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [1170, 1171])
+def test_an_nmi_is_pending_when_kvm_says_so_in_either_byte(at: int) -> None:
+    """nmi_injected was never seen set in a recording: an NMI on its way into the CPU is pending, too."""
+    state = bytearray((RECORDED / "kvm-10.0-xen-nmi-taken.devstate").read_bytes())
+    for section in sections(bytes(state)):
+        if (section.name, section.instance) == ("cpu", 0):
+            state[state.index(section.payload) + at] = 1
+    assert [cpu.nmi_pending for cpu in parse_cpus(bytes(state))] == [True, False]
 
 
 def test_the_sections_have_no_order_to_rely_on() -> None:

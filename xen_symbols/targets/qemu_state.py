@@ -35,6 +35,7 @@ _CPU = {
     "control": (456, struct.Struct(">4Q")),  # env.cr[0], cr[2], cr[3], cr[4]
     "efer": (816, struct.Struct(">Q")),
     "hflags2": (876, struct.Struct(">I")),
+    "nmi": (1170, struct.Struct(">2B")),  # env.nmi_injected, env.nmi_pending
 }
 _COMMON = struct.Struct(">II")  # halted, interrupt_request (vmstate_cpu_common)
 # hw/intc/apic_common.c, vmstate_apic_common: apicbase, id, arb_id, tpr, spurious_vec, log_dest, dest_mode, isr, tmr,
@@ -148,9 +149,9 @@ def _cpu(index: int, cpu: bytes, common: bytes, apic_id: int, apic: bytes) -> Ph
         idtr=(segments["idt"][1], segments["idt"][2]),
         tr_base=segments["tr"][1],
         halted=bool(halted),
-        # mp_state, nmi_pending and nmi_injected are KVM's; under TCG these two hold the truth.
         nmi_blocked=bool(fields["hflags2"][0] & _HF2_NMI),
-        nmi_pending=bool(interrupts & _INTERRUPT_NMI),
+        # TCG holds it in interrupt_request, KVM in the two bytes (target/i386/kvm, kvm_get_vcpu_events).
+        nmi_pending=bool(interrupts & _INTERRUPT_NMI) or any(fields["nmi"]),
         guest_mode=bool(fields["hflags"][0] & _HF_GUEST),
         lapic=lapic,
         source="QEMU device state",
