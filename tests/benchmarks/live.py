@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from xen_symbols.symbols.table import load_symbols
+from xencrash.gdbmi import open_session
 from xencrash.lab.machine import Lab
-from xencrash.session import open_session
 from xencrash.trace import trace
 
 ROUNDS = 30

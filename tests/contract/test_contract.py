@@ -26,8 +26,8 @@ from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import load_symbols
 from xen_symbols.targets.dump import open_dump
 from xen_symbols.xen.locate import locate
+from xencrash.gdbmi import plugin_script
 from xencrash.serve import GDB_SETTINGS, served, serving
-from xencrash.session import plugin_script
 from xencrash.trace import trace
 
 CPUS = 4

@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from xencrash.gdbmi import find_gdb, gdb_arguments, plugin_script
 from xencrash.guests import build
 from xencrash.lab.machine import Lab
 from xencrash.lab.qemu import Boot
-from xencrash.session import find_gdb, gdb_arguments, plugin_script
 
 
 @contextlib.contextmanager

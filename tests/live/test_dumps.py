@@ -31,13 +31,13 @@ from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import idt_address, read_state
 from xencrash.cli import main
+from xencrash.gdbmi import plugin_script
 from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot
 from xencrash.lab.rows import QEMUS, SUITES, XENS
 from xencrash.serve import GDB_SETTINGS, served, serving
-from xencrash.session import plugin_script
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live

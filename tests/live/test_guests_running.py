@@ -12,9 +12,9 @@ from tests.live.machines import guest, named, ram
 from xen_symbols import open_dump
 from xen_symbols.absence import Undecidable
 from xencrash.cli import main
+from xencrash.gdbmi import GdbSession, MiError, open_session
 from xencrash.lab.machine import Lab
 from xencrash.lab.run import check_vmcore
-from xencrash.session import GdbSession, MiError, open_session
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live

@@ -27,6 +27,7 @@ from xen_symbols.symbols.table import SymbolTable, load_symbols
 from xen_symbols.targets.qemu_state import parse_cpus
 from xen_symbols.targets.qmp import Qmp
 from xen_symbols.xen.locate import locate
+from xencrash.gdbmi import GdbSession, open_session
 from xencrash.lab.gdbs import gdb_words
 from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
@@ -34,7 +35,6 @@ from xencrash.lab.matrix import cells, settled
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot
 from xencrash.lab.rows import DEFAULT_XEN, GDBS, SUITES, XENS
-from xencrash.session import GdbSession, open_session
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live

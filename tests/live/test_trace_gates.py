@@ -18,8 +18,8 @@ from tests.unit.test_report import SCHEMA
 from xen_symbols.absence import Undecidable
 from xen_symbols.x86.gate import SIZE, decode, encode
 from xen_symbols.xen.state import idt_address
+from xencrash.gdbmi import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
 from xencrash.lab.machine import Lab
-from xencrash.session import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live

@@ -14,8 +14,8 @@ import pytest
 from tests.live.machines import gdb, packets, rows
 from xen_symbols import evaluate, open_dump
 from xen_symbols.symbols.table import load_symbols
+from xencrash.gdbmi import open_session
 from xencrash.lab.machine import Lab
-from xencrash.session import open_session
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live

@@ -14,7 +14,7 @@ from tests.recording import load, write_files
 from xen_symbols.absence import Undecidable
 from xencrash import cli
 from xencrash.cli import main
-from xencrash.session import open_session
+from xencrash.gdbmi import open_session
 
 NO_DUMP = "not a dump of a known format; a raw image of memory needs its first byte's address (--base)"
 

@@ -13,7 +13,7 @@ import pytest
 from tests.unit.test_gdb_commands import RecordedSession, answer
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.report.console import plain
-from xencrash import session as sessions
+from xencrash import gdbmi as sessions
 from xencrash.cli import main
 from xencrash.judging import _info_blocks
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from xen_symbols.symbols.elfwrite import symbol_file
 from xen_symbols.symbols.mapfile import ListedRows
 from xen_symbols.symbols.table import SymbolTable, load_symbols
-from xencrash.session import find_gdb
+from xencrash.gdbmi import find_gdb
 
 START = 0xFFFF82D040200000
 ROWS = [

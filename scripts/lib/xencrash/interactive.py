@@ -15,7 +15,7 @@ from xen_symbols.api import open_dump
 from xen_symbols.symbols.elf import SOURCE as ELF_TABLE
 from xen_symbols.symbols.table import SymbolTable, load_symbols
 from xencrash.cli import is_live, searching
-from xencrash.session import find_gdb, gdb_arguments, parse_live, plugin_script
+from xencrash.gdbmi import find_gdb, gdb_arguments, parse_live, plugin_script
 
 
 def run(args: argparse.Namespace) -> int:

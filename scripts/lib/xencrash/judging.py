@@ -54,7 +54,7 @@ Json = dict[str, Any]
 
 def check_live(args: argparse.Namespace) -> Json:
     """The report on a live machine as it is now; it goes on as it was found. Raises Undecidable."""
-    from xencrash.session import open_session
+    from xencrash.gdbmi import open_session
 
     with open_session(args.target[0], args.symbols, args.qmp, allow_mismatch=args.allow_build_id_mismatch) as session:
         return session.xen("crash-check")
@@ -62,7 +62,7 @@ def check_live(args: argparse.Namespace) -> Json:
 
 def _live_info(args: argparse.Namespace) -> Json:
     """What a live machine is; it goes on as it was found. Raises Undecidable when there is no Xen to be seen."""
-    from xencrash.session import MiError, open_session
+    from xencrash.gdbmi import MiError, open_session
 
     with open_session(args.target, args.symbols, args.qmp, allow_mismatch=args.allow_build_id_mismatch) as session:
         known = session.xen("symbols")

@@ -13,7 +13,7 @@ from typing import Any
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.follow import STALL_SECONDS, no_crash
 from xen_symbols.report.model import Verdict
-from xencrash.session import GdbSession, open_session
+from xencrash.gdbmi import GdbSession, open_session
 
 Json = dict[str, Any]
 Progress = Callable[[Json, Sequence[Json]], None]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from xen_symbols.absence import Undecidable
-from xencrash import session as module
-from xencrash.session import GdbDied, GdbSession, MiError, Timeout, find_gdb, open_session, parse_live, parse_version
+from xencrash import gdbmi as module
+from xencrash.gdbmi import GdbDied, GdbSession, MiError, Timeout, find_gdb, open_session, parse_live, parse_version
 
 
 @pytest.mark.parametrize(
