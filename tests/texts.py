@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gdbplugin.commands import COMMANDS
-from tests.recording import RECORDED, load
-from tests.unit import test_backtrace
-from tests.unit.test_checks import MC, NMI, Machine
+from tests.machines import stacks
+from tests.machines.changed import MC, NMI, Machine
+from tests.machines.recorded import RECORDED, load
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath.gatechanges import GateHistory, Write, moment_of
 from xen_symbols.crashpath.generations import Identification, identify
@@ -159,14 +159,14 @@ def _bt() -> Sequence[Block]:
     """A CPU that was shot down, one in a guest with a frame that is left over, one that is lost, one without all."""
     told = []
     for cpu in range(4):
-        machine = test_backtrace.Machine(cpu=cpu)
-        test_backtrace.in_nmi_crash(machine)
+        machine = stacks.Stacks(cpu=cpu)
+        stacks.in_nmi_crash(machine)
         if cpu == 1:
-            machine.at("guest", machine.tops["NMI"] - 0x200, test_backtrace.GUEST_CS)
+            machine.at("guest", machine.tops["NMI"] - 0x200, stacks.GUEST_CS)
         if cpu == 2:
-            machine.frame(machine.tops["NMI"], 2, test_backtrace.inside("do_nmi"), machine.tops["NMI"] - 0x200)
+            machine.frame(machine.tops["NMI"], 2, stacks.inside("do_nmi"), machine.tops["NMI"] - 0x200)
         if cpu == 3:
-            machine.put_tss(test_backtrace.TSS_PAGE + 64, machine.guest_regs + 168, [test_backtrace.POISON] * 7)
+            machine.put_tss(stacks.TSS_PAGE + 64, machine.guest_regs + 168, [stacks.POISON] * 7)
             machine.registers = Absent("no physical CPU could be matched to it")
         told.append(machine.trace())
     told[1]["stacks"]["processor_id"] = 2

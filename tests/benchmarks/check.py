@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import dumpwriter
-from tests.syntheticxen import SyntheticXen
+from tests.machines import dumpwriter
+from tests.machines.syntheticxen import SyntheticXen
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.table import SymbolTable, load_symbols
 from xen_symbols.targets.dump import open_dump

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from tests import dumpwriter as writer
-from tests import recording
 from tests.contract import promises
 from tests.contract.promises import PROMISES, Subject, Truth, broken
 from tests.live.machines import build_id, guest, run_gdb, target
-from tests.syntheticxen import BUILD_ID, HEAP, PHYS_START, SyntheticXen
+from tests.machines import dumpwriter as writer
+from tests.machines.recorded import RECORDED, load
+from tests.machines.syntheticxen import BUILD_ID, HEAP, PHYS_START, SyntheticXen
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import load_symbols
 from xen_symbols.targets.dump import open_dump
@@ -144,8 +144,8 @@ def synthetic(folder: Path, format: str) -> Subject:
 
 
 def recorded(name: str) -> Subject:
-    example, symbols = recording.load(name)
-    file = json.loads((recording.RECORDED / f"{name}.json").read_text())
+    example, symbols = load(name)
+    file = json.loads((RECORDED / f"{name}.json").read_text())
     truth = Truth({int(address, 16): bytes.fromhex(data) for address, data in file["memory"].items()})
     build = bytes.fromhex(file["build_id"])
     if example.kind == "live":

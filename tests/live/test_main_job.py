@@ -5,79 +5,37 @@ What each stage must show was seen on this Xen by hand, and in its sources; the 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import mmap
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-import xen_symbols.report
-from tests.unit.test_checks import CHANGES, LOST, RENAMED, Machine
-from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.symbols.table import SymbolTable, load_symbols
+from tests.machines.changed import CHANGES, LOST, RENAMED
+from tests.machines.realxen import EVERY_ROW, MAIN, ROWS, LiveMachine, Row, follow
+from tests.schema import SCHEMA
 from xen_symbols.targets.qemu_state import parse_cpus
 from xen_symbols.targets.qmp import Qmp
-from xen_symbols.xen.locate import locate
 from xencrash.gdbmi import GdbSession, open_session
 from xencrash.lab.gdbs import gdb_words
 from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
-from xencrash.lab.matrix import cells, settled
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot
-from xencrash.lab.rows import DEFAULT_XEN, GDBS, SUITES, XENS
+from xencrash.lab.rows import DEFAULT_XEN, GDBS, XENS
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
 
 Json = dict[str, Any]
-SCHEMA = json.loads((Path(xen_symbols.report.__file__).parent / "schema.json").read_text())
 
 
-@dataclass(frozen=True)
-class Row:
-    """Rows of the lab; what a Xen shows differently from others follows from its own symbols."""
-
-    xen: str
-    qemu: str
-    lapic: str
-    gdb: str = "debian"
-
-    @functools.cached_property
-    def symbols(self) -> SymbolTable:
-        return load_symbols(str(xen_images(Cache(), XENS[self.xen]).symbols))
-
-    @property
-    def unhooked(self) -> str | None:
-        """What the NMI is dispatched to before the crash: exception_table[] held it, until 327db3837a (4.17.0)."""
-        return "do_nmi" if self.symbols.has("exception_table") else None
-
-    @property
-    def renamed(self) -> bool:
-        """Whether the entry points have the names of 4.18 and later."""
-        return self.symbols.has("entry_NMI")
-
-
-# Debian 12 all through, and each Xen with the newest that the lab has of the rest.
-ROWS = {
-    f"{row.xen}-{row.qemu}-{row.lapic}": row
-    for row in (
-        Row("4.17", "7.2", "xapic"),
-        *(Row(xen.name, "10.0", "x2apic", "18.1") for xen in XENS.values() if not SUITES[xen.suite].moving),
-    )
-}
-# With --all-rows: every cell of the lab's matrix.
-EVERY_ROW = {cell.name: Row(cell.xen, cell.qemu, cell.lapic, cell.gdb) for cell in settled(cells())}
-MAIN = ROWS["4.17-7.2-xapic"]
 # (NMI handler, IST, #MC handler, IST) by stage: of the crashing CPU, of every other one.
 NORMAL = ("nmi", 2, "machine_check", 1)
 GATES = {
@@ -200,11 +158,6 @@ def test_the_crash_key_judged_stage_by_stage_and_in_the_vmcore(tmp_path: Path) -
     (tmp_path / "vmcore").unlink()
 
 
-def follow(lab: Lab, cpu: int, **options: Any) -> Json:
-    return trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60,
-                 trigger=lambda: lab.crash("panic", cpu), **options)  # fmt: skip
-
-
 def assert_not_crashed(lab: Lab, dump: Path) -> None:
     """A dump of a Xen that runs is judged as one, in words too."""
     done = xencrash("check", str(dump), "--symbols", str(lab.symbols))
@@ -238,57 +191,6 @@ def test_dom0s_panic_on_another_cpu_and_the_machine_after_it(tmp_path: Path) -> 
         live = json.loads(after.stdout)
         assert [stage["stage"] for stage in live["stages"]] == ["crashed"]
         assert {gates(live, 0, cpu) for cpu in (0, 1, 3)} == {GATES["crashed"][1]}
-
-
-class Ram:
-    """The machine's RAM from outside, as a target for finding addresses, and for changing it."""
-
-    kind, format, location = "live", "RAM file", "lab"
-
-    def __init__(self, path: Path) -> None:
-        with path.open("r+b") as file:
-            self.bytes = mmap.mmap(file.fileno(), 0)
-
-    def read_physical(self, address: int, size: int) -> bytes:
-        if address + size > len(self.bytes):
-            raise Unreadable("beyond RAM")
-        return self.bytes[address : address + size]
-
-    def read_physical_many(self, requests: Any) -> list[bytes | Absent]:
-        inside = len(self.bytes)
-        return [
-            self.read_physical(address, size) if address + size <= inside else Absent("beyond RAM")
-            for address, size in requests
-        ]
-
-    def physical_ranges(self) -> list[tuple[int, int]]:
-        return [(0, len(self.bytes))]
-
-    def cpus(self) -> list[Any]:
-        return []
-
-    def notes(self) -> list[Any]:
-        return []
-
-
-class LiveMachine(Machine):
-    """The recorded machine's helpers, on a real one; what was changed can be put back."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.ram = Ram(Path(lab.ram_file))
-        self.symbols = load_symbols(str(lab.symbols))
-        self.memory = locate(self.ram, self.symbols)
-        self.undo: list[tuple[int, bytes]] = []
-
-    def poke(self, address: int, data: bytes) -> None:
-        at = self.memory.physical(address)
-        self.undo.append((at, self.ram.bytes[at : at + len(data)]))
-        self.ram.bytes[at : at + len(data)] = data
-
-    def restore(self) -> None:
-        while self.undo:
-            at, data = self.undo.pop()
-            self.ram.bytes[at : at + len(data)] = data
 
 
 # Changes of memory; what lies in a CPU or its LAPIC cannot be changed from outside.

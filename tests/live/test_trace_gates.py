@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 
 from tests.live.machines import guest, target
-from tests.live.test_main_job import LiveMachine, follow
-from tests.unit.test_report import SCHEMA
+from tests.machines.realxen import LiveMachine, follow
+from tests.schema import SCHEMA
 from xen_symbols.absence import Undecidable
 from xen_symbols.x86.gate import SIZE, decode, encode
 from xen_symbols.xen.state import idt_address

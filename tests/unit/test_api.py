@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import xen_symbols
-from tests.recording import load, write_files
+from tests.machines.recorded import load, write_files
 from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Undecidable
 from xen_symbols.report.model import Verdict

@@ -7,169 +7,41 @@ from typing import Any
 
 import pytest
 
-from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.symbols.mapfile import ListedRows
-from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.targets import PhysicalCpu
+from tests.machines.stacks import (
+    BASE,
+    FUNCTION,
+    GUEST,
+    GUEST_CS,
+    IDLE,
+    POISON,
+    RFLAGS,
+    TEXT,
+    TOP,
+    TSS_PAGE,
+    XEN_CS,
+    Stacks,
+    in_nmi_crash,
+    inside,
+)
+from xen_symbols.absence import Absent
 from xen_symbols.x86 import tss
 from xen_symbols.x86.call import follows_indirect_call, follows_relative_call
-from xen_symbols.x86.gate import INTERRUPT_GATE, Gate
-from xen_symbols.xen.backtrace import backtrace
-from xen_symbols.xen.state import CpuState, Read, State, absent
 
-BASE = 0xFFFF830000100000  # of the CPU's stacks
-TOP = BASE + 0x8000
-TEXT = 0xFFFF82D040200000
-GUEST = 0xFFFFFFFF81000123
-CURRENT, IDLE = 0xFFFF830000500000, 0xFFFF830000600000
-TSS_PAGE = 0xFFFF830000200000
-POISON = 0x8600111111111111
-XEN_CS, GUEST_CS = 0xE008, 0xE033
-RFLAGS = 0x246
 BEFORE = "what lies before it is not known: "
-
-NAMES = [
-    "handle_ist_exception",
-    "do_nmi",
-    "do_nmi_crash",
-    "default_idle",
-    "idle_loop",
-    "handle_exception_saved",
-    "last",
-]
-FUNCTION = {name: TEXT + 0x100 * number for number, name in enumerate(NAMES)}
-
-
-def inside(name: str) -> int:
-    """A return address: a call of `last` stands in front of it."""
-    return FUNCTION[name] + 0x20
-
-
-class Machine:
-    """One CPU of a Xen with the old (IST #DF 1, NMI 2, #MC 3) or the new numbers (#MC 1, NMI 2, #DB 3, #DF 4)."""
-
-    def __init__(self, new: bool = True, cpu: int = 1) -> None:
-        self.new, self.cpu = new, cpu
-        self.info_size = 264 if new else 232
-        self.guest_regs = TOP - self.info_size
-        pages = {"#MC": 1, "NMI": 2, "#DB": 3, "#DF": 4} if new else {"#DF": 1, "NMI": 2, "#MC": 3}
-        self.tops = {name: BASE + (number + new) * 0x1000 - 32 * (name == "#DF" and new)
-                     for name, number in pages.items()}  # fmt: skip
-        self.memory: dict[int, int] = {}  # words; what is not there is not mapped
-        for at in range(BASE, TOP, 8):
-            self.memory[at] = 0
-        tops = sorted(self.tops.values())
-        self.put_tss(TSS_PAGE + 64 * new, self.guest_regs + 168, [*tops, *[POISON] * (7 - len(tops))])
-        offset = 64 if new else 32
-        self.memory[TOP - offset] = 0xE010 << 32 | cpu
-        self.memory[TOP - offset + 8] = CURRENT
-        rows = [(address, "T", name) for name, address in FUNCTION.items()]
-        rows += [(TEXT + 0x1000, "T", "_etext"), (TEXT + 0x300000, "D", "idle_pg_table"),
-                 (TEXT + 0x304000, "D", "idle_vcpu"), (TEXT + 0x305000, "D", "_end")]  # fmt: skip
-        self.text = bytearray(0x100 * len(FUNCTION))
-        for name in FUNCTION:
-            self.call_before(inside(name))
-        self.text_end = TEXT + len(self.text)
-        self.memory[TEXT + 0x304000 + 8 * cpu] = IDLE
-        self.symbols = _symbols(rows)
-        self.registers: dict[str, int] | Absent = {}
-        self.more: dict[str, Any] = {}
-        self.df_ist = 4 if new else 1
-
-    # -- writing
-
-    def put_tss(self, at: int, rsp0: int, ist: list[int]) -> None:
-        raw = struct.pack("<4x3Q8x7Q12x", rsp0, POISON, POISON, *ist).ljust(0x100, b"\0")
-        for offset in range(0, 0x100 - at % 0x100, 8):
-            self.memory[at + offset] = int.from_bytes(raw[offset : offset + 8], "little")
-        if at % 0x1000:
-            for offset in range(0, at % 0x1000, 8):
-                self.memory[(at & -0x1000) + offset] = 0
-
-    def frame(self, end: int, vector: int, rip: int, rsp: int, cs: int = XEN_CS, **more: int) -> int:
-        ss = more.get("ss", 0 if cs & 3 == 0 else 0xE02B)
-        words = [*range(0x100, 0x10F), vector << 32, rip, cs, more.get("rflags", RFLAGS), rsp, ss]
-        for number, word in enumerate(words):
-            self.memory[end - 168 + 8 * number] = word
-        return end - 168
-
-    def code_before(self, address: int, code: bytes) -> None:
-        self.text[address - TEXT - len(code) : address - TEXT] = code
-
-    def call_before(self, address: int) -> None:
-        self.code_before(address, b"\xe8" + struct.pack("<i", FUNCTION["last"] - address))
-
-    def at(self, name: str, rsp: int, cs: int = XEN_CS, **more: Any) -> None:
-        rip = inside(name) if name in FUNCTION else GUEST
-        self.registers = {"rip": rip, "rsp": rsp, "cs": cs}
-        self.more = more
-
-    # -- what the reader is given
-
-    def read(self, address: int, size: int) -> bytes:
-        if address >= TEXT and address + size <= self.text_end:
-            return bytes(self.text[address - TEXT : address - TEXT + size])
-        first = address & ~7
-        words = [self.memory.get(at) for at in range(first, address + size, 8)]
-        if None in words:
-            raise Unreadable(f"{address:#x} is not mapped")
-        raw = b"".join(word.to_bytes(8, "little") for word in words if word is not None)
-        return raw[address - first : address - first + size]
-
-    def read_many(self, requests: list[tuple[int, int]]) -> list[bytes | Absent]:
-        answers: list[bytes | Absent] = []
-        for request in requests:
-            try:
-                answers.append(self.read(*request))
-            except Unreadable as error:
-                answers.append(error.absent)
-        return answers
-
-    def read_uint(self, address: int, size: int = 8) -> int:
-        return int.from_bytes(self.read(address, size), "little")
-
-    def trace(self, fred: int = 0) -> dict[str, Any]:
-        physical: PhysicalCpu | Absent
-        if isinstance(self.registers, Absent):
-            physical = self.registers
-        else:
-            physical = PhysicalCpu(0, self.registers, source="a test", **self.more)
-        gate = Gate(FUNCTION["last"], XEN_CS, self.df_ist, INTERRUPT_GATE, 0, True)
-        nothing = absent("not needed")
-        known = CpuState(self.cpu, True, 0, nothing, nothing, nothing, nothing, Read(gate), nothing, TSS_PAGE, nothing,
-                         physical)  # fmt: skip
-        state = State(self.symbols, {"fred": Read(fred)}, {self.cpu: known})
-        return backtrace(self, state, known).to_json()  # type: ignore[arg-type]
-
-
-def _symbols(rows: list[tuple[int, str, str]]) -> SymbolTable:
-    rows = sorted(rows)
-    return SymbolTable("", "test", ListedRows(*map(list, zip(*rows, strict=True))), [(TEXT, TEXT + 0x305000)])
-
 
 def calls(step: dict[str, Any]) -> list[str]:
     return [call["symbol"].partition("+")[0] for call in step["calls"]]
 
 
 @pytest.fixture(params=[False, True], ids=["ist-4.2", "ist-4.14"])
-def machine(request: pytest.FixtureRequest) -> Machine:
-    return Machine(new=request.param)
-
-
-def in_nmi_crash(machine: Machine) -> None:
-    """As each other CPU is at the handover: shot down in the idle loop."""
-    end = machine.tops["NMI"]
-    machine.memory[TOP - 0x400] = inside("idle_loop")
-    machine.frame(end, 2, inside("default_idle"), TOP - 0x408)
-    machine.memory[end - 168 - 8] = inside("handle_ist_exception")
-    machine.memory[end - 168 - 32] = inside("do_nmi")
-    machine.at("do_nmi_crash", end - 168 - 40)
+def machine(request: pytest.FixtureRequest) -> Stacks:
+    return Stacks(new=request.param)
 
 
 # -- the way back -----------------------------------------------------------------------------
 
 
-def test_a_cpu_that_was_shot_down(machine: Machine) -> None:
+def test_a_cpu_that_was_shot_down(machine: Stacks) -> None:
     in_nmi_crash(machine)
     trace = machine.trace()
     here, before = trace["steps"]
@@ -187,7 +59,7 @@ def test_a_cpu_that_was_shot_down(machine: Machine) -> None:
     [(False, ["#DF", "NMI", "#MC", "primary"]), (True, ["#MC", "NMI", "#DB", "#DF", "primary"])],
 )
 def test_each_stack_has_its_name_by_the_numbers_of_its_xen(new: bool, order: list[str]) -> None:
-    machine = Machine(new)
+    machine = Stacks(new)
     machine.at("idle_loop", TOP - 0x400)
     stacks = machine.trace()["stacks"]
     assert [stack["name"] for stack in stacks["list"]] == order
@@ -197,7 +69,7 @@ def test_each_stack_has_its_name_by_the_numbers_of_its_xen(new: bool, order: lis
 
 
 @pytest.mark.parametrize(("name", "vector"), [("#MC", 18), ("NMI", 2), ("#DF", 8)])
-def test_the_frame_on_each_stack_is_called_by_its_own_name(machine: Machine, name: str, vector: int) -> None:
+def test_the_frame_on_each_stack_is_called_by_its_own_name(machine: Stacks, name: str, vector: int) -> None:
     machine.frame(machine.tops[name], vector, inside("default_idle"), TOP - 0x400)
     machine.at("do_nmi", machine.tops[name] - 0x200)
     trace = machine.trace()
@@ -207,7 +79,7 @@ def test_the_frame_on_each_stack_is_called_by_its_own_name(machine: Machine, nam
     ]
 
 
-def test_from_stack_to_stack(machine: Machine) -> None:
+def test_from_stack_to_stack(machine: Stacks) -> None:
     """A machine check in an NMI handler, and a double fault in its handler."""
     machine.frame(machine.tops["NMI"], 2, inside("default_idle"), TOP - 0x400)
     machine.frame(machine.tops["#MC"], 18, inside("do_nmi"), machine.tops["NMI"] - 0x200)
@@ -219,7 +91,7 @@ def test_from_stack_to_stack(machine: Machine) -> None:
     assert {frame["state"] for frame in trace["frames"]} == {"current"}
 
 
-def test_an_nmi_without_ist_is_on_the_primary_stack(machine: Machine) -> None:
+def test_an_nmi_without_ist_is_on_the_primary_stack(machine: Stacks) -> None:
     end = TOP - 0x600
     machine.frame(end, 2, inside("default_idle"), end + 8)  # the CPU aligns rsp to 16
     machine.memory[end + 8] = inside("idle_loop")
@@ -233,7 +105,7 @@ def test_an_nmi_without_ist_is_on_the_primary_stack(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("change", [{"rsp": TOP - 0x5F0}, {"cs": 0x10}, {"rflags": 0}, {"rip": GUEST}, {"vector": 256}])
-def test_words_that_only_look_like_a_frame_are_none(machine: Machine, change: dict[str, int]) -> None:
+def test_words_that_only_look_like_a_frame_are_none(machine: Stacks, change: dict[str, int]) -> None:
     end = TOP - 0x600
     values = {"vector": 14, "rip": inside("default_idle"), "rsp": end, "cs": XEN_CS, "rflags": RFLAGS}
     machine.at("last", end - 0x200)
@@ -243,7 +115,7 @@ def test_words_that_only_look_like_a_frame_are_none(machine: Machine, change: di
     assert len(machine.trace()["steps"]) == 1
 
 
-def test_an_interrupted_guest(machine: Machine) -> None:
+def test_an_interrupted_guest(machine: Stacks) -> None:
     """Xen's entry code moves a guest's frame to the primary stack; what stays behind is not an earlier NMI's."""
     for end in (machine.tops["NMI"], machine.guest_regs + 168):
         machine.frame(end, 2, GUEST, 0xFFFFC90000001000, GUEST_CS)
@@ -254,7 +126,7 @@ def test_an_interrupted_guest(machine: Machine) -> None:
     assert [(f["stack"], f["state"]) for f in trace["frames"]] == [("NMI", "moved")]
 
 
-def test_a_guest_that_has_entered_again_since(machine: Machine) -> None:
+def test_a_guest_that_has_entered_again_since(machine: Stacks) -> None:
     machine.frame(machine.tops["NMI"], 2, GUEST, 0xFFFFC90000001000, GUEST_CS)
     machine.frame(machine.guest_regs + 168, 0x100, GUEST + 7, 0xFFFFC90000001000, GUEST_CS)
     machine.at("last", machine.guest_regs - 0x100)
@@ -265,7 +137,7 @@ def test_a_guest_that_has_entered_again_since(machine: Machine) -> None:
     ]
 
 
-def test_what_a_guest_left_is_not_the_idle_vcpus(machine: Machine) -> None:
+def test_what_a_guest_left_is_not_the_idle_vcpus(machine: Stacks) -> None:
     machine.frame(machine.guest_regs + 168, 0x100, GUEST, 0xFFFFC90000001000, GUEST_CS)
     machine.memory[TOP - (56 if machine.new else 24)] = IDLE
     machine.at("idle_loop", machine.guest_regs - 0x100)
@@ -273,7 +145,7 @@ def test_what_a_guest_left_is_not_the_idle_vcpus(machine: Machine) -> None:
     assert trace["guest"] is None and trace["end"] == "the idle vCPU was running: no guest was interrupted"
 
 
-def test_which_vcpu_ran_may_not_be_known(machine: Machine) -> None:
+def test_which_vcpu_ran_may_not_be_known(machine: Stacks) -> None:
     machine.frame(machine.guest_regs + 168, 0x100, GUEST, 0xFFFFC90000001000, GUEST_CS)
     del machine.memory[TEXT + 0x304000 + 8]
     machine.at("idle_loop", machine.guest_regs - 0x100)
@@ -284,7 +156,7 @@ def test_which_vcpu_ran_may_not_be_known(machine: Machine) -> None:
 # -- frames that mislead ----------------------------------------------------------------------
 
 
-def test_a_frame_from_before_is_not_taken_for_now(machine: Machine) -> None:
+def test_a_frame_from_before_is_not_taken_for_now(machine: Stacks) -> None:
     in_nmi_crash(machine)
     machine.at("idle_loop", TOP - 0x400)
     machine.frame(machine.tops["#MC"], 18, inside("last"), TOP - 0x500)
@@ -295,7 +167,7 @@ def test_a_frame_from_before_is_not_taken_for_now(machine: Machine) -> None:
     }  # fmt: skip
 
 
-def test_the_frame_of_another_exception_is_not_relabelled(machine: Machine) -> None:
+def test_the_frame_of_another_exception_is_not_relabelled(machine: Stacks) -> None:
     """What lies on the NMI's page says #MC: labels one page off would look like this."""
     machine.frame(machine.tops["NMI"], 18, inside("default_idle"), TOP - 0x400)
     machine.at("do_nmi", machine.tops["NMI"] - 0x200)
@@ -304,7 +176,7 @@ def test_the_frame_of_another_exception_is_not_relabelled(machine: Machine) -> N
     assert trace["end"] == f"{BEFORE}no frame is at the top of the NMI stack: the vector there is 18, not 2"
 
 
-def test_a_nested_nmi_has_overwritten_the_first(machine: Machine) -> None:
+def test_a_nested_nmi_has_overwritten_the_first(machine: Stacks) -> None:
     in_nmi_crash(machine)
     end = machine.tops["NMI"]
     machine.frame(end, 2, inside("do_nmi"), end - 0x200)
@@ -314,7 +186,7 @@ def test_a_nested_nmi_has_overwritten_the_first(machine: Machine) -> None:
     assert trace["end"] == "another NMI came while the first was handled, and overwrote its frame"
 
 
-def test_a_frame_that_is_only_half_there(machine: Machine) -> None:
+def test_a_frame_that_is_only_half_there(machine: Stacks) -> None:
     """At the first instruction of the entry code, five words are the NMI's; the vector is still an earlier one's."""
     in_nmi_crash(machine)
     end = machine.tops["NMI"]
@@ -329,7 +201,7 @@ def test_a_frame_that_is_only_half_there(machine: Machine) -> None:
     assert machine.trace()["end"] == f"{BEFORE}nothing has been pushed on the NMI stack yet"
 
 
-def test_an_overflowed_stack_pointer_is_on_no_stack(machine: Machine) -> None:
+def test_an_overflowed_stack_pointer_is_on_no_stack(machine: Stacks) -> None:
     machine.at("last", TOP - 0x2100)
     trace = machine.trace()
     assert trace["steps"][0]["stack"] is None and trace["lost"]
@@ -350,7 +222,7 @@ def test_an_overflowed_stack_pointer_is_on_no_stack(machine: Machine) -> None:
         (0x10, {}, "what runs there is not Xen"),
     ],
 )
-def test_a_cpu_that_does_not_run_xen(machine: Machine, cs: int, more: dict[str, Any], end: str) -> None:
+def test_a_cpu_that_does_not_run_xen(machine: Stacks, cs: int, more: dict[str, Any], end: str) -> None:
     in_nmi_crash(machine)
     machine.at("guest", machine.tops["NMI"] - 0x200, cs, **more)
     trace = machine.trace()
@@ -359,7 +231,7 @@ def test_a_cpu_that_does_not_run_xen(machine: Machine, cs: int, more: dict[str, 
     assert trace["stacks"]["list"][-1]["name"] == "primary"
 
 
-def test_without_registers_nothing_is_current_or_stale(machine: Machine) -> None:
+def test_without_registers_nothing_is_current_or_stale(machine: Stacks) -> None:
     in_nmi_crash(machine)
     machine.registers = Absent("no physical CPU could be matched to it")
     trace = machine.trace()
@@ -372,7 +244,7 @@ def test_without_registers_nothing_is_current_or_stale(machine: Machine) -> None
 # -- stacks that are not known ----------------------------------------------------------------
 
 
-def test_the_tss_is_not_believed_blindly(machine: Machine) -> None:
+def test_the_tss_is_not_believed_blindly(machine: Stacks) -> None:
     in_nmi_crash(machine)
     machine.put_tss(TSS_PAGE + 64 * machine.new, machine.guest_regs + 168, [POISON] * 7)
     trace = machine.trace()
@@ -385,7 +257,7 @@ def test_the_tss_is_not_believed_blindly(machine: Machine) -> None:
     assert machine.trace()["stacks_absent"] == unread
 
 
-def test_numbers_that_contradict_each_other_name_nothing(machine: Machine) -> None:
+def test_numbers_that_contradict_each_other_name_nothing(machine: Stacks) -> None:
     in_nmi_crash(machine)
     machine.df_ist = 1 if machine.new else 4
     trace = machine.trace()
@@ -393,7 +265,7 @@ def test_numbers_that_contradict_each_other_name_nothing(machine: Machine) -> No
     assert trace["steps"][0]["stack"] == "IST 2"
 
 
-def test_without_a_df_gate_the_pages_tell(machine: Machine) -> None:
+def test_without_a_df_gate_the_pages_tell(machine: Stacks) -> None:
     """An AMD CPU that holds an HVM guest's state has IST 0 in its #DF gate."""
     in_nmi_crash(machine)
     machine.df_ist = 0
@@ -401,21 +273,21 @@ def test_without_a_df_gate_the_pages_tell(machine: Machine) -> None:
     assert trace["stacks"]["names_by"].startswith("the page of IST 1") and trace["steps"][0]["stack"] == "NMI"
 
 
-def test_tr_is_evidence_for_the_tss(machine: Machine) -> None:
+def test_tr_is_evidence_for_the_tss(machine: Stacks) -> None:
     in_nmi_crash(machine)
     assert "TR" not in machine.trace()["stacks"]["by"]
     machine.more = {"tr_base": TSS_PAGE + 64 * machine.new}
     assert machine.trace()["stacks"]["by"].endswith("which TR points to")
 
 
-def test_fred_is_not_decoded(machine: Machine) -> None:
+def test_fred_is_not_decoded(machine: Stacks) -> None:
     in_nmi_crash(machine)
     trace = machine.trace(fred=1)
     why = "FRED delivers events: its stacks and frames are not known here"
     assert (trace["stacks"], trace["stacks_absent"]) == (None, why)
 
 
-def test_what_cannot_be_read_is_said(machine: Machine) -> None:
+def test_what_cannot_be_read_is_said(machine: Stacks) -> None:
     machine.memory[TOP - 0x400] = inside("idle_loop")
     machine.at("last", TOP - 0x1100)
     del machine.memory[TOP - 0x1008]
@@ -435,7 +307,7 @@ def test_what_cannot_be_read_is_said(machine: Machine) -> None:
 # -- calls ------------------------------------------------------------------------------------
 
 
-def test_a_pointer_to_a_function_is_no_call(machine: Machine) -> None:
+def test_a_pointer_to_a_function_is_no_call(machine: Stacks) -> None:
     machine.memory[TOP - 0x400] = FUNCTION["idle_loop"]
     machine.memory[TOP - 0x408] = FUNCTION["idle_loop"] + 0x40
     # In front of it, a jump and padding that looks like an indirect call.
@@ -444,7 +316,7 @@ def test_a_pointer_to_a_function_is_no_call(machine: Machine) -> None:
     assert calls(machine.trace()["steps"][0]) == []
 
 
-def test_a_call_that_ends_its_function_is_the_callers(machine: Machine) -> None:
+def test_a_call_that_ends_its_function_is_the_callers(machine: Stacks) -> None:
     machine.memory[TOP - 0x400] = FUNCTION["idle_loop"]
     machine.call_before(FUNCTION["idle_loop"])
     machine.at("last", TOP - 0x800)

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.recording import write_files
-from tests.unit.test_checks import Machine
+from tests.machines.changed import Machine
+from tests.machines.recorded import write_files
 from xen_symbols.report.model import Report
 from xencrash import cli, judging
 from xencrash.cli import main

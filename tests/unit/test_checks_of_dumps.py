@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.recording import names
-from tests.unit.test_checks import Machine, bad
+from tests.machines.changed import Machine, bad
+from tests.machines.recorded import names
 from xen_symbols.report.model import Verdict
 from xen_symbols.targets import PhysicalCpu
 

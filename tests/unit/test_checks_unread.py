@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_checks import GATE_CHECKS, MC, NMI, Machine, bad, silent
+from tests.machines.changed import GATE_CHECKS, MC, NMI, Machine, bad, silent
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
 from xen_symbols.crashpath.engine import judge

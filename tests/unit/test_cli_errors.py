@@ -10,7 +10,7 @@ from typing import IO
 
 import pytest
 
-from tests.recording import load, write_files
+from tests.machines.recorded import load, write_files
 from xen_symbols.absence import Undecidable
 from xencrash import cli
 from xencrash.cli import main

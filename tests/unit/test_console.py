@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import dumpwriter as writer
-from tests.syntheticxen import PHYS_START, VIRT_START, SyntheticXen
+from tests.machines import dumpwriter as writer
+from tests.machines.syntheticxen import PHYS_START, VIRT_START, SyntheticXen
 from xen_symbols import open_dump
 from xen_symbols.absence import Unreadable
 from xen_symbols.xen.console import read_console

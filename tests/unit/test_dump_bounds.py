@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import dumpwriter as writer
-from tests.syntheticxen import DIRECTMAP, HEAP, PHYS_START, SyntheticXen
+from tests.machines import dumpwriter as writer
+from tests.machines.syntheticxen import DIRECTMAP, HEAP, PHYS_START, SyntheticXen
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import load_symbols
 from xen_symbols.targets import READ_MAX

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import dumpwriter as writer
+from tests.machines import dumpwriter as writer
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.targets.dump import Dump, open_dump
 from xencrash.gdbmi import find_gdb

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import dumpwriter as writer
-from tests.damage import EDGES, bounded_memory
+from tests.machines import dumpwriter as writer
+from tests.machines.damage import EDGES, bounded_memory
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.targets.dump import open_dump

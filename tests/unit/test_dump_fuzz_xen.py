@@ -18,10 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import dumpwriter as writer
-from tests.damage import EDGES, bounded_memory
-from tests.syntheticxen import DIRECTMAP, HEAP, PHYS_START, VIRT_START
-from tests.unit.test_dump_not_found import Machine
+from tests.machines import dumpwriter as writer
+from tests.machines.damage import EDGES, bounded_memory
+from tests.machines.syntheticxen import DIRECTMAP, HEAP, PHYS_START, VIRT_START, CrashedXen
 from xen_symbols.targets.image import DumpFile
 from xen_symbols.targets.kdump import KdumpMemory
 from xencrash.cli import main
@@ -36,7 +35,7 @@ class Dump:
     """A dump on disk: (offset, size) of what may be damaged in it, bookkeeping and memory."""
 
     def __init__(self, folder: Path, shape: str) -> None:
-        machine = Machine(folder, cpus=4, table=0x108000)  # early in the image: a MiB of it is read
+        machine = CrashedXen(folder, cpus=4, table=0x108000)  # early in the image: a MiB of it is read
         registers = [machine.xen._registers()] * 4
         notes = machine.notes
         if shape == "qemu":

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import dumpwriter as writer
-from tests.dumpwriter import PAGE
+from tests.machines import dumpwriter as writer
+from tests.machines.dumpwriter import PAGE
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.targets import flattened, image, kdump
 from xen_symbols.targets.dump import Dump, open_dump

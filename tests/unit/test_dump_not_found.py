@@ -9,50 +9,22 @@ from types import MappingProxyType
 
 import pytest
 
-from tests import dumpwriter as writer
-from tests import elfwriter
-from tests.dumpwriter import PAGE
-from tests.syntheticxen import BUILD_ID, HEAP, PHYS_START, VIRT_START, SyntheticXen
+from tests.machines import dumpwriter as writer
+from tests.machines import elfwriter
+from tests.machines.dumpwriter import PAGE
+from tests.machines.syntheticxen import BUILD_ID, PHYS_START, RANGES, VIRT_START, CrashedXen
 from xen_symbols import open_dump
 from xen_symbols.absence import Undecidable
 from xen_symbols.symbols import embedded
 from xen_symbols.targets.image import DumpFile
 from xencrash.cli import main
 
-IMAGE = (PHYS_START, PHYS_START + (8 << 20))
-RANGES = [IMAGE, (HEAP, HEAP + (1 << 20))]
 LZO = "compressed with lzo; install the Python package lzallright"
 
 
-class Machine:
-    """A crashed Xen that carries its symbols, its notes as in a vmcore, and its symbols in a file."""
-
-    def __init__(self, folder: Path, cpus: int = 2, table: int = 0x300000) -> None:
-        self.folder = folder
-        self.xen = SyntheticXen(cpus)
-        rows = sorted((address - VIRT_START, kind + name) for name, (address, kind) in self.xen.symbols.items())
-        self.xen.content[PHYS_START + table] = elfwriter.embedded_table(rows)
-        self.symbols = folder / "map"
-        self.symbols.write_text(self.xen.map_file())
-        self.pgd = f"SYMBOL(pgd_l4)={self.xen.symbols['idle_pg_table'][0]:x}\n"
-        self.notes = self.xen.notes() + writer.note("VMCOREINFO_XEN", 0, self.pgd.encode())
-
-    def elf(self, ranges: writer.Ranges = RANGES, notes: bytes | None = None) -> Path:
-        path = self.folder / "vmcore"
-        with path.open("wb") as file:
-            writer.write_elf(file, ranges, self.xen.content, self.notes if notes is None else notes)
-        return path
-
-    def kdump(self, **options: object) -> Path:
-        path = self.folder / "kdump"
-        with path.open("wb") as file:
-            writer.write_kdump(file, RANGES, self.xen.content, self.notes, **options)  # type: ignore[arg-type]
-        return path
-
-
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    return Machine(tmp_path_factory.mktemp("machine"))
+def machine(tmp_path_factory: pytest.TempPathFactory) -> CrashedXen:
+    return CrashedXen(tmp_path_factory.mktemp("machine"))
 
 
 def refusal(path: Path, *words: str | Path) -> str:
@@ -63,14 +35,14 @@ def refusal(path: Path, *words: str | Path) -> str:
     return str(caught.value)
 
 
-def test_the_machine_is_found_without_damage(machine: Machine) -> None:
+def test_the_machine_is_found_without_damage(machine: CrashedXen) -> None:
     for symbols in (None, machine.symbols):
         assert open_dump(machine.elf(), symbols).root == machine.xen.root
         assert open_dump(machine.kdump(), symbols).root == machine.xen.root
 
 
 def test_the_header_names_a_decompressor_that_is_missing(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    machine: CrashedXen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = machine.kdump(status=2, compression=2, compress=lambda page: b"anything")
     monkeypatch.setitem(sys.modules, "lzallright", None)
@@ -79,7 +51,7 @@ def test_the_header_names_a_decompressor_that_is_missing(
         assert capsys.readouterr().err == f"xencrash: {path}: {LZO}\n"
 
 
-def test_a_page_names_a_decompressor_that_is_missing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_names_a_decompressor_that_is_missing(machine: CrashedXen, monkeypatch: pytest.MonkeyPatch) -> None:
     path = machine.kdump(compression=2, compress=lambda page: b"anything")
     monkeypatch.setitem(sys.modules, "lzallright", None)
     page = machine.xen.root & -PAGE
@@ -93,7 +65,7 @@ def test_a_page_names_a_decompressor_that_is_missing(machine: Machine, monkeypat
     )
 
 
-def test_memory_that_the_notes_name_and_the_dump_lacks(machine: Machine) -> None:
+def test_memory_that_the_notes_name_and_the_dump_lacks(machine: CrashedXen) -> None:
     path = machine.elf(RANGES[1:])
     page = f"{machine.xen.root >> 12:#x}"
     why = f"what xen_phys_start in the crash info note leads to cannot be read (physical {page}"
@@ -101,14 +73,14 @@ def test_memory_that_the_notes_name_and_the_dump_lacks(machine: Machine) -> None
     assert why in refusal(path, machine.symbols)
 
 
-def test_the_page_of_the_symbols_alone_is_missing(machine: Machine) -> None:
+def test_the_page_of_the_symbols_alone_is_missing(machine: CrashedXen) -> None:
     path = machine.kdump(excluded=[(PHYS_START + 0x300000) // PAGE])
     left_out = f"(physical {PHYS_START + 0x300000:#x}: the page was left out when the dump was written)"
     assert f"{left_out}; give its xen-syms with --symbols" in refusal(path)
     assert open_dump(path, machine.symbols).root == machine.xen.root
 
 
-def test_bitmaps_that_are_elsewhere(machine: Machine) -> None:
+def test_bitmaps_that_are_elsewhere(machine: CrashedXen) -> None:
     """A block of sub header too many: other pages are there, and other bytes are theirs."""
     path = machine.kdump()
     data = bytearray(path.read_bytes())
@@ -121,7 +93,7 @@ def test_bitmaps_that_are_elsewhere(machine: Machine) -> None:
         assert "is it Xen" not in said and f"{path}: " in said
 
 
-def test_section_header_0_that_is_not_there(machine: Machine) -> None:
+def test_section_header_0_that_is_not_there(machine: CrashedXen) -> None:
     path = machine.elf()
     data = bytearray(path.read_bytes())
     struct.pack_into("<H", data, 56, 0xFFFF)
@@ -133,7 +105,7 @@ def test_section_header_0_that_is_not_there(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "none", "-8", "1" * 40, "ffff", "800000000000"])
-def test_an_address_in_vmcoreinfo_that_is_none(machine: Machine, value: str) -> None:
+def test_an_address_in_vmcoreinfo_that_is_none(machine: CrashedXen, value: str) -> None:
     """The CPUs' own page tables show the same Xen."""
     notes = machine.xen.notes() + writer.note("VMCOREINFO_XEN", 0, f"SYMBOL(pgd_l4)={value}\n".encode())
     assert open_dump(machine.elf(notes=notes)).root == machine.xen.root
@@ -168,7 +140,7 @@ def linux(count: int) -> list[dict[str, int]]:
 
 
 def test_a_linux_of_many_cpus_costs_a_few_reads_of_each(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: CrashedXen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = of_qemu(tmp_path / "linux", linux(255))
     for symbols in ([], [machine.symbols]):
@@ -190,7 +162,7 @@ def test_cpus_that_share_page_tables_cost_as_much_as_one(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_page_tables_that_map_everything_are_bounded(
-    step: int, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, machine: CrashedXen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it, and every other page, on 256 CPUs whose tables differ."""
     tables = [0x200000 + PAGE * level for level in range(3)]
@@ -205,7 +177,7 @@ def test_page_tables_that_map_everything_are_bounded(
         assert counted.bytes < 300 << 20
 
 
-def test_a_table_across_two_reads_is_found(machine: Machine) -> None:
+def test_a_table_across_two_reads_is_found(machine: CrashedXen) -> None:
     """The image is read a MiB at a time; its table's digits may be in one, the rest in the next."""
     xen = machine.xen
     place = PHYS_START + 0x300000
@@ -221,7 +193,7 @@ def test_a_table_across_two_reads_is_found(machine: Machine) -> None:
         xen.content[place] = table
 
 
-def test_a_mismatch_that_cannot_be_allowed(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mismatch_that_cannot_be_allowed(machine: CrashedXen, capsys: pytest.CaptureFixture[str]) -> None:
     """Symbols of a build whose page tables are elsewhere: they lead nowhere, allowed or not."""
     other = machine.folder / "other"
     at = VIRT_START + 0x700000
@@ -236,7 +208,7 @@ def test_a_mismatch_that_cannot_be_allowed(machine: Machine, capsys: pytest.Capt
         assert capsys.readouterr().err == f"xencrash: {said}{more}; give its own xen-syms with --symbols\n"
 
 
-def test_a_crash_that_left_no_info_is_searched_for(machine: Machine) -> None:
+def test_a_crash_that_left_no_info_is_searched_for(machine: CrashedXen) -> None:
     """Neither the info nor any CPU's page tables show Xen; its memory does, with symbols and without."""
     nowhere = [{"rip": 0xFFFF82D040200000, "cr0": 0x80050033, "cr3": 0x123000}] * 2
     notes = writer.xen_notes(nowhere, bytes(80), machine.pgd)

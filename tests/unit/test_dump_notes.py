@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from tests import dumpwriter as writer
+from tests.machines import dumpwriter as writer
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.targets import Note
 from xen_symbols.targets.notes import (

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.test_checks import MC, NMI, Machine
-from tests.unit.test_report import SCHEMA
+from tests.machines.changed import MC, NMI, Machine
+from tests.schema import SCHEMA
 from xen_symbols.crashpath import generations
 from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
 from xen_symbols.crashpath.engine import evaluate, judge

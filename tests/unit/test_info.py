@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_gdb_commands import RecordedSession, answer
+from tests.texts import RecordedSession, answer
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.report.console import plain
 from xencrash import gdbmi as sessions

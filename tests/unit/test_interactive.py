@@ -8,21 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.syntheticxen import PHYS_START, VIRT_START
-from tests.unit.test_dump_not_found import Machine
+from tests.machines.syntheticxen import PHYS_START, VIRT_START, CrashedXen
 from xen_symbols import open_dump
 from xencrash.cli import main
 from xencrash.serve import served
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    machine = Machine(tmp_path_factory.mktemp("machine"))
+def machine(tmp_path_factory: pytest.TempPathFactory) -> CrashedXen:
+    machine = CrashedXen(tmp_path_factory.mktemp("machine"))
     machine.elf()
     return machine
 
 
-def gdb(machine: Machine, *words: str | Path) -> subprocess.CompletedProcess[str]:
+def gdb(machine: CrashedXen, *words: str | Path) -> subprocess.CompletedProcess[str]:
     commands = ["p &idle_pg_table", "p/x *(unsigned int*) &nr_cpu_ids", "bt 1", "xen symbols"]
     theirs = ["-batch", *(part for command in commands for part in ("-ex", command))]
     code = "import sys; from xencrash.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -33,7 +32,7 @@ def gdb(machine: Machine, *words: str | Path) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["carried", "map"])
-def test_gdb_on_a_dump_has_symbols(machine: Machine, given: bool) -> None:
+def test_gdb_on_a_dump_has_symbols(machine: CrashedXen, given: bool) -> None:
     done = gdb(machine, *(["--symbols", machine.symbols] if given else []))
     table = machine.xen.symbols["idle_pg_table"][0]
     assert f"$1 = (<data variable, no debug info> *) {table:#x}\n" in done.stdout
@@ -50,7 +49,7 @@ def test_gdb_on_a_dump_has_symbols(machine: Machine, given: bool) -> None:
         assert path.name == "xen-syms" and not path.exists() and not path.parent.exists()
 
 
-def test_a_dump_that_is_none_starts_no_gdb(machine: Machine) -> None:
+def test_a_dump_that_is_none_starts_no_gdb(machine: CrashedXen) -> None:
     text = machine.folder / "text"
     text.write_text("no dump")
     code = "import sys; from xencrash.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -59,7 +58,7 @@ def test_a_dump_that_is_none_starts_no_gdb(machine: Machine) -> None:
     assert done.stderr.startswith(f"xencrash: {text}: not a dump of a known format") and done.stderr.count("\n") == 1
 
 
-def test_a_xen_whose_cpus_cannot_be_told_starts_no_gdb(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_xen_whose_cpus_cannot_be_told_starts_no_gdb(machine: CrashedXen, capsys: pytest.CaptureFixture[str]) -> None:
     address = machine.xen.symbols["nr_cpu_ids"][0] - VIRT_START + PHYS_START
     count = machine.xen.content[address]
     machine.xen.content[address] = bytes(4)
@@ -74,7 +73,7 @@ def test_a_xen_whose_cpus_cannot_be_told_starts_no_gdb(machine: Machine, capsys:
     )
 
 
-def test_a_raw_image_has_the_registers_that_xen_saved(machine: Machine, tmp_path: Path) -> None:
+def test_a_raw_image_has_the_registers_that_xen_saved(machine: CrashedXen, tmp_path: Path) -> None:
     ram = tmp_path / "ram"
     with ram.open("wb") as file:
         for address, data in machine.xen.content.items():

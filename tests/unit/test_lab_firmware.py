@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from tests.elfwriter import stripped_xen
+from tests.machines.elfwriter import stripped_xen
 from xencrash.lab.errors import LabError
 from xencrash.lab.firmware import with_x2apic_on
 

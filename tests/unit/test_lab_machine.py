@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live import test_main_job
+from tests.machines import realxen
 from xen_symbols.crashpath.generations import BY_ID
 from xencrash.lab import images, initramfs, machine
 from xencrash.lab.errors import LabError
@@ -120,9 +120,9 @@ def test_every_row_names_suites_that_there_are_and_a_reason() -> None:
 
 def test_every_settled_xen_gets_the_memory_changes_of_the_main_job() -> None:
     settled = {row.name for row in XENS.values() if not SUITES[row.suite].moving}
-    assert {row.xen for row in test_main_job.ROWS.values()} == settled
-    assert {row.gdb for row in test_main_job.ROWS.values()} == GDBS.keys()
-    modes = {(row.xen, row.qemu, row.lapic) for row in test_main_job.ROWS.values()}
+    assert {row.xen for row in realxen.ROWS.values()} == settled
+    assert {row.gdb for row in realxen.ROWS.values()} == GDBS.keys()
+    modes = {(row.xen, row.qemu, row.lapic) for row in realxen.ROWS.values()}
     assert modes >= {(xen, "10.0", "x2apic") for xen in settled} | {(DEFAULT_XEN, DEFAULT_QEMU, "xapic")}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recording import load, write_files
+from tests.machines.recorded import load, write_files
 from xen_symbols.crashpath.generations import BY_ID
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.report.blocks import missing_lines

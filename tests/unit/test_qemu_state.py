@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.recording import RECORDED
+from tests.machines.recorded import RECORDED
 from xen_symbols.absence import Unreadable
 from xen_symbols.targets import Lapic
 from xen_symbols.targets.qemu_state import parse_cpus, sections, unsavable

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import xen_symbols.report
-from tests.recording import load
-from tests.unit.test_checks import Machine
+from tests.machines.changed import Machine
+from tests.machines.recorded import load
+from tests.schema import SCHEMA
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.report.blocks import dumps_table, report_blocks, show
@@ -24,8 +22,6 @@ from xen_symbols.report.junit import to_junit
 from xen_symbols.report.model import ExitStatus, Finding, Report, StageSeen, Verdict, worst
 from xen_symbols.xen.console import printable
 from xen_symbols.xen.locate import locate
-
-SCHEMA = json.loads((Path(xen_symbols.report.__file__).parent / "schema.json").read_text())
 
 
 def report(**changes: Any) -> Report:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import elfwriter, syntheticxen
-from tests.syntheticxen import HEAP, PHYS_START, TRAMPOLINE, VIRT_START, SyntheticXen
+from tests.machines import elfwriter, syntheticxen
+from tests.machines.syntheticxen import HEAP, PHYS_START, TRAMPOLINE, VIRT_START, SyntheticXen
 from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.symbols import embedded

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import dumpwriter as writer
+from tests.machines import dumpwriter as writer
 from xen_symbols.absence import Unreadable
 from xen_symbols.targets.dump import open_dump
 from xencrash.serve import GDB_SETTINGS, READ_ONLY, Served, Thread, serving

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests import recording
+from tests.machines import recorded
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("xen_symbols", "gdbplugin", "scripts")
@@ -75,6 +75,15 @@ def test_layers_point_one_way(path: Path) -> None:
             assert LAYERS.index(parts[1]) <= LAYERS.index(own), f"{own} imports {name}"
 
 
+def test_what_tests_share_is_in_no_test_file() -> None:
+    """It lies in tests/machines and in the modules beside it, and imports from no folder of tests by its purpose."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for name in imports(path):
+            assert not (name.startswith("tests.") and ".test_" in name), f"{name_of(path)} imports {name}"
+            if path.is_relative_to(ROOT / "tests/machines"):
+                assert not name.startswith(("tests.unit", "tests.live", "tests.contract")), f"{name_of(path)}: {name}"
+
+
 def test_importing_does_nothing() -> None:
     """Every module that needs no gdb imports without output, files or threads."""
     names = [
@@ -112,7 +121,7 @@ COSTLY = {"ast", "asyncio", "dataclasses", "dis", "inspect", "mmap", "pathlib", 
 
 def test_a_check_of_a_dump_imports_what_it_needs(tmp_path: Path) -> None:
     """Values, not clocks: importing is most of what a check of a dump costs (docs/benchmarks.md)."""
-    vmcore, symbols = recording.write_files(tmp_path, *recording.load("4.17-crashed-vmcore"))
+    vmcore, symbols = recorded.write_files(tmp_path, *recorded.load("4.17-crashed-vmcore"))
     code = (
         "import sys; before = set(sys.modules); from xencrash.cli import main\n"
         f"status = main(['check', {str(vmcore)!r}, '--symbols', {str(symbols)!r}, '--format', 'json',"

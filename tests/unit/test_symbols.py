@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.elfwriter import (
+from tests.machines.elfwriter import (
     ABS,
     BUILD_ID,
     LOCAL,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.elfwriter import build_id_note
+from tests.machines.elfwriter import build_id_note
 from xen_symbols.symbols import buildid
 
 # As `readelf -x .note.gnu.build-id` shows it for Debian's xen-syms 4.17.

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.elfwriter import (
+from tests.machines.elfwriter import (
     BUILD_ID,
     START,
     VIRT_START,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.recording import Example, load
+from tests.machines.recorded import Example, load
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.report.model import Report, Verdict

@@ -9,8 +9,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from tests import dumpwriter
+from tests.machines import dumpwriter, elfwriter
+from tests.machines import dumpwriter as writer
 from xen_symbols.x86.gate import INTERRUPT_GATE, Gate
 
 VIRT_START = 0xFFFF82D040000000
@@ -160,3 +162,33 @@ class SyntheticXen:
         """The notes of a vmcore."""
         info = dumpwriter.crash_info(xen_phys_start=PHYS_START)
         return dumpwriter.xen_notes([self._registers()] * self.cpus, info=info)
+
+
+IMAGE = (PHYS_START, PHYS_START + (8 << 20))
+RANGES = [IMAGE, (HEAP, HEAP + (1 << 20))]
+
+
+class CrashedXen:
+    """A crashed Xen that carries its symbols, its notes as in a vmcore, and its symbols in a file."""
+
+    def __init__(self, folder: Path, cpus: int = 2, table: int = 0x300000) -> None:
+        self.folder = folder
+        self.xen = SyntheticXen(cpus)
+        rows = sorted((address - VIRT_START, kind + name) for name, (address, kind) in self.xen.symbols.items())
+        self.xen.content[PHYS_START + table] = elfwriter.embedded_table(rows)
+        self.symbols = folder / "map"
+        self.symbols.write_text(self.xen.map_file())
+        self.pgd = f"SYMBOL(pgd_l4)={self.xen.symbols['idle_pg_table'][0]:x}\n"
+        self.notes = self.xen.notes() + writer.note("VMCOREINFO_XEN", 0, self.pgd.encode())
+
+    def elf(self, ranges: writer.Ranges = RANGES, notes: bytes | None = None) -> Path:
+        path = self.folder / "vmcore"
+        with path.open("wb") as file:
+            writer.write_elf(file, ranges, self.xen.content, self.notes if notes is None else notes)
+        return path
+
+    def kdump(self, **options: object) -> Path:
+        path = self.folder / "kdump"
+        with path.open("wb") as file:
+            writer.write_kdump(file, RANGES, self.xen.content, self.notes, **options)  # type: ignore[arg-type]
+        return path
