@@ -46,7 +46,7 @@ def measure_modes(memory: XenMemory) -> dict[int, int | Absent]:
 def _instruction(memory: XenMemory) -> int:
     try:
         start, end = memory.symbols.extent(_FUNCTION)
-        with memory.target.batch():  # type: ignore[attr-defined]
+        with memory.target.batch():
             at = memory.read(start, end - start).find(_RDMSR)
     except Unreadable as error:
         raise Undecidable(f"set xen rdmsr on: no rdmsr to use: {error}") from None

@@ -15,7 +15,8 @@ from gdbplugin.target import LiveTarget, ServedDump, cpu_index, open_target
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.follow import Follower, GateWatch
 from xen_symbols.crashpath.generations import Identification, identify
-from xen_symbols.symbols.table import SymbolTable, load_symbols
+from xen_symbols.symbols.load import load_symbols
+from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.xen.locate import carried_symbols, locate, still_there
 from xen_symbols.xen.memory import ROOT, XenMemory

@@ -14,13 +14,13 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import gdb
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.targets import Lapic, Note, PhysicalCpu, Target, hmp
-from xen_symbols.targets.dump import open_dump
+from xen_symbols.formats.elfnotes import Note
+from xen_symbols.targets import Lapic, PhysicalCpu, Target, hmp
+from xen_symbols.targets.dump import Dump, open_dump
 from xen_symbols.targets.qemu_state import parse_cpus, unsavable
 from xen_symbols.targets.qmp import Qmp, QmpError
 
@@ -34,8 +34,8 @@ _APIC_IDS = 1 << 12  # no machine of QEMU's has larger ones
 _CPUS_BY_UNIX_SOCKET = 16
 
 
-class LiveTarget:
-    """Implements xen_symbols.targets.Target for the connection that gdb has selected.
+class LiveTarget(Target):
+    """The connection that gdb has selected.
 
     `cpus()` is read once per batch. Raises Undecidable where the stub is not QEMU's or is gone.
     """
@@ -240,19 +240,13 @@ class LiveTarget:
         return ()
 
 
-class ServedDump:
+class ServedDump(Dump):
     """A dump that `xencrash gdb` serves: the same file, opened here, answers at once what the connection would."""
 
-    def __init__(self, connection: gdb.TargetConnection, dump: Target) -> None:
+    def __init__(self, connection: gdb.TargetConnection, dump: Dump) -> None:
+        super().__init__(dump.location, dump.opened, dump.base)
         self.connection = connection
         self.qmp_socket: str | None = None
-        self._dump = dump
-
-    def batch(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dump, name)
 
 
 def open_target(connection: gdb.TargetConnection) -> LiveTarget | ServedDump:

@@ -24,8 +24,10 @@ from typing import Any
 from tests.machines.recorded import RECORDED
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath.engine import evaluate
-from xen_symbols.symbols.table import SymbolTable, load_symbols
-from xen_symbols.targets import Lapic, Note, PhysicalCpu
+from xen_symbols.formats.elfnotes import Note
+from xen_symbols.symbols.load import load_symbols
+from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.targets import Lapic, PhysicalCpu, Target
 from xen_symbols.targets.dump import open_dump
 from xen_symbols.targets.qemu_state import parse_cpus, raw_sections
 from xen_symbols.targets.qmp import Qmp
@@ -34,7 +36,7 @@ from xen_symbols.xen.locate import locate
 MONITOR = {"registers": "info registers -a", "lapic": "info lapic 1", "mtree": "info mtree -f"}
 
 
-class _Recorder:
+class _Recorder(Target):
     """A target that remembers what was read from another."""
 
     def __init__(self, target: Any, cpus: Sequence[PhysicalCpu] | None) -> None:

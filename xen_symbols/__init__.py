@@ -1,9 +1,9 @@
 """What x86 Xen looks like in memory when it crashes. Never imports gdb."""
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING
+
 __all__ = ["evaluate", "open_dump"]
 
-TYPE_CHECKING = False  # typing's own is not worth its import here
 if TYPE_CHECKING:
     from xen_symbols.api import evaluate, open_dump
 

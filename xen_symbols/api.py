@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from xen_symbols.crashpath.engine import evaluate
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets import dump
 from xen_symbols.xen.locate import carried_symbols, locate
 from xen_symbols.xen.memory import XenMemory

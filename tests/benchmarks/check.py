@@ -23,7 +23,8 @@ from pathlib import Path
 from tests.machines import dumpwriter
 from tests.machines.syntheticxen import SyntheticXen
 from xen_symbols.crashpath.engine import evaluate
-from xen_symbols.symbols.table import SymbolTable, load_symbols
+from xen_symbols.symbols.load import load_symbols
+from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets.dump import open_dump
 from xen_symbols.xen.locate import carried_symbols, locate
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.load import load_symbols
 from xencrash.gdbmi import open_session
 from xencrash.lab.machine import Lab
 from xencrash.trace import trace

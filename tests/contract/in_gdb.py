@@ -14,7 +14,7 @@ import gdb
 
 from gdbplugin.target import open_target
 from tests.contract import promises
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.load import load_symbols
 
 
 def _subject(qmp: str | None, registers: str, symbols: str, ram: str, build_id: str, cpus: int,

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from xen_symbols.absence import Absent, Kind, Unreadable
+from xen_symbols.formats.elfnotes import Note
 from xen_symbols.symbols import buildid
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.targets import Lapic, Note, PhysicalCpu, Target
+from xen_symbols.targets import Lapic, PhysicalCpu, Target
 from xen_symbols.xen.locate import locate
 
 Request = tuple[int, int]  # physical address, size

@@ -23,7 +23,7 @@ from tests.machines import dumpwriter as writer
 from tests.machines.recorded import RECORDED, load
 from tests.machines.syntheticxen import BUILD_ID, HEAP, PHYS_START, SyntheticXen
 from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets.dump import open_dump
 from xen_symbols.xen.locate import locate
 from xencrash.gdbmi import plugin_script

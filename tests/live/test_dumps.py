@@ -21,11 +21,11 @@ from tests.live.machines import build_id
 from xen_symbols import evaluate
 from xen_symbols import open_dump as open_xen
 from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.formats.content import File
 from xen_symbols.symbols.embedded import SOURCE
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets import PhysicalCpu, hmp
 from xen_symbols.targets.dump import Dump, open_dump
-from xen_symbols.targets.image import DumpFile
 from xen_symbols.targets.kdump import KdumpMemory
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
@@ -282,7 +282,7 @@ class Damaged:
     """A dump whose page at a physical address has one byte changed, until the end of the with."""
 
     def __init__(self, path: Path, address: int) -> None:
-        memory = KdumpMemory(DumpFile(str(path)))
+        memory = KdumpMemory(File(str(path)))
         descriptor = memory._descriptors_at + 24 * memory._dumped_before(address // 4096)
         self._path = path
         with path.open("rb") as file:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.live.machines import gdb, guest, packets, ram, rows, run_gdb, target
 from xen_symbols.absence import Undecidable
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.load import load_symbols
 from xencrash.gdbmi import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
 from xencrash.guests import build, command_line
 from xencrash.lab.machine import Lab

@@ -15,7 +15,7 @@ import pytest
 
 from tests.live.machines import gdb, guest, named, ram, target
 from xen_symbols.absence import Undecidable
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.load import load_symbols
 from xencrash.gdbmi import GdbSession, open_session
 from xencrash.lab.machine import Lab
 from xencrash.trace import trace

@@ -18,7 +18,8 @@ from xen_symbols.absence import Unreadable
 from xen_symbols.crashpath.generations import BY_ID
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.symbols import embedded
-from xen_symbols.symbols.table import Symbol, SymbolAmbiguous, SymbolTable, load_symbols
+from xen_symbols.symbols.load import load_symbols
+from xen_symbols.symbols.table import Symbol, SymbolAmbiguous, SymbolTable
 from xencrash.lab.images import members
 from xencrash.lab.packages import Cache
 from xencrash.lab.rows import SUITES, XENS

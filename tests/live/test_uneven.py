@@ -13,7 +13,7 @@ import pytest
 
 from tests.live.machines import gdb, packets, rows
 from xen_symbols import evaluate, open_dump
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.load import load_symbols
 from xencrash.gdbmi import open_session
 from xencrash.lab.machine import Lab
 from xencrash.trace import trace

@@ -10,7 +10,9 @@ from typing import Any
 
 from tests.machines.changed import Machine
 from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.symbols.table import SymbolTable, load_symbols
+from xen_symbols.symbols.load import load_symbols
+from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.targets import Target
 from xen_symbols.xen.locate import locate
 from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Lab
@@ -62,7 +64,7 @@ def follow(lab: Lab, cpu: int, **options: Any) -> dict[str, Any]:
                  trigger=lambda: lab.crash("panic", cpu), **options)  # fmt: skip
 
 
-class Ram:
+class Ram(Target):
     """The machine's RAM from outside, as a target for finding addresses, and for changing it."""
 
     kind, format, location = "live", "RAM file", "lab"

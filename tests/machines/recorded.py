@@ -14,14 +14,15 @@ from typing import Any
 
 from tests.machines import dumpwriter
 from xen_symbols.absence import Absent, Kind, Unreadable
-from xen_symbols.symbols.mapfile import ListedRows
+from xen_symbols.formats.elfnotes import Note
+from xen_symbols.symbols.listed import ListedRows
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.targets import Lapic, Note, PhysicalCpu
+from xen_symbols.targets import Lapic, PhysicalCpu, Target
 
 RECORDED = Path(__file__).parent.parent / "recorded"
 
 
-class Example:
+class Example(Target):
     """A recorded machine as a target. `write` changes its memory."""
 
     def __init__(self, kind: str, format: str, location: str, memory: dict[int, bytes], cpus: Sequence[PhysicalCpu],

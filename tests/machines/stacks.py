@@ -6,7 +6,7 @@ import struct
 from typing import Any
 
 from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.symbols.mapfile import ListedRows
+from xen_symbols.symbols.listed import ListedRows
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.gate import INTERRUPT_GATE, Gate

@@ -12,7 +12,7 @@ import pytest
 from tests.machines import dumpwriter as writer
 from tests.machines.syntheticxen import DIRECTMAP, HEAP, PHYS_START, SyntheticXen
 from xen_symbols.absence import Absent, Unreadable
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets import READ_MAX
 from xen_symbols.targets.dump import Dump, open_dump
 from xen_symbols.xen.memory import XenMemory

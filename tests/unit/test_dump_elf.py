@@ -237,14 +237,14 @@ def test_other_files_are_named(tmp_path: Path, start: bytes, expected: str) -> N
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert refusal(tmp_path, b"") == "the file is empty"
+    assert refusal(tmp_path, b"") == "empty; name a dump file"
     with pytest.raises(Undecidable, match=r"No such file or directory$"):
         open_dump(str(tmp_path / "none"))
-    with pytest.raises(Undecidable, match="not a regular file"):
+    with pytest.raises(Undecidable, match="a directory; name a dump file$"):
         open_dump(str(tmp_path))
     os.mkfifo(tmp_path / "fifo")
     for path in ("/dev/null", str(tmp_path / "fifo")):  # nobody ever writes to it: opening must not wait
-        with pytest.raises(Undecidable, match="not a regular file"):
+        with pytest.raises(Undecidable, match="not a regular file; name a dump file$"):
             open_dump(path)
 
 

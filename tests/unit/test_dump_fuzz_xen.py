@@ -21,7 +21,7 @@ import pytest
 from tests.machines import dumpwriter as writer
 from tests.machines.damage import EDGES, bounded_memory
 from tests.machines.syntheticxen import DIRECTMAP, HEAP, PHYS_START, VIRT_START, CrashedXen
-from xen_symbols.targets.image import DumpFile
+from xen_symbols.formats.content import File
 from xen_symbols.targets.kdump import KdumpMemory
 from xencrash.cli import main
 
@@ -54,7 +54,7 @@ class Dump:
         self.original = self.path.read_bytes()
         held = [(at, len(data)) for at, data in content.items() if any(s <= at < e for s, e in RANGES)]
         if shape == "kdump":
-            memory = KdumpMemory(DumpFile(str(self.path)))
+            memory = KdumpMemory(File(str(self.path)))
             table = memory._descriptors_at
             self.heads = [(0, 0x1D0), (4096, 104), (8192, len(notes)), (table, 24 * 64)]
             self.places = []

@@ -12,7 +12,8 @@ import pytest
 from tests.machines import dumpwriter as writer
 from tests.machines.dumpwriter import PAGE
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.targets import flattened, image, kdump
+from xen_symbols.formats.content import File
+from xen_symbols.targets import flattened, kdump
 from xen_symbols.targets.dump import Dump, open_dump
 
 RANGES = [(0x0, 0xA000), (0x100000, 0x104000)]
@@ -241,7 +242,7 @@ def pieces(*parts: tuple[int, bytes]) -> bytes:
 def test_a_later_piece_overwrites_an_earlier_one(tmp_path: Path) -> None:
     file = tmp_path / "flat"
     file.write_bytes(pieces((4, b"efghij"), (0, b"abcd"), (2, b"CDEF"), (5, b"!"), (20, b"end")))
-    flat = flattened.FlattenedFile(image.DumpFile(str(file)))
+    flat = flattened.FlattenedFile(File(str(file)))
     assert flat.size == 23
     assert flat.read(0, 10) == b"abCDE!ghij"
     assert flat.read(20, 3) == b"end"

@@ -15,8 +15,8 @@ from tests.machines.dumpwriter import PAGE
 from tests.machines.syntheticxen import BUILD_ID, PHYS_START, RANGES, VIRT_START, CrashedXen
 from xen_symbols import open_dump
 from xen_symbols.absence import Undecidable
+from xen_symbols.formats.content import File
 from xen_symbols.symbols import embedded
-from xen_symbols.targets.image import DumpFile
 from xencrash.cli import main
 
 LZO = "compressed with lzo; install the Python package lzallright"
@@ -116,14 +116,14 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reads = self.bytes = 0
-        read = DumpFile.read
+        read = File.read
 
-        def counting(file: DumpFile, offset: int, size: int) -> bytes:
+        def counting(file: File, offset: int, size: int) -> bytes:
             self.reads += 1
             self.bytes += size
             return read(file, offset, size)
 
-        monkeypatch.setattr(DumpFile, "read", counting)
+        monkeypatch.setattr(File, "read", counting)
 
 
 def of_qemu(path: Path, registers: list[dict[str, int]], content: writer.Content = MappingProxyType({})) -> Path:

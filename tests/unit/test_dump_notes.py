@@ -8,7 +8,7 @@ import pytest
 
 from tests.machines import dumpwriter as writer
 from xen_symbols.absence import Absent, Undecidable
-from xen_symbols.targets import Note
+from xen_symbols.formats.elfnotes import Note
 from xen_symbols.targets.notes import (
     cpus_of,
     describe_notes,

@@ -23,7 +23,7 @@ from xen_symbols.describe.changes import describe_traced_change
 from xen_symbols.report.blocks import report_blocks
 from xen_symbols.report.console import plain
 from xen_symbols.report.model import Verdict
-from xen_symbols.symbols.mapfile import ListedRows
+from xen_symbols.symbols.listed import ListedRows
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.x86.gate import SIZE, Gate, decode
 from xen_symbols.xen.state import read_state

@@ -14,7 +14,7 @@ from tests.machines.syntheticxen import HEAP, PHYS_START, TRAMPOLINE, VIRT_START
 from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.symbols import embedded
-from xen_symbols.targets import PhysicalCpu, dump
+from xen_symbols.targets import PhysicalCpu, Target, dump
 from xen_symbols.x86 import paging
 from xen_symbols.xen import search
 from xen_symbols.xen.locate import carried_symbols, locate
@@ -101,15 +101,15 @@ def test_a_base_that_is_not_its_is_asked_about(tmp_path: Path, monkeypatch: pyte
             open_dump(path, symbols, base=1 << 20)
 
 
-class Live:
+class Live(Target):
     """A machine whose memory is a file's, and whose CPUs are these."""
 
     kind, format, location = "live", "test", "gdb:test"
 
     def __init__(self, path: Path, cpus: Sequence[PhysicalCpu]) -> None:
         self._dump = dump.open_dump(str(path), base=0)
-        self.read_physical, self.read_physical_many = self._dump.read_physical, self._dump.read_physical_many
-        self.physical_ranges, self.notes = self._dump.physical_ranges, self._dump.notes
+        self.read_physical, self.physical_ranges = self._dump.read_physical, self._dump.physical_ranges
+        self.notes = self._dump.notes
         self._cpus = cpus
 
     def cpus(self) -> Sequence[PhysicalCpu]:

@@ -21,13 +21,13 @@ XENCRASH = "scripts/lib/xencrash"
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # A layer may import itself and what stands to its left.
-LAYERS = ("absence", "x86", "report", "symbols", "targets", "xen", "describe", "crashpath", "api")
+LAYERS = ("absence", "x86", "formats", "report", "symbols", "targets", "xen", "describe", "crashpath", "api")
 HOMES = {
     "gdb": ("gdbplugin/",),
     "pygdbmi": ("scripts/",),
     "rich": ("xen_symbols/report/console.py", "scripts/"),
-    "cramjam": ("xen_symbols/targets/decompress.py",),
-    "lzallright": ("xen_symbols/targets/decompress.py",),
+    "cramjam": ("xen_symbols/formats/compression.py",),
+    "lzallright": ("xen_symbols/formats/compression.py",),
 }
 
 
@@ -84,6 +84,72 @@ def test_what_tests_share_is_in_no_test_file() -> None:
                 assert not name.startswith(("tests.unit", "tests.live", "tests.contract")), f"{name_of(path)}: {name}"
 
 
+PACKAGES = {"xen_symbols": ROOT, "gdbplugin": ROOT, "xencrash": ROOT / "scripts" / "lib"}
+IN_CIRCLES: set[str] = {
+    "xen_symbols.xen.crashnotes",
+    "xen_symbols.xen.state",
+    "xencrash.cli",
+    "xencrash.interactive",
+    "xencrash.judging",
+    "xencrash.lab.cli",
+    "xencrash.lab.crashes",
+    "xencrash.lab.matrix",
+    "xencrash.lab.repeat",
+    "xencrash.lab.run",
+}
+
+
+def module_name(path: Path) -> str:
+    """As it is imported: a package by its folder."""
+    for package, parent in PACKAGES.items():
+        if path.is_relative_to(parent / package):
+            return ".".join(path.relative_to(parent).with_suffix("").parts).removesuffix(".__init__")
+    raise AssertionError(f"{path} is in no package")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """What each module imports of ours, wherever in it: at its top, in a function, for its types alone."""
+    paths = {module_name(path): path for package, root in PACKAGES.items() for path in (root / package).rglob("*.py")}
+    graph: dict[str, set[str]] = {name: set() for name in paths}
+    for name, path in paths.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                graph[name].update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):  # a package's module is not the package itself
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name].update(each if each in paths else f"{node.module}" for each in full)
+        graph[name] &= paths.keys() - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Modules that import each other, on whatever way."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = graph[waiting.pop()] - found
+            found |= new
+            waiting += new
+        return found
+
+    reach = {name: reached(name) for name in graph}
+    return {frozenset(other for other in reach[name] if name in reach[other]) for name in graph if name in reach[name]}
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = import_graph()
+    assert len(graph) > 100
+    assert "xen_symbols.symbols.load" in graph["xen_symbols.api"]
+    assert [sorted(circle) for circle in circles(graph) if not circle <= IN_CIRCLES] == []
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "e": {"a", "f"}, "f": {"e"}}
+    assert circles(graph) == {frozenset("abc"), frozenset("ef")}
+
+
 def test_importing_does_nothing() -> None:
     """Every module that needs no gdb imports without output, files or threads."""
     names = [
@@ -102,15 +168,17 @@ def test_importing_does_nothing() -> None:
 # What judging an ELF dump by a .map takes, and nothing else: a module more costs as much as a CPU or two.
 CHECK = """
 xencrash xencrash.cli
-xen_symbols xen_symbols.absence xen_symbols.api xen_symbols.text
+xen_symbols xen_symbols.absence xen_symbols.api xen_symbols.text xen_symbols.version
 xen_symbols.x86 xen_symbols.x86.apic xen_symbols.x86.gate xen_symbols.x86.paging
 xen_symbols.report xen_symbols.report.jsontext xen_symbols.report.model
-xen_symbols.symbols xen_symbols.symbols.buildid xen_symbols.symbols.files xen_symbols.symbols.mapfile
-xen_symbols.symbols.table
-xen_symbols.targets xen_symbols.targets.dump xen_symbols.targets.elfcore
-xen_symbols.targets.image xen_symbols.targets.notes
+xen_symbols.formats xen_symbols.formats.compression xen_symbols.formats.content xen_symbols.formats.elf
+xen_symbols.formats.elfnotes xen_symbols.formats.extents xen_symbols.formats.image xen_symbols.formats.magics
+xen_symbols.symbols xen_symbols.symbols.buildid xen_symbols.symbols.elf xen_symbols.symbols.embedded
+xen_symbols.symbols.listed xen_symbols.symbols.load xen_symbols.symbols.mapfile xen_symbols.symbols.table
+xen_symbols.targets xen_symbols.targets.dump xen_symbols.targets.elfcore xen_symbols.targets.notes
+xen_symbols.targets.raw
 xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.locate
-xen_symbols.xen.memory xen_symbols.xen.state
+xen_symbols.xen.memory xen_symbols.xen.search xen_symbols.xen.state
 xen_symbols.describe xen_symbols.describe.machine
 xen_symbols.crashpath xen_symbols.crashpath.checks xen_symbols.crashpath.engine xen_symbols.crashpath.generations
 xen_symbols.crashpath.position xen_symbols.crashpath.stages

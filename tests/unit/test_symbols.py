@@ -27,8 +27,9 @@ from tests.machines.elfwriter import (
     xen_syms,
 )
 from xen_symbols.absence import Kind, Undecidable, Unreadable
-from xen_symbols.symbols.mapfile import ListedRows
-from xen_symbols.symbols.table import Symbol, SymbolAmbiguous, SymbolNotFound, SymbolTable, load_symbols
+from xen_symbols.symbols.listed import ListedRows
+from xen_symbols.symbols.load import load_symbols
+from xen_symbols.symbols.table import Symbol, SymbolAmbiguous, SymbolNotFound, SymbolTable
 
 TEXT, DATA, BSS = START, START + 0x2000, START + 0x3000
 END = BSS + 0x1000
@@ -337,7 +338,8 @@ NO_MAP = f"is not `address kind name`, so this is neither an ELF file nor a .map
         (b"1" + b"0" * 16 + b" T a\n", f"line 1 {NO_MAP}"),
         (bytes(100), f"neither an ELF file nor a .map; {WANTED}"),
         (b"MZ\x90\0", "an EFI binary; give xen-syms, its .map, or the ELF image instead"),
-        (b"\x7fELF", "truncated: an ELF header is longer than its 4 bytes"),
+        (b"\x7fELF", "ELF header: the file ends at 0x4, 16 bytes are wanted at offset 0x0; "
+                    "the file is truncated or damaged"),
         (b"\x7fELF\x02\x02" + bytes(80), "not a little-endian ELF file; Xen on x86 is one"),
         (b"\x1f\x8b" + bytes(20), "bad gzip data (Error -3 while decompressing data: unknown compression method); "
                                  "fetch the file again"),

@@ -24,7 +24,8 @@ from tests.machines.elfwriter import (
 )
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.symbols import embedded
-from xen_symbols.symbols.table import Symbol, SymbolAmbiguous, SymbolNotFound, load_symbols
+from xen_symbols.symbols.load import load_symbols
+from xen_symbols.symbols.table import Symbol, SymbolAmbiguous, SymbolNotFound
 
 ENTRIES = [
     (0x200000, "T_start"),

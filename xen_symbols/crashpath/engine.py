@@ -3,7 +3,6 @@
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from xen_symbols import __version__
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
 from xen_symbols.crashpath.generations import Bookkeeping, Identification, identify
@@ -11,10 +10,11 @@ from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING, OtherStep, Span
 from xen_symbols.describe.machine import describe_cpus, describe_symbols, describe_target
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
+from xen_symbols.version import VERSION
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import CpuState, read_state
 
-TOOL: Mapping[str, Any] = {"name": "xencrash", "version": __version__}
+TOOL: Mapping[str, Any] = {"name": "xencrash", "version": VERSION}
 
 
 def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> list[Finding]:

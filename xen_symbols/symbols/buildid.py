@@ -1,15 +1,19 @@
 """GNU build-id notes (`.note.gnu.build-id`): parsed from bytes, and found in a stretch of memory.
 
-The note is an ELF note (gABI, chapter 5): namesz, descsz, type (3, NT_GNU_BUILD_ID), the name
-"GNU", then the id. Xen carries one since 4.7, at `__note_gnu_build_id_start`.
+The note is an ELF note (gABI, chapter 5): namesz, descsz, type, the name "GNU", then the id. Xen
+carries one since 4.7, at `__note_gnu_build_id_start`.
 """
 
 from __future__ import annotations
 
 import struct
 
+from xen_symbols.formats import elfnotes
+
+_NAME = b"GNU\0"
+NT_GNU_BUILD_ID = 3
 _HEADER = struct.Struct("<III")
-_TYPE_AND_NAME = struct.pack("<I4s", 3, b"GNU")
+_TYPE_AND_NAME = struct.pack("<I4s", NT_GNU_BUILD_ID, _NAME)
 _NAME_END = _HEADER.size + 4
 _LONGEST = 64  # ids are 8 to 20 bytes (ld --build-id); anything much longer is not one
 
@@ -29,14 +33,19 @@ def parse_note(note: bytes) -> bytes | None:
 
 def find_in_notes(notes: bytes) -> tuple[int, bytes] | None:
     """(position, id) of the build-id note among the ELF notes of a section or segment."""
-    position = 0
-    while position + _HEADER.size <= len(notes):
-        build_id = parse_note(notes[position : position + NOTE_SIZE])
-        if build_id is not None:
-            return position, build_id
-        name_size, size, _ = _HEADER.unpack_from(notes, position)
-        position += _HEADER.size + (name_size + 3 & ~3) + (size + 3 & ~3)
+    try:
+        for position, _ in elfnotes.walk(notes):
+            build_id = parse_note(notes[position : position + NOTE_SIZE])
+            if build_id is not None:
+                return position, build_id
+    except elfnotes.BadNote:
+        pass
     return None
+
+
+def make_note(build_id: bytes) -> bytes:
+    """The note of an id."""
+    return elfnotes.pack(_NAME, NT_GNU_BUILD_ID, build_id)
 
 
 def scan(memory: bytes) -> tuple[int, bytes] | None:

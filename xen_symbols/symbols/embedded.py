@@ -12,18 +12,15 @@ and the tables are padded to their natural alignment since 4.22 (9f4d363241), be
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.formats.image import Image
 from xen_symbols.symbols import buildid
-from xen_symbols.symbols.mapfile import ListedRows, image_range, note_address
+from xen_symbols.symbols.listed import ListedRows, listed_table
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.x86.paging import PAGE_SIZE, Untranslated
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from xen_symbols.symbols.table import Image
 
 SOURCE = "table embedded in Xen"
 REGION = 1 << 30  # Xen's image lies in 1 GiB of its own from XEN_VIRT_START on, in every release
@@ -174,13 +171,14 @@ def virtual_start(pieces: Sequence[tuple[int, bytes]]) -> int | None:
     return best * REGION
 
 
-def load_pieces(path: str, pieces: Sequence[tuple[int, bytes]], image: Image | None) -> SymbolTable:
-    """The table in the (virtual address, content) pieces of one image. Raises Undecidable."""
+def load_image(path: str, image: Image) -> SymbolTable:
+    """The table in an image whose addresses are virtual. Raises Undecidable."""
+    pieces = image.pieces()
     for start, memory in pieces:
         found = find(memory)
         if found is not None:
             return _symbol_table(path, start // REGION * REGION, found, pieces, image)
-    raise Undecidable(f"{path}: no ELF symbol table, and none embedded by Xen's build; give xen-syms or its .map")
+    raise Undecidable("no ELF symbol table, and none embedded by Xen's build; give xen-syms or its .map")
 
 
 def load_memory(path: str, read: Callable[[int, int], bytes], start: int, end: int) -> SymbolTable:
@@ -240,9 +238,7 @@ def _symbol_table(
     path: str, base: int, found: Embedded, pieces: Sequence[tuple[int, bytes]], image: Image | None
 ) -> SymbolTable:
     rows = ListedRows([base + o for o in found.offsets], [t[:1] for t in found.texts], [t[1:] for t in found.texts])
-    table = SymbolTable(path, SOURCE, rows, (), image=image, text_only=rows.text_only())
-    table.ranges = (image_range(table),)
-    table.note_address = note_address(table)
+    table = listed_table(path, SOURCE, rows, image)
     for start, memory in pieces:
         note = buildid.scan(memory)
         if note is not None:

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
 
 from xen_symbols.absence import Kind, Unreadable
+from xen_symbols.formats.image import Image
 
 TEXT = "tTwW"
 DATA = "dDbBrRvV"
@@ -71,16 +72,6 @@ class Rows(Protocol):
 
     def size(self, row: int) -> int:
         """The symbol's size in bytes, 0 if the source does not say."""
-        ...
-
-
-class Image(Protocol):
-    """The initialised content of Xen's image, as a file holds it."""
-
-    segments: Sequence[tuple[int, int]]  # (start, end) of each file-backed range, ascending
-
-    def read(self, address: int, size: int) -> bytes:
-        """Raises Unreadable (NOT_HELD) outside `segments`."""
         ...
 
 
@@ -303,20 +294,3 @@ def _same_file(recorded: str | None, asked: str) -> bool:
 
 def _plainness(symbol: Symbol) -> tuple[bool, bool, bool]:
     return symbol.kind not in TEXT, symbol.name.startswith(("_", ".")), symbol.local
-
-
-def load_symbols(path: str) -> SymbolTable:
-    """Symbols from xen-syms, a `.map`, or Xen's image; gzip-compressed or not; told apart by content.
-
-    An ELF file without a symbol table gives the table embedded in Xen. Raises Undecidable.
-    """
-    from xen_symbols.symbols.files import open_bytes
-
-    content = open_bytes(path)
-    if content.read(0, min(4, content.size)) == b"\x7fELF":
-        from xen_symbols.symbols.elf import load_elf
-
-        return load_elf(path, content)
-    from xen_symbols.symbols.mapfile import load_map
-
-    return load_map(path, content)

@@ -5,10 +5,13 @@ absence. Addresses are physical here; Xen's virtual addresses are translated by 
 own page tables in one place, `xen_symbols.xen.locate`, for every kind of target.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 from xen_symbols.absence import Absent, Kind, Unreadable
+from xen_symbols.formats.content import Content
+from xen_symbols.formats.elfnotes import Note
 
 _UNASKED = Absent("it is not in memory, and the target holds no device state", Kind.NOT_HELD)
 
@@ -61,20 +64,13 @@ class PhysicalCpu(NamedTuple):
     source: str = ""
 
 
-class Note(NamedTuple):
-    """One ELF note (gABI, chapter 5). `name` without its NUL."""
-
-    name: str
-    type: int
-    desc: bytes
-
-
 class Target(Protocol):
-    """A machine with Xen in it, live or dumped."""
+    """A machine with Xen in it, live or dumped: all that others use of one. A subclass has what is common already."""
 
     kind: str  # "live" or "dump"
     format: str  # what it is, e.g. "QEMU gdbstub", "ELF vmcore"
     location: str  # how the user named it
+    base: int | None = None  # of a raw image: the physical address of its first byte, which the user gave
 
     def read_physical(self, address: int, size: int) -> bytes:
         """`size` bytes at a physical address; raises Unreadable, never returns fewer or made-up bytes.
@@ -84,12 +80,22 @@ class Target(Protocol):
         ...
 
     def read_physical_many(self, requests: Sequence[tuple[int, int]]) -> list[bytes | Absent]:
-        """Several reads in one go, in order."""
-        ...
+        """Several reads in one go, in order: each its bytes, or why it has none."""
+        answers: list[bytes | Absent] = []
+        for address, size in requests:
+            try:
+                answers.append(self.read_physical(address, size))
+            except Unreadable as error:
+                answers.append(error.absent)
+        return answers
 
     def physical_ranges(self) -> Sequence[tuple[int, int]]:
         """(start, end) of the physical memory that can be read, ascending; ends are exclusive."""
         ...
+
+    def written_ranges(self) -> Iterable[tuple[int, int]]:
+        """The same without what is known to be zeros, and need not be read for that."""
+        return self.physical_ranges()
 
     def cpus(self) -> Sequence[PhysicalCpu]:
         """Every CPU with what this target knows of it."""
@@ -98,3 +104,45 @@ class Target(Protocol):
     def notes(self) -> Sequence[Note]:
         """ELF notes of a dump, in file order; empty for a live machine."""
         ...
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Everything that is read inside is of one moment."""
+        return nullcontext()
+
+
+# -- dumps ------------------------------------------------------------------------------------
+
+
+class Memory(Protocol):
+    """Physical memory as one format of dumps holds it."""
+
+    def read(self, address: int, size: int) -> bytes:
+        """Exactly `size` bytes; raises Unreadable."""
+        ...
+
+    def ranges(self) -> Sequence[tuple[int, int]]:
+        """(start, end) of what can be read, ascending."""
+        ...
+
+    def written(self) -> Iterable[tuple[int, int]]:
+        """The same without what is known to be zeros."""
+        return self.ranges()
+
+
+class Opened(NamedTuple):
+    """What is in a dump. `format` is what reports call it."""
+
+    format: str
+    memory: Memory
+    notes: Sequence[Note] = ()
+
+
+class Wrapped(NamedTuple):
+    """A file within the file, which is the dump; `how` goes before its format."""
+
+    how: str
+    content: Content
+
+
+# What the module of a format calls `read_dump`. Raises Undecidable, and Unreadable where bookkeeping is missing.
+Reader = Callable[[Content], Opened | Wrapped]

@@ -10,7 +10,9 @@ from __future__ import annotations
 import struct
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.targets.image import Conflict, Extents, Image, Stretch, layered, require
+from xen_symbols.formats.content import Content, require
+from xen_symbols.formats.extents import Conflict, Extents, Stretch, layered
+from xen_symbols.targets import Wrapped
 
 _HEADER = struct.Struct(">16sqq")  # signature, type, version
 _HEADER_SIZE = 4096
@@ -23,12 +25,12 @@ _MAX_PIECES = 1 << 21
 class FlattenedFile:
     """The file that the pieces make up, read in place; a later piece overwrites an earlier one."""
 
-    def __init__(self, image: Image) -> None:
-        _, kind, version = _HEADER.unpack(require(image, 0, _HEADER.size, "flattened header"))
+    def __init__(self, content: Content) -> None:
+        _, kind, version = _HEADER.unpack(require(content, 0, _HEADER.size, "flattened header"))
         if (kind, version) != (1, 1):
             raise Undecidable(f"a flattened dump of type {kind} and version {version}; type 1, version 1 is known")
-        self._image = image
-        pieces = _pieces(image)
+        self._content = content
+        pieces = _pieces(content)
         try:
             self._pieces = Extents(pieces)
         except Conflict:
@@ -40,26 +42,31 @@ class FlattenedFile:
         for position, length in self._pieces.pieces(offset, size):
             if position is None:
                 raise Unreadable(f"the flattened dump has nothing at offset {offset:#x} + {size:#x}")
-            parts.append(self._image.read(position, length))
+            parts.append(self._content.read(position, length))
         return b"".join(parts)
 
 
-def _pieces(image: Image) -> list[Stretch]:
+def read_dump(content: Content) -> Wrapped:
+    """The file that the pieces make up. Raises Undecidable."""
+    return Wrapped("flattened", FlattenedFile(content))
+
+
+def _pieces(content: Content) -> list[Stretch]:
     """Every piece as (offset, end, position), in file order."""
     pieces: list[Stretch] = []
     at = _HEADER_SIZE
     while True:
         try:
-            offset, size = _PIECE.unpack(image.read(at, _PIECE.size))
+            offset, size = _PIECE.unpack(content.read(at, _PIECE.size))
         except Unreadable as error:
             raise Undecidable(f"a flattened dump without its end mark: {error}; the file is truncated") from None
         if offset == size == -1:
             return pieces
         at += _PIECE.size
-        if offset < 0 or size <= 0 or at + size > image.size:
+        if offset < 0 or size <= 0 or at + size > content.size:
             raise Undecidable(
                 f"the flattened piece at {at - _PIECE.size:#x} claims {size} bytes for offset {offset}, "
-                f"the file ends at {image.size:#x}; the file is truncated or damaged"
+                f"the file ends at {content.size:#x}; the file is truncated or damaged"
             )
         if len(pieces) == _MAX_PIECES:
             raise Undecidable(f"more than {_MAX_PIECES} flattened pieces; rearrange it first with makedumpfile -R")

@@ -14,9 +14,11 @@ from array import array
 from collections.abc import Iterator
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.targets import Note, bounded
-from xen_symbols.targets.decompress import decompress, missing
-from xen_symbols.targets.image import Image, Ranges, require
+from xen_symbols.formats.compression import LZO, SNAPPY, ZLIB, ZSTD, decompress, missing
+from xen_symbols.formats.content import Content, require
+from xen_symbols.formats.elfnotes import Note
+from xen_symbols.formats.extents import Ranges
+from xen_symbols.targets import Memory, Opened, bounded
 from xen_symbols.targets.notes import of_a_machine, parse_notes
 from xen_symbols.x86.paging import PAGE_SIZE
 
@@ -26,6 +28,8 @@ _HEADER = struct.Struct("<8sI260x65s65x6x16xIIIII")
 # phys_base, dump level, split, start, end, (offset, size) of vmcoreinfo, notes, erase info, start, end, frames
 _SUB_HEADER = struct.Struct("<QIIQQQQQQQQQQQ")
 _DESCRIPTOR = struct.Struct("<QIIQ")  # offset, size, compression, page flags
+# A page's, and the header's of all (diskdump_mod.h, DUMP_DH_COMPRESSED_*).
+_COMPRESSIONS = {0x01: ZLIB, 0x02: LZO, 0x04: SNAPPY, 0x20: ZSTD}
 _INCOMPLETE = 0x8  # in the header's status, beside the compressions: the writer ran out of space
 
 _MAX_FRAMES = 1 << 34  # 64 TiB
@@ -35,20 +39,20 @@ _CACHED_PAGES = 512
 _LAST_DESCRIPTORS = 1024
 
 
-class KdumpMemory:
+class KdumpMemory(Memory):
     """Physical memory by page frame; the pages decompressed last are kept."""
 
-    def __init__(self, image: Image) -> None:
-        signature = require(image, 0, _HEADER.size, "kdump header")
+    def __init__(self, content: Content) -> None:
+        signature = require(content, 0, _HEADER.size, "kdump header")
         _, version, machine, status, block_size, sub_blocks, bitmap_blocks, frames = _HEADER.unpack(signature)
         machine = machine.split(b"\0", 1)[0]
         if machine not in (b"", b"x86_64", b"Unknown"):  # the last is what QEMU 10.0 writes
             raise Undecidable(f"a kdump of a machine of type {machine.decode('latin-1')!r}; x86_64 is needed")
         if block_size != PAGE_SIZE:
             raise Undecidable(f"kdump header +0x1ac: blocks of {block_size} bytes; x86-64 has {PAGE_SIZE}")
-        if lacking := missing(status):
+        if lacking := missing(codec for flag, codec in _COMPRESSIONS.items() if status & flag):
             raise Undecidable(lacking)
-        sub = _SUB_HEADER.unpack(require(image, PAGE_SIZE, _SUB_HEADER.size, "kdump sub header"))
+        sub = _SUB_HEADER.unpack(require(content, PAGE_SIZE, _SUB_HEADER.size, "kdump sub header"))
         if sub[2]:
             raise Undecidable("one file of a split dump; put all of them together with makedumpfile --reassemble")
         if version >= 6:
@@ -56,17 +60,17 @@ class KdumpMemory:
         if frames > _MAX_FRAMES:
             raise Undecidable(f"kdump header: {frames:#x} page frames; more than {_MAX_FRAMES:#x} are not believable")
         bitmaps_at, bitmaps_size = (1 + sub_blocks) * PAGE_SIZE, bitmap_blocks * PAGE_SIZE
-        if bitmaps_at + bitmaps_size > image.size:
+        if bitmaps_at + bitmaps_size > content.size:
             raise Undecidable(
                 f"kdump header +0x1b4: the bitmaps end at offset {bitmaps_at + bitmaps_size:#x}, "
-                f"the file at {image.size:#x}; the file is truncated or damaged"
+                f"the file at {content.size:#x}; the file is truncated or damaged"
             )
         if bitmaps_size * 8 < frames:
             raise Undecidable(
                 f"kdump header +0x1b4: {bitmap_blocks} blocks of bitmaps for {frames:#x} frames; the file is damaged"
             )
         both = bitmaps_size // 2 * 8 >= frames
-        self._image, self._frames = image, frames
+        self._content, self._frames = content, frames
         self._memory_at, self._dumped_at = bitmaps_at, bitmaps_at + (bitmaps_size // 2 if both else 0)
         self._descriptors_at = bitmaps_at + bitmaps_size
         self._notes_at = sub[7:9] if version >= 4 else (0, 0)
@@ -85,7 +89,7 @@ class KdumpMemory:
             )
         if not size:
             return []
-        return of_a_machine(parse_notes(require(self._image, offset, size, "kdump notes"), "kdump notes"))
+        return of_a_machine(parse_notes(require(self._content, offset, size, "kdump notes"), "kdump notes"))
 
     def read(self, address: int, size: int) -> bytes:
         first, start = divmod(address, PAGE_SIZE)
@@ -121,14 +125,18 @@ class KdumpMemory:
         if not self._bit(self._dumped_at, frame):
             raise Unreadable("the page was left out when the dump was written")
         at = self._descriptors_at + self._dumped_before(frame) * _DESCRIPTOR.size
-        offset, size, compression, _ = _DESCRIPTOR.unpack(self._image.read(at, _DESCRIPTOR.size))
+        offset, size, compression, _ = _DESCRIPTOR.unpack(self._content.read(at, _DESCRIPTOR.size))
         if not 0 < size <= PAGE_SIZE or (not compression and size != PAGE_SIZE):
             raise Unreadable(f"bad page descriptor at offset {at:#x}: {size} bytes, compression {compression:#x}")
-        data = self._image.read(offset, size)
-        return decompress(compression, data, PAGE_SIZE) if compression else data
+        data = self._content.read(offset, size)
+        if not compression:
+            return data
+        if compression not in _COMPRESSIONS:
+            raise Unreadable(f"unknown compression {compression:#x}")
+        return decompress(_COMPRESSIONS[compression], data, PAGE_SIZE)
 
     def _bit(self, bitmap: int, frame: int) -> int:
-        return self._image.read(bitmap + frame // 8, 1)[0] >> frame % 8 & 1
+        return self._content.read(bitmap + frame // 8, 1)[0] >> frame % 8 & 1
 
     def _count(self) -> array[int]:
         """Dumped pages before each chunk of the second bitmap, and in all of it."""
@@ -141,11 +149,11 @@ class KdumpMemory:
     def _chunks(self) -> Iterator[bytes]:
         size = -(-self._frames // 8)
         for at in range(0, size, _CHUNK):
-            yield self._image.read(self._dumped_at + at, min(_CHUNK, size - at))
+            yield self._content.read(self._dumped_at + at, min(_CHUNK, size - at))
 
     def _dumped_before(self, frame: int) -> int:
         index, bits = divmod(frame, _CHUNK * 8)
-        part = self._image.read(self._dumped_at + index * _CHUNK, -(-bits // 8))
+        part = self._content.read(self._dumped_at + index * _CHUNK, -(-bits // 8))
         return self._rank[index] + (int.from_bytes(part, "little") & (1 << bits) - 1).bit_count()
 
     def _check_end(self) -> None:
@@ -154,12 +162,12 @@ class KdumpMemory:
         tail = min(count, _LAST_DESCRIPTORS)
         pages_at = self._descriptors_at + count * _DESCRIPTOR.size
         what = f"the descriptors of {count} kdump pages"
-        table = require(self._image, pages_at - tail * _DESCRIPTOR.size, tail * _DESCRIPTOR.size, what)
+        table = require(self._content, pages_at - tail * _DESCRIPTOR.size, tail * _DESCRIPTOR.size, what)
         for offset, size, _, _ in reversed(list(_DESCRIPTOR.iter_unpack(table))):
             if offset != pages_at:  # where the writers put the page of zeros that all such pages share
-                if offset + size > self._image.size:
+                if offset + size > self._content.size:
                     raise Undecidable(
-                        f"kdump: the last page ends at offset {offset + size:#x}, the file at {self._image.size:#x}; "
+                        f"kdump: the last page ends at offset {offset + size:#x}, the file at {self._content.size:#x}; "
                         "the file is truncated or damaged"
                     )
                 return
@@ -184,3 +192,9 @@ class KdumpMemory:
                 frame += 8
         if start >= 0:
             yield start, frame
+
+
+def read_dump(content: Content) -> Opened:
+    """Raises Undecidable."""
+    memory = KdumpMemory(content)
+    return Opened("kdump" + ", which its writer could not complete" * memory.incomplete, memory, memory.notes())

@@ -2,19 +2,17 @@
 
 Xen's notes: xen/include/xen/elfcore.h and common/kexec.c (kexec_crash_save_cpu,
 kexec_crash_save_info); the same from 4.2 to today. QEMU's note: QEMUCPUState in
-QEMU's target/i386/arch_dump.c. The framing is the gABI's, chapter 5, with the
-4-byte alignment that all three use.
+QEMU's target/i386/arch_dump.c.
 """
 
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable
-from xen_symbols.targets import Note, PhysicalCpu
-from xen_symbols.text import escaped
+from xen_symbols.formats.elfnotes import BadNote, Note, walk
+from xen_symbols.targets import PhysicalCpu
 
 NT_PRSTATUS = 1
 XEN_CRASH_INFO = 0x1000001
@@ -76,22 +74,17 @@ def parse_notes(data: bytes, where: str = "notes") -> list[Note]:
     `where` names the segment in the error: Undecidable for a size that points outside.
     """
     notes: list[Note] = []
-    offset = 0
-    while offset + 12 <= len(data):
-        name_size, desc_size, note_type = struct.unpack_from("<3I", data, offset)
-        if not name_size and not desc_size and not note_type:
-            break
-        name_at = offset + 12
-        desc_at = name_at + (name_size + 3 & ~3)
-        if desc_at + desc_size > len(data):
-            raise Undecidable(
-                f"{where}: the note at +{offset:#x} claims {name_size} bytes of name and {desc_size} of content, "
-                f"the segment has {len(data)}; the file is truncated or damaged"
-            )
-        if len(notes) == MAX_NOTES:
-            raise Undecidable(f"{where}: more than {MAX_NOTES} notes; the file is damaged")
-        notes.append(Note(_name(data[name_at : name_at + name_size]), note_type, data[desc_at : desc_at + desc_size]))
-        offset = desc_at + (desc_size + 3 & ~3)
+    try:
+        for _, note in walk(data):
+            if len(notes) == MAX_NOTES:
+                raise Undecidable(f"{where}: more than {MAX_NOTES} notes; the file is damaged")
+            notes.append(note)
+    except BadNote as bad:
+        position, name_size, desc_size = bad.args
+        raise Undecidable(
+            f"{where}: the note at +{position:#x} claims {name_size} bytes of name and {desc_size} of content, "
+            f"the segment has {len(data)}; the file is truncated or damaged"
+        ) from None
     return notes
 
 
@@ -105,11 +98,6 @@ def of_a_machine(notes: list[Note]) -> list[Note]:
     if "VMCOREINFO" in names and not names & {"Xen", "VMCOREINFO_XEN", "QEMU"}:
         raise Undecidable("a dump of Linux without Xen: it has VMCOREINFO and no note of Xen's")
     return notes
-
-
-@lru_cache  # thousands of CPUs have notes of the same few names
-def _name(raw: bytes) -> str:
-    return escaped(raw.split(b"\0", 1)[0].decode("ascii", "backslashreplace"))
 
 
 def parse_prstatus(desc: bytes) -> dict[str, int] | Absent:

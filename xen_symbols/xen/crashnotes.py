@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
-from xen_symbols.targets import Note, Target
+from xen_symbols.formats.elfnotes import Note
+from xen_symbols.targets import Target
 from xen_symbols.targets.notes import (
     NT_PRSTATUS,
     XEN_CRASH_INFO,

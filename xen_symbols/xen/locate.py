@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.symbols import buildid
+from xen_symbols.formats.elfnotes import Note
+from xen_symbols.symbols import buildid, embedded
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.targets import Note, PhysicalCpu, Target
+from xen_symbols.targets import PhysicalCpu, Target
 from xen_symbols.targets.notes import XEN_CRASH_INFO, parse_address, parse_crash_info, parse_vmcoreinfo
 from xen_symbols.x86 import paging
 from xen_symbols.xen.memory import (
@@ -19,11 +20,11 @@ from xen_symbols.xen.memory import (
     RELOCATION_LIMIT,
     RELOCATION_STEP,
     ROOT,
+    AddressSpace,
     XenMemory,
     image_region,
 )
-
-Progress = Callable[[int, int], None]
+from xen_symbols.xen.search import Progress, booted_last, roots
 
 # A bound on hostile page tables. The tables of a CPU that runs Xen map all of its image, and come first; those of a PV
 # guest's CPU may map some (XPTI).
@@ -130,8 +131,6 @@ def _by_evidence(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCp
     ran = [memory for memory in found if memory is not None and is_in_place(memory)]
     if len(ran) < 2:
         return ran[0] if ran else None
-    from xen_symbols.xen.search import booted_last
-
     return booted_last(ran)
 
 
@@ -220,9 +219,7 @@ def _build_id_in(memory: XenMemory, symbols: SymbolTable) -> bytes | None:
     return _scan(memory, image_region(symbols.address(ROOT)))
 
 
-def _scan(memory: XenMemory, region: int) -> bytes | None:
-    from xen_symbols.symbols import embedded
-
+def _scan(memory: AddressSpace, region: int) -> bytes | None:
     step = 64 << 10
     behind, previous = 0, b""
     for chunk in range(region + IMAGE_MIN_OFFSET, region + IMAGE_MAX, step):
@@ -262,8 +259,6 @@ def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolT
             found.append(XenMemory(target, table, memory.root, memory.found_by))
     ran = {memory.root: memory for memory in found if is_in_place(memory)}
     if len(ran) > 1:
-        from xen_symbols.xen.search import booted_last
-
         return booted_last(list(ran.values())).symbols
     for memory in ran.values():
         return memory.symbols
@@ -274,13 +269,10 @@ def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolT
 
 
 def _and_base(target: Target) -> str:
-    base = getattr(target, "base", None)
-    return "" if base is None else f", with physical {base:#x} as its first byte (--base)"
+    return "" if target.base is None else f", with physical {target.base:#x} as its first byte (--base)"
 
 
-def _carried(memory: XenMemory, region: int, unread: Unread) -> SymbolTable | None:
-    from xen_symbols.symbols import embedded
-
+def _carried(memory: AddressSpace, region: int, unread: Unread) -> SymbolTable | None:
     def read(address: int, size: int) -> bytes:
         try:
             return memory.read(address, size)
@@ -294,21 +286,19 @@ def _carried(memory: XenMemory, region: int, unread: Unread) -> SymbolTable | No
         return None
 
 
-def _images_in_memory(target: Target, progress: Progress | None = None) -> Iterator[tuple[XenMemory, int]]:
+def _images_in_memory(target: Target, progress: Progress | None = None) -> Iterator[tuple[AddressSpace, int]]:
     """The same wherever a dump's memory itself shows one, unless its notes say where: there, and nowhere else."""
     if target.kind == "dump" and all(_xen_phys_start(note) is None for note in target.notes()):
-        from xen_symbols.xen.search import roots
-
         for root, region in roots(target, progress):
-            yield _bare(target, root, _BY_TABLES), region
+            yield AddressSpace(target, root, _BY_TABLES), region
 
 
-def _images(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> Iterator[tuple[XenMemory, int]]:
+def _images(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> Iterator[tuple[AddressSpace, int]]:
     """(memory, XEN_VIRT_START) wherever the notes or a CPU's own page tables show something where Xen's image lies."""
     tried: set[tuple[int, int]] = set()
     shown = 0
     for root, regions, found_by in _named(target, cpus):
-        memory = _bare(target, root, found_by)
+        memory = AddressSpace(target, root, found_by)
         for region in regions:
             if (root, region) not in tried and _maps_some(memory, region, unread):
                 yield memory, region
@@ -342,7 +332,7 @@ def _xen_phys_start(note: Note) -> int | None:
     return None if isinstance(info, Absent) else info.xen_phys_start
 
 
-def _maps_some(memory: XenMemory, region: int, unread: Unread) -> bool:
+def _maps_some(memory: AddressSpace, region: int, unread: Unread) -> bool:
     """Whether any page is mapped where an image in this region lies."""
     address = region + IMAGE_MIN_OFFSET
     while address < region + IMAGE_MAX:
@@ -357,13 +347,6 @@ def _maps_some(memory: XenMemory, region: int, unread: Unread) -> bool:
 
 def _by_cr3(cpu: PhysicalCpu) -> str:
     return f"CR3 of CPU {cpu.index} ({cpu.source})"
-
-
-def _bare(target: Target, root: int, found_by: str) -> XenMemory:
-    """Memory by page tables alone."""
-    from xen_symbols.symbols.mapfile import ListedRows
-
-    return XenMemory(target, SymbolTable("", "none", ListedRows([], [], []), []), root, found_by)
 
 
 def _in_xen(cpu: PhysicalCpu) -> bool:

@@ -30,26 +30,18 @@ def image_region(address: int) -> int:
     return address & -IMAGE_REGION
 
 
-class XenMemory:
-    """One build of Xen in one target, read through the page tables at `root` (a physical address).
+class AddressSpace:
+    """The virtual addresses of one set of page tables, whose root is at `root` (a physical address), in a target.
 
-    Translations are kept until `forget`; a live machine forgets them at each stop.
+    Translations are kept until `forget`; a live machine forgets them at each stop. `found_by`: what led to the root.
     """
 
-    def __init__(self, target: Target, symbols: SymbolTable, root: int, found_by: str) -> None:
+    def __init__(self, target: Target, root: int, found_by: str) -> None:
         self.target = target
-        self.symbols = symbols
         self.root = root
         self.found_by = found_by
-        self.build_id: bytes | Absent = Absent("not looked for")
         self._tables: dict[int, bytes] = {}
         self._pages: dict[int, tuple[int, int]] = {}
-
-    @property
-    def xen_phys_start(self) -> int:
-        """The physical address of XEN_VIRT_START: the image is one piece."""
-        root = self.symbols.address(ROOT)
-        return self.root - (root - image_region(root))
 
     def forget(self) -> None:
         """Drop what was remembered of the page tables: the machine has run."""
@@ -113,6 +105,21 @@ class XenMemory:
     def read_uint(self, address: int, size: int = 8) -> int:
         """An unsigned little-endian number. Raises Unreadable."""
         return int.from_bytes(self.read(address, size), "little")
+
+
+class XenMemory(AddressSpace):
+    """One build of Xen in one target: its idle page tables, and its symbols."""
+
+    def __init__(self, target: Target, symbols: SymbolTable, root: int, found_by: str) -> None:
+        super().__init__(target, root, found_by)
+        self.symbols = symbols
+        self.build_id: bytes | Absent = Absent("not looked for")
+
+    @property
+    def xen_phys_start(self) -> int:
+        """The physical address of XEN_VIRT_START: the image is one piece."""
+        root = self.symbols.address(ROOT)
+        return self.root - (root - image_region(root))
 
     def variable(self, name: str, size: int = 8, kinds: str | None = None) -> int:
         """An unsigned variable of Xen's, by its symbol. Raises Unreadable."""

@@ -131,7 +131,7 @@ def _around(target: Target, start: int, end: int, place: int, before: int) -> tu
 
 def _chunks(target: Target, limit: int, progress: Progress | None) -> Iterator[tuple[tuple[int, int], int, bytes]]:
     """(range of memory, address in it, content) of what is not all zeros; a chunk overlaps the next one by a needle."""
-    held = getattr(target, "written_ranges", target.physical_ranges)()
+    held = target.written_ranges()
     ranges = [(start, min(end, limit)) for start, end in takewhile(lambda held: held[0] < limit, held)]
     total, done = sum(end - start for start, end in ranges), 0
     for start, end in ranges:

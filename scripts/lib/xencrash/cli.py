@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from xen_symbols import __version__
 from xen_symbols.absence import Undecidable
 from xen_symbols.report.model import ExitStatus, Finding, Report, Verdict
+from xen_symbols.version import VERSION
 
 Json = dict[str, Any]
 
@@ -131,7 +131,7 @@ def _parser(asked: str | None = None) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=_Help,
     )
-    parser.add_argument("--version", action="version", version=f"xencrash {__version__}")
+    parser.add_argument("--version", action="version", version=f"xencrash {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog="xencrash")
 
     if asked in (None, "trace"):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from xen_symbols.api import open_dump
 from xen_symbols.symbols.elf import SOURCE as ELF_TABLE
-from xen_symbols.symbols.table import SymbolTable, load_symbols
+from xen_symbols.symbols.load import load_symbols
+from xen_symbols.symbols.table import SymbolTable
 from xencrash.cli import is_live, searching
 from xencrash.gdbmi import find_gdb, gdb_arguments, parse_live, plugin_script
 

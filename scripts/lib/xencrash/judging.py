@@ -31,7 +31,7 @@ from xen_symbols.report.blocks import (
 from xen_symbols.report.console import plain, print_blocks
 from xen_symbols.report.jsontext import json_texts
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus, Report
-from xen_symbols.symbols.table import load_symbols
+from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets.dump import open_dump
 from xen_symbols.targets.notes import describe_notes
 from xen_symbols.xen import crashnotes

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import struct
 
+from xen_symbols.formats.elf import ELF32, PT_LOAD, Header, Program
 from xencrash.lab.errors import LabError
 
-_EHDR = struct.Struct("<16sHHIIIIIHHHHHH")  # gABI, Elf32_Ehdr
-_PHDR = struct.Struct("<8I")  # Elf32_Phdr: type, offset, vaddr, paddr, filesz, memsz, flags, align
-_PT_LOAD, _RWX = 1, 7
+_RWX = 7
 _PAGE = 0x1000
 # SDM vol. 3, 10.12.1: IA32_APIC_BASE (MSR 1b), EN (bit 11) and EXTD (bit 10). No stack is defined: ESI keeps EAX.
 _CODE = bytes.fromhex(
@@ -28,16 +27,19 @@ _CODE = bytes.fromhex(
 
 def with_x2apic_on(image: bytes) -> bytes:
     """The ELF32 multiboot image with the code in front. Raises LabError for another file."""
-    if image[:6] != b"\x7fELF\x01\x01" or len(image) < _EHDR.size:
+    size = ELF32.header.size
+    if image[:6] != ELF32.ident[:6] or len(image) < size:
         raise LabError("preparing Xen: its image is no 32-bit ELF file, to which code could be added")
-    header = list(_EHDR.unpack_from(image))
-    entry, at, size, count = header[4], header[5], header[9], header[10]
-    segments = [_PHDR.unpack_from(image, at + size * number) for number in range(count)]
-    end = max(paddr + memory for kind, _, _, paddr, _, memory, _, _ in segments if kind == _PT_LOAD)
+    header = Header(*ELF32.header.unpack_from(image))
+    table_end = header.phoff + header.phnum * ELF32.program.size
+    segments = list(ELF32.programs(image[header.phoff : table_end]))
+    end = max(segment.paddr + segment.memsz for segment in segments if segment.type == PT_LOAD)
     start = (end + _PAGE - 1) & -_PAGE
-    code = _CODE + struct.pack("<i", entry - (start + len(_CODE) + 4))
+    code = _CODE + struct.pack("<i", header.entry - (start + len(_CODE) + 4))
     code_at = len(image) + -len(image) % _PAGE
-    segments.append((_PT_LOAD, code_at, start, start, len(code), len(code), _RWX, _PAGE))
-    header[4], header[5], header[9], header[10] = start, code_at + len(code), _PHDR.size, len(segments)
-    padded = _EHDR.pack(*header) + image[_EHDR.size :] + bytes(code_at - len(image))
-    return padded + code + b"".join(_PHDR.pack(*segment) for segment in segments)
+    segments.append(Program(PT_LOAD, _RWX, code_at, start, start, len(code), len(code), _PAGE))
+    header = header._replace(
+        entry=start, phoff=code_at + len(code), phentsize=ELF32.program.size, phnum=len(segments)
+    )
+    padded = ELF32.header.pack(*header) + image[size:] + bytes(code_at - len(image))
+    return padded + code + b"".join(map(ELF32.pack_program, segments))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
+
+from xen_symbols.formats.elf import ELF64, Header
 
 
 def copy_sparse(source: Path, target: Path, size: int) -> None:
@@ -30,16 +31,11 @@ def copy_sparse(source: Path, target: Path, size: int) -> None:
 def elf_size(path: Path) -> int:
     """Where the last segment of an ELF64 core ends: the size of the whole file. 0 if it is no such file."""
     with path.open("rb") as stream:
-        header = stream.read(64)
-        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+        start = stream.read(ELF64.header.size)
+        if len(start) < ELF64.header.size or start[:6] != ELF64.ident[:6]:
             return 0
-        (offset,) = struct.unpack_from("<Q", header, 32)
-        size, count = struct.unpack_from("<HH", header, 54)
-        ends = [0]
-        for index in range(count):
-            stream.seek(offset + index * size)
-            segment = stream.read(56)
-            if len(segment) == 56:
-                start, _, _, length = struct.unpack_from("<QQQQ", segment, 8)
-                ends.append(start + length)
-    return max(ends)
+        header = Header(*ELF64.header.unpack(start))
+        stream.seek(header.phoff)
+        table = stream.read(header.phnum * ELF64.program.size)
+    whole = len(table) - len(table) % ELF64.program.size
+    return max((segment.offset + segment.filesz for segment in ELF64.programs(table[:whole])), default=0)

@@ -1,81 +1,13 @@
-"""The bytes of a dump file, and stretches of them standing for stretches of an address space."""
+"""Stretches of a file standing for stretches of an address space."""
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
+import heapq
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Protocol, overload
-
-from xen_symbols.absence import Undecidable, Unreadable
-
-
-class Image(Protocol):
-    """A file's content by offset, whatever it is wrapped in."""
-
-    size: int
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes; raises Unreadable past the end."""
-        ...
-
-
-class DumpFile:
-    """A regular file, of which nothing is read but what is asked for.
-
-    Not mapped: the kernel maps the neighbours of each page that is touched, 41 MB for a few words of each of 4096 CPUs,
-    and a file that shrinks would end the process with SIGBUS.
-    """
-
-    def __init__(self, path: str) -> None:
-        # O_NONBLOCK: a FIFO must be refused, not waited for.
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise Undecidable("not a regular file; name a dump file")
-        self.size = status.st_size
-        if not self.size:
-            raise Undecidable("the file is empty")
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
-
-    def read(self, offset: int, size: int) -> bytes:
-        if offset + size > self.size:
-            raise Unreadable(f"the file ends at {self.size:#x}, {size} bytes are wanted at offset {offset:#x}")
-        try:
-            data = os.pread(self._fd, size, offset)
-        except OSError as error:
-            raise Unreadable(f"{size} bytes at offset {offset:#x} of the file: {error.strerror}") from None
-        if len(data) != size:
-            raise Unreadable(f"the file shrank while it was read: {len(data)} of {size} bytes at offset {offset:#x}")
-        return data
-
-    def written(self) -> Iterator[tuple[int, int]]:
-        """(start, end) of what is not a hole of a sparse file: holes read as zeros, and need not be read for that."""
-        end = 0
-        try:
-            while end < self.size:
-                start = os.lseek(self._fd, end, os.SEEK_DATA)
-                end = os.lseek(self._fd, start, os.SEEK_HOLE)
-                yield start, min(end, self.size)
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # a hole up to the end; else a filesystem that cannot tell
-                yield end, self.size
-
-
-def require(image: Image, offset: int, size: int, what: str) -> bytes:
-    """Bytes without which the file means nothing; raises Undecidable that names `what`."""
-    try:
-        return image.read(offset, size)
-    except Unreadable as error:
-        raise Undecidable(f"{what}: {error}; the file is truncated or damaged") from None
-
+from typing import overload
 
 Stretch = tuple[int, int, int]  # start, end (exclusive), position of the start in the file
 
@@ -172,8 +104,6 @@ class Ranges(Sequence[tuple[int, int]]):
 
 def layered(stretches: Sequence[Stretch]) -> Iterator[Stretch]:
     """The same address space where a later stretch overwrites an earlier one, made disjoint."""
-    import heapq
-
     order = sorted(range(len(stretches)), key=lambda index: stretches[index][0])
     points = sorted({point for start, end, _ in stretches for point in (start, end)})
     active: list[int] = []  # indices negated: the latest stretch comes first

@@ -1,0 +1,102 @@
+"""The bytes of a file, read where they are asked for."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from typing import Protocol
+
+from xen_symbols.absence import Undecidable, Unreadable
+
+
+class Content(Protocol):
+    """Bytes by offset, whatever they are wrapped in."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes; raises Unreadable where they are not all there."""
+        ...
+
+
+class NotAFile(Undecidable):
+    """There is nothing to read by that name: one clause that says what is there. What to give instead, the caller
+    knows."""
+
+
+class File:
+    """A regular file, of which nothing is read but what is asked for.
+
+    Not mapped: the kernel maps the neighbours of each page that is touched, 41 MB for a few words of each of 4096 CPUs,
+    and a file that shrinks would end the process with SIGBUS.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError, and NotAFile."""
+        # O_NONBLOCK: a FIFO must be refused, not waited for.
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotAFile("a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+        self.size = status.st_size
+        if not self.size:
+            raise NotAFile("empty")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def read(self, offset: int, size: int) -> bytes:
+        if offset + size > self.size:
+            raise _beyond(self.size, offset, size)
+        try:
+            data = os.pread(self._fd, size, offset)
+        except OSError as error:
+            raise Unreadable(f"{size} bytes at offset {offset:#x} of the file: {error.strerror}") from None
+        if len(data) != size:
+            raise Unreadable(f"the file shrank while it was read: {len(data)} of {size} bytes at offset {offset:#x}")
+        return data
+
+    def written(self) -> Iterator[tuple[int, int]]:
+        """(start, end) of what is not a hole of a sparse file: holes read as zeros, and need not be read for that."""
+        end = 0
+        try:
+            while end < self.size:
+                start = os.lseek(self._fd, end, os.SEEK_DATA)
+                end = os.lseek(self._fd, start, os.SEEK_HOLE)
+                yield start, min(end, self.size)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # a hole up to the end; else a filesystem that cannot tell
+                yield end, self.size
+
+
+class Held:
+    """Content that is in memory: what a compressed file had."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.size = data, len(data)
+
+    def read(self, offset: int, size: int) -> bytes:
+        if offset + size > self.size:
+            raise _beyond(self.size, offset, size)
+        return self._data[offset : offset + size]
+
+
+def _beyond(end: int, offset: int, size: int) -> Unreadable:
+    return Unreadable(f"the file ends at {end:#x}, {size} bytes are wanted at offset {offset:#x}")
+
+
+def start_of(content: Content, size: int) -> bytes:
+    """The first bytes, at most `size`."""
+    return content.read(0, min(size, content.size))
+
+
+def require(content: Content, offset: int, size: int, what: str) -> bytes:
+    """Bytes without which the file means nothing; raises Undecidable that names `what`."""
+    try:
+        return content.read(offset, size)
+    except Unreadable as error:
+        raise Undecidable(f"{what}: {error}; the file is truncated or damaged") from None
