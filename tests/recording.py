@@ -150,10 +150,11 @@ def _save(name: str, example: dict[str, Any]) -> None:
 
 def record_row(xen: str, qemu: str) -> None:
     """Crash a row of the lab; record it live at two stages, and its vmcore."""
-    from xencrash.lab.machine import Lab
+    from xencrash.lab.boot import up
+    from xencrash.lab.specification import Specification
     from xencrash.trace import trace
 
-    with Lab.up(xen=xen, qemu=qemu, progress=print) as lab:
+    with up(Specification(xen=xen, qemu=qemu), progress=print) as lab:
         symbols = str(lab.symbols)
 
         def at_stage(stage: dict[str, Any], findings: object) -> None:
@@ -169,7 +170,7 @@ def record_row(xen: str, qemu: str) -> None:
         if report["verdict"] != "pass":
             raise SystemExit(f"the crash was not clean ({report['verdict']}): see xencrash lab run --xen {xen}")
         with tempfile.TemporaryDirectory() as folder:
-            vmcore = lab.wait_vmcore(Path(folder) / "vmcore")
+            vmcore = lab.dumps.vmcore(Path(folder) / "vmcore")
             about = f"the vmcore that the crash kernel wrote after a crash of Xen {xen} under QEMU {qemu}"
             _save(f"{xen}-crashed-vmcore", record(open_dump(str(vmcore)), load_symbols(symbols), about))
 
@@ -194,7 +195,8 @@ def record_qemu(row: str) -> None:
     The files are named by the version that QEMU itself says. Prints what tests/unit/test_qemu_state.py asks.
     """
     from tests.live.machines import guest
-    from xencrash.lab.machine import Lab
+    from xencrash.lab.boot import up
+    from xencrash.lab.specification import Specification
     from xencrash.trace import trace
 
     with guest(cpus=2, qemu=row) as lab, Qmp(lab.qmp_socket) as qmp:
@@ -204,7 +206,7 @@ def record_qemu(row: str) -> None:
         for about, command in MONITOR.items():
             text = qmp.execute("human-monitor-command", **{"command-line": command})
             (RECORDED / "monitor" / f"{name}-{about}.txt").write_bytes(text.encode())
-    with Lab.up(qemu=row, progress=print) as lab:
+    with up(Specification(qemu=row), progress=print) as lab:
 
         def at_stage(stage: dict[str, Any], findings: object) -> None:
             if stage["stage"] == "handover":

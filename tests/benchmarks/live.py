@@ -21,7 +21,8 @@ from typing import Any
 
 from xen_symbols.symbols.load import load_symbols
 from xencrash.gdbmi import open_session
-from xencrash.lab.machine import Lab
+from xencrash.lab.boot import up
+from xencrash.lab.specification import Specification
 from xencrash.trace import trace
 
 ROUNDS = 30
@@ -125,7 +126,7 @@ class Bare:
 
 def status(cpus: int) -> dict[str, Any]:
     """Seconds of one `xen crash status`, of its reads by a bare client, and of the device state over QMP."""
-    with Lab.up(cpus=cpus) as lab, tempfile.TemporaryDirectory() as name:
+    with up(Specification(cpus=cpus)) as lab, tempfile.TemporaryDirectory() as name:
         script, result = Path(name) / "bench.py", Path(name) / "result.json"
         script.write_text((_TIMED + _STATUS).format(rounds=ROUNDS, path=str(result)))
         with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
@@ -145,7 +146,7 @@ def status(cpus: int) -> dict[str, Any]:
 
 def snapshot(cpus: int) -> dict[str, Any]:
     """Figures of one snapshot, taken inside gdb."""
-    with Lab.up(cpus=cpus) as lab, tempfile.TemporaryDirectory() as name:
+    with up(Specification(cpus=cpus)) as lab, tempfile.TemporaryDirectory() as name:
         script, result = Path(name) / "bench.py", Path(name) / "result.json"
         script.write_text((_TIMED + _SNAPSHOT).format(rounds=ROUNDS, path=str(result)))
         with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
@@ -157,7 +158,7 @@ def snapshot(cpus: int) -> dict[str, Any]:
 
 def path_seconds(cpus: int, follow: bool) -> float:
     """Wall time from kexec_crash to kexec_reloc, with every stage judged or with these two stops alone."""
-    with Lab.up(cpus=cpus) as lab:
+    with up(Specification(cpus=cpus)) as lab:
         target, symbols, qmp = f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)
         if follow:
             seen: dict[str, float] = {}

@@ -83,10 +83,10 @@ def stopped(qemu: str, folder: Path) -> Stopped:
     folder.mkdir()
     with guest(cpus=CPUS, qemu=qemu) as lab:
         report = trace(target(lab), str(lab.symbols), str(lab.qmp_socket), timeout=30, leave_stopped=True,
-                       trigger=lambda: lab.serial_send(b"C"))  # fmt: skip
+                       trigger=lambda: lab.serial.send(b"C"))  # fmt: skip
         assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
         for name, options in DUMPS[qemu].items():
-            lab.dump_guest_memory(folder / name, **options)
+            lab.dumps.qemu(folder / name, **options)
         shutil.copyfile(lab.ram_file, folder / "raw")
         symbols = str(lab.symbols)
         ways = {"live": (str(lab.qmp_socket), "DEVICE_STATE"), "live-without-qmp": (None, "MONITOR")}

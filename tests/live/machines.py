@@ -8,32 +8,46 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from xencrash.gdbmi import find_gdb, gdb_arguments, plugin_script
 from xencrash.guests import build
-from xencrash.lab.machine import Lab
+from xencrash.lab.boot import up
+from xencrash.lab.machine import Machine
+from xencrash.lab.process import Progress
 from xencrash.lab.qemu import Boot
+from xencrash.lab.specification import Specification
+
+
+def booted(run_dir: str | Path | None = None, progress: Progress = lambda text: None, **fields: Any) -> Machine:
+    """A machine that was booted for the caller alone; `fields` are Specification's."""
+    return up(Specification(**fields), run_dir, progress=progress)
+
+
+def ready(**fields: Any) -> Machine:
+    """Real Xen, ready to be crashed: dom0 is up and the crash kernel loaded. `fields` are Specification's."""
+    return up(Specification(**fields))
 
 
 @contextlib.contextmanager
-def guest(generation: str = "4.17.0", *, cpus: int = 4, append: str = "", **more: Any) -> Iterator[Lab]:
+def guest(generation: str = "4.17.0", *, cpus: int = 4, append: str = "", **more: Any) -> Iterator[Machine]:
     """The reference guest, with all its CPUs up and waiting for a `C` on its serial line; `append` is its command line,
     as `xencrash.guests.command_line` makes it."""
     built = build(generation)
     boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
-    with Lab.up(guest=boot, memory_mib=64, wait="none", cpus=cpus, **more) as lab:
+    with booted(kernel=boot, cpus=cpus, **more) as lab:
         if not more.get("paused"):
-            lab.wait_serial(rb"CPUs ready", 30)
+            lab.serial.wait(rb"CPUs ready", 30)
         yield lab
 
 
-def target(lab: Lab) -> str:
+def target(lab: Machine) -> str:
     return f"gdb:{lab.gdb_socket}"
 
 
 def gdb(
-    lab: Lab,
+    lab: Machine,
     *commands: str,
     qmp: bool = True,
     symbols: str | None = None,
@@ -71,7 +85,7 @@ def build_id(symbols: str) -> bytes:
 
 
 @contextlib.contextmanager
-def ram(lab: Lab) -> Iterator[mmap.mmap]:
+def ram(lab: Machine) -> Iterator[mmap.mmap]:
     """The machine's RAM, to be read and changed; the offset is the physical address."""
     with lab.ram_file.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
         yield memory
@@ -82,7 +96,7 @@ def named(findings: Sequence[dict[str, Any]], verdict: str = "fail") -> list[tup
     return [(finding["check"], finding["cpu"]) for finding in findings if finding["verdict"] == verdict]
 
 
-def packets(lab: Lab, qmp: bool = True) -> int:
+def packets(lab: Machine, qmp: bool = True) -> int:
     """How many packets of the remote protocol one `xen crash status` sends, by gdb's own log of them."""
     script = (
         "python from gdbplugin.register import _registered; t = _registered[0].target(); before = t.packets; "

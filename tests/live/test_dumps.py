@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.contract.promises import QEMUS_NOTES, XENS_NOTES, Subject, broken, ram
-from tests.live.machines import build_id
+from tests.live.machines import booted, build_id, ready
 from xen_symbols import evaluate
 from xen_symbols import open_dump as open_xen
 from xen_symbols.absence import Absent, Undecidable, Unreadable
@@ -33,7 +33,7 @@ from xen_symbols.xen.state import idt_address, read_state
 from xencrash.cli import main
 from xencrash.gdbmi import plugin_script
 from xencrash.lab.images import xen_images
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import Machine
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot
 from xencrash.lab.rows import QEMUS, SUITES, XENS
@@ -112,10 +112,10 @@ def crash(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Boot, crash, dump at the handover in each of QEMU's formats, and take the vmcore that the crash kernel writes."""
     xen, qemu, raw_kdump = request.param
     taken = Crash(tmp_path_factory.mktemp("dumps"))
-    with Lab.up(xen=xen, qemu=qemu) as lab:
+    with ready(xen=xen, qemu=qemu) as lab:
         taken.symbols = str(lab.symbols)
 
-        lab.dump_guest_memory(taken.folder / "running", format="kdump-zlib")
+        lab.dumps.qemu(taken.folder / "running", format="kdump-zlib")
 
         def at_stage(stage: Json, findings: object) -> None:
             if stage["stage"] == "handover":
@@ -130,7 +130,7 @@ def crash(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             trigger=lab.crash,
         )
         assert taken.report.get("undecided") is None
-        lab.wait_vmcore(taken.folder / "vmcore")
+        lab.dumps.vmcore(taken.folder / "vmcore")
     for name, options in _MAKEDUMPFILE.items():
         makedumpfile(taken.folder / "vmcore", taken.folder / name, options)
     yield taken
@@ -138,14 +138,14 @@ def crash(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         file.unlink()
 
 
-def take_at_handover(lab: Lab, taken: Crash, raw_kdump: bool) -> None:
+def take_at_handover(lab: Machine, taken: Crash, raw_kdump: bool) -> None:
     registers = lab.qmp("human-monitor-command", **{"command-line": "info registers -a"})
     taken.cpus = hmp.parse_registers(hmp.plain(registers))
-    lab.dump_guest_memory(taken.folder / "qemu-elf")
-    lab.dump_guest_memory(taken.folder / "qemu-elf-paging", paging=True)
-    lab.dump_guest_memory(taken.folder / "qemu-kdump-zlib", format="kdump-zlib")
+    lab.dumps.qemu(taken.folder / "qemu-elf")
+    lab.dumps.qemu(taken.folder / "qemu-elf-paging", paging=True)
+    lab.dumps.qemu(taken.folder / "qemu-kdump-zlib", format="kdump-zlib")
     if raw_kdump:
-        lab.dump_guest_memory(taken.folder / "qemu-kdump-raw-zlib", format="kdump-raw-zlib")
+        lab.dumps.qemu(taken.folder / "qemu-kdump-raw-zlib", format="kdump-raw-zlib")
     else:  # QEMU 7.2 does not know the format; makedumpfile makes it of the flattened one
         with (taken.folder / "qemu-kdump-zlib").open("rb") as flattened:
             command = ["makedumpfile", "-R", taken.folder / "qemu-kdump-raw-zlib"]
@@ -392,10 +392,10 @@ def linux(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("linux")
     images = xen_images(Cache(), XENS["4.17"])
     boot = Boot(images.kernel, images.symbols, "console=ttyS0", str(images.dom0_initramfs))
-    with Lab.up(guest=boot, cpus=2, memory_mib=256) as lab:
-        lab.wait_serial(rb"Run /init as init process", 120)
-        lab.dump_guest_memory(folder / "elf")
-        lab.dump_guest_memory(folder / "kdump", format="kdump-zlib")
+    with booted(kernel=boot, cpus=2, memory=256) as lab:
+        lab.serial.wait(rb"Run /init as init process", 120)
+        lab.dumps.qemu(folder / "elf")
+        lab.dumps.qemu(folder / "kdump", format="kdump-zlib")
         shutil.copyfile(lab.ram_file, folder / "raw")
     yield folder
     for file in folder.iterdir():

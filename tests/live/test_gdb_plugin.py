@@ -20,7 +20,7 @@ from xen_symbols.absence import Undecidable
 from xen_symbols.symbols.load import load_symbols
 from xencrash.gdbmi import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
 from xencrash.guests import build, command_line
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import Machine
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
@@ -30,19 +30,19 @@ OFF = 'received: "0"'
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
+def lab() -> Iterator[Machine]:
     with guest() as machine:
         yield machine
 
 
-def attach(lab: Lab, qmp: bool = True) -> GdbSession:
+def attach(lab: Machine, qmp: bool = True) -> GdbSession:
     return open_session(target(lab), str(lab.symbols), str(lab.qmp_socket) if qmp else None)
 
 
 # -- values -----------------------------------------------------------------------------------
 
 
-def test_gates_are_those_in_ram(lab: Lab) -> None:
+def test_gates_are_those_in_ram(lab: Machine) -> None:
     with attach(lab) as session, ram(lab) as memory:
         gates = session.xen("idt")["gates"]
         assert [(gate["cpu"], gate["vector"]) for gate in gates] == [(c, v) for c in range(4) for v in (2, 8, 18)]
@@ -53,14 +53,14 @@ def test_gates_are_those_in_ram(lab: Lab) -> None:
         assert handlers == {"nmi"}
 
 
-def test_all_gates_of_one_cpu(lab: Lab) -> None:
+def test_all_gates_of_one_cpu(lab: Machine) -> None:
     with attach(lab) as session:
         gates = session.xen("idt", "1")["gates"]
         assert [gate["vector"] for gate in gates] == list(range(256))
         assert gates[2] == session.xen("idt", "1", "2")["gates"][0]
 
 
-def test_per_cpu_values_and_functions(lab: Lab) -> None:
+def test_per_cpu_values_and_functions(lab: Machine) -> None:
     with attach(lab) as session, ram(lab) as memory:
         found = session.xen("percpu", "crash_save_done")
         assert [cpu["value"] for cpu in found["cpus"]] == ["0x0"] * 4
@@ -76,7 +76,7 @@ def test_per_cpu_values_and_functions(lab: Lab) -> None:
         assert int(value) == int(handler, 16) == load_symbols(str(lab.symbols)).address("machine_check")
 
 
-def test_what_is_not_ram_is_refused(lab: Lab) -> None:
+def test_what_is_not_ram_is_refused(lab: Machine) -> None:
     script = (
         "python from gdbplugin.register import _registered; t = _registered[0].target(); "
         "print([type(x).__name__ for x in t.read_physical_many([(0x1000, 8), (0xfee00000, 16), (0x3fffff8, 16), "
@@ -85,7 +85,7 @@ def test_what_is_not_ram_is_refused(lab: Lab) -> None:
     assert gdb(lab, script).strip().splitlines()[0] == "['bytes', 'Absent', 'Absent', 'Absent']"
 
 
-def test_qmp_and_the_monitor_agree(lab: Lab) -> None:
+def test_qmp_and_the_monitor_agree(lab: Machine) -> None:
     with attach(lab) as session:
         exact = session.xen("lapic")["cpus"]
         cpus = session.xen("cpus")["cpus"]
@@ -108,7 +108,7 @@ def test_rdmsr_gives_what_the_device_state_gives(mode: str) -> None:
         with attach(machine) as session:
             session.break_at(load_symbols(str(machine.symbols)).address("kexec_crash"))
             session.run()
-            machine.serial_send(b"C")
+            machine.serial.send(b"C")
             assert session.wait_stop(20) is not None
             exact = session.xen("lapic")["cpus"]
             session.set("rdmsr", True)
@@ -126,7 +126,7 @@ def test_rdmsr_gives_what_the_device_state_gives(mode: str) -> None:
         assert measured[1][:4] == ["1", "1", mode, "inferred"]  # it is halted, and was left alone
 
 
-def test_the_log_is_what_was_printed(lab: Lab) -> None:
+def test_the_log_is_what_was_printed(lab: Machine) -> None:
     with attach(lab) as session:
         text = session.xen("log")["text"]
     printed = lab.serial_log.read_bytes().decode().replace("\r\n", "\n")
@@ -144,7 +144,7 @@ def test_the_log_is_what_was_printed(lab: Lab) -> None:
 def test_bt_at_the_handover(generation: str, stacks: list[str], of_nmi: str) -> None:
     with guest(generation) as machine:
         trace(target(machine), str(machine.symbols), str(machine.qmp_socket), timeout=60, leave_stopped=True,
-              trigger=lambda: machine.serial_send(b"C"))  # fmt: skip
+              trigger=lambda: machine.serial.send(b"C"))  # fmt: skip
         with attach(machine) as session:
             crashed, *others = session.xen("bt")["cpus"]
             notes = session.xen("notes")
@@ -168,7 +168,7 @@ def test_bt_at_the_handover(generation: str, stacks: list[str], of_nmi: str) -> 
 # -- nothing is changed -----------------------------------------------------------------------
 
 
-def test_a_check_changes_nothing(lab: Lab) -> None:
+def test_a_check_changes_nothing(lab: Machine) -> None:
     with attach(lab) as session, ram(lab) as memory:
         everything = "thread apply all info registers"
         before, registers = bytes(memory), session.cli(everything)
@@ -178,7 +178,7 @@ def test_a_check_changes_nothing(lab: Lab) -> None:
         assert session.cli(everything) == registers
 
 
-def test_physical_mode_is_off_afterwards(lab: Lab) -> None:
+def test_physical_mode_is_off_afterwards(lab: Machine) -> None:
     interrupted = (
         "python from gdbplugin.target import LiveTarget\n"
         "def stop(*_): raise KeyboardInterrupt\n"
@@ -188,12 +188,12 @@ def test_physical_mode_is_off_afterwards(lab: Lab) -> None:
     assert output.count(OFF) == 3, output
 
 
-def test_a_mode_left_on_by_another_is_reset(lab: Lab) -> None:
+def test_a_mode_left_on_by_another_is_reset(lab: Machine) -> None:
     gdb(lab, "maint packet Qqemu.PhyMemMode:1")
     assert OFF in gdb(lab, "xen symbols", MODE)
 
 
-def test_the_selection_is_kept(lab: Lab) -> None:
+def test_the_selection_is_kept(lab: Machine) -> None:
     where = "python print(gdb.selected_thread().num, gdb.selected_frame().level(), hex(gdb.selected_frame().pc()))"
     commands = [f"add-symbol-file {lab.symbols}", "thread 3", "up", where, "xen cpus", where, "xen crash check", where]
     output = gdb(lab, *commands)
@@ -210,7 +210,7 @@ def test_a_machine_goes_on_as_it_was_found(qmp: bool) -> None:
         with attach(machine, qmp) as session:
             session.break_at(load_symbols(str(machine.symbols)).address("kexec_crash"))
             session.run()
-            machine.serial_send(b"C")
+            machine.serial.send(b"C")
             assert session.wait_stop(20) is not None
             session.leave(running=False)
         assert machine.qmp("query-status")["status"] == "debug"
@@ -222,14 +222,14 @@ def test_a_machine_goes_on_as_it_was_found(qmp: bool) -> None:
 # -- output -----------------------------------------------------------------------------------
 
 
-def test_output_into_a_pipe_is_plain_and_complete(lab: Lab) -> None:
+def test_output_into_a_pipe_is_plain_and_complete(lab: Machine) -> None:
     output = gdb(lab, "xen cpus", "xen crash check")
     assert "\x1b" not in output and "Traceback" not in output
     assert [row[:3] for row in rows(output, "CPUs")] == [[str(cpu), str(cpu + 1), str(cpu)] for cpu in range(4)]
     assert re.search(r"^PASS +\d+ pass", output, re.MULTILINE)
 
 
-def _on_a_terminal(lab: Lab, *commands: str, term: str) -> str:
+def _on_a_terminal(lab: Machine, *commands: str, term: str) -> str:
     words = [find_gdb(), *gdb_arguments(), "-iex", "set pagination off", "-ex", f"source {plugin_script()}"]
     for command in (f"set xen symbols {lab.symbols}", f"target remote {lab.gdb_socket}", *commands, "detach", "quit"):
         words += ["-ex", command]
@@ -250,7 +250,7 @@ def _on_a_terminal(lab: Lab, *commands: str, term: str) -> str:
     return output.decode().partition("echo-mark")[2]
 
 
-def test_colours_are_for_terminals_that_have_them(lab: Lab) -> None:
+def test_colours_are_for_terminals_that_have_them(lab: Machine) -> None:
     mark = "echo echo-mark"
     coloured = _on_a_terminal(lab, mark, "xen idt 0 2", term="xterm-256color")
     assert re.search(r"\x1b\[[0-9;]+mInterrupt gates", coloured) and "0xe008" in coloured
@@ -264,12 +264,12 @@ def test_colours_are_for_terminals_that_have_them(lab: Lab) -> None:
         assert "\x1b" not in table, text
 
 
-def test_sourcing_twice_is_the_same_as_once(lab: Lab) -> None:
+def test_sourcing_twice_is_the_same_as_once(lab: Machine) -> None:
     output = gdb(lab, f"source {plugin_script()}", "xen idt 0 2", "show xen symbols")
     assert str(lab.symbols) in output and rows(output, "Interrupt gates")[0][:3] == ["0", "2", "NMI"]
 
 
-def test_completion(lab: Lab) -> None:
+def test_completion(lab: Machine) -> None:
     output = gdb(lab, "complete xen idt ", "complete xen percpu crash_save", "complete xen vtop machine_kexe",
                  "complete xen crash ", "complete set xen q")  # fmt: skip
     assert output.splitlines()[:10] == [
@@ -308,7 +308,7 @@ def test_help_is_there_for_everything() -> None:
         ('print $xen_per_cpu("nonsense", 0)', "per_cpu__nonsense is not in"),
     ],
 )
-def test_bad_arguments(lab: Lab, command: str, says: str) -> None:
+def test_bad_arguments(lab: Machine, command: str, says: str) -> None:
     output = gdb(lab, command)
     line = output.strip().splitlines()[0]
     assert says in line and "Traceback" not in output and "Python Exception" not in output, output
@@ -319,7 +319,7 @@ def test_without_a_connection() -> None:
     assert output == "gdb is not connected to QEMU: target remote HOST:PORT, or a unix socket's path\n"
 
 
-def test_a_running_machine(lab: Lab) -> None:
+def test_a_running_machine(lab: Machine) -> None:
     with attach(lab) as session:
         session.run()
         with pytest.raises(Undecidable, match="the machine is running: stop it first"):
@@ -335,14 +335,14 @@ def test_a_machine_before_paging() -> None:
         assert machine.qmp("query-status")["status"] == "prelaunch"
 
 
-def test_the_qmp_socket_of_another_machine(lab: Lab) -> None:
+def test_the_qmp_socket_of_another_machine(lab: Machine) -> None:
     with guest() as other, attach(lab) as session:
         session.cli(f"set xen qmp-socket {other.qmp_socket}")
         with pytest.raises(Undecidable, match="is the QMP socket of another machine"):
             session.xen("cpus")
 
 
-def test_a_second_debugger(lab: Lab) -> None:
+def test_a_second_debugger(lab: Machine) -> None:
     with attach(lab):
         begun = time.monotonic()
         with pytest.raises(Undecidable, match="another debugger is attached"):
@@ -350,7 +350,7 @@ def test_a_second_debugger(lab: Lab) -> None:
         assert time.monotonic() - begun < 5
 
 
-def test_symbols_of_another_build(lab: Lab) -> None:
+def test_symbols_of_another_build(lab: Machine) -> None:
     other = build("4.21.0").symbols
     ours, theirs = (load_symbols(str(path)).build_id for path in (other, lab.symbols))
     assert ours and theirs
@@ -363,7 +363,7 @@ def test_symbols_of_another_build(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(("content", "says"), [(b"", "empty"), (b"\x00\x01 nonsense", "neither an ELF file nor")])
-def test_a_symbol_file_that_is_none(lab: Lab, tmp_path: Path, content: bytes, says: str) -> None:
+def test_a_symbol_file_that_is_none(lab: Machine, tmp_path: Path, content: bytes, says: str) -> None:
     file = tmp_path / "symbols"
     file.write_bytes(content)
     with open_session(target(lab), str(file)) as session, pytest.raises(Undecidable, match=says):
@@ -387,7 +387,7 @@ def test_a_status_costs_a_few_packets_for_each_cpu_and_a_constant() -> None:
         assert found[2] <= of_each * 2 + 30, found
 
 
-def test_a_qemu_whose_monitor_takes_no_number_of_a_cpu(lab: Lab) -> None:
+def test_a_qemu_whose_monitor_takes_no_number_of_a_cpu(lab: Machine) -> None:
     """Before 7.2: each CPU is selected in turn, and then the one that was."""
     older = (
         "python from gdbplugin.target import LiveTarget\n"

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests.live.machines import gdb, guest, named, ram, target
+from tests.live.machines import gdb, guest, named, ram, ready, target
 from xen_symbols.absence import Undecidable
 from xen_symbols.symbols.load import load_symbols
 from xencrash.gdbmi import GdbSession, open_session
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import Machine
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
@@ -27,7 +27,7 @@ EARLY = 5.0  # seconds within which the end of a machine or of gdb is reported
 
 
 @pytest.fixture
-def lab() -> Iterator[Lab]:
+def lab() -> Iterator[Machine]:
     with guest() as machine:
         yield machine
 
@@ -52,9 +52,9 @@ def _gdbs() -> list[int]:
     return found
 
 
-def follow(lab: Lab, trigger: Callable[[], None] | None = None, **more: Any) -> Json:
+def follow(lab: Machine, trigger: Callable[[], None] | None = None, **more: Any) -> Json:
     more = {"timeout": 20, "stall": 5, **more}
-    press = trigger or (lambda: lab.serial_send(b"C"))
+    press = trigger or (lambda: lab.serial.send(b"C"))
     return trace(target(lab), str(lab.symbols), str(lab.qmp_socket), trigger=press, **more)
 
 
@@ -62,11 +62,11 @@ def stages(report: Json) -> list[str]:
     return [stage["stage"] for stage in report["stages"]]
 
 
-def state(lab: Lab) -> str:
+def state(lab: Machine) -> str:
     return str(lab.qmp("query-status")["status"])
 
 
-def test_every_stage_in_order(lab: Lab) -> None:
+def test_every_stage_in_order(lab: Machine) -> None:
     told: list[str] = []
     report = follow(lab, progress=lambda stage, findings: told.append(stage["stage"]))
     assert report["verdict"] == "pass" and "undecided" not in report
@@ -78,10 +78,10 @@ def test_every_stage_in_order(lab: Lab) -> None:
         assert sorted(stage["cpu"] for stage in report["stages"] if stage["stage"] == name) == [1, 2, 3]
     assert {finding["stop"] for finding in report["findings"]} == set(range(len(told)))
     # The machine runs on, without our breakpoints, into its crash kernel.
-    lab.wait_serial(rb"crash image: alive", 10)
+    lab.serial.wait(rb"crash image: alive", 10)
 
 
-def test_it_can_be_left_at_the_last_stage(lab: Lab) -> None:
+def test_it_can_be_left_at_the_last_stage(lab: Machine) -> None:
     report = follow(lab, leave_stopped=True)
     assert report["verdict"] == "pass"
     assert state(lab) == "debug"
@@ -90,7 +90,7 @@ def test_it_can_be_left_at_the_last_stage(lab: Lab) -> None:
     assert (status["stage"], status["crashing_cpu"]) == ("handover", 0)
 
 
-def test_what_is_changed_at_a_stop_is_found_there(lab: Lab) -> None:
+def test_what_is_changed_at_a_stop_is_found_there(lab: Machine) -> None:
     """Clear crash_save_done of CPU 2 at the last stage: that check, on that CPU, and nothing else."""
 
     def change(session: GdbSession) -> None:
@@ -105,7 +105,7 @@ def test_what_is_changed_at_a_stop_is_found_there(lab: Lab) -> None:
     assert named(report["findings"]) == [("crash-save-done", 2)]
 
 
-def test_a_path_that_stalls(lab: Lab) -> None:
+def test_a_path_that_stalls(lab: Machine) -> None:
     """An endless loop where the crashing CPU would leave: the stages so far are judged, and the end is missed."""
 
     def block(session: GdbSession) -> None:
@@ -120,7 +120,7 @@ def test_a_path_that_stalls(lab: Lab) -> None:
     assert state(lab) == "running"  # as it was found
 
 
-def test_no_crash_in_time(lab: Lab) -> None:
+def test_no_crash_in_time(lab: Machine) -> None:
     begun = time.monotonic()
     report = follow(lab, trigger=lambda: None, timeout=1)
     assert time.monotonic() - begun < 1 + EARLY
@@ -129,13 +129,13 @@ def test_no_crash_in_time(lab: Lab) -> None:
     assert state(lab) == "running"
 
 
-def test_a_trace_that_comes_too_late(lab: Lab) -> None:
+def test_a_trace_that_comes_too_late(lab: Machine) -> None:
     assert follow(lab)["verdict"] == "pass"
     with pytest.raises(Undecidable, match="has begun to crash already"):
         follow(lab)
 
 
-def test_somebody_else_stops_the_machine(lab: Lab) -> None:
+def test_somebody_else_stops_the_machine(lab: Machine) -> None:
     report = follow(lab, trigger=lambda: lab.qmp("stop"))
     assert report["undecided"] == "the machine was stopped by something else (SIGINT) while it was followed"
     assert report["verdict"] == "unknown"
@@ -163,13 +163,13 @@ class Ending:
 GONE = "QEMU at gdb:.* went away: the guest was reset with -no-reboot, or QEMU ended; see its log"
 
 
-def test_qemu_is_killed_while_a_crash_is_waited_for(lab: Lab) -> None:
+def test_qemu_is_killed_while_a_crash_is_waited_for(lab: Machine) -> None:
     kill = Ending(lambda: os.kill(lab.qemu_pid, signal.SIGKILL))
     kill.assert_reported(follow(lab, trigger=kill), GONE)
 
 
 @pytest.mark.parametrize("stage", ["shootdown", "cpu-save"])
-def test_qemu_is_killed_at_a_stage(lab: Lab, stage: str) -> None:
+def test_qemu_is_killed_at_a_stage(lab: Machine, stage: str) -> None:
     kill = Ending(lambda: os.kill(lab.qemu_pid, signal.SIGKILL))
     report = follow(lab, progress=lambda seen, _: kill() if seen["stage"] == stage else None)
     kill.assert_reported(report, GONE)
@@ -177,7 +177,7 @@ def test_qemu_is_killed_at_a_stage(lab: Lab, stage: str) -> None:
     assert stages(report)[-1] in ({stage} if stage == "shootdown" else {"nmi-taken", "cpu-save", "cpu-stop"})
 
 
-def test_the_guest_is_reset(lab: Lab) -> None:
+def test_the_guest_is_reset(lab: Machine) -> None:
     """With -no-reboot, as the lab starts it, QEMU then ends."""
     reset = Ending(lambda: lab.qmp("system_reset"))
     reset.assert_reported(follow(lab, trigger=reset), GONE)
@@ -190,13 +190,13 @@ def test_the_guest_is_reset_and_boots_again() -> None:
         reset.assert_reported(report, "the guest was reset while its crash was followed")
 
 
-def test_gdb_is_killed(lab: Lab) -> None:
+def test_gdb_is_killed(lab: Machine) -> None:
     kill = Ending(lambda: [os.kill(pid, signal.SIGKILL) for pid in _gdbs()])
     report = follow(lab, trigger=kill)
     kill.assert_reported(report, "gdb was killed by SIGKILL; gdb:.* is left as it is")
 
 
-def test_an_error_of_the_trigger_is_the_callers(lab: Lab) -> None:
+def test_an_error_of_the_trigger_is_the_callers(lab: Machine) -> None:
     def fail() -> None:
         raise ValueError("of the caller's")
 
@@ -208,13 +208,13 @@ def test_an_error_of_the_trigger_is_the_callers(lab: Lab) -> None:
 # -- inside gdb -------------------------------------------------------------------------------
 
 
-def _press(lab: Lab, after: float) -> threading.Timer:
-    timer = threading.Timer(after, lambda: lab.serial_send(b"C"))
+def _press(lab: Machine, after: float) -> threading.Timer:
+    timer = threading.Timer(after, lambda: lab.serial.send(b"C"))
     timer.start()
     return timer
 
 
-def test_the_command_inside_gdb(lab: Lab) -> None:
+def test_the_command_inside_gdb(lab: Machine) -> None:
     timer = _press(lab, 2)
     output = gdb(lab, "xen crash trace --timeout 20", "info breakpoints", "xen crash report", "maint info breakpoints")
     timer.join()
@@ -228,7 +228,7 @@ def test_the_command_inside_gdb(lab: Lab) -> None:
     assert "hit" not in output and "Traceback" not in output
 
 
-def test_the_command_inside_gdb_gives_up(lab: Lab) -> None:
+def test_the_command_inside_gdb_gives_up(lab: Machine) -> None:
     output = gdb(lab, "xen crash trace --timeout 1", "info breakpoints", "xen crash status")
     assert "not decided: Xen did not crash within 1 s" in output
     assert re.search("^No breakpoints", output, re.MULTILINE)
@@ -236,7 +236,7 @@ def test_the_command_inside_gdb_gives_up(lab: Lab) -> None:
     assert state(lab) == "running"
 
 
-def test_the_command_inside_gdb_loses_qemu(lab: Lab) -> None:
+def test_the_command_inside_gdb_loses_qemu(lab: Machine) -> None:
     kill = f"(sleep 1; kill -9 {lab.qemu_pid}) &"  # begun as gdb lets the machine run
     output = gdb(lab, f"python import os; gdb.events.cont.connect(lambda _: os.system({kill!r}))", "xen crash trace")
     assert re.search("not decided: .*(went away|was lost|closed)", output), output
@@ -247,7 +247,7 @@ def test_the_command_inside_gdb_loses_qemu(lab: Lab) -> None:
 
 
 def test_real_xen_crashes_on_a_cpu_of_choice() -> None:
-    with Lab.up(dom0_vcpus=4) as lab:
+    with ready(dom0_vcpus=4) as lab:
         report = follow(lab, trigger=lambda: lab.crash("panic", cpu=2), timeout=60, stall=30)
         assert report["verdict"] == "pass", named(report["findings"])
         assert report["crashing_cpu"] == 2 and stages(report)[-1] == "handover"
@@ -255,7 +255,7 @@ def test_real_xen_crashes_on_a_cpu_of_choice() -> None:
 
 
 def test_real_xen_without_a_crash_kernel() -> None:
-    with Lab.up(crash_kernel=False) as lab:
+    with ready(crash_kernel=False) as lab:
         hint = "no crash kernel was loaded: load one with kexec -p in dom0"
         report = follow(lab, trigger=lab.crash, timeout=3)  # the key does nothing at all
         assert report["undecided"] == f"Xen did not crash within 3 s; {hint}"

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
+from tests.live.machines import booted
 from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Undecidable
 from xencrash.guests import BY_ID, FAULTS, Fault, build, command_line, generations
 from xencrash.guests.faults import clean
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import Machine
 from xencrash.lab.qemu import Boot
 from xencrash.trace import trace
 
@@ -88,20 +89,20 @@ def follow(run: Run) -> Followed:
     append = command_line(fault=run.fault, x2apic=run.fault is None and run.lapic == "x2apic")
     boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
     qemu = "10.0" if run.lapic == "x2apic" else "7.2"
-    with Lab.up(guest=boot, qemu=qemu, cpus=run.cpus, memory_mib=64, wait="none",
+    with booted(kernel=boot, qemu=qemu, cpus=run.cpus,
                 lapic="x2apic" if run.lapic == "x2apic" else None) as lab, TemporaryDirectory() as folder:  # fmt: skip
         path = Path(folder) / "dump"
 
         def dump() -> None:
-            lab.dump_guest_memory(path, **DUMPS[RUNS.index(run) % len(DUMPS)])
+            lab.dumps.qemu(path, **DUMPS[RUNS.index(run) % len(DUMPS)])
 
         def at_stage(stage: Json, findings: object) -> None:
             if stage["stage"] == "handover":
                 dump()
 
-        lab.wait_serial(rb"CPUs? ready", 20)
+        lab.serial.wait(rb"CPUs? ready", 20)
         report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, stall=12,
-                       gates=gates, progress=at_stage, trigger=lambda: lab.serial_send(b"C"))  # fmt: skip
+                       gates=gates, progress=at_stage, trigger=lambda: lab.serial.send(b"C"))  # fmt: skip
         if not path.exists():
             dump()
         try:
@@ -111,7 +112,7 @@ def follow(run: Run) -> Followed:
         return Followed(report, dumped, of_memory_alone(lab))
 
 
-def of_memory_alone(lab: Lab) -> str:
+def of_memory_alone(lab: Machine) -> str:
     """The verdict on the machine's RAM as a raw image."""
     try:
         return str(evaluate(open_dump(lab.ram_file, lab.symbols, base=0)).verdict)

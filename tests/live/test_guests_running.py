@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.live.machines import guest, named, ram
+from tests.live.machines import guest, named, ram, ready
 from xen_symbols import open_dump
 from xen_symbols.absence import Undecidable
 from xencrash.cli import main
 from xencrash.gdbmi import GdbSession, MiError, open_session
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import Machine
 from xencrash.lab.run import check_vmcore
 from xencrash.trace import trace
 
@@ -71,7 +71,7 @@ def assert_the_same_without_qmp(session: GdbSession, cpus: int) -> None:
     assert [cpu["guest_mode"] for cpu in session.xen("cpus")["cpus"]] == [None] * cpus
 
 
-def assert_it_is_what_ram_holds(lab: Lab, facts: Json) -> None:
+def assert_it_is_what_ram_holds(lab: Machine, facts: Json) -> None:
     """The first gate, where the page walk says that it lies, and the functions' values beside the commands'."""
     at = int(facts["vtop"]["physical"], 16)
     with ram(lab) as memory:
@@ -81,13 +81,13 @@ def assert_it_is_what_ram_holds(lab: Lab, facts: Json) -> None:
     assert int(facts["$xen_per_cpu"]) == int(facts["percpu"]["cpus"][1]["value"], 16)
 
 
-def attach(lab: Lab, qmp: bool = True) -> GdbSession:
+def attach(lab: Machine, qmp: bool = True) -> GdbSession:
     return open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket) if qmp else None)
 
 
 def test_a_pvh_dom0_in_guest_mode() -> None:
-    with Lab.up(xen="4.20", qemu="10.0", cpus=2, pvh=True) as lab:
-        lab.dom0("(while :; do :; done) >/dev/null 2>&1 &")
+    with ready(xen="4.20", qemu="10.0", cpus=2, pvh=True) as lab:
+        lab.dom0.run("(while :; do :; done) >/dev/null 2>&1 &")
         with attach(lab) as session:
             inside = [cpu["cpu"] for cpu in stop_in_guests(session, 1)]
             facts = assert_the_same_from_every_cpu(session, 2)
@@ -113,8 +113,8 @@ def test_a_pvh_dom0_in_guest_mode() -> None:
 
 def test_a_domu_on_every_cpu_and_a_crash_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its vCPUs are in 32-bit code with page tables of their own: nothing that a CPU holds there is Xen's."""
-    with Lab.up(domu_vcpus=CPUS) as lab:
-        core = lab.dump_core(1, tmp_path / "core")
+    with ready(domu_vcpus=CPUS) as lab:
+        core = lab.domus.dump_core(1, tmp_path / "core")
         for command in ("check", "info"):
             assert main([command, str(core), "--symbols", str(lab.symbols)]) == 3
             told = capsys.readouterr()
@@ -128,7 +128,7 @@ def test_a_domu_on_every_cpu_and_a_crash_then(tmp_path: Path, capsys: pytest.Cap
             gates = {(gate["cpu"], gate["vector"]): gate for gate in facts["idt"]["gates"]}
             assert {gate["gate"]["ist"] for gate in gates.values()} == {0}  # by svm_ctxt_switch_to
             with pytest.raises(Undecidable, match="QEMU writes one while the first CPU runs 32-bit code"):
-                open_dump(str(lab.dump_guest_memory(tmp_path / "dump")))
+                open_dump(str(lab.dumps.qemu(tmp_path / "dump")))
             # What is damaged on such a CPU is found there: byte 4 of a gate is its IST, byte 5 type, DPL and P.
             for vector, at, value, check in ((2, 4, 2, "nmi-gate-ist"), (2, 5, 0x8F, "nmi-gate-type"),
                                              (18, 4, 1, "mc-gate-ist"), (18, 5, 0x0E, "mc-gate-present")):  # fmt: skip
@@ -157,10 +157,10 @@ def test_a_domu_on_every_cpu_and_a_crash_then(tmp_path: Path, capsys: pytest.Cap
 
 def test_dom0_busy_in_user_space_on_every_cpu_and_a_crash_then() -> None:
     """On Intel dom0 has page tables without Xen in them (XPTI): gdb itself reads nothing of Xen's from such a CPU."""
-    with Lab.up(cpus=2, dom0_vcpus=2, cpu_args="vendor=GenuineIntel") as lab:
+    with ready(cpus=2, dom0_vcpus=2, cpu_args="vendor=GenuineIntel") as lab:
         assert re.search(rb"XPTI \(64-bit PV only\): Dom0 enabled", lab.serial_log.read_bytes())
         for cpu in range(2):
-            lab.dom0(f"(taskset -p {1 << cpu} $$; while :; do :; done) >/dev/null 2>&1 &")
+            lab.dom0.run(f"(taskset -p {1 << cpu} $$; while :; do :; done) >/dev/null 2>&1 &")
         with attach(lab) as session:
             for _ in range(TRIES):
                 if any(cpu["ring"] == 3 for cpu in session.xen("cpus")["cpus"]):
@@ -184,7 +184,7 @@ def test_dom0_busy_in_user_space_on_every_cpu_and_a_crash_then() -> None:
         report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, trigger=lab.crash)
         assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
         # After the fact: the crash kernel runs on the crashing CPU, the other one is parked.
-        lab.wait_serial(rb"\[ +\d+\.\d+\]", 30, since=lab.serial_log.read_bytes().rindex(b"Executing kexec image"))
+        lab.serial.wait(rb"\[ +\d+\.\d+\]", 30, since=lab.serial_log.read_bytes().rindex(b"Executing kexec image"))
         with attach(lab) as session:
             facts = assert_the_same_from_every_cpu(session, 2)
             assert (facts["crash-check"]["verdict"], facts["crash-status"]["stage"]) == ("pass", "crashed")

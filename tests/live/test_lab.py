@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from xencrash.lab import machine
+from tests.live.machines import booted
+from xencrash.lab import boot
 from xencrash.lab.errors import LabError
 from xencrash.lab.images import xen_images
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import attach
 from xencrash.lab.packages import Cache, default_root, sha256_of
 from xencrash.lab.qemu import start_time
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, KERNEL_SUITE, XENS
@@ -56,13 +57,13 @@ def assert_same_memory(vmcore: Path, ram: Path) -> int:
 
 
 def test_the_crash_key_leads_to_the_exact_vmcore(tmp_path: Path) -> None:
-    with Lab.up() as lab:
+    with booted() as lab:
         assert lab.status()["phase"] == "crash kernel loaded"
-        assert "console=hvc0" in lab.dom0("cat /proc/cmdline")
-        assert lab.dom0_status("echo a; echo b >&2; exit 3") == (3, "a\nb\n")
-        since = lab.serial_size()
+        assert "console=hvc0" in lab.dom0.run("cat /proc/cmdline")
+        assert lab.dom0.status("echo a; echo b >&2; exit 3") == (3, "a\nb\n")
+        since = lab.serial.size()
         lab.crash()
-        vmcore = lab.wait_vmcore(tmp_path / "vmcore")
+        vmcore = lab.dumps.vmcore(tmp_path / "vmcore")
         assert re.search(rb"Executing kexec image on cpu\d", lab.serial_log.read_bytes()[since:])
         assert [kind for kind, *_ in segments(vmcore)] == [4, 1, 1, 1]
         assert assert_same_memory(vmcore, lab.ram_file) > 600 << 20
@@ -73,17 +74,17 @@ def test_the_crash_key_leads_to_the_exact_vmcore(tmp_path: Path) -> None:
 
 
 def test_a_boot_that_says_nothing_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_STALLED", 0.0)
+    monkeypatch.setattr(boot, "_STALLED", 0.0)
     told: list[str] = []
     with pytest.raises(LabError, match=r"^booting Xen: the console said nothing for 0 s: the console's last line"):
-        Lab.up(progress=told.append)
+        booted(progress=told.append)
     assert [text.split()[0] for text in told] == ["starting", "booting", "starting"]
 
 
 def test_dom0s_panic_crashes_the_chosen_cpu(tmp_path: Path) -> None:
-    with Lab.up(dom0_vcpus=4) as lab:
+    with booted(dom0_vcpus=4) as lab:
         lab.crash("panic", cpu=2)
-        lab.wait_vmcore(tmp_path / "vmcore")
+        lab.dumps.vmcore(tmp_path / "vmcore")
         assert b"Executing kexec image on cpu2" in lab.serial_log.read_bytes()
 
 
@@ -95,31 +96,31 @@ def test_dom0s_panic_crashes_the_chosen_cpu(tmp_path: Path) -> None:
     ],
 )
 def test_other_rows(xen: str, qemu: str, lapic: str, driver: bytes, tmp_path: Path) -> None:
-    with Lab.up(xen=xen, qemu=qemu, lapic=lapic) as lab:
+    with booted(xen=xen, qemu=qemu, lapic=lapic) as lab:
         console = lab.serial_log.read_bytes()
         assert re.search(rb"Xen version " + xen.encode(), console)
         drivers = re.findall(rb"(?:Using|Switched to) APIC driver (\S+)", console)
         assert re.fullmatch(driver, drivers[-1])
         assert lab.qmp("query-version")["qemu"]["major"] == int(qemu.split(".")[0])
         lab.crash()
-        assert assert_same_memory(lab.wait_vmcore(tmp_path / "vmcore"), lab.ram_file) > 600 << 20
+        assert assert_same_memory(lab.dumps.vmcore(tmp_path / "vmcore"), lab.ram_file) > 600 << 20
 
 
 # On QEMU 10 the PVH dom0 of Xen 4.14 and 4.17 halts before it prints anything, whatever the LAPIC mode.
 @pytest.mark.parametrize(("xen", "qemu"), [("4.17", "7.2"), ("4.20", "10.0")])
 def test_a_pvh_dom0_runs(xen: str, qemu: str) -> None:
-    with Lab.up(xen=xen, qemu=qemu, pvh=True) as lab:
+    with booted(xen=xen, qemu=qemu, pvh=True) as lab:
         console = lab.serial_log.read_bytes()
         assert b"*** Building a PVH Dom0 ***" in console
         assert b"ACPI: Core revision" in console
 
 
 def test_several_at_once_and_dumps_of_qemu(tmp_path: Path) -> None:
-    with Lab.up(paused=True) as one, Lab.up(paused=True, cpus=2) as two:
+    with booted(paused=True) as one, booted(paused=True, cpus=2) as two:
         assert one.run_dir != two.run_dir
         assert len(one.qmp("query-cpus-fast")) == 4
         assert len(two.qmp("query-cpus-fast")) == 2
-        dump = one.dump_guest_memory(tmp_path / "qemu.elf")
+        dump = one.dumps.qemu(tmp_path / "qemu.elf")
         assert dump.stat().st_size > 1 << 30
         with pytest.raises(LabError, match=r"the machine is stopped \(prelaunch\)"):
             one.crash()
@@ -128,11 +129,11 @@ def test_several_at_once_and_dumps_of_qemu(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_dies_is_said_with_its_logs(tmp_path: Path) -> None:
-    with Lab.up(tmp_path / "run", paused=True) as lab:
+    with booted(tmp_path / "run", paused=True) as lab:
         os.kill(lab.qemu_pid, signal.SIGKILL)
         begun = time.monotonic()
         with pytest.raises(LabError, match=r"waiting for the console: QEMU ended: .*serial\.log"):
-            lab.wait_serial("never", 60)
+            lab.serial.wait("never", 60)
         assert time.monotonic() - begun < 5
     assert (tmp_path / "run/qemu.log").exists()
     assert not (tmp_path / "run/disk.raw").exists()
@@ -140,19 +141,20 @@ def test_a_machine_that_dies_is_said_with_its_logs(tmp_path: Path) -> None:
 
 def test_a_qemu_that_will_not_start_is_quoted() -> None:
     with pytest.raises(LabError, match=r"starting QEMU: QEMU ended: QEMU said '.*nosuch.*'"):
-        Lab.up(qemu_args=("-nosuch",))
+        booted(qemu_args=("-nosuch",))
 
 
 def test_a_boot_that_fails_leaves_logs_and_no_machine(tmp_path: Path) -> None:
     with pytest.raises(LabError, match=rf"loading the crash kernel: .*{tmp_path}/run/serial\.log"):
-        Lab.up(tmp_path / "run", xen_args="crashkernel=0")
+        booted(tmp_path / "run", xen_args="crashkernel=0")
     assert b"Xen version" in (tmp_path / "run/serial.log").read_bytes()
     assert not list((tmp_path / "run").glob("*.sock"))
 
 
 OWNER = """
-from xencrash.lab.machine import Lab
-with Lab.up({run_dir!r}, paused=True) as lab:
+from xencrash.lab.boot import up
+from xencrash.lab.specification import Specification
+with up(Specification(paused=True), {run_dir!r}) as lab:
     print(lab.qemu_pid, flush=True)
     input()
 """
@@ -239,7 +241,7 @@ def test_ctrl_c_while_booting_in_the_background_leaves_no_machine(tmp_path: Path
         deadline = time.monotonic() + 60
         while not (run_dir / "state.json").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        pid = Lab.attach(run_dir).qemu_pid
+        pid = attach(run_dir).qemu_pid
         command.send_signal(signal.SIGINT)
         _, said = command.communicate(timeout=30)
     assert command.returncode == 130
@@ -255,7 +257,7 @@ def test_the_steps_from_a_shell(tmp_path: Path) -> None:
 
     up = lab("up", "--run-dir", run_dir, "--cpus", "2")
     assert up.returncode == 0, up.stderr
-    machine = Lab.attach(run_dir)
+    machine = attach(run_dir)
     try:
         again = lab("up", "--run-dir", run_dir)
         assert again.returncode == 3

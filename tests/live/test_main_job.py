@@ -17,6 +17,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from tests.live.machines import booted, ready
 from tests.machines.changed import CHANGES, LOST, RENAMED
 from tests.machines.realxen import EVERY_ROW, MAIN, ROWS, LiveMachine, Row, follow
 from tests.schema import SCHEMA
@@ -25,7 +26,7 @@ from xen_symbols.targets.qmp import Qmp
 from xencrash.gdbmi import GdbSession, open_session
 from xencrash.lab.gdbs import gdb_words
 from xencrash.lab.images import xen_images
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import Machine as Lab
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot
 from xencrash.lab.rows import DEFAULT_XEN, GDBS, XENS
@@ -175,11 +176,11 @@ def assert_not_crashed(lab: Lab, dump: Path) -> None:
 
 
 def test_dom0s_panic_on_another_cpu_and_the_machine_after_it(tmp_path: Path) -> None:
-    with Lab.up(dom0_vcpus=4) as lab:
-        assert_not_crashed(lab, lab.dump_guest_memory(tmp_path / "running"))
+    with ready(dom0_vcpus=4) as lab:
+        assert_not_crashed(lab, lab.dumps.qemu(tmp_path / "running"))
         report = follow(lab, 2)
         assert_every_stage(report, 2)
-        vmcore = lab.wait_vmcore(tmp_path / "vmcore")
+        vmcore = lab.dumps.vmcore(tmp_path / "vmcore")
         checked = xencrash("check", str(vmcore), "--symbols", str(lab.symbols), "--format", "json")
         assert checked.returncode == 0, checked.stderr
         assert json.loads(checked.stdout)["crashing_cpu"] == 2
@@ -214,7 +215,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def stopped(request: pytest.FixtureRequest) -> Iterator[tuple[Lab, GdbSession, LiveMachine]]:
     """Real Xen of each row, stopped at the handover of a crash on CPU 0, with gdb attached to it."""
     row = (ROWS | EVERY_ROW)[request.param]
-    with Lab.up(xen=row.xen, qemu=row.qemu, lapic=row.lapic, dom0_vcpus=4) as lab:
+    with ready(xen=row.xen, qemu=row.qemu, lapic=row.lapic, dom0_vcpus=4) as lab:
         gdb = gdb_words(Cache(), GDBS[row.gdb])[0]
         report = follow(lab, 0, leave_stopped=True, gdb=gdb)
         assert_every_stage(report, 0, row)
@@ -303,7 +304,7 @@ def test_a_cpu_that_is_deaf_for_real_is_the_only_one_blamed() -> None:
         deaf.append(int(session.mi("-thread-info")["current-thread-id"]) - 1)
         session.cli(f"set var $pc = {loop:#x}")
 
-    with Lab.up(dom0_vcpus=4) as lab:
+    with ready(dom0_vcpus=4) as lab:
         machine = LiveMachine(lab)
         start, end = machine.symbols.address("_start", "tT"), machine.symbols.address("_etext")
         text = machine.memory.read(start, end - start)
@@ -327,7 +328,7 @@ def test_a_cpu_that_is_deaf_for_real_is_the_only_one_blamed() -> None:
 
 
 def test_without_a_crash_kernel_the_path_stops_early_and_it_says_so() -> None:
-    with Lab.up(crash_kernel=False) as lab:
+    with ready(crash_kernel=False) as lab:
         report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60,
                        trigger=lambda: lab.crash("panic"))  # fmt: skip
     assert report["verdict"] == "unknown"
@@ -336,7 +337,7 @@ def test_without_a_crash_kernel_the_path_stops_early_and_it_says_so() -> None:
 
 
 def test_before_xen_has_paging_on() -> None:
-    with Lab.up(wait="none", paused=True) as lab:
+    with booted(paused=True) as lab:
         done = xencrash("check", f"gdb:{lab.gdb_socket}", "--symbols", str(lab.symbols), "--qmp", str(lab.qmp_socket))
     assert done.returncode == 3
     assert len(done.stderr.splitlines()) == 1 and "paging" in done.stderr
@@ -345,15 +346,15 @@ def test_before_xen_has_paging_on() -> None:
 def test_a_guest_that_is_not_xen(tmp_path: Path) -> None:
     images = xen_images(Cache(), XENS[DEFAULT_XEN])
     boot = Boot(kernel=images.kernel, symbols=images.symbols, append="console=ttyS0 panic=0 earlyprintk=ttyS0")
-    with Lab.up(guest=boot, wait="none", memory_mib=256) as lab:
-        lab.wait_serial(rb"Kernel panic", 60)  # Linux without a root: paging is on, and no Xen anywhere
+    with booted(kernel=boot, memory=256) as lab:
+        lab.serial.wait(rb"Kernel panic", 60)  # Linux without a root: paging is on, and no Xen anywhere
         for target in (("check",), ("trace",)):
             done = xencrash(*target, f"gdb:{lab.gdb_socket}", "--symbols", str(lab.symbols), "--qmp",
                             str(lab.qmp_socket))  # fmt: skip
             assert done.returncode == 3
             assert "is it Xen" in done.stderr.splitlines()[-1]
             assert "Traceback" not in done.stderr
-        dumps = [lab.dump_guest_memory(tmp_path / name, name) for name in ("elf", "kdump-zlib")]
+        dumps = [lab.dumps.qemu(tmp_path / name, name) for name in ("elf", "kdump-zlib")]
         for dump in dumps:
             for symbols in (["--symbols", str(lab.symbols)], []):
                 done = xencrash("check", str(dump), *symbols)

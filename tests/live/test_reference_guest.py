@@ -18,7 +18,7 @@ Json = dict[str, Any]
 def what_the_crash_image_says(generation: str, append: str, **machine: Any) -> tuple[bytes, bytes, bytes]:
     """The CPU that crashes, the mode in which the crash image finds its local APIC, and whether NMIs are open there."""
     with guest(generation, append=append, **machine) as lab:
-        lab.wait_serial(rb"crash image: NMIs are (open|shut)", 30)
+        lab.serial.wait(rb"crash image: NMIs are (open|shut)", 30)
         said = lab.serial_log.read_bytes()
     crasher = said.partition(b"CPUs ready, CPU ")[2][:1]
     mode = said.partition(b"alive, local APIC in ")[2].split()[0]
@@ -59,7 +59,7 @@ def test_the_crash_image_finds_the_mode_in_which_the_firmware_booted(append: str
 def test_a_clean_crash_passes(generation: str, append: str, machine: Json) -> None:
     with guest(generation, append=append, **machine) as lab:
         report = trace(target(lab), str(lab.symbols), str(lab.qmp_socket), timeout=60,
-                       trigger=lambda: lab.serial_send(b"C"))  # fmt: skip
+                       trigger=lambda: lab.serial.send(b"C"))  # fmt: skip
     assert (named(report["findings"]), named(report["findings"], "unknown")) == ([], [])
     assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
     assert report["crashing_cpu"] == int((append.partition("crash_cpu=")[2] or "0")[0])

@@ -12,14 +12,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.live.machines import guest, target
+from tests.live.machines import guest, ready, target
 from tests.machines.realxen import LiveMachine, follow
 from tests.schema import SCHEMA
 from xen_symbols.absence import Undecidable
 from xen_symbols.x86.gate import SIZE, decode, encode
 from xen_symbols.xen.state import idt_address
 from xencrash.gdbmi import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import Machine
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
@@ -61,7 +61,7 @@ def zip_writers(report: dict[str, Any]) -> list[tuple[dict[str, Any], set[tuple[
 def test_every_change_of_a_clean_crash(generation: str, expected: set[tuple[int, int, str, Any]]) -> None:
     with guest(generation, cpus=2) as lab:
         report = trace(target(lab), str(lab.symbols), str(lab.qmp_socket), timeout=20, stall=10, gates=True,
-                       trigger=lambda: lab.serial_send(b"C"))  # fmt: skip
+                       trigger=lambda: lab.serial.send(b"C"))  # fmt: skip
     jsonschema.validate(report, SCHEMA)
     assert report["verdict"] == "pass"
     assert made(report) == expected
@@ -104,9 +104,9 @@ def test_the_watchpoints_are_there_for_the_trace_alone() -> None:
 def test_gates_watched_by_a_program() -> None:
     with guest(cpus=2) as lab, open_session(target(lab), str(lab.symbols), str(lab.qmp_socket)) as session:
         assert session.xen("watch-gates-begin") == {"gates": 4}
-        lab.serial_send(b"C")
+        lab.serial.send(b"C")
         session.run()
-        lab.wait_serial(rb"crash image: alive", 20)
+        lab.serial.wait(rb"crash image: alive", 20)
         session.interrupt()
         report = {"gate_changes": session.xen("watch-gates-stop")["changes"]}
         assert made(report) == ARMED | PARKED | NEUTRALISED
@@ -127,8 +127,8 @@ def test_gates_watched_by_hand() -> None:
             assert process.stdout is not None
             while (line := process.stdout.readline()) and not line.startswith("watching 4 gates"):
                 pass
-            lab.serial_send(b"C")
-            lab.wait_serial(rb"crash image: alive", 20)
+            lab.serial.send(b"C")
+            lab.serial.wait(rb"crash image: alive", 20)
             process.send_signal(signal.SIGINT)
             output = process.communicate(timeout=20)[0]
     assert "Changes of gates" in output and "Traceback" not in output
@@ -156,7 +156,7 @@ def assert_watched(changes: list[dict[str, Any]], before: Gates, after: Gates) -
                                                if change["vector"] == NMI]  # fmt: skip
 
 
-def gates_of(lab: Lab) -> Gates:
+def gates_of(lab: Machine) -> Gates:
     """Every NMI and #MC gate, as the machine has it now."""
     with open_session(target(lab), str(lab.symbols), str(lab.qmp_socket)) as session:
         cpus = session.xen("crash-check")["cpus"]
@@ -164,20 +164,20 @@ def gates_of(lab: Lab) -> Gates:
 
 
 def test_gates_of_real_xen_watched_by_a_program(tmp_path: Path) -> None:
-    with Lab.up(cpus=3, dom0_vcpus=3) as lab:
+    with ready(cpus=3, dom0_vcpus=3) as lab:
         before = gates_of(lab)
         with open_session(target(lab), str(lab.symbols), str(lab.qmp_socket)) as session:
             assert session.xen("watch-gates-begin") == {"gates": 6}
             session.run()
             lab.crash("panic", cpu=0)
-            lab.wait_vmcore(tmp_path / "vmcore", 300).unlink()
+            lab.dumps.vmcore(tmp_path / "vmcore", 300).unlink()
             session.interrupt()
             changes = session.xen("watch-gates-end")["changes"]
         assert_watched(changes, before, gates_of(lab))
 
 
 def test_gates_of_real_xen_watched_by_hand(tmp_path: Path) -> None:
-    with Lab.up(qemu="10.0", cpus=3, dom0_vcpus=3) as lab:
+    with ready(qemu="10.0", cpus=3, dom0_vcpus=3) as lab:
         words = [find_gdb(), *gdb_arguments(), "-batch"]
         for command in (f"source {plugin_script()}", f"set xen symbols {lab.symbols}", "set pagination off",
                         f"target remote {lab.gdb_socket}", "xen watch gates"):  # fmt: skip
@@ -187,7 +187,7 @@ def test_gates_of_real_xen_watched_by_hand(tmp_path: Path) -> None:
             while (line := process.stdout.readline()) and not line.startswith("watching 6 gates"):
                 pass
             lab.crash("panic", cpu=0)
-            lab.wait_vmcore(tmp_path / "vmcore", 300).unlink()
+            lab.dumps.vmcore(tmp_path / "vmcore", 300).unlink()
             process.send_signal(signal.SIGINT)
             output = process.communicate(timeout=60)[0]
     assert "Traceback" not in output
@@ -249,7 +249,7 @@ def test_changes_that_real_xen_does_not_make() -> None:
             write(session, 3, NMI, handler=machine.symbols.address(handler, "tT"))
         stops.append(at)
 
-    with Lab.up(dom0_vcpus=4) as lab:
+    with ready(dom0_vcpus=4) as lab:
         machine = LiveMachine(lab)
         report = follow(lab, 0, on_stop=meddle, progress=call_memcpy, gates=True)
     failures = [finding for finding in report["findings"] if finding["verdict"] == "fail"]

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.live.machines import gdb, packets, rows
+from tests.live.machines import gdb, packets, ready, rows
 from xen_symbols import evaluate, open_dump
 from xen_symbols.symbols.load import load_symbols
 from xencrash.gdbmi import open_session
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import Machine
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.live
 Json = dict[str, Any]
 
 
-def follow(lab: Lab, **options: Any) -> Json:
+def follow(lab: Machine, **options: Any) -> Json:
     options = {"timeout": 60, "trigger": lab.crash, **options}
     return trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), **options)
 
@@ -44,7 +44,7 @@ def assert_passed(report: Json) -> None:
 
 
 def test_announced_and_absent_cpus(tmp_path: Path) -> None:
-    with Lab.up(cpus=4, max_cpus=8) as lab:
+    with ready(cpus=4, max_cpus=8) as lab:
         with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
             cpus = session.xen("cpus")["cpus"]
             assert [(cpu["cpu"], cpu["exists"]) for cpu in cpus] == [(cpu, cpu < 4) for cpu in range(8)]
@@ -55,14 +55,14 @@ def test_announced_and_absent_cpus(tmp_path: Path) -> None:
         assert {cpu["cpu"]: cpu["role"] for cpu in report["cpus"]} == {
             cpu: "crashing" if cpu == report["crashing_cpu"] else "other" for cpu in range(4)
         }
-        vmcore = lab.wait_vmcore(tmp_path / "vmcore")  # with notes of the absent ones, all zero
+        vmcore = lab.dumps.vmcore(tmp_path / "vmcore")  # with notes of the absent ones, all zero
         dump = evaluate(open_dump(vmcore, lab.symbols)).to_json()
         vmcore.unlink()
     assert (dump["verdict"], [cpu["cpu"] for cpu in dump["cpus"]]) == ("pass", [0, 1, 2, 3])
 
 
 def test_parked_cpus_before_and_through_a_crash_and_in_the_vmcore(tmp_path: Path) -> None:
-    with Lab.up(cpus=4, xen_args="maxcpus=2", cpu_args="vendor=GenuineIntel") as lab:
+    with ready(cpus=4, xen_args="maxcpus=2", cpu_args="vendor=GenuineIntel") as lab:
         first: list[Json] = []
         report = follow(lab, progress=lambda stage, findings: first.extend(findings) if not first else None)
         assert_passed(report)
@@ -70,7 +70,7 @@ def test_parked_cpus_before_and_through_a_crash_and_in_the_vmcore(tmp_path: Path
         assert handlers == {0: "nmi", 1: "nmi", 2: "trap_nop", 3: "trap_nop"}
         assert set(verdicts(report)) == {0, 1, 2, 3}
         assert [cpu["role"] for cpu in report["cpus"]][2:] == ["offline", "offline"]
-        vmcore = lab.wait_vmcore(tmp_path / "vmcore")
+        vmcore = lab.dumps.vmcore(tmp_path / "vmcore")
         dump = evaluate(open_dump(vmcore, lab.symbols)).to_json()
         vmcore.unlink()
     assert (dump["verdict"], dump["crashing_cpu"]) == ("pass", report["crashing_cpu"])
@@ -83,7 +83,7 @@ def test_parked_cpus_before_and_through_a_crash_and_in_the_vmcore(tmp_path: Path
 
 @pytest.mark.parametrize("cpu", [0, 1, 2, 3])
 def test_a_crash_on_each_cpu_in_turn(cpu: int) -> None:
-    with Lab.up(cpus=4, dom0_vcpus=4) as lab:
+    with ready(cpus=4, dom0_vcpus=4) as lab:
         report = follow(lab, trigger=lambda: lab.crash("panic", cpu=cpu))
     assert_passed(report)
     assert report["crashing_cpu"] == cpu
@@ -93,7 +93,7 @@ def test_a_crash_on_each_cpu_in_turn(cpu: int) -> None:
 def test_one_cpu_and_thirty_two() -> None:
     sent = {}
     for cpus in (1, 32):
-        with Lab.up(cpus=cpus) as lab:
+        with ready(cpus=cpus) as lab:
             sent[cpus] = packets(lab)
             report = follow(lab)
         assert_passed(report)
@@ -109,7 +109,7 @@ def test_x2apic_and_back(tmp_path: Path) -> None:
     stops: list[dict[int, Json]] = []
     seen: list[tuple[Json, dict[int, Json]]] = []
 
-    with Lab.up(qemu="10.0", cpus=3, dom0_vcpus=3) as lab:
+    with ready(qemu="10.0", cpus=3, dom0_vcpus=3) as lab:
         report = follow(
             lab, trigger=lambda: lab.crash("panic", cpu=1), leave_stopped=True,
             on_stop=lambda session: stops.append({cpu["cpu"]: cpu for cpu in session.xen("lapic")["cpus"]}),
@@ -138,7 +138,7 @@ def test_x2apic_and_back(tmp_path: Path) -> None:
         assert_passed_after_the_fact(lab, 1, "xapic", tmp_path)
 
 
-def assert_sources_agree(lab: Lab, exact: dict[int, Json], awake: int) -> None:
+def assert_sources_agree(lab: Machine, exact: dict[int, Json], awake: int) -> None:
     """What memory and monitor give by inference, and rdmsr on the CPU that is awake in Xen, is what QEMU's device state
     gave: the machine has not moved since."""
     with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols)) as session:
@@ -153,10 +153,10 @@ def assert_sources_agree(lab: Lab, exact: dict[int, Json], awake: int) -> None:
     assert {row[3] for number, row in measured.items() if number != awake} == {"inferred"}  # halted: left alone
 
 
-def assert_passed_after_the_fact(lab: Lab, crashing: int, parked: str, folder: Path) -> None:
+def assert_passed_after_the_fact(lab: Machine, crashing: int, parked: str, folder: Path) -> None:
     """The crash kernel runs on the crashing CPU, where Linux leaves x2APIC mode if it was in it, as it has no interrupt
     remapping; the others are parked, in the mode in which Xen left them."""
-    lab.wait_vmcore(folder / "vmcore", 300).unlink()
+    lab.dumps.vmcore(folder / "vmcore", 300).unlink()
     done = subprocess.run(
         [sys.executable, "-m", "xencrash", "check", f"gdb:{lab.gdb_socket}", "--symbols", str(lab.symbols),
          "--qmp", str(lab.qmp_socket), "--format", "json"], capture_output=True, text=True, check=False)  # fmt: skip
@@ -171,7 +171,7 @@ def assert_passed_after_the_fact(lab: Lab, crashing: int, parked: str, folder: P
 
 def test_x2apic_of_the_firmware(tmp_path: Path) -> None:
     """Xen was entered in x2APIC mode: each CPU stops in it, and writes its self-NMI into the ICR that is an MSR."""
-    with Lab.up(qemu="10.0", lapic="x2apic-firmware", cpus=3, dom0_vcpus=3) as lab:
+    with ready(qemu="10.0", lapic="x2apic-firmware", cpus=3, dom0_vcpus=3) as lab:
         report = follow(lab, trigger=lambda: lab.crash("panic", cpu=0), leave_stopped=True)
         assert_passed(report)
         assert b"x2APIC mode is already enabled by BIOS" in lab.serial_log.read_bytes()

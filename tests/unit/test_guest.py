@@ -16,8 +16,9 @@ from xencrash.cli import _parser, main
 from xencrash.guests import BY_ID, FAULTS, build, command_line, generations, listing
 from xencrash.guests.faults import clean
 from xencrash.guests.generations import SOURCES, feature, features
-from xencrash.lab.cli import machine_arguments
+from xencrash.lab.cli import specification
 from xencrash.lab.errors import LabError
+from xencrash.lab.specification import Specification
 
 SOURCE_NAMES = set(re.findall(r"^ +F\(\w+, +\"([a-z0-9-]+)\"\)", (SOURCES / "fault.h").read_text(), re.MULTILINE))
 
@@ -163,14 +164,14 @@ def test_the_listing_in_words(capsys):
         ("--lapic x2apic", "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate: give --qemu 10.0"),
         ("--lapic x2apic-firmware", "--lapic x2apic-firmware needs x2APIC, which QEMU 7.2 does not emulate"),
         ("--domu-vcpus 5", "--domu-vcpus 5: each needs a CPU of its own, and the machine has 4"),
-        ("--cpu 2", "--cpu 2 needs a vCPU of dom0 on every CPU: give --dom0-vcpus 4 too"),
-        ("--cpu 2 --dom0-vcpus 3", "give --dom0-vcpus 4 too"),
+        ("--cpu 2", "--cpu 2 needs a vCPU of dom0 on every CPU: boot the machine with --dom0-vcpus 4"),
+        ("--cpu 2 --dom0-vcpus 3", "boot the machine with --dom0-vcpus 4"),
         ("--cpu 4 --dom0-vcpus 4", "--cpu 4: the machine's CPUs are 0 to 3"),
         ("--how key --cpu 2 --dom0-vcpus 4", "--how key crashes the CPU that takes the serial interrupt"),
     ],
 )  # fmt: skip
 def test_a_run_that_could_not_show_what_is_asked_is_bad_usage(words, why, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("xencrash.lab.machine.Lab.up", None)  # nothing boots
+    monkeypatch.setattr("xencrash.lab.run.up", None)  # nothing boots
     assert main(["lab", "run", *words.split(), "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert why in said and said.count("\n") == 1
@@ -196,9 +197,7 @@ def test_options_of_the_other_steps_that_would_have_no_effect(words, why, capsys
 
 def test_the_options_of_a_machine_are_what_it_is_made_of():
     args = _parser("lab").parse_args("lab run --xen 4.20 --memory 2048 --xen-args foo --cpus 2".split())
-    assert machine_arguments(args) == {
-        "qemu": "7.2", "lapic": None, "cpus": 2, "xen": "4.20", "memory_mib": 2048, "xen_args": "foo",
-    }  # fmt: skip
+    assert specification(args) == Specification(xen="4.20", memory=2048, xen_args="foo", cpus=2)
 
 
 def test_a_fault_of_the_crashing_cpu_alone_needs_no_other():

@@ -223,7 +223,8 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     @contextlib.contextmanager
     def machine(*_: object, **__: object) -> Iterator[Any]:
-        yield argparse.Namespace(gdb_socket="", symbols="", qmp_socket="", load=lambda loops: None)
+        dom0 = argparse.Namespace(load=lambda loops: None)
+        yield argparse.Namespace(gdb_socket="", symbols="", qmp_socket="", dom0=dom0)
 
     monkeypatch.setattr(run, "machine", machine)
     monkeypatch.setattr(trace, "trace", lambda *_, **__: report())

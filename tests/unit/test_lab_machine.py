@@ -8,18 +8,22 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.machines import realxen
 from xen_symbols.crashpath.generations import BY_ID
-from xencrash.lab import images, initramfs, machine
-from xencrash.lab.errors import LabError
+from xencrash.lab import boot, crash, domu, images, initramfs, machine
+from xencrash.lab.crash import Crash
+from xencrash.lab.dumps import elf_size
+from xencrash.lab.errors import BadSpecification, LabError
 from xencrash.lab.packages import Cache
-from xencrash.lab.qemu import Boot, Paths, Program, command_line, cpu_of
+from xencrash.lab.qemu import Boot, Paths, Program, command_line
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, KERNEL_SUITE, QEMUS, SUITES, XENS
 from xencrash.lab.runs import State, new_run
-from xencrash.lab.vmcore import copy_sparse, elf_size
+from xencrash.lab.sparse import copy_sparse
+from xencrash.lab.specification import Specification
 
 
 def entries(archive: bytes) -> dict[str, tuple[int, bytes]]:
@@ -103,11 +107,46 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "-initrd" not in guest and "-S" not in guest
 
 
-def test_what_a_qemu_cannot_do_is_said() -> None:
-    assert cpu_of(QEMUS["10.0"], None) == "max,-smap"
-    assert cpu_of(QEMUS["10.0"], "xapic") == "max,-smap,-x2apic"
-    with pytest.raises(LabError, match=r"QEMU 7\.2 cannot do x2apic, only xapic"):
-        cpu_of(QEMUS["7.2"], "x2apic")
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"xen": "4.99"}, "--xen is one of 4.17, 4.14, 4.20, not '4.99'"),
+        ({"wait": "dom1"}, "--wait is one of dom0, xen, none, not 'dom1'"),
+        ({"lapic": "x2apic"}, "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate: give --qemu 10.0 or sid"),
+        ({"domu_vcpus": 5}, "--domu-vcpus 5: each needs a CPU of its own, and the machine has 4"),
+        ({"domu_vcpus": 1, "paused": True}, "--domu-vcpus is for a machine that boots, and --paused stops it"),
+        ({"domu_vcpus": 1, "wait": "xen"}, "--domu-vcpus needs dom0, which wait='xen' does not wait for"),
+        ({"guest": "rfc-v1", "dom0_vcpus": 1}, "--dom0-vcpus is for real Xen, and --guest boots the reference guest"),
+        ({"guest": "rfc-v1", "crash": Crash("key")}, "--how is for real Xen"),
+        ({"guest": "rfc-v1", "crash_kernel": False}, "--no-crash-kernel is for real Xen"),
+        ({"guest": "rfc-v1", "kernel": Boot(Path("/k"), Path("/s"))}, "kernel and guest are two things to boot"),
+        ({"crash": Crash("panic", 2)}, "boot the machine with --dom0-vcpus 4"),
+        ({"crash": Crash("panic", 4), "dom0_vcpus": 4}, "--cpu 4: the machine's CPUs are 0 to 3"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_done(fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadSpecification) as refused:
+        Specification(**fields)
+    assert why in str(refused.value)
+
+
+def test_a_crash_on_a_chosen_cpu_is_dom0s_panic() -> None:
+    assert [Crash().way, Crash(cpu=1).way, Crash("panic").way] == ["key", "panic", "panic"]
+    with pytest.raises(BadSpecification, match="--how key crashes the CPU that takes the serial interrupt"):
+        Crash("key", 0)
+    with pytest.raises(BadSpecification, match="--how is key or panic, not 'nmi'"):
+        Crash("nmi")
+
+
+def test_what_follows_from_a_specification() -> None:
+    assert Specification().lapic_row.mode == "xapic"
+    assert Specification(qemu="10.0").lapic_row.mode == "x2apic"
+    assert Specification(guest="rfc-v1").memory_mib == 64
+    assert (Specification().memory_mib, Specification(memory=2048).memory_mib) == (1024, 2048)
+    assert Specification(kernel=Boot(Path("/boot/linux"), Path("/syms"))).name == "linux"
+    assert [Specification(**fields).boots_dom0 for fields in ({}, {"paused": True}, {"wait": "xen"})] == [
+        True, False, False
+    ]  # fmt: skip
 
 
 def test_every_row_names_suites_that_there_are_and_a_reason() -> None:
@@ -131,23 +170,18 @@ def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
         new_run(tmp_path / ("x" * 100))
 
 
-def test_a_domu_of_more_vcpus_than_cpus_is_refused() -> None:
-    with pytest.raises(LabError, match="each of a domU's 5 vCPUs needs a CPU of its own, of 4"):
-        machine.Lab.up(domu_vcpus=5, cpus=4)
-
-
 def test_a_folder_of_no_lab(tmp_path: Path) -> None:
     with pytest.raises(LabError, match="finding the lab: none in"):
-        machine.Lab.attach(tmp_path)
+        machine.attach(tmp_path)
     (tmp_path / "state.json").write_text('{"pid": 1')
     with pytest.raises(LabError, match=r"state\.json cannot be read"):
-        machine.Lab.attach(tmp_path)
+        machine.attach(tmp_path)
 
 
 def test_a_dead_machine_is_seen_even_if_its_process_number_lives_on(tmp_path: Path) -> None:
-    state = State(os.getpid(), 1, "/syms", 512, 1, "Xen", "7.2", False)
+    state = State(os.getpid(), 1, "/syms", 512, 1, 1, "Xen", "7.2", False)
     (tmp_path / "state.json").write_text(json.dumps(state.__dict__))
-    lab = machine.Lab.attach(tmp_path)
+    lab = machine.attach(tmp_path)
     assert lab.status()["machine"] == "gone"
     with pytest.raises(LabError, match="QEMU is gone"):
         lab.qmp("query-status")
@@ -178,33 +212,34 @@ def test_what_was_made_is_made_again_when_it_is_broken(tmp_path: Path) -> None:
 def test_a_crash_waits_for_a_machine_that_gdb_has_just_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no longer than that for one that is stopped."""
     statuses = iter(["paused", "paused", "running"])
-    lab = object.__new__(machine.Lab)
+    lab = object.__new__(machine.Machine)
     monkeypatch.setattr(lab, "qmp", lambda command: {"status": next(statuses)}, raising=False)
-    lab._require_running()
+    crash._require_running(lab)
     assert list(statuses) == []
     monkeypatch.setattr(lab, "qmp", lambda command: {"status": "paused"})
-    monkeypatch.setattr(machine, "_RESUMES_IN", 0.05)
+    monkeypatch.setattr(crash, "_RESUMES_IN", 0.05)
     with pytest.raises(LabError, match=r"the machine is stopped \(paused\), by a debugger perhaps: let it run first"):
-        lab._require_running()
+        crash._require_running(lab)
 
 
-def busy_lab(monkeypatch: pytest.MonkeyPatch, said: dict[str, list[str]]) -> machine.Lab:
+def busy_lab(monkeypatch: pytest.MonkeyPatch, said: dict[str, list[str]]) -> machine.Machine:
     """A machine whose dom0 says these things in turn, by the first two words of what it is asked."""
-    lab = machine.Lab(Paths(Path("/run")), State(0, 0, "", 1, 4, "Xen", "7.2", True), False, lambda text: None)
+    state = State(0, 0, "", 1, 4, 4, "Xen", "7.2", True)
+    lab = machine.Machine(Paths(Path("/run")), state, False, lambda text: None)
     monkeypatch.setattr(lab, "alive", lambda: True)
-    monkeypatch.setattr(lab, "dom0", lambda command, timeout=30: said[" ".join(command.split()[:2])].pop(0))
+    monkeypatch.setattr(lab.dom0, "run", lambda command, timeout=30: said[" ".join(command.split()[:2])].pop(0))
     return lab
 
 
 def test_a_domu_runs_when_each_of_its_vcpus_has_gone_on(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"domu create": ["7\n"], "domu rounds": ["0\n3\n", "1\n0\n", "9\n4\n"]}
     lab = busy_lab(monkeypatch, said)
-    assert lab.create_domu(2) == 7
+    assert lab.domus.create(2) == 7
     assert said["domu rounds"] == []
     said["domu rounds"] += ["9\n5\n", "10\n5\n"]
     lab.require_busy()
     assert said["domu rounds"] == []
-    monkeypatch.setattr(machine, "_BUSY_ANSWERS", 0.0)
+    monkeypatch.setattr(domu, "BUSY_ANSWERS", 0.0)
     said["domu rounds"] += ["11\n5\n", "12\n5\n", "13\n5\n", "14\n5\n"]
     with pytest.raises(LabError, match=r"^running domain 7: a vCPU does not go on: nothing after 0 s"):
         lab.require_busy()
@@ -215,7 +250,7 @@ def test_each_loop_of_dom0_must_run(monkeypatch: pytest.MonkeyPatch) -> None:
     lab.require_busy()  # which asks dom0 nothing
     said = {"while :;": ["81\n", "82\n"], "cat /proc/81/stat": ["81 (sh) R 1 0 0\n82 (sh) R 1 0 0\n"]}
     lab = busy_lab(monkeypatch, said)
-    lab.load(2)
+    lab.dom0.load(2)
     lab.require_busy()
     for second in ("82 (sh) Z 1 0 0\n", "cat: can't open '/proc/82/stat': No such file or directory\n"):
         said["cat /proc/81/stat"] = [f"81 (sh) R 1 0 0\n{second}"]
@@ -225,26 +260,26 @@ def test_each_loop_of_dom0_must_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("stalls", "boots"), [(0, 1), (1, 2), (2, 2)])
 def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(tmp_path: Path, stalls: int, boots: int) -> None:
-    started: list[machine.Lab] = []
+    started: list[machine.Machine] = []
     told: list[str] = []
 
-    def start_one() -> machine.Lab:
+    def start_one() -> machine.Machine:
         paths = Paths(tmp_path)
         for log in (paths.serial_log, paths.line_log, paths.qemu_log):
             assert not log.exists()
             log.write_text(f"boot {len(started)}")
-        started.append(machine.Lab(paths, State(0, -1, "", 1, 1, "Xen", "7.2", True), False, told.append))
+        started.append(machine.Machine(paths, State(0, -1, "", 1, 1, 1, "Xen", "7.2", True), False, told.append))
         return started[-1]
 
-    def wait_for(lab: machine.Lab) -> None:
+    def wait_for(lab: machine.Machine) -> None:
         if len(started) <= stalls:
-            raise machine._Stalled("booting dom0: silence")
+            raise boot._Stalled("booting dom0: silence")
 
     if stalls < 2:
-        assert machine.Lab._boot_twice(start_one, wait_for, Paths(tmp_path), told.append) is started[-1]
+        assert boot.boot_twice(start_one, wait_for, Paths(tmp_path), told.append) is started[-1]
     else:
         with pytest.raises(LabError, match="booting dom0: silence"):
-            machine.Lab._boot_twice(start_one, wait_for, Paths(tmp_path), told.append)
+            boot.boot_twice(start_one, wait_for, Paths(tmp_path), told.append)
     assert len(started) == boots
     assert told == ["booting dom0: silence (now *.stalled.log); starting it once more"] * min(stalls, 1)
     if stalls:  # what the first one said can still be read

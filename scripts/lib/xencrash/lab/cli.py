@@ -9,11 +9,14 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xencrash.lab.errors import LabError
+from xencrash.lab.crash import WAYS, Crash, wait_until_seen
+from xencrash.lab.errors import BadSpecification, LabError
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, LAPICS, QEMUS, XENS
+from xencrash.lab.specification import Specification
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _DESCRIPTION = """\
@@ -172,103 +175,26 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fault", metavar="NAME", help="a fault for the reference guest to have")
 
 
-def machine_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of Lab.up from the options of `machine_options`.
-
-    Raises UsageError for what could not be done, or would have no effect; also of `_crash_options`, where the step has
-    them.
-    """
-    arguments: dict[str, Any] = {"qemu": args.qemu, "lapic": args.lapic, "cpus": args.cpus}
-    _require_known_crash(args)
-    if getattr(args, "cpu", None) is not None:
-        _require_cpu(args.cpu, args.cpus)
-    if args.guest:
-        return arguments | _guest_arguments(args)
-    return arguments | _xen_arguments(args)
+def specification(args: argparse.Namespace) -> Specification:
+    """The machine that the options of `machine_options` and `_crash_options` ask for. Raises UsageError."""
+    names = ("xen", "guest", "fault", "qemu", "lapic", "cpus", "memory", "dom0_vcpus", "domu_vcpus", "xen_args",
+             "dom0_args", "paused")  # fmt: skip
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    with _bad_usage():
+        return Specification(
+            **given,
+            crash_kernel=not getattr(args, "no_crash_kernel", False),
+            crash=Crash(getattr(args, "how", None), getattr(args, "cpu", None)),
+        )
 
 
-def _xen_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    if args.fault:
-        raise _usage("--fault is for the reference guest: give --guest too")
-    if args.lapic and LAPICS[args.lapic].mode == "x2apic":
-        _require_x2apic(f"--lapic {args.lapic}", args)
-    if (args.domu_vcpus or 0) > args.cpus:
-        raise _usage(f"--domu-vcpus {args.domu_vcpus}: each needs a CPU of its own, and the machine has {args.cpus}")
-    if args.domu_vcpus and getattr(args, "paused", False):
-        raise _usage("--domu-vcpus is for a machine that boots, and --paused stops it: leave one out")
-    if getattr(args, "cpu", None) is not None and (args.dom0_vcpus or 1) != args.cpus:
-        raise _usage(f"--cpu {args.cpu} needs a vCPU of dom0 on every CPU: give --dom0-vcpus {args.cpus} too")
-    words = {name: getattr(args, option) for option, name in _OF_XEN.items()}
-    return {name: value for name, value in words.items() if value is not None}
-
-
-# The options that the reference guest has no use for, and what they are called where a machine is made.
-_OF_XEN = {
-    "xen": "xen",
-    "memory": "memory_mib",
-    "dom0_vcpus": "dom0_vcpus",
-    "domu_vcpus": "domu_vcpus",
-    "xen_args": "xen_args",
-    "dom0_args": "dom0_args",
-}
-
-
-def _guest_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    from xencrash.guests import BY_ID, build, command_line, generations
-    from xencrash.lab.qemu import Boot
-
-    for option in (*_OF_XEN, "how", "no_crash_kernel"):
-        if getattr(args, option, None):
-            words = "--" + option.replace("_", "-")
-            raise _usage(f"{words} is for real Xen, and --guest boots the reference guest: leave it out")
-    if args.guest not in generations():
-        raise _usage(f"--guest {args.guest}: the generations are {', '.join(generations())}")
-    if args.fault and args.fault not in BY_ID:
-        raise _usage(f"--fault {args.fault}: xencrash lab guests lists the faults")
-    if args.fault:
-        _require_shown(BY_ID[args.fault], args)
-    if args.lapic and LAPICS[args.lapic].firmware:
-        raise _usage(f"--lapic {args.lapic} is for Xen: the reference guest has it as --fault firmware-x2apic")
-    if args.lapic == "x2apic":
-        _require_x2apic("--lapic x2apic", args)
-    built = build(args.guest)
-    append = command_line(fault=args.fault, crash_cpu=_crash_cpu(args), x2apic=args.lapic == "x2apic")
-    boot = Boot(kernel=built.kernel, symbols=built.symbols, append=append)
-    return {"guest": boot, "memory_mib": 64, "wait": "none"}
-
-
-def _require_shown(fault: Any, args: argparse.Namespace) -> None:
-    """Refuse a run that could not show the fault."""
-    if args.guest not in fault.generations:
-        raise _usage(f"--fault {fault.id} makes sense in {', '.join(fault.generations)}, not in {args.guest}")
-    if args.cpus < fault.cpus:
-        raise _usage(f"--fault {fault.id} is not to be seen with {args.cpus} CPU: give --cpus {fault.cpus} or more")
-    if fault.x2apic:
-        if args.lapic == "xapic":
-            raise _usage(f"--fault {fault.id} is one of x2APIC mode: give --lapic x2apic, or leave --lapic out")
-        _require_x2apic(f"--fault {fault.id}", args)
-
-
-def _require_x2apic(what: str, args: argparse.Namespace) -> None:
-    able = [row.name for row in QEMUS.values() if "x2apic" in row.cpu]
-    if args.qemu not in able:
-        raise _usage(f"{what} needs x2APIC, which QEMU {args.qemu} does not emulate: give --qemu {' or '.join(able)}")
-
-
-def _require_known_crash(args: argparse.Namespace) -> None:
-    """Refuse the one combination of `_crash_options` that there is not, where the step has them."""
-    if getattr(args, "how", None) == "key" and args.cpu is not None:
-        raise _usage("--how key crashes the CPU that takes the serial interrupt: leave --cpu out, or give --how panic")
-
-
-def _require_cpu(cpu: int, cpus: int) -> None:
-    if not 0 <= cpu < cpus:
-        raise _usage(f"--cpu {cpu}: the machine's CPUs are 0 to {cpus - 1}")
-
-
-def _crash_cpu(args: argparse.Namespace) -> int:
-    """--cpu, where the sub-command has it: the guest is told when it boots."""
-    return getattr(args, "cpu", None) or 0
+@contextlib.contextmanager
+def _bad_usage() -> Iterator[None]:
+    """What a specification refuses is bad usage here."""
+    try:
+        yield
+    except BadSpecification as error:
+        raise _usage(str(error)) from error
 
 
 def progress() -> Any:
@@ -295,27 +221,21 @@ def run_fetch(args: argparse.Namespace) -> int:
 
 
 def run_up(args: argparse.Namespace) -> int:
-    from xencrash.lab.machine import Lab
+    from xencrash.lab.boot import up
 
-    lab = Lab.up(
-        args.run_dir, **machine_arguments(args), paused=args.paused, crash_kernel=not args.no_crash_kernel,
-        owned=False, progress=progress(),
-    )  # fmt: skip
-    _show(lab.status())
+    _show(up(specification(args), args.run_dir, owned=False, progress=progress()).status())
     return 0
 
 
 def run_crash(args: argparse.Namespace) -> int:
-    _require_known_crash(args)
-    lab = _lab(args)
-    if args.cpu is not None:
-        _require_cpu(args.cpu, lab.state.cpus)
-        if int(lab.dom0("grep -c ^processor /proc/cpuinfo")) != lab.state.cpus:
-            raise _usage(f"--cpu {args.cpu} needs a vCPU of dom0 on every CPU: lab up --dom0-vcpus {lab.state.cpus}")
-    since = lab.serial_size()
-    lab.crash(args.how or ("key" if args.cpu is None else "panic"), args.cpu)
-    lab.crash_seen(since)
-    print(f"crashing; see {lab.serial_log}")
+    with _bad_usage():
+        crash = Crash(args.how, args.cpu)
+        machine = _lab(args)
+        crash.require_vcpus(machine.state.cpus, machine.state.dom0_vcpus)
+    since = machine.serial.size()
+    machine.crash(crash.how, crash.cpu)
+    wait_until_seen(machine, since)
+    print(f"crashing; see {machine.serial_log}")
     return 0
 
 
@@ -342,17 +262,17 @@ def run_dump(args: argparse.Namespace) -> int:
         raise _usage(f"--timeout is for --format vmcore, and {args.format} is taken at once: leave it out")
     lab = _lab(args)
     if args.format == "vmcore":
-        written = lab.wait_vmcore(args.output, args.timeout or 120)
+        written = lab.dumps.vmcore(args.output, args.timeout or 120)
     else:
-        written = lab.dump_guest_memory(args.output, args.format)
+        written = lab.dumps.qemu(args.output, args.format)
     print(f"{written}  (symbols: {lab.symbols})")
     return 0
 
 
 def run_status(args: argparse.Namespace) -> int:
-    from xencrash.lab.machine import labs
+    from xencrash.lab.machine import running
 
-    found = [_lab(args)] if args.run_dir else labs()
+    found = [_lab(args)] if args.run_dir else running()
     states = [lab.status() for lab in found]
     if args.format == "json":
         print(json.dumps(states, indent=2))
@@ -364,11 +284,11 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def run_down(args: argparse.Namespace) -> int:
-    from xencrash.lab.machine import labs
+    from xencrash.lab.machine import running
 
     if args.all and args.run_dir:
         raise _usage("--all is every machine: leave it or --run-dir out")
-    for lab in [lab for lab in labs() if not lab.state.owned] if args.all else [_lab(args)]:
+    for lab in [lab for lab in running() if not lab.state.owned] if args.all else [_lab(args)]:
         lab.down()
         print(f"{lab.run_dir}: down")
     return 0
@@ -426,7 +346,7 @@ def _cleaning_up(run: Any, args: argparse.Namespace) -> int:
 
 
 def _crash_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--how", choices=("key", "panic"), default=None, help="default: key, or panic with --cpu")
+    parser.add_argument("--how", choices=WAYS, default=None, help="default: key, or panic with --cpu")
     parser.add_argument("--cpu", type=int, metavar="N", help="the CPU to crash on (needs --dom0-vcpus)")
 
 
@@ -445,16 +365,16 @@ def _run_dir(parser: argparse.ArgumentParser, text: str = "of the machine; defau
 
 def _lab(args: argparse.Namespace) -> Any:
     """The machine that is meant."""
-    from xencrash.lab.machine import Lab, labs
+    from xencrash.lab.machine import attach, running
 
     if args.run_dir:
-        return Lab.attach(args.run_dir, progress())
-    found = [lab for lab in labs() if not lab.state.owned]
+        return attach(args.run_dir, progress())
+    found = [lab for lab in running() if not lab.state.owned]
     if not found:
         raise LabError("finding the lab: no machine runs in a folder under /tmp: xencrash lab up, or give --run-dir")
     if len(found) > 1:
         raise _usage("several machines run: choose one with --run-dir: " + " ".join(str(lab.run_dir) for lab in found))
-    return Lab.attach(found[0].run_dir, progress())
+    return attach(found[0].run_dir, progress())
 
 
 def _show(state: dict[str, Any]) -> None:

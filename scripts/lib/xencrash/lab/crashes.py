@@ -17,9 +17,11 @@ from typing import Any
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.report.model import ExitStatus, Verdict
+from xencrash.lab.crash import Crash
 from xencrash.lab.errors import LabError, PackageGone
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import Machine
 from xencrash.lab.rows import GDBS, QEMUS, XENS
+from xencrash.lab.specification import Specification
 
 Json = dict[str, Any]
 CPUS = 4
@@ -29,7 +31,7 @@ CPUS = 4
 class Cell:
     """One crash: the rows of the lab it is made of, and how and when Xen crashes.
 
-    `how` and `cpu` are Lab.crash's. `load` is the number of busy loops in dom0, `domu` whether a domU spins on every
+    `how` and `cpu` are Crash's. `load` is the number of busy loops in dom0, `domu` whether a domU spins on every
     CPU, `delay` the seconds that Xen runs before it crashes, once all is ready.
     """
 
@@ -109,16 +111,27 @@ def _reports(cell: Cell, gdb: str, output: Path) -> Iterator[Json]:
     from xencrash.lab.run import check_vmcore, folder, follow, machine
 
     folder(output)
-    rows = {"xen": cell.xen, "qemu": cell.qemu, "lapic": cell.lapic}
-    with machine(output, **rows, cpus=CPUS, dom0_vcpus=CPUS, domu_vcpus=CPUS * cell.domu) as lab:
-        lab.load(cell.load)
+    with machine(output, _specification(cell)) as lab:
+        lab.dom0.load(cell.load)
         report = follow(lab, output, lambda: _crash_later(lab, cell), gdb=gdb)
         yield report
         if not report.get("undecided"):
             yield check_vmcore(lab, output)
 
 
-def _crash_later(lab: Lab, cell: Cell) -> None:
+def _specification(cell: Cell) -> Specification:
+    return Specification(
+        xen=cell.xen,
+        qemu=cell.qemu,
+        lapic=cell.lapic,
+        cpus=CPUS,
+        dom0_vcpus=CPUS,
+        domu_vcpus=CPUS * cell.domu,
+        crash=Crash(cell.how, cell.cpu),
+    )
+
+
+def _crash_later(lab: Machine, cell: Cell) -> None:
     lab.require_busy()
     time.sleep(cell.delay)
     lab.crash(cell.how, cell.cpu)

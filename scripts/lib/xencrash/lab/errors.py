@@ -9,6 +9,10 @@ class LabError(Undecidable):
     """A step of the lab failed, so nothing can be said of Xen."""
 
 
+class BadSpecification(LabError):
+    """A machine or a crash was asked for that cannot be; on the command line, bad usage."""
+
+
 class PackageGone(LabError):
     """The package source itself says that it does not have a package (any more).
 

@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xencrash.lab.errors import LabError
-from xencrash.lab.rows import LAPICS, QemuRow
-
 SOCKET_PATH_LIMIT = 107  # sockaddr_un's sun_path holds 108 bytes with the final NUL (unix(7))
 
 
@@ -91,14 +88,6 @@ class Program:
 
     words: tuple[str, ...]
     cpu: str
-
-
-def cpu_of(row: QemuRow, lapic: str | None) -> str:
-    """`-cpu` for a row of LAPICS, or None for what this QEMU does by itself."""
-    mode = LAPICS[lapic].mode if lapic else row.default_lapic
-    if mode not in row.cpu:
-        raise LabError(f"starting QEMU: QEMU {row.name} cannot do {mode}, only {', '.join(row.cpu)}: {row.reason}")
-    return row.cpu[mode]
 
 
 def command_line(

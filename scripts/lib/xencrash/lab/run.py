@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from xen_symbols.report.model import ExitStatus
+from xencrash.lab.boot import up
 from xencrash.lab.errors import LabError
-from xencrash.lab.machine import Lab
+from xencrash.lab.machine import Machine
+from xencrash.lab.process import Progress
 from xencrash.lab.rows import DEFAULT_XEN, LAPICS, XENS
+from xencrash.lab.specification import Specification
 
 Json = dict[str, Any]
 
@@ -29,12 +32,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from xencrash import judging
     from xencrash.cli import finish, show, status_of
-    from xencrash.lab.cli import machine_arguments, progress
+    from xencrash.lab.cli import progress, specification
 
-    arguments = machine_arguments(args)
+    wanted = specification(args)
     output = folder(args.output)
     tell = progress()
-    with machine(output, **arguments, progress=tell) as lab:
+    with machine(output, wanted, tell) as lab:
         tell("following the crash")
         gates = _shown_by_gates(args)
         report = follow(lab, output, lambda: _crash(lab, args), progress=judging.tell_stage, gates=gates)
@@ -63,7 +66,7 @@ def unlike(reports: Sequence[Json], generation: str, lapic: str | None, cpu: int
     """What the reports on one crash tell that is not as it was to be: then nothing was shown of it, whatever they say.
 
     `lapic` is the mode of all local APICs before the crash, `cpu` the one that crashes; None for any. That a domU or
-    dom0's loops run is seen to before the crash (`Lab.require_busy`).
+    dom0's loops run is seen to before the crash (`Machine.require_busy`).
     """
     told, modes, cpus = generations(reports), lapic_modes(reports), {report["crashing_cpu"] for report in reports}
     if reports and told != [generation]:
@@ -93,9 +96,9 @@ def folder(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def machine(output: Path, **arguments: Any) -> Iterator[Lab]:
-    """A machine by `Lab.up`'s arguments, whose logs are in `output` whatever happens to it."""
-    with Lab.up(**arguments) as lab:
+def machine(output: Path, specification: Specification, progress: Progress = lambda text: None) -> Iterator[Machine]:
+    """A machine whose logs are in `output` whatever happens to it."""
+    with up(specification, progress=progress) as lab:
         try:
             yield lab
         finally:
@@ -114,7 +117,7 @@ def _left_in(output: Path) -> Iterator[None]:
         raise LabError(f"running the lab: {error.filename or output}: {error.strerror or error}") from error
 
 
-def follow(lab: Lab, output: Path, crash: Callable[[], None], **options: Any) -> Json:
+def follow(lab: Machine, output: Path, crash: Callable[[], None], **options: Any) -> Json:
     """The report on a crash that `crash` causes, also left as `trace.json` and `trace.xml`; `options` are `trace`'s."""
     from xencrash.cli import render
     from xencrash.trace import trace
@@ -133,11 +136,11 @@ def follow(lab: Lab, output: Path, crash: Callable[[], None], **options: Any) ->
     return report
 
 
-def check_vmcore(lab: Lab, output: Path) -> Json:
+def check_vmcore(lab: Machine, output: Path) -> Json:
     """The report on the vmcore that the crash kernel takes, also left as `check.json` beside the `vmcore`."""
     from xencrash.cli import check_dump, render
 
-    vmcore = lab.wait_vmcore(output / "vmcore")
+    vmcore = lab.dumps.vmcore(output / "vmcore")
     options = argparse.Namespace(symbols=str(lab.symbols), base=None, allow_build_id_mismatch=False)
     checked = check_dump(str(vmcore), options).to_json()
     with _left_in(output):
@@ -152,9 +155,9 @@ def _shown_by_gates(args: argparse.Namespace) -> bool:
     return bool(args.fault) and BY_ID[args.fault].gates
 
 
-def _crash(lab: Lab, args: argparse.Namespace) -> None:
+def _crash(lab: Machine, args: argparse.Namespace) -> None:
     if args.guest:
-        lab.serial_send(b"C")
+        lab.serial.send(b"C")
     else:
         lab.require_busy()
-        lab.crash(args.how or ("key" if args.cpu is None else "panic"), args.cpu)
+        lab.crash(args.how, args.cpu)

@@ -27,6 +27,7 @@ class State:
     symbols: str
     memory_mib: int
     cpus: int
+    dom0_vcpus: int
     guest: str  # "Xen 4.17", or the guest's name
     qemu: str
     owned: bool  # it ends with the process that started it

@@ -1,0 +1,84 @@
+"""Crashing Xen: how, on which CPU, and what that needs of the machine."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+from xencrash.lab.dom0 import Dom0
+from xencrash.lab.errors import BadSpecification, LabError
+from xencrash.lab.process import Process
+from xencrash.lab.serial import Serial
+
+WAYS = ("key", "panic")
+_RESUMES_IN = 5.0  # seconds from gdb's "running" to QEMU's, on a loaded host
+_SHOWN = re.compile(rb"triggering crashdump|crashing|kexec image|panic", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A crash of Xen. Raises BadSpecification for what cannot be.
+
+    `how` is "key" (Xen's crash key, pressed on its console: the CPU that takes the serial interrupt crashes, not always
+    CPU 0), "panic" (dom0's kernel panics) or None (by the key, or where a CPU is chosen by panic). `cpu` is the CPU to
+    crash on, for which dom0 must have a vCPU on each CPU; None for any.
+    """
+
+    how: str | None = None
+    cpu: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.how not in (None, *WAYS):
+            raise BadSpecification(f"--how is {' or '.join(WAYS)}, not {self.how!r}")
+        if self.how == "key" and self.cpu is not None:
+            raise BadSpecification(
+                "--how key crashes the CPU that takes the serial interrupt: leave --cpu out, or give --how panic"
+            )
+
+    @property
+    def way(self) -> str:
+        return self.how or ("key" if self.cpu is None else "panic")
+
+    def require_cpu(self, cpus: int) -> None:
+        """Raise BadSpecification where a machine of so many CPUs does not have the chosen one."""
+        if self.cpu is not None and not 0 <= self.cpu < cpus:
+            raise BadSpecification(f"--cpu {self.cpu}: the machine's CPUs are 0 to {cpus - 1}")
+
+    def require_vcpus(self, cpus: int, dom0_vcpus: int) -> None:
+        """Raise BadSpecification where dom0 cannot panic on the chosen CPU."""
+        self.require_cpu(cpus)
+        if self.cpu is not None and dom0_vcpus != cpus:
+            raise BadSpecification(
+                f"--cpu {self.cpu} needs a vCPU of dom0 on every CPU: boot the machine with --dom0-vcpus {cpus}"
+            )
+
+
+def cause(crash: Crash, process: Process, serial: Serial, dom0: Dom0) -> None:
+    """Crash Xen, and return at once."""
+    _require_running(process)
+    if crash.way == "key":
+        serial.to_xen()
+        serial.send(b"C")
+        return
+    panic = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
+    dom0.begin(panic if crash.cpu is None else f"taskset -p {1 << crash.cpu:x} $$ >/dev/null && {{ {panic}; }}")
+
+
+def wait_until_seen(process: Process, since: int, timeout: float = 10.0) -> None:
+    """Wait until the crash shows on the console after offset `since`, or a debugger has stopped the machine."""
+
+    def seen() -> bool | None:
+        stopped = process.qmp("query-status")["status"] != "running"
+        return True if stopped or _SHOWN.search(process.paths.serial_log.read_bytes()[since:]) else None
+
+    process.until("crashing Xen", timeout, seen)
+
+
+def _require_running(process: Process) -> None:
+    """A gdb that has just let the machine run says so before QEMU has heard of it: that moment is waited for."""
+    deadline = time.monotonic() + _RESUMES_IN
+    while (status := process.qmp("query-status")["status"]) != "running":
+        if time.monotonic() > deadline:
+            raise LabError(f"crashing Xen: the machine is stopped ({status}), by a debugger perhaps: let it run first")
+        time.sleep(0.02)

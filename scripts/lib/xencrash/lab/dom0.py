@@ -1,0 +1,77 @@
+"""Commands in dom0, over the lab's own serial line (initramfs.DOM0_INIT answers there)."""
+
+from __future__ import annotations
+
+import base64
+import re
+import secrets
+
+from xencrash.lab.errors import LabError
+from xencrash.lab.process import Process
+from xencrash.lab.serial import Line
+
+READY = rb"^@dom0 ready\r?\n"
+LOADED = rb"^@crash-kernel-loaded 0\r?$"
+BUSY_ANSWERS = 600.0  # seconds for a word of a dom0 that shares each CPU with loops and a domU, on a busy host
+KEXEC = (
+    "kexec -p /boot/vmlinuz --initrd=/boot/crash.cpio.gz "
+    '--append="console=ttyS0 irqpoll nr_cpus=1 reset_devices loglevel=5"'
+)
+
+
+class Dom0:
+    """The shell in dom0."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._line = Line(process.paths.line)
+        self._loops: set[int] = set()  # process IDs
+
+    def run(self, command: str, timeout: float = 30.0) -> str:
+        """What a shell command printed (both streams); LabError if its exit status is not 0."""
+        status, output = self.status(command, timeout)
+        if status:
+            raise LabError(f"in dom0, {command!r} failed with status {status}: {' '.join(output.split())[-200:]}")
+        return output
+
+    def status(self, command: str, timeout: float = 30.0) -> tuple[int, str]:
+        """The exit status of a shell command, and what it printed."""
+        log = self._process.paths.line_log
+        since = self._process.log_size(log)
+        token = self.begin(command)
+        answer = rb"(?s)\A(.*?)\r?\n@" + token.encode() + rb" (\d+)\r?\n"
+        match = self._process.wait_log(log, answer, timeout, f"running {command!r} in dom0", since)
+        return int(match[2]), match[1].decode(errors="replace").replace("\r\n", "\n")
+
+    def begin(self, command: str) -> str:
+        """Begin a shell command, and return the token that is printed, before its exit status, when it has ended."""
+        if not re.search(READY, self._process.read_log(self._process.paths.line_log), re.MULTILINE):
+            raise LabError(f"in dom0: no shell answers (yet) to {command!r}: {self._process.where_to_look()}")
+        token = secrets.token_hex(4)
+        self._line.send(f"{token} {base64.b64encode(command.encode()).decode()}\n".encode())
+        return token
+
+    def load_crash_kernel(self) -> None:
+        """Give Xen a crash kernel: without one its crash path returns at once."""
+        status, output = self.status(f"{KEXEC}; status=$?; echo @crash-kernel-loaded $status; exit $status", 60)
+        if status:
+            said = output.strip().splitlines()[0]
+            raise LabError(f"loading the crash kernel: kexec failed: {said}: {self._process.where_to_look()}")
+        self._process.progress("crash kernel loaded")
+
+    def load(self, loops: int) -> None:
+        """Keep dom0 busy with so many more endless loops."""
+        for _ in range(loops):
+            self._loops.add(int(self.run("while :; do :; done >/dev/null 2>&1 & echo $!", BUSY_ANSWERS)))
+
+    def require_busy(self) -> None:
+        """Raise LabError unless each loop runs, by what Linux says of it."""
+        if self._loops:
+            stats = " ".join(f"/proc/{pid}/stat" for pid in sorted(self._loops))
+            said = self.run(f"cat {stats} 2>&1; true", BUSY_ANSWERS)
+            running = {int(line.split()[0]) for line in said.splitlines() if re.match(r"\d+ \(.*\) R ", line)}
+            if running != self._loops:
+                raise LabError(f"in dom0: {len(self._loops)} busy loops were started, and {len(running)} run: {said!r}")
+
+    def close(self) -> None:
+        self._line.close()

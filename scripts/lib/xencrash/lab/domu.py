@@ -1,0 +1,50 @@
+"""Domains beside dom0, by `domu` (domu.c) in dom0."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from pathlib import Path
+
+from xencrash.lab.dom0 import BUSY_ANSWERS, Dom0
+from xencrash.lab.process import Process
+
+
+class DomUs:
+    """The domUs that run. A machine has `domu` in dom0 where it was specified with `domu_vcpus`."""
+
+    def __init__(self, process: Process, dom0: Dom0) -> None:
+        self._process = process
+        self._dom0 = dom0
+        self.rounds: dict[int, list[int]] = {}  # by domain ID, how often each vCPU was seen to have counted
+
+    def create(self, vcpus: int) -> int:
+        """Create a PVH domU of 4 MiB, and return its domain ID.
+
+        It spins, its vCPUs in SVM guest mode, each pinned to the CPU of its number.
+        """
+        domid = int(self._dom0.run(f"domu create {vcpus}", BUSY_ANSWERS))
+        self.rounds[domid] = [0] * vcpus
+        self.require_busy()
+        self._process.progress(f"domain {domid} runs")
+        return domid
+
+    def require_busy(self) -> None:
+        """Wait until each vCPU has counted since it was last looked at; raises LabError where one does not."""
+        for domid, before in self.rounds.items():
+
+            def counts(domid: int = domid, before: list[int] = before) -> list[int] | None:
+                now = list(map(int, self._dom0.run(f"domu rounds {domid} {len(before)}", BUSY_ANSWERS).split()))
+                return now if all(count > then for count, then in zip(now, before, strict=True)) else None
+
+            self.rounds[domid] = self._process.until(
+                f"running domain {domid}: a vCPU does not go on", BUSY_ANSWERS, counts
+            )
+
+    def dump_core(self, domid: int, path: str | Path) -> Path:
+        """A domain's core, as `xl dump-core` writes it; the domain is paused meanwhile."""
+        core = "/tmp/core"
+        text = self._dom0.run(f"domu dump {domid} {core} && gzip <{core} | base64; rm -f {core}", 120)
+        target = Path(path)
+        target.write_bytes(gzip.decompress(base64.b64decode(text)))
+        return target
