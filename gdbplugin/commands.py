@@ -20,24 +20,18 @@ from xen_symbols.crashpath.generations import Identification
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.crashpath.position import crashing_cpu, infer
 from xen_symbols.describe.machine import describe_cpus, describe_gate, describe_symbols, describe_target
+from xen_symbols.describe.notes import describe_crash_notes
 from xen_symbols.report.blocks import Block, report_blocks
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86 import apic, gate
-from xen_symbols.xen import crashnotes
 from xen_symbols.xen.backtrace import backtrace
 from xen_symbols.xen.console import printable, read_console
+from xen_symbols.xen.idt import idt_address
 from xen_symbols.xen.memory import XenMemory
-from xen_symbols.xen.state import (
-    CpuState,
-    Read,
-    State,
-    idt_address,
-    in_memory,
-    per_cpu_address,
-    per_cpu_offsets,
-    read_state,
-)
+from xen_symbols.xen.percpu import per_cpu_areas, per_cpu_variable
+from xen_symbols.xen.reads import Read, in_memory
+from xen_symbols.xen.state import CpuState, State, read_state
 
 Json = dict[str, Any]
 
@@ -176,14 +170,14 @@ def _percpu(session: Session, name: str, cpu: int | None = None) -> Json:
     with session.look() as memory:
         plain = name.removeprefix("per_cpu__")
         size = memory.symbols.size(f"per_cpu__{plain}")
-        chosen = list(per_cpu_offsets(memory)) if cpu is None else [cpu]
-        addresses = {number: per_cpu_address(memory, plain, number) for number in chosen}
+        variable, areas = per_cpu_variable(memory.symbols, plain), per_cpu_areas(memory)
+        addresses = {number: areas.address(variable, number) for number in (areas.existing if cpu is None else [cpu])}
         if size:
             raws = memory.read_many([(address, size) for address in addresses.values()])
         else:
-            raws = [Absent("the symbols do not say how large it is")] * len(chosen)
+            raws = [Absent("the symbols do not say how large it is")] * len(addresses)
     values = []
-    for number, raw in zip(chosen, raws, strict=True):
+    for number, raw in zip(addresses, raws, strict=True):
         value: Json = {"cpu": number, "address": hex(addresses[number])}
         if isinstance(raw, Absent):
             value |= {"raw": None, "value": None, "absent": raw.reason}
@@ -326,7 +320,7 @@ def _log(session: Session) -> Json:
 
 def _notes(session: Session) -> Json:
     with session.look() as memory:
-        return crashnotes.describe(memory, read_state(memory))
+        return describe_crash_notes(memory, read_state(memory))
 
 
 def _vtop(session: Session, address: int) -> Json:

@@ -30,7 +30,8 @@ from xen_symbols.absence import Undecidable
 from xen_symbols.report.blocks import Block
 from xen_symbols.report.console import coloured, plain
 from xen_symbols.x86 import gate
-from xen_symbols.xen.state import idt_address, per_cpu_address, per_cpu_offsets
+from xen_symbols.xen.idt import idt_address
+from xen_symbols.xen.percpu import per_cpu_address, per_cpu_areas
 
 _PER_CPU = "per_cpu__"
 
@@ -114,7 +115,7 @@ class _Words:
             if kind == "vector":
                 return [str(vector) for vector in gate.VECTOR_NAMES if str(vector).startswith(word)]
             with self._session.look() as memory:
-                return [str(cpu) for cpu in per_cpu_offsets(memory) if str(cpu).startswith(word)]
+                return [str(cpu) for cpu in per_cpu_areas(memory).existing if str(cpu).startswith(word)]
         except (*ERRORS, gdb.error):
             return []  # nothing can be proposed: there are no symbols, or no machine, yet
 

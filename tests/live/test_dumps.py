@@ -27,9 +27,10 @@ from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets import PhysicalCpu, hmp
 from xen_symbols.targets.dump import Dump, open_dump
 from xen_symbols.targets.kdump import KdumpMemory
+from xen_symbols.xen.idt import idt_address
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
-from xen_symbols.xen.state import idt_address, read_state
+from xen_symbols.xen.state import read_state
 from xencrash.cli import main
 from xencrash.gdbmi import plugin_script
 from xencrash.lab.images import xen_images

@@ -17,7 +17,7 @@ from tests.machines.realxen import LiveMachine, follow
 from tests.schema import SCHEMA
 from xen_symbols.absence import Undecidable
 from xen_symbols.x86.gate import SIZE, decode, encode
-from xen_symbols.xen.state import idt_address
+from xen_symbols.xen.idt import idt_address
 from xencrash.gdbmi import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
 from xencrash.lab.machine import Machine
 from xencrash.trace import trace

@@ -9,9 +9,10 @@ from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.report.model import Report, Verdict
 from xen_symbols.targets import Lapic, PhysicalCpu
+from xen_symbols.xen.idt import idt_address
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
-from xen_symbols.xen.state import idt_address, per_cpu_address
+from xen_symbols.xen.percpu import per_cpu_address
 
 NMI, MC = 2, 18
 RENAMED = {"nmi": "entry_NMI", "machine_check": "entry_MC"}  # abe93fc8aa (4.18.0)

@@ -11,7 +11,8 @@ from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.gate import INTERRUPT_GATE, Gate
 from xen_symbols.xen.backtrace import backtrace
-from xen_symbols.xen.state import CpuState, Read, State, absent
+from xen_symbols.xen.reads import Read, absent
+from xen_symbols.xen.state import CpuState, State
 
 BASE = 0xFFFF830000100000  # of the CPU's stacks
 TOP = BASE + 0x8000

@@ -33,7 +33,9 @@ from xen_symbols.crashpath.engine import judge
 from xen_symbols.crashpath.generations import Bookkeeping, Generation, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, online_at_crash
 from xen_symbols.report.model import Finding, Verdict
-from xen_symbols.xen.state import Read, State, absent, idt_address, read_state
+from xen_symbols.xen.idt import idt_address
+from xen_symbols.xen.reads import Read, absent
+from xen_symbols.xen.state import State, read_state
 
 
 def unknowns(lost: dict[int | None, set[str]]) -> set[tuple[str, int | None, str]]:

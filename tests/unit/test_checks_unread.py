@@ -14,7 +14,8 @@ from xen_symbols.crashpath.generations import Bookkeeping, function_text, identi
 from xen_symbols.crashpath.position import infer
 from xen_symbols.report.model import Finding, Verdict
 from xen_symbols.symbols.table import SymbolNotFound
-from xen_symbols.xen.state import Read, absent, read_state
+from xen_symbols.xen.reads import Read, absent
+from xen_symbols.xen.state import read_state
 
 HOLE = absent("it lies in a hole")
 UNNAMED = absent("no symbol", Kind.NO_SYMBOL)

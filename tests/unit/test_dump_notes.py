@@ -8,10 +8,10 @@ import pytest
 
 from tests.machines import dumpwriter as writer
 from xen_symbols.absence import Absent, Undecidable
+from xen_symbols.describe.notes import describe_notes
 from xen_symbols.formats.elfnotes import Note
 from xen_symbols.targets.notes import (
     cpus_of,
-    describe_notes,
     parse_crash_info,
     parse_crash_regs,
     parse_notes,

@@ -133,7 +133,7 @@ def test_plain_text_names_what_is_wrong_where_and_why() -> None:
     text = plain(report_blocks(machine.report().to_json()))
     assert "FAIL    nmi-gate-ist CPU 0 at handover\n         expected 0, observed 2\n" in text
     assert "that one's frame is overwritten" in text
-    assert "evidence memory idt_tables 0x" in text
+    assert "evidence memory idt_tables[0][NMI] 0x" in text
     assert "\x1b" not in text
 
 

@@ -86,8 +86,6 @@ def test_what_tests_share_is_in_no_test_file() -> None:
 
 PACKAGES = {"xen_symbols": ROOT, "gdbplugin": ROOT, "xencrash": ROOT / "scripts" / "lib"}
 IN_CIRCLES: set[str] = {
-    "xen_symbols.xen.crashnotes",
-    "xen_symbols.xen.state",
     "xencrash.cli",
     "xencrash.interactive",
     "xencrash.judging",
@@ -178,7 +176,8 @@ xen_symbols.symbols.listed xen_symbols.symbols.load xen_symbols.symbols.mapfile 
 xen_symbols.targets xen_symbols.targets.dump xen_symbols.targets.elfcore xen_symbols.targets.notes
 xen_symbols.targets.raw
 xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.locate
-xen_symbols.xen.memory xen_symbols.xen.search xen_symbols.xen.state
+xen_symbols.xen.idt xen_symbols.xen.memory xen_symbols.xen.percpu xen_symbols.xen.reads xen_symbols.xen.search
+xen_symbols.xen.state
 xen_symbols.describe xen_symbols.describe.machine
 xen_symbols.crashpath xen_symbols.crashpath.checks xen_symbols.crashpath.engine xen_symbols.crashpath.generations
 xen_symbols.crashpath.position xen_symbols.crashpath.stages

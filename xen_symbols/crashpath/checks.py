@@ -23,7 +23,8 @@ from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NAMES, VECTOR
 from xen_symbols.xen.console import read_console
 from xen_symbols.xen.ist import IST_SSP_SIZE, ist_numbers
 from xen_symbols.xen.memory import HYPERVISOR_CS, XenMemory, image_region
-from xen_symbols.xen.state import CpuState, Read, State, absent, in_memory, mask
+from xen_symbols.xen.reads import Read, absent, in_memory, mask
+from xen_symbols.xen.state import CpuState, State
 
 if TYPE_CHECKING:  # a trace alone needs it
     from xen_symbols.crashpath.gatechanges import GateChange, Key

@@ -16,7 +16,8 @@ from xen_symbols.crashpath import stages
 from xen_symbols.crashpath.generations import Generation, Hook
 from xen_symbols.crashpath.stages import CrashStep, OtherStep, Position
 from xen_symbols.x86.gate import VECTOR_MC, VECTOR_NMI, Gate
-from xen_symbols.xen.state import Read, State
+from xen_symbols.xen.reads import Read
+from xen_symbols.xen.state import State
 
 Key = tuple[int, int]  # CPU (Xen's number), vector
 Gates = Mapping[Key, Gate]

@@ -6,9 +6,8 @@ QEMU's target/i386/arch_dump.c.
 """
 
 import struct
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.formats.elfnotes import BadNote, Note, walk
@@ -18,15 +17,6 @@ NT_PRSTATUS = 1
 XEN_CRASH_INFO = 0x1000001
 XEN_CRASH_REGS = 0x1000002
 
-# What a note is, by name and type: xen/include/public/elfnote.h, Linux kernel/crash_core.c, QEMU arch_dump.c.
-_KNOWN = {
-    ("CORE", NT_PRSTATUS): "NT_PRSTATUS: a CPU's registers",
-    ("Xen", XEN_CRASH_REGS): "CRASH_REGS: a CPU's control registers, by Xen",
-    ("Xen", XEN_CRASH_INFO): "CRASH_INFO: which Xen, and where it lies",
-    ("VMCOREINFO_XEN", 0): "Xen's VMCOREINFO: symbols and structures for dump tools",
-    ("VMCOREINFO", 0): "Linux's VMCOREINFO",
-    ("QEMU", 0): "QEMUCPUState: a CPU as QEMU has it",
-}
 _NT_OF_A_PROCESS = {3, 6, 0x46494C45}  # PRPSINFO, AUXV, FILE (Linux, include/uapi/linux/elf.h)
 _XEN_DUMPCORE = 2  # types 0x2000000… (Xen, xen/include/public/elfnote.h)
 # Two notes for each of the 16383 CPUs that Xen can be built for, and some for the machine.
@@ -217,20 +207,3 @@ def _xen_cpu(number: int, general: dict[str, int] | Absent, control: dict[str, i
 def _require_size(what: str, desc: bytes, size: int, *, exact: bool) -> None:
     if len(desc) < size or (exact and len(desc) != size):
         raise Undecidable(f"a {what} note of {len(desc)} bytes, {size} are expected; the dump is damaged or foreign")
-
-
-def describe_notes(notes: Sequence[Note]) -> list[dict[str, Any]]:
-    """Each note of a file as JSON: name, type, bytes, what it is, and whose. Xen's go by Xen's CPU numbers
-    (`cpu`), QEMU's by its own (`index`)."""
-    described = []
-    of_qemu = any(note.name == "QEMU" for note in notes)
-    seen: Counter[tuple[str, int]] = Counter()
-    for note in notes:
-        key = (note.name, note.type)
-        out: dict[str, Any] = {"name": note.name, "type": hex(note.type), "bytes": len(note.desc),
-                               "what": _KNOWN.get(key, "not known here")}  # fmt: skip
-        if key in (("CORE", NT_PRSTATUS), ("QEMU", 0), ("Xen", XEN_CRASH_REGS)):
-            out["index" if of_qemu else "cpu"] = seen[key]
-            seen[key] += 1
-        described.append(out)
-    return described

@@ -1,32 +1,25 @@
 """The crash notes that Xen keeps per CPU in its own memory (xen/common/kexec.c), the source of a dump's notes."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
-from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
-from xen_symbols.formats.elfnotes import Note
-from xen_symbols.targets import Target
+from xen_symbols.absence import Absent, Kind, Undecidable
+from xen_symbols.symbols.table import DATA, SymbolTable
 from xen_symbols.targets.notes import (
     NT_PRSTATUS,
     XEN_CRASH_INFO,
     XEN_CRASH_REGS,
     CrashInfo,
-    describe_notes,
     parse_crash_info,
     parse_crash_regs,
     parse_notes,
     parse_prstatus,
 )
-from xen_symbols.text import escaped
-
-if TYPE_CHECKING:
-    from xen_symbols.xen.memory import XenMemory
-    from xen_symbols.xen.state import CpuState, State
-
-Json = dict[str, Any]
+from xen_symbols.xen.reads import Asked, Batch, Read
 
 _SIZE = 404  # CORE (20 + 336) and CRASH_REGS (16 + 32); the same from 4.2 to 4.22
 _INFO_SIZE = 96  # CRASH_INFO (16 + 80), appended to CPU 0's
-_STRING_MAX = 256
+_NOT_RESERVED = Absent("no crashkernel memory was reserved: Xen has no crash notes")
+_NO_BUFFER = Absent("it has no buffer for crash notes", Kind.NOT_APPLICABLE)
 # elf_core_save_regs() stores them among the last (rip, cs, rsp); none of them is ever 0 in Xen.
 _NEVER_ZERO = ("rip", "cs", "rsp")
 
@@ -64,9 +57,25 @@ class CpuNotes(NamedTuple):
         return missing + ["CRASH_REGS"] * isinstance(self.control, Absent)
 
 
-def size_of(cpu: int) -> int:
-    """Bytes of a CPU's buffer."""
-    return _SIZE + (_INFO_SIZE if cpu == 0 else 0)
+def ask_array(batch: Batch, symbols: SymbolTable) -> Asked:
+    """Ask where the array is that `crash_notes` points to."""
+    pointer = symbols.get("crash_notes", DATA)
+    return batch.ask(Absent("the symbols do not name crash_notes", Kind.NO_SYMBOL) if pointer is None else pointer, 8)
+
+
+def ask_buffers(batch: Batch, array: Asked, count: int) -> Asked:
+    """Ask where each CPU's buffer is: an array of {start, size}, a crash_note_range_t each."""
+    return batch.follow(array, 0, 16 * count, _NOT_RESERVED)
+
+
+def ask_notes(batch: Batch, buffers: Asked, cpu: int) -> Asked:
+    """Ask for what a CPU's buffer holds."""
+    return batch.follow(buffers.part(16 * cpu, 8), 0, _SIZE + (_INFO_SIZE if cpu == 0 else 0), _NO_BUFFER)
+
+
+def notes_of(buffer: Asked) -> Read:
+    """A CPU's notes, CpuNotes."""
+    return buffer.read(parse, "crash_notes")
 
 
 def parse(raw: bytes) -> CpuNotes:
@@ -83,120 +92,3 @@ def parse(raw: bytes) -> CpuNotes:
     except (Undecidable, KeyError):
         absent = Absent("the buffer has no note headers of Xen's")
         return CpuNotes(absent, absent, absent, damaged=True)
-
-
-# -- as JSON ----------------------------------------------------------------------------------
-
-
-def describe(memory: "XenMemory", state: "State") -> Json:
-    """The notes in Xen's memory, and on a dump those of the file: {"buffers", "info", "file"}.
-
-    Each note of Xen's in the file says whether it is what memory holds (`in_memory`); null where that is not known.
-    """
-    buffers = [_describe_buffer(state, cpu) for cpu in state.cpus.values()]
-    held = {
-        (note.name, note.type, cpu.cpu): note.desc
-        for cpu in state.cpus.values()
-        if cpu.notes.present and not cpu.notes.value.damaged and cpu.notes.raw is not None
-        for note in parse_notes(cpu.notes.raw, "crash_notes")
-    }
-    notes = memory.target.notes()
-    return {
-        "buffers": buffers,
-        "info": _describe_info(memory, state.of(0)),
-        "file": [_compared(*pair, held) for pair in zip(describe_notes(notes), notes, strict=True)],
-    }
-
-
-def _compared(out: Json, note: Note, held: dict[tuple[str, int, int], bytes]) -> Json:
-    if "index" in out or (note.name, note.type) not in (
-        ("CORE", NT_PRSTATUS),
-        ("Xen", XEN_CRASH_REGS),
-        ("Xen", XEN_CRASH_INFO),
-    ):
-        return out
-    theirs = held.get((note.name, note.type, out.get("cpu", 0)))
-    return out | {"in_memory": None if theirs is None else theirs == note.desc}
-
-
-def _describe_buffer(state: "State", cpu: "CpuState") -> Json:
-    """One CPU's buffer: `state` is empty, half written, saved or damaged, or null when it could not be read.
-
-    The registers are those of Xen in kexec_crash_save_cpu(), not of what the crash interrupted.
-    """
-    saved = state.system["saved"].value
-    in_mask = None if isinstance(saved, Absent) else cpu.cpu in saved
-    out: Json = {"cpu": cpu.cpu, "address": None, "state": None, "in_crash_saved_cpus": in_mask,
-                 "at": None, "registers": None, "control": None}  # fmt: skip
-    notes = cpu.notes.value
-    if isinstance(notes, Absent):
-        return out | {"says": notes.reason}
-    for name in ("registers", "control"):
-        part = getattr(notes, name)
-        out[name] = None if isinstance(part, Absent) else {key: hex(value) for key, value in part.items()}
-    if not isinstance(notes.registers, Absent):
-        pc = notes.registers["rip"]
-        out["at"] = {"symbol": state.symbols.describe(pc), "pc": hex(pc)}
-    address = cpu.notes.address
-    return out | {
-        "address": None if address is None else hex(address),
-        "state": notes.progress,
-        "says": _says(notes, in_mask),
-    }
-
-
-def _says(notes: CpuNotes, in_mask: bool | None) -> str:
-    """What a buffer tells, with Xen's own mark in crash_saved_cpus, which it sets before it writes."""
-    began = {True: ", although crash_saved_cpus has its bit", False: "", None: ""}[in_mask]
-    unmarked = ", although crash_saved_cpus lacks its bit" if in_mask is False else ""
-    if notes.damaged:
-        return str(notes.registers)
-    if notes.progress == "empty":
-        return f"this CPU saved nothing{began}"
-    if notes.progress == "half written":
-        return f"without {', '.join(notes.missing)}: it was interrupted, or something overwrote it{unmarked}"
-    return f"complete{unmarked}"
-
-
-def _describe_info(memory: "XenMemory", first: "CpuState") -> Json:
-    notes = first.notes.value
-    info = notes if isinstance(notes, Absent) else notes.info
-    if isinstance(info, Absent):
-        return {"absent": {"info": info.reason}}
-    return describe_info(memory.target, info)
-
-
-_STRINGS = ("extra_version", "changeset", "compiler", "compile_date", "compile_time")
-
-
-def describe_info(target: Target, info: CrashInfo) -> Json:
-    """The CRASH_INFO note with its strings; one that could not be read is null, and `absent` says why."""
-    out: Json = {}
-    absences = {}
-    for name, value in info._asdict().items():
-        if name in _STRINGS:
-            text = _string(target, value)
-            if isinstance(text, Absent):
-                absences[name] = text.reason
-            out[name] = None if isinstance(text, Absent) else text
-        elif name.startswith("xen_m"):
-            out[name] = value
-        else:
-            out[name] = hex(value)
-    out["version"] = f"{info.xen_major}.{info.xen_minor}{out['extra_version'] or ''}"
-    return out | ({"absent": absences} if absences else {})
-
-
-def _string(target: Target, address: int) -> str | Absent:
-    """A string of Xen's by its physical address, up to its NUL."""
-    if not address:
-        return Absent("the note has no address of it")
-    try:
-        # It may lie at the very end of what the target holds: a piece at a time.
-        raw = b""
-        while len(raw) < _STRING_MAX and b"\0" not in raw:
-            room = min(16 - (address + len(raw)) % 16, _STRING_MAX - len(raw))
-            raw += target.read_physical(address + len(raw), room)
-    except Unreadable as error:
-        return error.absent
-    return escaped(raw.split(b"\0", 1)[0].decode("utf-8", "backslashreplace"))

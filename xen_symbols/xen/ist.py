@@ -1,17 +1,17 @@
-"""Which entry of the interrupt stack table (SDM vol. 3, 6.14.5) each exception of Xen's uses, told by its gates."""
+"""Which entry of the interrupt stack table (SDM vol. 3, 6.14.5) each exception of Xen's uses, by its gates."""
 
 from typing import NamedTuple
 
 from xen_symbols.absence import Absent
 from xen_symbols.x86 import gate
-from xen_symbols.xen.state import VECTOR_DF, State
+from xen_symbols.xen.state import State
 
 IST_SSP_SIZE = 64  # struct tss_page begins with the shadow-stack table ist_ssp[8] since 4.14
 VECTOR_DB = 1
 
 
 class IstNumbers(NamedTuple):
-    """Which IST entry each exception uses. Told by the #DF gate, which the crash path never touches.
+    """Which IST entry each exception uses. The #DF gate, which the crash path never touches, shows it.
 
     `first_page` is the page of a CPU's stack that IST 1 has; pages below it hold shadow stacks.
     """
@@ -25,7 +25,8 @@ class IstNumbers(NamedTuple):
 
     def vector(self, ist: int) -> int | None:
         """The exception that uses an IST entry."""
-        return {self.df: VECTOR_DF, self.nmi: gate.VECTOR_NMI, self.mc: gate.VECTOR_MC, self.db: VECTOR_DB}.get(ist)
+        vectors = {self.df: gate.VECTOR_DF, self.nmi: gate.VECTOR_NMI, self.mc: gate.VECTOR_MC, self.db: VECTOR_DB}
+        return vectors.get(ist)
 
 
 IST_NUMBERS = (

@@ -17,6 +17,7 @@ from xen_symbols.crashpath.missing import missing
 from xen_symbols.crashpath.position import infer
 from xen_symbols.crashpath.stages import CRASHING
 from xen_symbols.describe.machine import describe_symbols, describe_target
+from xen_symbols.describe.notes import describe_crash_notes, describe_notes
 from xen_symbols.report.blocks import (
     Block,
     Cell,
@@ -33,8 +34,6 @@ from xen_symbols.report.jsontext import json_texts
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus, Report
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets.dump import open_dump
-from xen_symbols.targets.notes import describe_notes
-from xen_symbols.xen import crashnotes
 from xen_symbols.xen.locate import carried_symbols, locate
 from xen_symbols.xen.state import read_state
 from xencrash.cli import (
@@ -186,7 +185,7 @@ def _dump_info(args: argparse.Namespace) -> Json:
         data["missing"] = [row.to_json() for row in missing(table, identification.generation)]
         data["generation"] = new_report(memory, identification).generation
         state = read_state(memory)
-        described = crashnotes.describe(memory, state)
+        described = describe_crash_notes(memory, state)
         data["notes"] = described["file"]
         data["crash_notes"] = {name: described[name] for name in ("buffers", "info")}
         position = infer(state, identification.generation)
