@@ -79,6 +79,14 @@ def test_the_part_of_a_segment_that_is_not_in_the_file_is_absent(tmp_path: Path)
         dump.read_physical(0x1030, 16)
 
 
+def test_memory_without_a_byte_beyond_all_addresses_is_no_memory(tmp_path: Path) -> None:
+    headers = [writer.program_header(1, 176, 0x1000, 8, 8), writer.program_header(1, 0, (1 << 64) - 4096, 0, 1 << 20)]
+    dump = opened(tmp_path, writer.elf_header(2) + b"".join(headers) + bytes(8))
+    assert list(dump.physical_ranges()) == [(0x1000, 0x1008)]
+    with pytest.raises(Unreadable, match="^physical 0xfffffffffffff000 is not in the dump$"):
+        dump.read_physical((1 << 64) - 4096, 8)
+
+
 def test_what_qemu_writes_is_read(tmp_path: Path) -> None:
     notes = writer.qemu_notes([writer.qemu_cpu(each, (0x7000, 0xFFF), 0x8000) for each in REGISTERS], REGISTERS)
     data = writer.made(writer.write_elf, RANGES, CONTENT, notes, ehsize=8, left_out=[(0xFEE00000, 0xFEE01000)])

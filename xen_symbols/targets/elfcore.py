@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.absence import Undecidable
 from xen_symbols.formats import elf
 from xen_symbols.formats.content import Content, require
 from xen_symbols.formats.elf import ELF64, PT_LOAD, PT_NOTE
 from xen_symbols.formats.elfnotes import Note
-from xen_symbols.formats.extents import Conflict, Extents, Ranges, Stretch
-from xen_symbols.targets import PHYSICAL_END, Memory, Opened, bounded
+from xen_symbols.formats.extents import Extents, Stretch
+from xen_symbols.targets import PHYSICAL_END, Opened
 from xen_symbols.targets.notes import MAX_NOTES, of_a_machine, parse_notes
+from xen_symbols.targets.stretches import StretchMemory, disjoint
 
 _TYPES = {elf.ET_REL: "an object file", elf.ET_EXEC: "an executable", elf.ET_DYN: "an executable"}
 
@@ -24,49 +25,13 @@ _MAX_HEADERS = 1 << 18
 _MAX_NOTE_BYTES = 16 << 20  # 16383 CPUs with QEMU's notes need 14 MB
 
 
-class ElfMemory(Memory):
-    """Physical memory in the PT_LOAD segments of an ELF core."""
-
-    def __init__(self, content: Content, loads: Extents, left_out: Extents) -> None:
-        self._content, self._loads, self._left_out = content, loads, left_out
-
-    def read(self, address: int, size: int) -> bytes:
-        bounded(address, size)
-        whole = self._loads.position(address, size)
-        if whole is not None:
-            return self._content.read(whole, size)
-        parts = []
-        for position, length in self._loads.pieces(address, size):
-            if position is None:
-                known, _ = next(self._left_out.pieces(address, 1))
-                why = "is not in the dump" if known is None else "was left out when the dump was written"
-                raise Unreadable(f"physical {address:#x} {why}")
-            parts.append(self._content.read(position, length))
-            address += length
-        return b"".join(parts)
-
-    def ranges(self) -> Ranges:
-        return self._loads.ranges()
-
-
 def read_dump(content: Content) -> Opened:
     """Memory and notes of an ELF64 core of an x86-64 machine; raises Undecidable for any other ELF file."""
     table = _program_headers(content)
     notes = of_a_machine(_read_notes(content, table))  # a process's has all its memory at physical 0
-    try:
-        loads, left_out = Extents(_loads(content, table)), Extents(_left_out(table))
-    except Conflict as conflict:
-        address, one, other = conflict.args
-        raise Undecidable(
-            f"program headers overlap: physical {address:#x} is at offsets {one:#x} and {other:#x}; the file is damaged"
-        ) from None
-    if shared := loads.shared():
-        offset, one_address, other_address = shared
-        raise Undecidable(
-            f"program headers overlap: physical {one_address:#x} and {other_address:#x} are both at offset "
-            f"{offset:#x}; the file is damaged"
-        )
-    return Opened("ELF core", ElfMemory(content, loads, left_out), notes)
+    held = disjoint(_loads(content, table), "program headers")
+    left_out = Extents(_left_out(table))
+    return Opened("ELF core", StretchMemory(content, held, left_out), notes)
 
 
 def _program_headers(content: Content) -> bytes:
@@ -148,5 +113,5 @@ def _loads(content: Content, table: bytes) -> Iterator[Stretch]:
 def _left_out(table: bytes) -> Iterator[Stretch]:
     """Memory that has a program header and no bytes: QEMU's of devices, makedumpfile's of excluded pages."""
     for kind, _, _, _, paddr, filesz, memsz, _ in ELF64.programs(table):
-        if kind == PT_LOAD and filesz < memsz:
+        if kind == PT_LOAD and filesz < memsz and paddr + memsz <= PHYSICAL_END:
             yield paddr + filesz, paddr + memsz, paddr + filesz

@@ -1,0 +1,54 @@
+"""Physical memory as stretches of a file: what every format without compression comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.formats.content import Content
+from xen_symbols.formats.extents import Conflict, Extents, Ranges, Stretch
+from xen_symbols.targets import Memory, bounded
+
+
+def disjoint(stretches: Iterable[Stretch], what: str) -> Extents:
+    """The stretches, in any order, that the file's `what` ("program headers") describe. Raises Undecidable where two
+    of them contradict each other."""
+    try:
+        extents = Extents(stretches)
+    except Conflict as conflict:
+        address, one, other = conflict.args
+        raise Undecidable(
+            f"{what} overlap: physical {address:#x} is at offsets {one:#x} and {other:#x}; the file is damaged"
+        ) from None
+    if shared := extents.shared():
+        offset, one_address, other_address = shared
+        raise Undecidable(
+            f"{what} overlap: physical {one_address:#x} and {other_address:#x} are both at offset {offset:#x}; "
+            "the file is damaged"
+        )
+    return extents
+
+
+class StretchMemory(Memory):
+    """`held` is in the file; `left_out` is memory that its writer knew and did not write."""
+
+    def __init__(self, content: Content, held: Extents, left_out: Extents | None = None) -> None:
+        self._content, self._held, self._left_out = content, held, left_out or Extents(())
+
+    def read(self, address: int, size: int) -> bytes:
+        bounded(address, size)
+        whole = self._held.position(address, size)
+        if whole is not None:
+            return self._content.read(whole, size)
+        parts = []
+        for position, length in self._held.pieces(address, size):
+            if position is None:
+                known, _ = next(self._left_out.pieces(address, 1))
+                why = "is not in the dump" if known is None else "was left out when the dump was written"
+                raise Unreadable(f"physical {address:#x} {why}")
+            parts.append(self._content.read(position, length))
+            address += length
+        return b"".join(parts)
+
+    def ranges(self) -> Ranges:
+        return self._held.ranges()
