@@ -148,6 +148,18 @@ def test_a_circle_of_imports_is_found() -> None:
     assert circles(graph) == {frozenset("abc"), frozenset("ef")}
 
 
+def test_what_is_used_of_an_object_is_declared() -> None:
+    """And not asked for by its name: a target, say, has what its protocol has."""
+    probes = [
+        f"{name_of(path)}: {ast.unparse(node)}"
+        for path in MODULES
+        if name_of(path).startswith(("xen_symbols/", "gdbplugin/"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if call_name(node) in ("getattr", "hasattr") and isinstance(node.args[1], ast.Constant)  # type: ignore[attr-defined]
+    ]
+    assert probes == []
+
+
 def test_importing_does_nothing() -> None:
     """Every module that needs no gdb imports without output, files or threads."""
     names = [

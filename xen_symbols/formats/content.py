@@ -34,6 +34,8 @@ class File:
     and a file that shrinks would end the process with SIGBUS.
     """
 
+    _fd = -1
+
     def __init__(self, path: str) -> None:
         """Raises OSError, and NotAFile."""
         # O_NONBLOCK: a FIFO must be refused, not waited for.
@@ -46,7 +48,7 @@ class File:
             raise NotAFile("empty")
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
+        if self._fd >= 0:
             os.close(self._fd)
 
     def read(self, offset: int, size: int) -> bytes:
