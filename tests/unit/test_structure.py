@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import importlib
 import re
 import subprocess
@@ -95,6 +96,13 @@ IN_CIRCLES: set[str] = {
     "xencrash.lab.repeat",
     "xencrash.lab.run",
 }
+
+
+def test_every_package_is_installed() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = {module_name(path) for path in MODULES if path.name == "__init__.py"}
+    assert set(setup["options"]["packages"].split()) == packages
 
 
 def module_name(path: Path) -> str:
