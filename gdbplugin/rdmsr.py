@@ -23,6 +23,8 @@ def measure_modes(memory: XenMemory) -> dict[int, int | Absent]:
     """IA32_APIC_BASE by QEMU's CPU index; for a CPU on which it cannot be read, why. Raises Undecidable."""
     target = memory.target
     assert isinstance(target, LiveTarget)
+    if target.accelerator == "kvm":
+        raise Undecidable("set xen rdmsr is on: under KVM a step from another rip never ends; use set xen qmp-socket")
     address = _instruction(memory)
     region = image_region(address)
     awake = {cpu.index for cpu in target.cpus() if cpu.halted is False}

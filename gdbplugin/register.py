@@ -6,26 +6,18 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gdb
 
-from gdbplugin import trace, watchgates
-from gdbplugin.commands import (
-    COMMANDS,
-    ERRORS,
-    FUNCTIONS,
-    IDT_ENTRIES,
-    SETTINGS,
-    TRACE_HELP,
-    WATCH_HELP,
-    Argument,
-    Command,
-    Setting,
-)
+from gdbplugin.commands import COMMANDS
+from gdbplugin.declare import ERRORS, Argument, Command, Setting, Step, usage
 from gdbplugin.session import Session
+from gdbplugin.settings import FUNCTIONS, SETTINGS
 from xen_symbols.absence import Undecidable
 from xen_symbols.report.blocks import Block
 from xen_symbols.report.console import coloured, plain
@@ -68,24 +60,38 @@ def one_line_errors() -> Iterator[None]:
 
 
 class _Words:
-    """Arguments as the user typed them become what a command's answer takes."""
+    """Arguments as the user typed them become what an answer takes."""
 
-    def __init__(self, session: Session, command: Command) -> None:
+    def __init__(self, session: Session, name: str, arguments: Sequence[Argument]) -> None:
         self._session = session
-        self._command = command
+        self._usage = usage(name, arguments)
+        self._options = {a.name.split()[0]: a for a in arguments if a.keyword is not None}
+        self._by_place = [a for a in arguments if a.keyword is None]
 
-    def parse(self, words: Sequence[str]) -> list[Any]:
-        wanted = self._command.arguments
-        needed = sum(not argument.optional for argument in wanted)
-        if not needed <= len(words) <= len(wanted):
-            raise Undecidable(f"usage: {self._command.usage}")
-        return [self._value(argument, word) for argument, word in zip(wanted, words, strict=False)]
+    def parse(self, words: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+        """Those given by place, and the others by keyword."""
+        left, places, keywords = list(words), [], {}
+        while left:
+            word = left.pop(0)
+            option = self._options.get(word)
+            if option is None:
+                places.append(word)
+            elif option.kind == "flag":
+                keywords[str(option.keyword)] = True
+            else:
+                keywords[str(option.keyword)] = self._value(option, left.pop(0) if left else "")
+        needed = sum(not argument.optional for argument in self._by_place)
+        if not needed <= len(places) <= len(self._by_place):
+            raise Undecidable(f"usage: {self._usage}")
+        return [self._value(a, word) for a, word in zip(self._by_place, places, strict=False)], keywords
 
     def _value(self, argument: Argument, word: str) -> Any:
-        if argument.kind == "percpu":
+        if argument.kind in ("percpu", "word"):
             return word
         if argument.kind == "address":
             return self._session.evaluate(word)
+        if argument.kind == "seconds":
+            return self._seconds(word)
         try:
             return int(word, 0)
         except ValueError:
@@ -95,18 +101,26 @@ class _Words:
                 why = str(error).partition("  ")[0]
                 raise Undecidable(f"{argument.name} is a number, not {word!r}: {why}") from None
 
+    def _seconds(self, word: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < (seconds := float(word)) < threading.TIMEOUT_MAX:
+                return seconds
+        raise Undecidable(f"usage: {self._usage}")
+
     def split(self, text: str) -> list[str]:
         """The words of a command line; an expression keeps its spaces."""
-        if self._command.arguments and self._command.arguments[-1].kind == "address":
+        if self._by_place and self._by_place[-1].kind == "address":
             return [text.strip()] if text.strip() else []
         words: list[str] = gdb.string_to_argv(text)
         return words
 
     def complete(self, text: str, word: str) -> list[str]:
         position = len(text[: len(text) - len(word)].split())
-        if position >= len(self._command.arguments):
+        if word.startswith("-"):
+            return [name for name in self._options if name.startswith(word)]
+        if position >= len(self._by_place):
             return []
-        kind = self._command.arguments[position].kind
+        kind = self._by_place[position].kind
         try:
             if kind == "percpu":
                 return [name.removeprefix(_PER_CPU) for name in self._session.symbols().complete(_PER_CPU + word)]
@@ -124,77 +138,36 @@ class _CliCommand(gdb.Command):
     def __init__(self, session: Session, command: Command) -> None:
         self.__doc__ = command.help
         self._session, self._command = session, command
-        self._words = _Words(session, command)
-        super().__init__(command.name, gdb.COMMAND_DATA)
+        self._words = _Words(session, command.name, command.arguments)
+        super().__init__(command.name, gdb.COMMAND_RUNNING if command.steps else gdb.COMMAND_DATA)
 
     def invoke(self, argument: str, from_tty: bool) -> None:
         self.dont_repeat()
         with one_line_errors():
-            values = self._words.parse(self._words.split(argument))
-            answer = self._command.answer(self._session, *values)
+            places, keywords = self._words.parse(self._words.split(argument))
+            if self._command.steps:
+                keywords["say"] = partial(write_blocks, from_tty=from_tty)
+            answer = self._command.answer(self._session, *places, **keywords)
         write_blocks(self._command.blocks(answer), from_tty)
 
     def complete(self, text: str, word: str | None) -> list[str]:
         return self._words.complete(text, word or "")
 
 
-def mi_result(answer: Any) -> dict[str, str]:
-    """gdb turns every value in an MI result into a string: the answer travels as one JSON text."""
-    return {"json": json.dumps(answer, separators=(",", ":"))}
-
-
 class _MiCommand(gdb.MICommand):
-    def __init__(self, session: Session, command: Command) -> None:
-        self._session, self._command = session, command
-        super().__init__(command.mi)
+    def __init__(self, session: Session, command: Command, name: str, step: Step) -> None:
+        self._session, self._step = session, step
+        self._words = _Words(session, name if command.steps else command.name, step.arguments)
+        super().__init__(name)
 
     def invoke(self, argv: list[str]) -> dict[str, str]:
         with one_line_errors():
             if self._session.settings["rdmsr"].value:
                 raise Undecidable("set xen rdmsr is on: gdb drops the result of an MI command that steps the machine")
-            values = _Words(self._session, self._command).parse(argv)
-            return mi_result(self._command.answer(self._session, *values))
-
-
-class _MiTrace(gdb.MICommand):
-    """The steps of gdbplugin.trace and gdbplugin.watchgates. None of them continues the machine."""
-
-    def __init__(self, name: str, session: Session, step: Any) -> None:
-        self._session, self._step = session, step
-        super().__init__(name)
-
-    def invoke(self, argv: list[str]) -> dict[str, str]:
-        with one_line_errors():
-            return mi_result(self._step(self._session, *argv))
-
-
-class _CrashTrace(gdb.Command):
-    __doc__ = TRACE_HELP
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        super().__init__("xen crash trace", gdb.COMMAND_RUNNING)
-
-    def invoke(self, argument: str, from_tty: bool) -> None:
-        self.dont_repeat()
-        with one_line_errors():
-            timeout = trace.parse_timeout(gdb.string_to_argv(argument))
-            trace.run(self._session, timeout, lambda blocks: write_blocks(blocks, from_tty))
-
-
-class _WatchGates(gdb.Command):
-    __doc__ = WATCH_HELP
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        super().__init__("xen watch gates", gdb.COMMAND_RUNNING)
-
-    def invoke(self, argument: str, from_tty: bool) -> None:
-        self.dont_repeat()
-        with one_line_errors():
-            if argument.strip():
-                raise Undecidable("usage: xen watch gates")
-            watchgates.run(self._session, lambda blocks: write_blocks(blocks, from_tty))
+            places, keywords = self._words.parse(argv)
+            answer = self._step.answer(self._session, *places, **keywords)
+            # gdb turns every value in an MI result into a string: the answer travels as one JSON text.
+            return {"json": json.dumps(answer, separators=(",", ":"))}
 
 
 class _PerCpu(gdb.Function):
@@ -204,15 +177,19 @@ class _PerCpu(gdb.Function):
         self._session = session
         super().__init__("xen_per_cpu")
 
-    def invoke(self, name: gdb.Value, cpu: gdb.Value) -> gdb.Value:
+    def invoke(self, *arguments: gdb.Value) -> gdb.Value:
         with one_line_errors():
-            plain_name = name.string().removeprefix(_PER_CPU)
+            name, cpu = _taken('$xen_per_cpu("NAME", CPU)', arguments, 2)
+            try:
+                bare = name.string().removeprefix(_PER_CPU)
+            except (gdb.error, UnicodeDecodeError):
+                raise Undecidable('$xen_per_cpu("NAME", CPU): NAME is a string, in quotes') from None
             with self._session.look() as memory:
-                size = memory.symbols.size(_PER_CPU + plain_name)
+                size = memory.symbols.size(_PER_CPU + bare)
                 if not size:
-                    raise Undecidable(f"{memory.symbols.path} does not say how large {plain_name} is")
-                raw = memory.read(per_cpu_address(memory, plain_name, int(cpu)), size)
-            return self._session.value(plain_name, raw)
+                    raise Undecidable(f"{memory.symbols.path} does not say how large {bare} is")
+                raw = memory.read(per_cpu_address(memory, bare, _number("CPU", cpu)), size)
+            return self._session.value(bare, raw)
 
 
 class _Gate(gdb.Function):
@@ -222,14 +199,30 @@ class _Gate(gdb.Function):
         self._session = session
         super().__init__("xen_gate")
 
-    def invoke(self, cpu: gdb.Value, vector: gdb.Value) -> gdb.Value:
+    def invoke(self, *arguments: gdb.Value) -> gdb.Value:
         with one_line_errors():
-            if not 0 <= int(vector) < IDT_ENTRIES:
-                raise Undecidable(f"vector {int(vector)} does not exist: an IDT has {IDT_ENTRIES}")
+            names, taken = ("CPU", "VECTOR"), _taken("$xen_gate(CPU, VECTOR)", arguments, 2)
+            cpu, vector = map(_number, names, taken)
+            if not 0 <= vector < gate.IDT_ENTRIES:
+                raise Undecidable(f"vector {vector} does not exist: an IDT has {gate.IDT_ENTRIES}")
             with self._session.look() as memory:
-                raw = memory.read(idt_address(memory, int(cpu)) + int(vector) * gate.SIZE, gate.SIZE)
+                raw = memory.read(idt_address(memory, cpu) + vector * gate.SIZE, gate.SIZE)
             kind = gdb.selected_inferior().architecture().integer_type(64, False)
             return gdb.Value(gate.decode(raw).handler).cast(kind)
+
+
+def _taken(call: str, arguments: Sequence[gdb.Value], count: int) -> Sequence[gdb.Value]:
+    """The arguments of a convenience function, if there are as many as it takes."""
+    if len(arguments) != count:
+        raise Undecidable(f"usage: {call}")
+    return arguments
+
+
+def _number(name: str, value: gdb.Value) -> int:
+    try:
+        return int(value)
+    except (gdb.error, TypeError, ValueError):
+        raise Undecidable(f"{name} is a number, not {value}") from None
 
 
 def write_blocks(blocks: Sequence[Block], from_tty: bool) -> None:
@@ -271,11 +264,8 @@ def register() -> None:
     session = Session({setting.name: _Parameter(setting) for setting in SETTINGS})
     for command in COMMANDS:
         _CliCommand(session, command)
-        _MiCommand(session, command)
-    _CrashTrace(session)
-    _WatchGates(session)
-    for name, step in (trace.MI_STEPS | watchgates.MI_STEPS).items():
-        _MiTrace(name, session, step)
+        for name, step in command.mi.items():
+            _MiCommand(session, command, name, step)
     _PerCpu(session)
     _Gate(session)
     _registered.append(session)

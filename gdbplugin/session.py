@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gdb
 
-from gdbplugin.commands import Json
+from gdbplugin import running, watchpoints
+from gdbplugin.declare import Json, NoteWrite, Stop
 from gdbplugin.rdmsr import measure_modes
 from gdbplugin.target import LiveTarget, ServedDump, cpu_index, open_target
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.follow import Follower, GateWatch
+from xen_symbols.crashpath.gatechanges import Key
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable
@@ -23,7 +25,7 @@ from xen_symbols.xen.memory import ROOT, XenMemory
 
 
 class Session:
-    """Implements gdbplugin.commands.Session. `settings` are gdb's parameters under `set xen`, by name."""
+    """Implements gdbplugin.declare.Session. `settings` are gdb's parameters under `set xen`, by name."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
@@ -127,6 +129,40 @@ class Session:
         """A served dump numbers its threads by Xen's CPUs, QEMU by its own."""
         number = cpu if isinstance(self._target, ServedDump) else physical.index
         return next((t.num for t in gdb.selected_inferior().threads() if cpu_index(t) == number), None)
+
+    # -- letting the machine run --------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def look_again(self, memory: XenMemory) -> Iterator[None]:
+        target = self.target()
+        if target is not memory.target:
+            raise Undecidable("gdb was connected anew while a crash was followed: the trace is lost")
+        with target.batch():
+            yield
+
+    def selected(self) -> tuple[int, int]:
+        return cpu_index(gdb.selected_thread()), gdb.newest_frame().pc()
+
+    def settable(self, addresses: Sequence[int]) -> int:
+        target = self.target()
+        assert isinstance(target, LiveTarget)
+        return max(0, target.settable(addresses) - running.own_hardware())
+
+    def breakpoints(self) -> contextlib.AbstractContextManager[Callable[[Sequence[int]], None]]:
+        return running.breakpoints()
+
+    def run(self, seconds: float | None) -> Stop:
+        return running.let_run(seconds)
+
+    def watch(self, addresses: Mapping[Key, int], note: NoteWrite) -> str | None:
+        target = self.target()
+        assert isinstance(target, LiveTarget)
+        if refused := target.unwatchable(list(addresses.values())):
+            return refused
+        return watchpoints.watch(addresses, note)
+
+    def end_watching(self) -> None:
+        watchpoints.end_watching()
 
     # -- gdb's own words ----------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from xen_symbols.targets import Lapic, PhysicalCpu, Target, hmp
 from xen_symbols.targets.dump import Dump, open_dump
 from xen_symbols.targets.qemu_state import parse_cpus, unsavable
 from xen_symbols.targets.qmp import Qmp, QmpError
+from xen_symbols.x86 import gate
 
 # The most that any QEMU's stub returns for one read: up to 10.0 MAX_PACKET_LENGTH / 2 (gdbstub.c); 11.1 takes 64 KiB.
 PACKET = 2048
@@ -95,6 +96,40 @@ class LiveTarget(Target):
             # When the connection is lost there is no mode left to reset from here: attaching does it.
             with contextlib.suppress(Undecidable):
                 self._set_mode(False)
+
+    # -- what runs the machine ----------------------------------------------------------------
+
+    @functools.cached_property
+    def accelerator(self) -> str | Absent:
+        """`kvm` or `tcg`, by QEMU's monitor."""
+        if hmp.is_kvm(self._monitor("info kvm")):
+            return "kvm"
+        return "tcg" if hmp.is_tcg(self._monitor("info jit")) else Absent("QEMU names neither KVM nor TCG")
+
+    def settable(self, addresses: Sequence[int]) -> int:
+        """How many of these can have a hardware breakpoint at the same time: it is tried, and nothing stays set."""
+        return self._accepted([f"1,{address:x},1" for address in addresses])
+
+    def unwatchable(self, gates: Sequence[int]) -> str | None:
+        """Why writes to gates cannot be watched, all at the same time; None if they can."""
+        if self.accelerator == "kvm":
+            return "KVM has four watchpoints of 8 bytes, and each gate has 16"
+        if self._accepted([f"2,{address:x},{gate.SIZE:x}" for address in gates]) < len(gates):
+            return f"{self.location} takes fewer than {len(gates)} watchpoints of {gate.SIZE} bytes"
+        return None
+
+    def _accepted(self, points: Sequence[str]) -> int:
+        """How many of some breakpoints, in the remote protocol's words, the stub takes one after the other."""
+        taken = []
+        try:
+            for point in points:
+                if self._send(f"Z{point}") != b"OK":
+                    break
+                taken.append(point)
+        finally:
+            for point in taken:
+                self._send(f"z{point}")
+        return len(taken)
 
     # -- memory -------------------------------------------------------------------------------
 

@@ -303,8 +303,8 @@ TEXTS: dict[str, Callable[[], Sequence[Block] | str]] = {
     ],
     "report-junit": lambda: to_junit(faulty() | {"undecided": "the connection was lost"}),
     "dumps": lambda: [dumps_table(_reports())],
-    "watched-gates": lambda: watched_gates({"changes": _changes(describe_gate_change)}),
-    "watched-gates-none": lambda: watched_gates({"changes": []}),
+    "gdb-watch-gates": lambda: watched_gates({"changes": _changes(describe_gate_change)}),
+    "gdb-watch-gates-none": lambda: watched_gates({"changes": []}),
     "crash-note-buffers": _buffers,
 }
 

@@ -7,7 +7,8 @@ import mmap
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def booted(run_dir: str | Path | None = None, progress: Progress = lambda text: 
 def ready(**fields: Any) -> Machine:
     """Real Xen, ready to be crashed: dom0 is up and the crash kernel loaded. `fields` are Specification's."""
     return up(Specification(**fields))
+
+
+When = Mapping[str, Callable[[subprocess.Popen[str]], object]]
 
 
 @contextlib.contextmanager
@@ -53,21 +57,34 @@ def gdb(
     symbols: str | None = None,
     timeout: float = 60,
     before: Sequence[str] = (),
+    when: When | None = None,
 ) -> str:
     """What a gdb with the plugin, attached to the machine, prints for some commands, of which `before` run before it is
     attached. It detaches at the end."""
     before = [*before, f"source {plugin_script()}", f"set xen symbols {symbols or lab.symbols}"]
     before += [f"set xen qmp-socket {lab.qmp_socket}"] * qmp
-    return run_gdb(*before, f"target remote {lab.gdb_socket}", "echo \\n=== begin\\n", *commands, timeout=timeout)
+    return run_gdb(*before, f"target remote {lab.gdb_socket}", "echo \\n=== begin\\n", *commands, timeout=timeout,
+                   when=when)  # fmt: skip
 
 
-def run_gdb(*commands: str, timeout: float = 60) -> str:
-    """gdb -batch; only what follows the mark `=== begin`, when one is printed."""
+def run_gdb(*commands: str, timeout: float = 60, when: When | None = None) -> str:
+    """gdb -batch; only what follows the mark `=== begin`, when there is one. `when` a line begins so, that is done."""
     words = [find_gdb(), *gdb_arguments(), "-batch"]
     for command in commands:
         words += ["-ex", command]
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
-    return done.stdout.rpartition("=== begin\n")[2]
+    output = ""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        killing = threading.Timer(timeout, process.kill)
+        killing.start()
+        for line in process.stdout:
+            output += line
+            for begins, do in (when or {}).items():
+                if line.startswith(begins):
+                    do(process)
+        killing.cancel()
+    assert process.returncode >= 0, f"gdb was killed after {timeout} s: {output}"
+    return output.rpartition("=== begin\n")[2]
 
 
 def rows(output: str, title: str) -> list[list[str]]:

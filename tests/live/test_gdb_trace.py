@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,6 +62,10 @@ def stages(report: Json) -> list[str]:
     return [stage["stage"] for stage in report["stages"]]
 
 
+def symbol(lab: Machine, name: str) -> int:
+    return load_symbols(str(lab.symbols)).address(name)
+
+
 def state(lab: Machine) -> str:
     return str(lab.qmp("query-status")["status"])
 
@@ -70,6 +74,7 @@ def test_every_stage_in_order(lab: Machine) -> None:
     told: list[str] = []
     report = follow(lab, progress=lambda stage, findings: told.append(stage["stage"]))
     assert report["verdict"] == "pass" and "undecided" not in report
+    assert report["target"]["accelerator"] == "tcg"
     assert told == stages(report)
     crashing = [name for name in told if name not in ("nmi-taken", "cpu-save", "cpu-stop")]
     assert crashing == ["normal", "crash-entry", "shutdown-entry", "shootdown", "shootdown-done", "crash-info",
@@ -99,7 +104,7 @@ def test_what_is_changed_at_a_stop_is_found_there(lab: Machine) -> None:
             with ram(lab) as memory:
                 memory[int(session.xen("vtop", where)["physical"], 16)] = 0
 
-    reloc = load_symbols(str(lab.symbols)).address("kexec_reloc")
+    reloc = symbol(lab, "kexec_reloc")
     report = follow(lab, on_stop=change)
     assert report["verdict"] == "fail"
     assert named(report["findings"]) == [("crash-save-done", 2)]
@@ -187,7 +192,17 @@ def test_the_guest_is_reset_and_boots_again() -> None:
     with guest(qemu_args=("-action", "reboot=reset")) as lab:
         reset = Ending(lambda: lab.qmp("system_reset"))
         report = follow(lab, trigger=reset)
-        reset.assert_reported(report, "the guest was reset while its crash was followed")
+        reset.assert_reported(report, "^the machine was reset before a crash began$")
+
+
+@pytest.mark.parametrize("stage", ["shutdown-entry", "nmi-taken", "crash-info"])
+def test_the_guest_is_reset_on_the_path_and_boots_again(stage: str) -> None:
+    """No breakpoint is left for that: the machine is looked at once nothing more comes."""
+    with guest(qemu_args=("-action", "reboot=reset")) as lab:
+        reset = Ending(lambda: lab.qmp("system_reset"))
+        report = follow(lab, progress=lambda seen, _: reset() if seen["stage"] == stage else None, stall=30)
+        reset.assert_reported(report, "^the guest was reset while its crash was followed: the dump is lost; see its")
+        assert state(lab) == "running"
 
 
 def test_gdb_is_killed(lab: Machine) -> None:
@@ -208,16 +223,17 @@ def test_an_error_of_the_trigger_is_the_callers(lab: Machine) -> None:
 # -- inside gdb -------------------------------------------------------------------------------
 
 
-def _press(lab: Machine, after: float) -> threading.Timer:
-    timer = threading.Timer(after, lambda: lab.serial.send(b"C"))
-    timer.start()
-    return timer
+WAITING = "waiting for Xen to crash"
+
+
+def interrupt(process: subprocess.Popen[str]) -> None:
+    time.sleep(0.5)  # until it runs
+    process.send_signal(signal.SIGINT)
 
 
 def test_the_command_inside_gdb(lab: Machine) -> None:
-    timer = _press(lab, 2)
-    output = gdb(lab, "xen crash trace --timeout 20", "info breakpoints", "xen crash report", "maint info breakpoints")
-    timer.join()
+    output = gdb(lab, "xen crash trace --timeout 20", "info breakpoints", "xen crash report", "maint info breakpoints",
+                 when={WAITING: lambda _: lab.serial.send(b"C")})  # fmt: skip
     lines = [line.split()[0] for line in output.partition("\ntarget ")[0].splitlines()]
     assert lines[:4] == ["waiting", "crash-entry", "shutdown-entry", "shootdown"] and lines[-1] == "handover"
     assert len(lines) == 1 + 7 + 3 * 3
@@ -234,6 +250,32 @@ def test_the_command_inside_gdb_gives_up(lab: Machine) -> None:
     assert re.search("^No breakpoints", output, re.MULTILINE)
     assert re.search(r"^stage +normal", output, re.MULTILINE)
     assert state(lab) == "running"
+
+
+def test_the_command_inside_gdb_sees_a_reset() -> None:
+    with guest(qemu_args=("-action", "reboot=reset")) as lab:
+        output = gdb(lab, "xen crash trace --timeout 20", when={WAITING: lambda _: lab.qmp("system_reset")})
+        assert "not decided: the machine was reset before a crash began" in output
+        lab.serial.wait(rb"CPUs ready[^$]*CPUs ready", 30)
+        reset = (
+            "python import socket\n"
+            "def reset(event):\n"
+            "    if gdb.newest_frame().pc() != crash_info: return\n"
+            "    s = socket.socket(socket.AF_UNIX); s.connect('QMP'); s.recv(4096)\n"
+            "    for word in ('qmp_capabilities', 'system_reset'):\n"
+            "        s.send(b'{\"execute\": \"%s\"}' % word.encode()); s.recv(4096)\n"
+            "gdb.events.stop.connect(reset)"
+        ).replace("QMP", str(lab.qmp_socket)).replace("crash_info", str(symbol(lab, "kexec_crash_save_info")))
+        output = gdb(lab, reset, "xen crash trace --timeout 20", qmp=False,
+                     when={WAITING: lambda _: lab.serial.send(b"C")})  # fmt: skip
+    assert "not decided: the guest was reset while its crash was followed: the dump is lost" in output, output
+    assert re.search("^crash-info ", output, re.MULTILINE)
+
+
+def test_the_command_inside_gdb_is_interrupted(lab: Machine) -> None:
+    output = gdb(lab, "xen crash trace", "xen crash status", when={WAITING: interrupt})
+    assert "not decided: interrupted before the crash path came to its end" in output
+    assert re.search(r"^stage +normal", output, re.MULTILINE)
 
 
 def test_the_command_inside_gdb_loses_qemu(lab: Machine) -> None:

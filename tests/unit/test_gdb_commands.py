@@ -9,7 +9,10 @@ import re
 
 import pytest
 
-from gdbplugin.commands import COMMANDS, FUNCTIONS, SETTINGS, TRACE_HELP, WATCH_HELP, Command
+from gdbplugin.commands import COMMANDS
+from gdbplugin.declare import Command
+from gdbplugin.declare import usage as usage_of
+from gdbplugin.settings import FUNCTIONS, SETTINGS
 from tests.texts import BY_NAME, RecordedSession, answer, blocks
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.report.blocks import report_blocks
@@ -22,15 +25,18 @@ def test_these_are_the_commands() -> None:
     assert {command.usage for command in COMMANDS} == {
         "xen idt [CPU] [VECTOR]", "xen percpu NAME [CPU]", "xen lapic [CPU]", "xen cpus", "xen symbols", "xen log",
         "xen bt [CPU]", "xen notes", "xen vtop ADDRESS", "xen crash status", "xen crash check", "xen crash report",
+        "xen crash trace [--timeout SECONDS]", "xen watch gates",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_every_command_has_help_and_a_twin(command: Command) -> None:
-    assert re.fullmatch(r"-xen(-[a-z]+)+", command.mi)
+    assert all(re.fullmatch(r"-xen(-[a-z]+)+", name) for name in command.mi)
     first, usage, *_ = command.help.splitlines()
     assert first.endswith(".") and usage == f"Usage: {command.usage}"
-    assert command.mi in command.help
+    assert all(usage_of(name, step.arguments if command.steps else ()) in command.help
+               for name, step in command.mi.items())  # fmt: skip
+    assert [step.answer for step in command.mi.values()] == [step.answer for step in command.steps or (command,)]
     assert all(argument.says in command.help for argument in command.arguments)
     assert all(len(line) <= 120 for line in command.help.splitlines())
     optional = [argument.optional for argument in command.arguments]
@@ -38,7 +44,8 @@ def test_every_command_has_help_and_a_twin(command: Command) -> None:
 
 
 def test_names_are_unique() -> None:
-    assert len(BY_NAME) == len(COMMANDS) == len({command.mi for command in COMMANDS})
+    assert len(BY_NAME) == len(COMMANDS) == len({command.words for command in COMMANDS})
+    assert len({name for command in COMMANDS for name in command.mi}) == sum(len(command.mi) for command in COMMANDS)
 
 
 def test_settings_and_functions_are_documented() -> None:
@@ -46,8 +53,6 @@ def test_settings_and_functions_are_documented() -> None:
     assert all(setting.summary and setting.details for setting in SETTINGS)
     assert set(FUNCTIONS) == {"xen_per_cpu", "xen_gate"}
     assert all(f"${name}(" in doc for name, doc in FUNCTIONS.items())
-    assert "Usage: xen crash trace [--timeout SECONDS]" in TRACE_HELP
-    assert "Usage: xen watch gates\n" in WATCH_HELP
 
 
 # -- answers ----------------------------------------------------------------------------------

@@ -168,6 +168,13 @@ def test_what_is_used_of_an_object_is_declared() -> None:
     assert probes == []
 
 
+def test_no_module_of_the_plugin_is_called_as_one_of_the_command_is() -> None:
+    """They run in two processes and speak of each other: `session.py` of which?"""
+    names = {folder: {path.stem for path in MODULES if name_of(path).startswith(folder)} - {"__init__"}
+             for folder in ("gdbplugin/", f"{XENCRASH}/")}  # fmt: skip
+    assert set.intersection(*names.values()) == set()
+
+
 def test_importing_does_nothing() -> None:
     """Every module that needs no gdb imports without output, files or threads."""
     names = [
@@ -195,7 +202,8 @@ xen_symbols.symbols xen_symbols.symbols.buildid xen_symbols.symbols.elf xen_symb
 xen_symbols.symbols.listed xen_symbols.symbols.load xen_symbols.symbols.mapfile xen_symbols.symbols.table
 xen_symbols.targets xen_symbols.targets.dump xen_symbols.targets.elfcore xen_symbols.targets.notes
 xen_symbols.targets.raw xen_symbols.targets.stretches
-xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.locate
+xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.lapic
+xen_symbols.xen.locate
 xen_symbols.xen.idt xen_symbols.xen.memory xen_symbols.xen.percpu xen_symbols.xen.reads xen_symbols.xen.search
 xen_symbols.xen.state
 xen_symbols.describe xen_symbols.describe.machine

@@ -22,6 +22,7 @@ from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_MC, VECTOR_NAMES, VECTOR_NMI, Gate
 from xen_symbols.xen.console import read_console
 from xen_symbols.xen.ist import IST_SSP_SIZE, ist_numbers
+from xen_symbols.xen.lapic import BOOT_MODES
 from xen_symbols.xen.memory import HYPERVISOR_CS, XenMemory, image_region
 from xen_symbols.xen.reads import Read, absent, in_memory, mask
 from xen_symbols.xen.state import CpuState, State
@@ -102,9 +103,6 @@ def timed(span: Span, step: int, before: Any, after: Any) -> tuple[Any, ...]:
     if span.reached(step):
         return (after,)
     return (before, after)
-
-
-BOOT_MODES = {1: apic.Mode.DISABLED, 2: apic.Mode.XAPIC, 3: apic.Mode.X2APIC}  # ef41e4fb40, enum apic_mode
 
 
 _IST_0_TOO = "IST of #DF is 0 too, as while an AMD CPU holds an HVM guest's state, but TR is Xen's own"

@@ -1,39 +1,43 @@
 """Following a crash live: what to break on, what each stop means, and when it is over. No gdb in here.
 
-A driver sets execution breakpoints on `anchors`, continues the machine, and hands each stop to `stop`. Every stop reads
-every gate and every CPU afresh.
+A driver sets hardware breakpoints on `breakpoints` and no others, lets the machine run for as long as `wait` allows,
+and hands what happened to `stop`, until that says that the trace is finished. Every stop reads every gate and every
+CPU afresh.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.crashpath.breakpoints import SLOTS, Anchors
 from xen_symbols.crashpath.checks import Context
 from xen_symbols.crashpath.engine import add_stage, new_report
 from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
 from xen_symbols.crashpath.generations import Identification, identify
-from xen_symbols.crashpath.position import anchor_address, at_stage, infer, online_at_crash
-from xen_symbols.crashpath.stages import BY_ID, NORMAL, STAGES, CrashStep, OtherStep, Position, Role, Span, Stage
+from xen_symbols.crashpath.position import at_stage, infer, online_at_crash
+from xen_symbols.crashpath.stages import BY_ID, NORMAL, CrashStep, OtherStep, Position, Role, Span, Stage
 from xen_symbols.describe.changes import describe_gate_change, describe_traced_change
 from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
-from xen_symbols.symbols.table import TEXT
 from xen_symbols.targets import PhysicalCpu
+from xen_symbols.x86.paging import CR0_PG
 from xen_symbols.xen.console import printable, read_console
+from xen_symbols.xen.locate import still_there
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import State, read_state
 
 # xen/include/public/kexec.h and xen/common/kexec.c: bit 5 selects which of the crash images, bits 2 and 3, is live.
 _KEXEC_IMAGE_CRASH_BASE = 2
 _KEXEC_FLAG_CRASH_POS = 5
-# Where Xen's C code begins at boot: reached again only after a reset.
-_RESET_ANCHOR = "__start_xen"
-
 
 # Between two stages Xen waits a second of its own time at most; QEMU's emulation of many CPUs may take ten times that.
 STALL_SECONDS = 30.0
+# After so long without a stage the machine is looked at, whether it still has the Xen that crashes: there is no slot
+# for a breakpoint that a reset would hit, and an ear on QMP would keep everybody else from it.
+LOOK_SECONDS = 2.0
 _LAST_WORDS = 512  # bytes of Xen's console
 _SHOOTDOWN = "xen/arch/x86/crash.c, nmi_shootdown_cpus"
 
@@ -48,7 +52,7 @@ class TraceCheck(NamedTuple):
 
 
 COMPLETE = TraceCheck(
-    "trace-complete", "the crashing CPU, at the end of a trace",
+    "trace-complete", "the crashing CPU, at the end of a trace; a stage that no hardware breakpoint is left for",
     {
         "crash-entry": "xen/common/kexec.c, kexec_crash and kexec_common_shutdown",
         **dict.fromkeys(
@@ -60,12 +64,6 @@ COMPLETE = TraceCheck(
     },
     "no crash kernel starts, and the dump is lost",
 )  # fmt: skip
-
-
-def no_crash(seconds: float, crash_kernel_loaded: bool | None) -> str:
-    """Why a trace ended before a crash began. Without a crash kernel Xen's crash key does nothing at all."""
-    hint = "; no crash kernel was loaded: load one with kexec -p in dom0" if crash_kernel_loaded is False else ""
-    return f"Xen did not crash within {seconds:.0f} s{hint}"
 
 
 def crash_image_loaded(kexec_flags: int) -> bool:
@@ -85,8 +83,20 @@ class StopResult(NamedTuple):
 class Follower:
     """The trace's state machine, for one crash."""
 
-    def __init__(self, memory: XenMemory, identification: Identification | None = None, *, gates: bool = False) -> None:
-        """`gates` also lists every change of an NMI or #MC gate in the report.
+    def __init__(
+        self,
+        memory: XenMemory,
+        identification: Identification | None = None,
+        *,
+        gates: bool = False,
+        timeout: float | None = None,
+        stall: float = STALL_SECONDS,
+        settable: Callable[[Sequence[int]], int] = len,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`gates` also lists every change of an NMI or #MC gate in the report. `timeout` bounds the wait for the crash
+        to begin (None: for ever), `stall` the time between two stages, in seconds of `clock`. `settable` tries how many
+        of some addresses can have hardware breakpoints at the same time.
 
         Raises Undecidable for a Xen that has crashed already, or that cannot be told.
         """
@@ -94,12 +104,10 @@ class Follower:
         self.identification = identification or identify(memory)
         self.generation = self.identification.generation
         self.report: Report = new_report(memory, self.identification)
-        self._anchors = {
-            stage.id: address for stage in STAGES if (address := anchor_address(memory.symbols, stage)) is not None
-        }
-        last = max((s for s in STAGES if s.id in self._anchors and s.role is Role.CRASHING), key=lambda s: s.crash_step)
-        self._last = last.id
-        self._reset_at = memory.symbols.get(_RESET_ANCHOR, TEXT)
+        self._anchors = Anchors(memory.symbols)
+        self._anchors.slots = min(SLOTS, settable(self._anchors.all()))
+        self._timeout, self._stall, self._clock = timeout, stall, clock
+        self._since = clock()  # the last stage: stops that are none do not count as going on
         self._crashing: int | None = None
         self._online: frozenset[int] = frozenset()
         self._step = CrashStep.NOTHING
@@ -128,6 +136,25 @@ class Follower:
         self.writes.look(state)
         if position.stage is NORMAL:
             add_stage(self.report, Context(self.memory, state, position, self.generation))
+        self._entered = self.begun = position.stage is not NORMAL
+        self.report.findings += [self._unseen(stage) for stage in self._anchors.unseen()]
+        if not self._anchors.slots:
+            self.report.undecided = f"{self._few()}: no stage of a crash could be seen; judge it afterwards with check"
+
+    def _few(self) -> str:
+        slots = self._anchors.slots
+        some = f"only {slots} hardware breakpoint{'s' * (slots > 1)}" if slots else "no hardware breakpoint"
+        return f"{some} can be set, and {SLOTS} are needed"
+
+    @property
+    def unseen(self) -> str | None:
+        """Which stages cannot be seen, and why; None when all can."""
+        names = ", ".join(stage.id for stage in self._anchors.unseen())
+        return f"{self._few()}: {names} cannot be seen" if names else None
+
+    def _unseen(self, stage: Stage) -> Finding:
+        why = f"{self._few()}: nothing is seen at this stage"
+        return self._of_trace(stage.id, None, Verdict.UNKNOWN, None, stage.id, why)
 
     def _read(self) -> State:
         self.memory.forget()
@@ -137,25 +164,65 @@ class Follower:
             raise Undecidable(f"Xen's state could not be read: {error}") from None
 
     @property
-    def anchors(self) -> dict[int, str]:
-        """Addresses to break on, and the names to call them by."""
-        found: dict[int, str] = {}
-        for address in self._anchors.values():
-            found[address] = self.memory.symbols.describe(address)
-        if self._reset_at is not None:
-            found[self._reset_at] = _RESET_ANCHOR
-        return found
+    def breakpoints(self) -> tuple[int, ...]:
+        """The addresses to break on while the machine runs next, and no others."""
+        return self._anchors.wanted(self._step, entered=self._entered, owned=self._crashing is not None)
 
-    @property
-    def begun(self) -> bool:
-        """Whether the crash has begun: from here on, stops follow each other within a second of the guest's time."""
-        return bool(self.report.stages) and self.report.stages[-1].stage != NORMAL.id
+    def wait(self) -> float | None:
+        """For how many seconds the machine may run before it is stopped, whatever happened; None: for ever."""
+        patience = self._stall if self.begun else self._timeout
+        left = None if patience is None else max(0.0, self._since + patience - self._clock())
+        return min(left, LOOK_SECONDS) if left is not None and self.begun else left
 
-    def stop(self, index: int, pc: int) -> StopResult:
-        """The machine stopped with the target's CPU `index` at `pc`. Raises Undecidable when the trace is lost."""
-        if pc == self._reset_at:
-            raise Undecidable("the guest was reset while its crash was followed: the dump is lost; see its console log")
-        if pc not in self._anchors.values():
+    def stop(self, index: int, pc: int, *, expired: bool = False, signal: str | None = None) -> StopResult:
+        """The machine stopped with the target's CPU `index` at `pc`; `expired`: because the time was over; `signal`: by
+        somebody else, with that signal.
+
+        Raises Undecidable when the trace is lost.
+        """
+        result = self._at(index, pc)
+        if result.stage is not None:
+            self._since = self._clock()
+            self.begun = True
+            return result
+        if expired:
+            return self._expired()
+        if signal is not None:
+            raise Undecidable(f"the machine was stopped by something else ({signal}) while it was followed")
+        return result
+
+    def _expired(self) -> StopResult:
+        if self._was_reset():
+            raise Undecidable(self._reset())
+        left = self.wait()
+        if left is None or left > 0:
+            return StopResult(None)
+        if self.begun:
+            return StopResult(None, (self._stalled(),), finished=True)
+        hint = "; no crash kernel was loaded: load one with kexec -p in dom0" * (self.crash_kernel_loaded is False)
+        # Without a crash kernel Xen's crash key does nothing at all.
+        raise Undecidable(f"Xen did not crash within {self._timeout:.0f} s{hint}")
+
+    def _reset(self) -> str:
+        if not self.begun:
+            return "the machine was reset before a crash began"
+        return "the guest was reset while its crash was followed: the dump is lost; see its console log"
+
+    def _was_reset(self) -> bool:
+        """Whether the Xen that is followed is there no more: firmware or a loader runs, something else, or Xen anew."""
+        paging = [cpu.registers["cr0"] & CR0_PG for cpu in self.memory.target.cpus() if "cr0" in cpu.registers]
+        if (paging and not any(paging)) or not still_there(self.memory):
+            return True
+        with contextlib.suppress(Undecidable):  # nothing is known, then, of a reset
+            # Before a CPU owns the crash nothing in memory may show it.
+            return self._crashing is not None and infer(self._read(), self.generation).stage is NORMAL
+        return False
+
+    def _at(self, index: int, pc: int) -> StopResult:
+        """What it means that this CPU is there."""
+        if pc == self._anchors.reset:
+            raise Undecidable(self._reset())
+        if pc not in self._anchors.of.values():
             return StopResult(None)
         state = self._read()
         cpu = next(
@@ -175,7 +242,7 @@ class Follower:
         seen, findings = self._judge(state, position)
         if stage.id == "crash-entry":
             self._require_image(state)
-        finished = stage.id == self._last
+        finished = stage.id == self._anchors.last
         if finished:
             findings = (*findings, self._complete(True))
         return StopResult(seen, findings, finished)
@@ -191,7 +258,7 @@ class Follower:
 
     def _stage(self, cpu: int, pc: int) -> Stage | None:
         """The stage that this CPU has reached at `pc`; an anchor may be another stage's on the crashing CPU."""
-        for stage_id, address in self._anchors.items():
+        for stage_id, address in self._anchors.of.items():
             stage = BY_ID[stage_id]
             if address != pc:
                 continue
@@ -207,6 +274,7 @@ class Follower:
         return self._crashing is not None and stage.crash_step > self._step
 
     def _advance(self, state: State, stage: Stage, cpu: int) -> None:
+        self._entered = True
         if stage.id == "crash-entry":
             self._online = online_at_crash(state, self.generation, None)
             return
@@ -234,7 +302,8 @@ class Follower:
         return spans | {cpu: Span(span.low, OtherStep.PARKED) for cpu, span in self._seen.items()}
 
     def _judge(self, state: State, position: Position) -> tuple[StageSeen, tuple[Finding, ...]]:
-        entries = self._entries if "nmi-taken" in self._anchors else None
+        counted = "nmi-taken" in self._anchors.of and BY_ID["nmi-taken"] not in self._anchors.unseen()
+        entries = self._entries if counted else None
         now = moment_of(state, position, len(self.report.stages))
         before = self._history.see(now, self.writes.take(state))
         findings = add_stage(self.report, Context(self.memory, state, position, self.generation, entries, before))
@@ -253,17 +322,23 @@ class Follower:
 
     def _complete(self, reached: bool, why: str | None = None) -> Finding:
         last = self.report.stages[-1].stage if self.report.stages else None
-        finding = Finding(
-            check=COMPLETE.id, stage=self._last, cpu=self._crashing,
-            verdict=Verdict.PASS if reached else Verdict.FAIL,
-            expected=self._last, observed=last, source=COMPLETE.sources.get(last or "", COMPLETE.sources["exec-entry"]),
-            evidence=(Evidence("breakpoint"),), reason=why, stop=len(self.report.stages) - 1,
-        )  # fmt: skip
+        verdict, end = Verdict.PASS if reached else Verdict.FAIL, self._anchors.last
+        finding = self._of_trace(end, self._crashing, verdict, last, last or "", why)
         self.report.findings.append(finding)
         return finding
 
-    def stalled(self, why: str) -> Finding:
+    def _of_trace(
+        self, stage: str, cpu: int | None, verdict: Verdict, observed: str | None, source: str, why: str | None
+    ) -> Finding:
+        return Finding(
+            check=COMPLETE.id, stage=stage, cpu=cpu, verdict=verdict, expected=stage, observed=observed,
+            source=COMPLETE.sources.get(source, COMPLETE.sources["exec-entry"]), evidence=(Evidence("breakpoint"),),
+            reason=why, stop=max(0, len(self.report.stages) - 1),
+        )  # fmt: skip
+
+    def _stalled(self) -> Finding:
         """The crash began and never reached its end: a failure, named after where it was seen last."""
+        why = f"nothing more was reached in {self._stall:.0f} s"
         where = "; ".join([f"{why}: {COMPLETE.consequence}", *self._whereabouts()])
         return self._complete(False, where)
 

@@ -20,9 +20,16 @@ def describe_target(memory: XenMemory) -> dict[str, Any]:
         "kind": target.kind,
         "format": target.format,
         "location": target.location,
+        **_describe_accelerator(target.accelerator),
         "xen_phys_start": hex(memory.xen_phys_start),
         "found_by": memory.found_by,
     }
+
+
+def _describe_accelerator(accelerator: str | Absent) -> dict[str, Any]:
+    if isinstance(accelerator, Absent):
+        return {"accelerator": None, "accelerator_absent": accelerator.reason}
+    return {"accelerator": accelerator}
 
 
 def describe_symbols(memory: XenMemory) -> dict[str, Any]:

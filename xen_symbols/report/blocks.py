@@ -73,7 +73,7 @@ def header(report: Json) -> Lines:
     target, symbols, generation = report["target"], report["symbols"], report["generation"]
     match = {True: Cell("match", "pass"), False: Cell("DO NOT MATCH", "fail"), None: Cell("unverified", "unknown")}
     lines = [
-        [Cell("target      ", "dim"), Cell(f"{target.get('location', '?')} ({target.get('format', '?')})")],
+        [Cell("target      ", "dim"), Cell(target_line(target))],
         [
             Cell("symbols     ", "dim"),
             Cell(f"{symbols.get('path')} ({symbols.get('source')}), build-id {symbols.get('build_id') or 'none'}: "),
@@ -88,6 +88,12 @@ def header(report: Json) -> Lines:
     elif report["crashing_cpu"] is not None:
         lines.append([Cell("crashed on  ", "dim"), Cell(f"CPU {report['crashing_cpu']}", "strong")])
     return Lines(lines)
+
+
+def target_line(target: Json) -> str:
+    """What was looked at, in what form, and what runs it."""
+    by = target.get("accelerator")
+    return f"{target.get('location', '?')} ({target.get('format', '?')}{', ' + by.upper() if by else ''})"
 
 
 def _lapic_cell(cpu: Json) -> Cell:
@@ -384,6 +390,8 @@ def report_blocks(report: Json) -> list[Block]:
         blocks.append(stages_table(report))
     if "gate_changes" in report:
         blocks.append(gate_changes_table(report))
+        if "writers_absent" in report:
+            blocks.append(Lines([[Cell(f"without the writers: {report['writers_absent']}", "unknown")]]))
     if report["cpus"]:
         blocks.append(cpus_table(report))
     found = problems(report)

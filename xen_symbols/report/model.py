@@ -120,6 +120,7 @@ class Report:
         self.stages: list[StageSeen] = []
         self.findings = list(findings)
         self.gate_changes: list[Mapping[str, Any]] | None = None  # of a trace that was asked for them
+        self.writers_absent: str | None = None  # why nobody was seen to change a gate, where changes are listed
         self.undecided = undecided  # why nothing (more) could be decided: target lost, no generation, …
 
     @property
@@ -153,6 +154,8 @@ class Report:
         }
         if self.gate_changes is not None:
             out["gate_changes"] = [dict(change) for change in self.gate_changes]
+        if self.writers_absent is not None:
+            out["writers_absent"] = self.writers_absent
         if self.undecided is not None:
             out["undecided"] = self.undecided
         return out

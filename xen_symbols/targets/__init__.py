@@ -72,6 +72,11 @@ class Target(Protocol):
     location: str  # how the user named it
     base: int | None = None  # of a raw image: the physical address of its first byte, which the user gave
 
+    @property
+    def accelerator(self) -> str | Absent:
+        """What runs a live machine's CPUs: `kvm` or `tcg`."""
+        return Absent("a dump does not say what ran the machine" if self.kind == "dump" else "not known")
+
     def read_physical(self, address: int, size: int) -> bytes:
         """`size` bytes at a physical address; raises Unreadable, never returns fewer or made-up bytes.
 

@@ -55,6 +55,16 @@ def parse_registers(text: str) -> list[PhysicalCpu]:
     return [_cpu(int(number), block.replace("\r", "")) for number, block in zip(blocks[::2], blocks[1::2], strict=True)]
 
 
+def is_kvm(text: str) -> bool:
+    """Whether KVM runs the machine, from `info kvm`."""
+    return text.strip() == "kvm support: enabled"
+
+
+def is_tcg(text: str) -> bool:
+    """Whether TCG runs the machine, from `info jit`, which has nothing to say of any other accelerator."""
+    return "Translation buffer state:" in text
+
+
 def names_a_cpu(text: str) -> bool:
     """Whether it is of one or more CPUs' registers at all; what a QEMU before 7.2 says to `info registers N` is not."""
     return _CPU_HEAD.search(text) is not None

@@ -4,6 +4,7 @@ import struct
 from functools import lru_cache
 from typing import NamedTuple
 
+IDT_ENTRIES = 256
 SIZE = 16
 
 VECTOR_NMI = 2  # SDM vol. 3, table 6-1

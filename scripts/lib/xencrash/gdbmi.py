@@ -16,7 +16,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +49,10 @@ class MiError(Undecidable):
     """gdb answered ^error; the message is gdb's, or the plugin's."""
 
 
+class NotRun(Undecidable):
+    """gdb said that the machine runs, and then why it does not."""
+
+
 class Timeout(Undecidable):
     """Something that should have been answered was not."""
 
@@ -61,6 +65,7 @@ class Stopped:
     signal: str | None = None
 
 
+_NOT_SET = re.compile(r"(?:Cannot|Could not) insert hardware|too many hardware breakpoints")  # gdb's words
 _GONE_REASONS = ("exited", "exited-normally", "exited-signalled")
 # gdb's words when its connection breaks, and the plugin's.
 _GONE_WORDS = re.compile(
@@ -139,7 +144,9 @@ class GdbSession:
         self._stops: deque[Stopped] = deque()
         self._console: list[str] = []
         self._log: deque[str] = deque(maxlen=20)
-        self._breakpoints: list[str] = []
+        self._breakpoints: dict[int, str] = {}  # gdb's numbers of them, by address
+        self._run_token: str | int | None = None  # of the last command that gdb answered with ^running
+        self._refused: str | None = None  # why the machine did not run, after all
         self._lost = False
         command = [gdb or find_gdb(), *gdb_arguments(), "--interpreter=mi3"]
         # A session of its own: a Ctrl-C on the terminal is for us to act on.
@@ -242,17 +249,22 @@ class GdbSession:
 
     def break_at(self, address: int) -> None:
         """A hardware breakpoint, removed again when the machine is left."""
-        made = self.mi(f"-break-insert -h *{address:#x}")
-        self._breakpoints.append(made["bkpt"]["number"])
+        if address not in self._breakpoints:
+            self._breakpoints[address] = self.mi(f"-break-insert -h *{address:#x}")["bkpt"]["number"]
 
-    def clear_breakpoints(self) -> None:
-        if self._breakpoints:
-            self.mi(f"-break-delete {' '.join(self._breakpoints)}")
-            self._breakpoints.clear()
+    def set_breakpoints(self, addresses: Iterable[int]) -> None:
+        """Hardware breakpoints at these addresses, and no others of ours."""
+        wanted = dict.fromkeys(addresses)
+        if gone := [address for address in self._breakpoints if address not in wanted]:
+            self.mi(f"-break-delete {' '.join(self._breakpoints.pop(address) for address in gone)}")
+        for address in wanted:
+            self.break_at(address)
 
     def run(self) -> None:
         """Let the machine run; `wait_stop` says when it stops."""
         self._stops.clear()
+        self._log.clear()
+        self._refused = None
         self.mi("-exec-continue")
         self._running = True
 
@@ -262,6 +274,9 @@ class GdbSession:
         while not self._stops:
             if self._lost:
                 raise self._target_lost()
+            if self._refused is not None:
+                self._running = False
+                raise NotRun(self._refused)
             if deadline is not None and time.monotonic() > deadline:
                 return None
             self._receive()
@@ -284,7 +299,7 @@ class GdbSession:
             return
         running = bool(self._found_running) if running is None else running
         self.interrupt()
-        self.clear_breakpoints()
+        self.set_breakpoints(())
         self.mi("-target-detach" if running else "-target-disconnect", _LEAVE_SECONDS)
         self._attached = False
 
@@ -317,7 +332,7 @@ class GdbSession:
     def _take(self, record: Mapping[str, Any]) -> None:
         kind, payload = record["type"], record["payload"]
         if kind == "result" and record["token"] is not None:
-            self._results[record["token"]] = record
+            self._take_result(record)
         elif kind == "notify" and record["message"] == "stopped":
             self._stops.append(Stopped(payload.get("reason"), payload.get("signal-name")))
         elif kind == "notify" and record["message"] == "thread-group-exited":
@@ -326,6 +341,26 @@ class GdbSession:
             self._console.append(payload)
         elif kind in ("log", "output") and str(payload).strip():
             self._log.append(str(payload).strip())
+
+    def _take_result(self, record: Mapping[str, Any]) -> None:
+        """A command has one result, but for one that lets the machine run: gdb may find afterwards that it cannot."""
+        token = record["token"]
+        if record["message"] == "running":
+            self._run_token = token
+        if token == self._run_token and record["message"] == "error":
+            self._refused = self._why_not_run(str((record["payload"] or {}).get("msg", "")))
+        else:
+            self._results[token] = record
+
+    def _why_not_run(self, message: str) -> str:
+        """What gdb says in its log, of breakpoints that it could not set, or else in its second result."""
+        said = " ".join([*self._log, message])
+        if not _NOT_SET.search(said):
+            return f"gdb did not let the machine run: {' '.join(said.split())}"
+        return (
+            f"gdb could not set its breakpoints: {self.location} takes no more hardware breakpoints (KVM has four, "
+            "watchpoints included)"
+        )
 
     def _died(self) -> GdbDied:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,17 +1,17 @@
 """Following a crash live from outside gdb: what `xencrash trace` and the lab do.
 
-gdb sets the breakpoints and lets the machine run; the plugin, asked once at each stop, reads and judges. A report
-comes out of every trace that could begin, whatever happens to the guest, to QEMU or to gdb on the way.
+gdb sets the breakpoints and lets the machine run; the plugin, asked once at each stop, reads and judges, and says where
+to break next and how long to wait. A report comes out of every trace that could begin, whatever happens to the guest,
+to QEMU or to gdb on the way.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from xen_symbols.absence import Undecidable
-from xen_symbols.crashpath.follow import STALL_SECONDS, no_crash
+from xen_symbols.crashpath.follow import STALL_SECONDS
 from xen_symbols.report.model import Verdict
 from xencrash.gdbmi import GdbSession, open_session
 
@@ -50,19 +50,21 @@ def trace(
     report: Json | None = None
     try:
         with open_session(target, symbols, qmp, allow_mismatch=allow_mismatch, gdb=gdb) as session:
-            begin = session.xen("crash-trace-begin", *(["gates"] if gates else []))
+            options = ["--stall", str(stall), *(["gates"] if gates else [])]
+            if timeout is not None:
+                options += ["--timeout", str(timeout)]
+            begin = session.xen("crash-trace-begin", *options)
             report = begin["report"]
-            for anchor in begin["anchors"]:
-                session.break_at(int(anchor["address"], 16))
             for stage in report["stages"]:
                 progress(stage, report["findings"])
+            if "undecided" in report:
+                return report
+            session.set_breakpoints(int(address, 16) for address in begin["breakpoints"])
             session.run()
             if trigger is not None:
                 trigger()
-            stalled = _follow(session, report, timeout, stall, progress, on_stop, begin["crash_kernel_loaded"])
-            end = session.xen("crash-trace-end", *([stalled] if stalled else []))
-            report["findings"] += end["findings"]
-            report["verdict"] = end["verdict"]
+            _follow(session, report, begin["wait"], progress, on_stop)
+            report["verdict"] = session.xen("crash-trace-end")["verdict"]
             session.leave(running=False if leave_stopped else None)
     except Undecidable as error:
         if report is None:
@@ -75,45 +77,36 @@ def trace(
 def _follow(
     session: GdbSession,
     report: Json,
-    timeout: float | None,
-    stall: float,
+    wait: float | None,
     progress: Progress,
     on_stop: Callable[[GdbSession], None] | None,
-    crash_kernel_loaded: bool | None,
-) -> str | None:
-    """Collect each stage in `report` until the path's end. Returns why it did not come to it, once it had begun.
-
-    Raises Undecidable when the trace is lost.
-    """
-    begun = bool(report["stages"]) and report["stages"][-1]["stage"] != "normal"
-    since = time.monotonic()  # the last stage: stops that are none do not count as going on
+) -> None:
+    """Collect each stage in `report` until the trace is finished. Raises Undecidable when it is lost."""
     while True:
-        patience = stall if begun else timeout
-        stopped = session.wait_stop(None if patience is None else since + patience - time.monotonic())
+        stopped = session.wait_stop(wait)
         if stopped is None:
             session.interrupt()
-            if begun:
-                return f"nothing more was reached in {stall:.0f} s"
-            raise Undecidable(no_crash(timeout or 0.0, crash_kernel_loaded))
-        if stopped.signal is not None:
-            raise Undecidable(f"the machine was stopped by something else ({stopped.signal}) while it was followed")
-        if on_stop is not None:
-            on_stop(session)
-        step = session.xen("crash-trace-stop")
-        begun = step["begun"]
+            step = session.xen("crash-trace-stop", "expired")
+        elif stopped.signal is not None:
+            step = session.xen("crash-trace-stop", "--signal", stopped.signal)
+        else:
+            if on_stop is not None:
+                on_stop(session)
+            step = session.xen("crash-trace-stop")
+        report["findings"] += step["findings"]
         if step["stage"] is not None:
             stage = {name: step[name] for name in ("stage", "cpu", "at")}
             report["stages"].append(stage)
-            report["findings"] += step["findings"]
             if "gate_changes" in report:
                 report["gate_changes"] += step["gate_changes"]
             report["cpus"], report["crashing_cpu"] = step["cpus"], step["crashing_cpu"]
             progress(stage, step["findings"])
-            since = time.monotonic()
         if step["undecided"]:
             raise Undecidable(step["undecided"])
         if step["finished"]:
-            return None
+            return
+        wait = step["wait"]
+        session.set_breakpoints(int(address, 16) for address in step["breakpoints"])
         session.run()
 
 

@@ -7,16 +7,15 @@ CPUs write at once, so what changed is told by reading the gates again, and a wa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import gdb
 
+from gdbplugin.declare import NoteWrite
 from gdbplugin.target import cpu_index
-from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.gatechanges import Key
 from xen_symbols.x86.gate import SIZE
 
-Note = Callable[[Key, int, int, Mapping[Key, bytes]], None]
 _watchpoints: list[_Gate] = []
 
 
@@ -24,7 +23,7 @@ class _Gate(gdb.Breakpoint):
     """One gate's 16 bytes. `note` is told the gate, the CPU that wrote (the target's index), where it goes on, and what
     every gate that is watched holds then."""
 
-    def __init__(self, key: Key, address: int, note: Note) -> None:
+    def __init__(self, key: Key, address: int, note: NoteWrite) -> None:
         super().__init__(
             f"*(unsigned long (*)[2]) {address:#x}", type=gdb.BP_WATCHPOINT, wp_class=gdb.WP_WRITE, internal=True
         )
@@ -47,14 +46,15 @@ def _contents() -> dict[Key, bytes]:
     return found
 
 
-def watch(addresses: Mapping[Key, int], note: Note) -> None:
-    """Watch gates until `end_watching`. Raises Undecidable where the stub has no watchpoints."""
+def watch(addresses: Mapping[Key, int], note: NoteWrite) -> str | None:
+    """Watch gates until `end_watching`. Returns why gdb would not have the machine do it; None if it will."""
     for key, address in addresses.items():
         point = _Gate(key, address, note)
         _watchpoints.append(point)
         if point.type != gdb.BP_HARDWARE_WATCHPOINT:
             end_watching()
-            raise Undecidable("gdb would watch a gate by single steps: set can-use-hw-watchpoints 1")
+            return "gdb would watch a gate by single steps: set can-use-hw-watchpoints 1"
+    return None
 
 
 def end_watching() -> None:

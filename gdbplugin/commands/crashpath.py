@@ -1,0 +1,85 @@
+"""Where on its crash path Xen is, and whether all is as it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gdbplugin.declare import Command, Json, Session, plain
+from xen_symbols.absence import Undecidable
+from xen_symbols.crashpath.checks import Context
+from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.crashpath.follow import crash_image_loaded
+from xen_symbols.crashpath.position import crashing_cpu, infer
+from xen_symbols.describe.machine import describe_cpus
+from xen_symbols.report.blocks import Block, Cell, Lines, cpus_table, report_blocks, show
+from xen_symbols.xen.state import read_state
+
+
+def _status(session: Session) -> Json:
+    with session.look() as memory:
+        generation = session.identification(memory).generation
+        state = read_state(memory, notes=False)
+        position = infer(state, generation)
+        context = Context(memory, state, position, generation)
+        flags = state.system["kexec_flags"]
+        out: Json = {
+            "generation": generation.id,
+            "stage": position.stage.id,
+            "says": position.stage.says,
+            "subject": position.subject,
+            "crashing_cpu": position.crashing_cpu,
+            "crashing_cpu_by": [] if position.crashing_cpu is None else list(crashing_cpu(state, generation)[1]),
+            "crash_kernel_loaded": crash_image_loaded(flags.value) if flags.present else None,
+            "online_at_crash": sorted(position.online),
+        }
+        for name in ("online", "saved", "waiting_mask", "waiting_count", "kexecing"):
+            value = state.system[name].value
+            out[name] = sorted(value) if isinstance(value, frozenset) else plain(value)
+        out["cpus"] = describe_cpus(context.state, context.cpus, position.crashing_cpu, position.online)
+        return out
+
+
+def _show_status(answer: Json) -> Sequence[Block]:
+    crashing = answer["crashing_cpu"]
+    lines = [
+        ("stage", f"{answer['stage']}: {answer['says']}"
+         + ("" if answer["subject"] is None else f" (CPU {answer['subject']})")),
+        ("generation", answer["generation"]),
+        ("crashing CPU", "none" if crashing is None else f"{crashing} ({'; '.join(answer['crashing_cpu_by'])})"),
+        ("crash kernel", {True: "loaded", False: "NOT loaded", None: "not known"}[answer["crash_kernel_loaded"]]),
+    ]  # fmt: skip
+    for name, title in (("online", "online"), ("saved", "notes saved"), ("waiting_mask", "waited for"),
+                        ("waiting_count", "waited for")):  # fmt: skip
+        if answer[name] is not None:
+            lines.append((title, show(answer[name])))
+    text = Lines([[Cell(f"{name:14}", "dim"), Cell(value)] for name, value in lines])
+    return [text, cpus_table({"cpus": answer["cpus"], "stages": [{"stage": answer["stage"]}]})]
+
+
+def _check(session: Session) -> Json:
+    with session.look() as memory:
+        session.report = evaluate(memory, session.identification(memory)).to_json()
+    return session.report
+
+
+def _report(session: Session) -> Json:
+    if session.report is None:
+        raise Undecidable("there is no report yet: xen crash check makes one, and so does xen crash trace")
+    return session.report
+
+
+COMMANDS = (
+    Command(
+        ("crash", "status"), "Show where on its crash path Xen is, without judging it.",
+        "The stage, the crashing CPU and the evidence for it, whom it waits for, and each CPU's gates.",
+        (), _status, _show_status,
+    ),
+    Command(
+        ("crash", "check"), "Judge the state that the machine is in.",
+        "Evaluates every check of the crash path for this stage, and keeps the report.", (), _check, report_blocks,
+    ),
+    Command(
+        ("crash", "report"), "Show the last report again.",
+        "The report of the last xen crash check or xen crash trace.", (), _report, report_blocks,
+    ),
+)  # fmt: skip

@@ -1,0 +1,106 @@
+"""What Xen says of itself: its build, its console, its crash notes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gdbplugin.declare import Command, Json, Session, cell
+from xen_symbols.absence import Undecidable
+from xen_symbols.crashpath.missing import missing
+from xen_symbols.describe.machine import describe_symbols, describe_target
+from xen_symbols.describe.notes import describe_crash_notes
+from xen_symbols.report.blocks import Block, Cell, Lines, Table, info_note_lines, missing_lines, note_lines
+from xen_symbols.xen.console import printable, read_console
+from xen_symbols.xen.state import read_state
+
+
+def _symbols(session: Session) -> Json:
+    if not session.connected():
+        symbols = session.symbols()
+        build_id = symbols.build_id.hex() if symbols.build_id else None
+        return {"symbols": {"path": symbols.path, "source": symbols.source, "build_id": build_id}}
+    with session.look() as memory:
+        out: Json = {"symbols": describe_symbols(memory), "target": describe_target(memory)}
+        try:
+            found = session.identification(memory)
+        except Undecidable as error:
+            lacks = [row.to_json() for row in missing(memory.symbols, None)]
+            return out | {"missing": lacks, "generation": None, "absent": str(error)}
+        generation = found.generation
+        return out | {
+            "missing": [row.to_json() for row in missing(memory.symbols, generation)],
+            "generation": {
+                "id": generation.id, "introduced": generation.introduced, "releases": generation.releases,
+                "evidence": list(found.evidence),
+            }
+        }  # fmt: skip
+
+
+def _show_symbols(answer: Json) -> Sequence[Block]:
+    used = answer["symbols"]
+    lines = [
+        ("symbols", f"{used['path']} ({used['source']})"),
+        ("build-id", used["build_id"] or "none"),
+    ]
+    if "target" in answer:
+        matches = {True: "the same", False: "another: DOES NOT MATCH", None: "not comparable"}[used["match"]]
+        lines.append(("in memory", f"{used['target_build_id'] or 'not found'} ({matches})"))
+        lines.append(("Xen at", f"physical {answer['target']['xen_phys_start']}, by {answer['target']['found_by']}"))
+        lines += [("missing", text) for text in missing_lines(answer["missing"])]
+        generation = answer["generation"]
+        if generation is None:
+            lines.append(("crash path", answer["absent"]))
+        else:
+            lines.append(("crash path", f"{generation['id']} ({generation['introduced']}; {generation['releases']})"))
+            lines += [("", says) for says in generation["evidence"]]
+    return [Lines([[Cell(f"{name:12}", "dim"), Cell(text)] for name, text in lines])]
+
+
+def _log(session: Session) -> Json:
+    with session.look() as memory:
+        return {"text": printable(read_console(memory))}
+
+
+def _show_log(answer: Json) -> Sequence[Block]:
+    return [Lines([[Cell(line)] for line in answer["text"].splitlines()])]
+
+
+def _notes(session: Session) -> Json:
+    with session.look() as memory:
+        return describe_crash_notes(memory, read_state(memory))
+
+
+def _show_notes(answer: Json) -> Sequence[Block]:
+    columns = ["CPU", "buffer at", "state", "saved in", "rsp", "cr3", ""]
+    rows = []
+    for item in answer["buffers"]:
+        registers, control = item["registers"] or {}, item["control"] or {}
+        style = {"saved": "", "empty": "dim"}.get(item["state"], "unknown")
+        rows.append(
+            [cell(item["cpu"], "strong"), cell(item["address"]), cell(item["state"], style),
+             cell(item["at"] and item["at"]["symbol"]), cell(registers.get("rsp")), cell(control.get("cr3")),
+             Cell(item["says"], style)]
+        )  # fmt: skip
+    blocks: list[Block] = [Table("Crash notes in Xen's memory", columns, rows)]
+    lines = [("Xen", text) for text in info_note_lines(answer["info"])]
+    lines += [("in the file", text) for text in note_lines(answer["file"])]
+    return [*blocks, Lines([[Cell(f"{name:13}", "dim"), Cell(text)] for name, text in lines])]
+
+
+COMMANDS = (
+    Command(
+        ("symbols",), "Show which symbols are used, whether they fit, what they lack, and which crash path Xen has.",
+        "Symbols come from set xen symbols, or else from the file that gdb has loaded.", (), _symbols, _show_symbols,
+    ),
+    Command(
+        ("log",), "Show Xen's console ring, from its oldest line.",
+        "Control characters are shown as escapes, so that no terminal obeys them.", (), _log, _show_log,
+    ),
+    Command(
+        ("notes",), "Show the crash notes: what each CPU has saved, and what Xen says of itself.",
+        "Read from Xen's memory on every target, where they are empty until a crash; on a dump also the notes of the\n"
+        "file, and whether they are the same. The registers are those of Xen in kexec_crash_save_cpu, not of what it\n"
+        "interrupted: xen bt shows that.",
+        (), _notes, _show_notes,
+    ),
+)  # fmt: skip

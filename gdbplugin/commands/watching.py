@@ -1,0 +1,65 @@
+"""What changes the NMI and #MC gates while the machine runs, on the way of a crash or not: `xen watch gates`."""
+
+from __future__ import annotations
+
+from gdbplugin.declare import Command, Json, Say, Session, Step
+from xen_symbols.absence import Undecidable
+from xen_symbols.crashpath.follow import GateWatch
+from xen_symbols.crashpath.gatechanges import gate_addresses
+from xen_symbols.report.blocks import Cell, Lines, watched_gates
+from xen_symbols.xen.state import read_state
+
+
+def _begin(session: Session) -> Json:
+    """Watch every gate that there is. {"gates": how many, "writers_absent": why no writer can be seen, or null}."""
+    session.end_watching()
+    with session.look() as memory:
+        if memory.target.kind != "live":
+            raise Undecidable(f"{memory.target.location} is a dump, which does not run: nothing in it changes")
+        state = read_state(memory)
+    session.gate_watch = GateWatch()
+    session.gate_watch.see(state)
+    addresses = gate_addresses(state)
+    return {"gates": len(addresses), "writers_absent": session.watch(addresses, session.gate_watch.writes.caught)}
+
+
+def _stop(session: Session) -> Json:
+    """{"changes": since the last stop, as in a report's gate_changes but without stages}."""
+    if session.gate_watch is None:
+        raise Undecidable("no gates are watched")
+    with session.look() as memory:
+        return {"changes": session.gate_watch.see(read_state(memory))}
+
+
+def _end(session: Session) -> Json:
+    """The last changes, as `stop` has them; nothing is watched any more."""
+    session.end_watching()
+    try:
+        return _stop(session)
+    finally:
+        session.gate_watch = None
+
+
+def _watch(session: Session, *, say: Say) -> Json:
+    """The command: until the machine stops, by Ctrl-C or a breakpoint. Raises Undecidable."""
+    watched = _begin(session)
+    try:
+        if watched["writers_absent"]:
+            say([Lines([[Cell(f"without the writers: {watched['writers_absent']}", "unknown")]])])
+        say([Lines([[Cell(f"watching {watched['gates']} gates: Ctrl-C ends it", "dim")]])])
+        session.run(None)
+    finally:
+        session.end_watching()
+    return _end(session)
+
+
+COMMANDS = (
+    Command(
+        ("watch", "gates"), "List what changes the NMI and #MC gates of the CPUs while the machine runs.",
+        "Lets the machine run until Ctrl-C or a breakpoint stops it, and lists each gate that is not as it was:\n"
+        "whose, which property, before and after, and the writer's CPU, function and offset where a write\n"
+        "watchpoint saw it. A gate that changed and changed back is not listed; a writer is missed where several\n"
+        "CPUs write at once. While a guest runs on an AMD CPU its gates change at each switch, which makes it slow.",
+        (), _watch, watched_gates, (Step("begin", _begin), Step("stop", _stop), Step("end", _end)),
+    ),
+)  # fmt: skip

@@ -1,0 +1,94 @@
+"""The trace's waiting policy, without a machine: how long to wait, and what it means when nothing comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.machines.recorded import load
+from xen_symbols.absence import Undecidable
+from xen_symbols.crashpath.follow import LOOK_SECONDS, Follower
+from xen_symbols.crashpath.generations import identify
+from xen_symbols.report.model import Verdict
+from xen_symbols.xen.locate import locate
+
+NOWHERE = 0xFFFF82D0_40000000
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def follower(clock: Clock, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Follower:
+    """Of a recorded machine, taken for one that runs: it is a crashed one, of which nothing else is asked here."""
+    example, symbols = load("4.17-handover")
+    memory = locate(example, symbols)
+    monkeypatch.setattr(Follower, "_start", lambda self, gates: None)
+    follow = Follower(memory, identify(memory), clock=clock, **more)
+    follow.begun, follow.crash_kernel_loaded = False, True
+    return follow
+
+
+def test_a_crash_is_waited_for_as_long_as_was_asked(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow = follower(clock, monkeypatch, timeout=20)
+    assert follow.wait() == 20
+    clock.now = 15
+    assert follow.stop(0, NOWHERE).stage is None  # some other breakpoint: it does not count as going on
+    assert follow.wait() == 5
+    assert not follow.stop(0, NOWHERE, expired=True).finished  # it was not over yet
+    clock.now = 20.5
+    assert follow.wait() == 0
+    with pytest.raises(Undecidable, match="^Xen did not crash within 20 s$"):
+        follow.stop(0, NOWHERE, expired=True)
+    follow.crash_kernel_loaded = False
+    with pytest.raises(Undecidable, match="within 20 s; no crash kernel was loaded: load one with kexec -p in dom0$"):
+        follow.stop(0, NOWHERE, expired=True)
+
+
+def test_a_crash_is_waited_for_for_ever(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow = follower(clock, monkeypatch)
+    assert follow.wait() is None
+    clock.now = 1e6
+    assert follow.wait() is None
+
+
+def test_a_stage_is_waited_for_and_the_machine_looked_at(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow = follower(clock, monkeypatch, stall=7)
+    follow.begun = True
+    for now, wait in ((0, LOOK_SECONDS), (2, LOOK_SECONDS), (4, LOOK_SECONDS), (6, 1)):
+        clock.now = now
+        assert follow.wait() == wait
+        assert follow.stop(0, NOWHERE, expired=True) == (None, (), False)
+    clock.now = 7
+    result = follow.stop(0, NOWHERE, expired=True)
+    assert result.finished and result.stage is None
+    (finding,) = result.findings
+    assert (finding.check, finding.verdict) == ("trace-complete", Verdict.FAIL)
+    assert finding.reason and finding.reason.startswith("nothing more was reached in 7 s: no crash kernel starts")
+
+
+def test_a_machine_whose_cpus_do_not_page_was_reset(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow = follower(clock, monkeypatch, timeout=20)
+    cpus = follow.memory.target.physical_cpus  # type: ignore[attr-defined]
+    for index, cpu in enumerate(cpus):
+        cpus[index] = cpu._replace(registers={**cpu.registers, "cr0": 0x60000010})
+    with pytest.raises(Undecidable, match="^the machine was reset before a crash began$"):
+        follow.stop(0, 0xFFF0, expired=True)
+    follow.begun = True
+    with pytest.raises(Undecidable, match="^the guest was reset while its crash was followed: the dump is lost"):
+        follow.stop(0, 0xFFF0, expired=True)
+
+
+def test_a_stop_by_somebody_else(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow = follower(clock, monkeypatch, timeout=20)
+    with pytest.raises(Undecidable, match=r"^the machine was stopped by something else \(SIGINT\) while it was"):
+        follow.stop(0, NOWHERE, signal="SIGINT")
