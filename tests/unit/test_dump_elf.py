@@ -234,9 +234,9 @@ def test_the_cpus_of_a_guest_that_qemu_dumped_may_be_xens(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "start, expected",
     [
-        (b"\x1f\x8b\x08", "compressed by gzip; unpack it first"),
+        (b"\x1f\x8b\x08", "compressed by gzip; unpack it first (gunzip)"),
         (b"PAGEDU64", "a Windows crash dump"),
-        (b"QEVM\0\0\0\3", "a QEMU migration stream"),
+        (b"QEVM\0\0\0\3", "a QEMU migration or savevm stream"),
         (b"something else", "not a dump of a known format"),
     ],
 )

@@ -14,6 +14,7 @@ from xen_symbols.formats import elf, elfnotes
 from xen_symbols.formats.content import Content, File, Held, start_of
 from xen_symbols.formats.image import Image
 from xen_symbols.formats.magics import MAGICS, Magic, recognised
+from xen_symbols.targets.dump import open_dump
 
 
 def contents(folder: Path, data: bytes) -> tuple[Content, Content]:
@@ -69,9 +70,42 @@ def test_an_image_is_read_by_its_addresses() -> None:
             image.read(address, size)
 
 
+def file_of(row: Magic) -> bytes:
+    """A file of that kind, with zeros around its magic."""
+    if row.offset < 0:
+        return bytes(1024) + row.magic + bytes(-row.offset - len(row.magic))
+    return bytes(row.offset) + row.magic + bytes(64)
+
+
+@pytest.mark.parametrize("row", [row for row in MAGICS if row.advice], ids=lambda row: row.what)
+def test_what_is_recognised_is_named_and_no_base_is_asked_for(row: Magic, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(file_of(row))
+    with pytest.raises(Undecidable) as error:
+        open_dump(str(path))
+    assert str(error.value) == f"{path}: {row.what}; {row.advice}" and "needs its first byte" not in str(error.value)
+    if row.weak:  # a raw image of memory may begin so
+        assert open_dump(str(path), base=0).read_physical(row.offset, len(row.magic)) == row.magic
+    else:
+        with pytest.raises(Undecidable, match="; "):
+            open_dump(str(path), base=0)
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [(b"(XEN) Xen version 4.17\n" * 40, "a text file"), ("Xen läuft\n".encode(), "a text file"),
+     (b"no line ends here", None), (b"(XEN)\n\0" * 200, None), (bytes(4096), None), (b"", None)],
+)  # fmt: skip
+def test_a_log_is_a_text(start: bytes, what: str | None) -> None:
+    row = recognised(Held(start))
+    assert (row and row.what) == what
+
+
 @pytest.mark.parametrize("row", MAGICS, ids=lambda row: row.what)
 def test_each_kind_of_file_is_read_or_has_an_advice(row: Magic) -> None:
-    assert recognised(Held(bytes(row.offset) + row.magic + bytes(64))) is row  # no other row comes before it
+    content = Held(file_of(row))
+    assert recognised(content) is row  # no other row comes before it
+    assert row.source
     assert bool(row.reader) is not bool(row.advice)
     if row.reader:
         with pytest.raises((Undecidable, Unreadable)):

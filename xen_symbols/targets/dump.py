@@ -63,7 +63,7 @@ def open_dump(path: str, *, base: int | None = None) -> Dump:
 
 def _open(file: File, base: int | None) -> Opened:
     row = recognised(file)
-    if row is None:
+    if row is None or (row.weak and base is not None):
         if base is None:
             raise Undecidable(
                 "not a dump of a known format; a raw image of memory needs its first byte's address (--base)"
