@@ -528,6 +528,7 @@ def test_each_row_of_a_table_cites_where_it_comes_from() -> None:
     tables: dict[str, list[Any]] = {}
     for name, row in cited_tables():
         tables.setdefault(name.rpartition(".")[2], []).append(row)
+    tables.pop("MAGICS")  # of files, whose formats are not Xen's: each names who defines it
     assert tables.keys() >= {
         "CHECKS", "ENTRY_POINTS", "CHANGES", "GENERATIONS", "STAGES", "IST_NUMBERS", "_CPU_INFOS", "SYSTEM",
     }  # fmt: skip
