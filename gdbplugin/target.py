@@ -21,13 +21,11 @@ from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.formats.elfnotes import Note
 from xen_symbols.targets import Lapic, PhysicalCpu, Target, hmp
 from xen_symbols.targets.dump import Dump, open_dump
+from xen_symbols.targets.packets import merged, pieces
 from xen_symbols.targets.qemu_state import parse_cpus, unsavable
 from xen_symbols.targets.qmp import Qmp, QmpError
 from xen_symbols.x86 import gate
 
-# The most that any QEMU's stub returns for one read: up to 10.0 MAX_PACKET_LENGTH / 2 (gdbstub.c); 11.1 takes 64 KiB.
-PACKET = 2048
-_GAP = 1024  # reading this much more costs about as much as another packet (0.05 ms)
 _APIC_IDS = 1 << 12  # no machine of QEMU's has larger ones
 # The stub sends the monitor's text line by line and reads nothing before the command ends; gdb acknowledges each line.
 # A unix socket holds 277 of these single bytes, and then both wait for ever. `info mtree -f` prints up to 13 lines for
@@ -170,9 +168,7 @@ class LiveTarget(Target):
         if absence := self._absence(address, size):
             raise Unreadable(absence)
         with self.batch():
-            return b"".join(
-                self._packet(at, min(PACKET, address + size - at)) for at in range(address, address + size, PACKET)
-            )
+            return b"".join(self._packet(*piece) for piece in pieces(address, size))
 
     def _packet(self, address: int, size: int) -> bytes:
         answer = self._send(f"m{address:x},{size:x}")
@@ -189,7 +185,7 @@ class LiveTarget(Target):
             else:
                 readable.append(request)
         with self.batch():
-            for start, end, members in _merged(sorted(readable)):
+            for start, end, members in merged(sorted(readable)):
                 try:
                     data = self.read_physical(start, end - start)
                 except Unreadable as error:
@@ -300,24 +296,6 @@ def open_target(connection: gdb.TargetConnection) -> LiveTarget | ServedDump:
 def cpu_index(thread: gdb.InferiorThread) -> int:
     """QEMU's number of the CPU that a thread is: the stub numbers them from 1 (gdbstub.c, gdb_get_cpu_index)."""
     return int(thread.ptid[1]) - 1
-
-
-def _merged(
-    requests: Sequence[tuple[int, int]],
-) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """(start, end, members) of ascending (address, size) requests, near neighbours together up to one packet."""
-    members: list[tuple[int, int]] = []
-    start = end = 0
-    for address, size in requests:
-        if members and address - end <= _GAP and max(end, address + size) - start <= PACKET:
-            end = max(end, address + size)
-        else:
-            if members:
-                yield start, end, members
-            members, start, end = [], address, address + size
-        members.append((address, size))
-    if members:
-        yield start, end, members
 
 
 def device_state(qmp: Qmp) -> bytes:

@@ -19,6 +19,7 @@ DATA = "dDbBrRvV"
 _END_MARKERS = frozenset({"_etext", "_einittext", "_erodata", "_end"})
 
 _PLACES = 1024
+_NAMES = 256
 
 
 class Symbol(NamedTuple):
@@ -99,6 +100,8 @@ class SymbolTable:
         self.image = image
         self.text_only = text_only  # the source holds functions and no variables
         self.lookup = lru_cache(_PLACES)(self._lookup)  # thousands of CPUs are in the same few places
+        # Every look at a live machine asks for the same names, and file#name may go through all of them.
+        self._resolve = lru_cache(_NAMES)(self._find_row)
 
     # -- by name ------------------------------------------------------------------------------
 
@@ -140,7 +143,7 @@ class SymbolTable:
     def _in_file(self, rows: list[int], file: str) -> list[int]:
         return [row for row in rows if _same_file(self.rows.symbol(row).file, file)]
 
-    def _resolve(self, name: str, kinds: str | None) -> int | None:
+    def _find_row(self, name: str, kinds: str | None) -> int | None:
         rows = self._rows_of(name)
         if kinds is not None:
             rows = [row for row in rows if self.rows.symbol(row).kind in kinds]

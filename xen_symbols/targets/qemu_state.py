@@ -7,6 +7,7 @@ found by name and instance, never by position, and only in the versions whose la
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from xen_symbols.absence import Unreadable
 from xen_symbols.targets import Lapic, PhysicalCpu
 
+_NAME = re.compile(rb"[!-~]+")
 _HEADER = b"QEVM" + (3).to_bytes(4, "big")
 _SECTION_FULL = 0x04
 _FOOTER = 0x7E
@@ -50,14 +52,17 @@ class Section(NamedTuple):
     payload: bytes
 
 
-def _section_header(data: bytes, at: int) -> tuple[int, str, int, int, int] | None:
-    """(section id, name, instance, version, payload offset) of a section that starts at `at`, or None if none does."""
+Header = tuple[int, str, int, int, int]  # section id, name, instance, version, payload offset
+
+
+def _section_header(data: bytes, at: int) -> Header | None:
+    """The header of a section that starts at `at`, or None if none does."""
     if at + 6 > len(data) or data[at] != _SECTION_FULL:
         return None
     length = data[at + 5]
     end = at + 6 + length
     name = data[at + 6 : end]
-    if not length or end + 8 > len(data) or not all(0x20 < byte < 0x7F for byte in name):
+    if not length or end + 8 > len(data) or not _NAME.fullmatch(name):
         return None
     instance, version = struct.unpack_from(">II", data, end)
     if version > 64:
@@ -75,26 +80,28 @@ def raw_sections(data: bytes) -> Iterator[tuple[Section, bytes]]:
     if not data.startswith(_HEADER):
         raise Unreadable("not a QEMU device state of stream version 3")
     at = len(_HEADER)
+    header = _section_header(data, at)
     while data[at : at + 1] != b"\0":
-        header = _section_header(data, at)
         if header is None:
             raise Unreadable(f"QEMU's device state has no section at offset {at:#x}")
-        identity, name, instance, version, start = header
-        footer = bytes([_FOOTER]) + identity.to_bytes(4, "big")
-        end = data.find(footer, start)
-        while end >= 0 and not _ends_here(data, end + 5, identity):
-            end = data.find(footer, end + 1)
-        if end < 0:
-            raise Unreadable(f"QEMU's device state ends within section {name}")
+        _, name, instance, version, start = header
+        end, header = _end(data, header)
         yield Section(name, instance, version, data[start:end]), data[at : end + 5]
         at = end + 5
 
 
-def _ends_here(data: bytes, at: int, identity: int) -> bool:
-    if at == len(data) - 1:
-        return data[at] == 0
-    following = _section_header(data, at)
-    return following is not None and following[0] != identity
+def _end(data: bytes, header: Header) -> tuple[int, Header | None]:
+    """Where the payload of a section ends, and the header after its footer: None at the end. Raises Unreadable."""
+    identity, name, _, _, start = header
+    footer = bytes([_FOOTER]) + identity.to_bytes(4, "big")
+    end = data.find(footer, start)
+    while end >= 0:
+        after = end + len(footer)
+        following = _section_header(data, after)
+        if (following is not None and following[0] != identity) or data[after : after + 2] == b"\0":
+            return end, following
+        end = data.find(footer, end + 1)
+    raise Unreadable(f"QEMU's device state ends within section {name}")
 
 
 def unsavable(migration: Mapping[str, Any]) -> str | None:

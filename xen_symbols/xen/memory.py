@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.targets import Target, bounded
+from xen_symbols.targets import READ_MAX, Target, bounded
 from xen_symbols.x86 import paging
 
-# Page-table entries are read so many bytes at a time: neighbours are mostly wanted too, and lie in the same page.
-_BLOCK = 2048
+# Page-table entries are read so many bytes at a time: a few neighbours are mostly wanted too. More of them would cost
+# a live machine more than they save: gdb takes an answer byte by byte.
+_BLOCK = 128
 # xen/include/asm-x86/config.h: the image lies in a region of 1 GiB that is aligned to its size, in every release.
 IMAGE_REGION = 1 << 30
 # The same of 4.2 to 4.22: every XEN_VIRT_START so far.
@@ -40,23 +41,49 @@ class AddressSpace:
         self.target = target
         self.root = root
         self.found_by = found_by
-        self._tables: dict[int, bytes] = {}
+        self._blocks: dict[int, bytes | Absent] = {}
         self._pages: dict[int, tuple[int, int]] = {}
 
     def forget(self) -> None:
         """Drop what was remembered of the page tables: the machine has run."""
-        self._tables.clear()
+        self._blocks.clear()
         self._pages.clear()
 
-    def _entry(self, address: int, size: int) -> bytes:
+    def _known_entry(self, address: int, size: int) -> bytes:
+        """Of a page-table entry's block that was read before. Raises _NotYetRead for another."""
         start = address & -_BLOCK
-        block = self._tables.get(start)
+        block = self._blocks.get(start)
         if block is None:
-            try:
-                block = self._tables[start] = self.target.read_physical(start, _BLOCK)
-            except Unreadable:  # a dump may end, or have a hole, just there
-                return self.target.read_physical(address, size)
+            raise _NotYetRead(start)
+        if isinstance(block, Absent):  # a dump may end, or have a hole, just there
+            return self.target.read_physical(address, size)
         return block[address - start : address - start + size]
+
+    def _entry(self, address: int, size: int) -> bytes:
+        if address & -_BLOCK not in self._blocks:
+            self._read_blocks([address & -_BLOCK])
+        return self._known_entry(address, size)
+
+    def _read_blocks(self, starts: Sequence[int]) -> None:
+        blocks = self.target.read_physical_many([(start, _BLOCK) for start in starts])
+        self._blocks |= zip(starts, blocks, strict=True)
+
+    def _translate_all(self, pages: Iterable[int]) -> None:
+        """Translate pages together: what is missing of the page tables is read a level at a time, for all of them."""
+        waiting = [page for page in pages if page not in self._pages]
+        while waiting:
+            missing: dict[int, list[int]] = {}
+            for page in waiting:
+                try:
+                    mapping = paging.walk(self._known_entry, self.root, page * paging.PAGE_SIZE)
+                    self._pages[page] = mapping.physical, mapping.remaining
+                except _NotYetRead as error:
+                    missing.setdefault(error.block, []).append(page)
+                except Unreadable:
+                    pass  # for those who ask for it, one by one
+            if missing:
+                self._read_blocks(list(missing))
+            waiting = [page for waiting_for in missing.values() for page in waiting_for]
 
     def walk(self, address: int) -> paging.Mapping:
         """The whole walk for one address. Raises Unreadable."""
@@ -92,6 +119,8 @@ class AddressSpace:
 
     def read_many(self, requests: Iterable[tuple[int, int]]) -> list[bytes | Absent]:
         """Several (address, size) at once, in order; each is its bytes or why there are none."""
+        requests = list(requests)
+        self._translate_all({page for request in requests for page in _pages_of(*request)})
         plans: list[list[tuple[int, int]] | Absent] = []
         for address, size in requests:
             try:
@@ -124,6 +153,20 @@ class XenMemory(AddressSpace):
     def variable(self, name: str, size: int = 8, kinds: str | None = None) -> int:
         """An unsigned variable of Xen's, by its symbol. Raises Unreadable."""
         return self.read_uint(self.symbols.address(name, kinds), size)
+
+
+class _NotYetRead(Exception):
+    """A block of page-table entries that is not among those that were read."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+
+
+def _pages_of(address: int, size: int) -> range:
+    """The numbers of the pages with a part of what a read asks for; none of one that asks for too much."""
+    if not 0 < size <= READ_MAX or address < 0:
+        return range(0)
+    return range(address // paging.PAGE_SIZE, (address + size - 1) // paging.PAGE_SIZE + 1)
 
 
 def _join(parts: Sequence[bytes | Absent]) -> bytes | Absent:
