@@ -1,31 +1,35 @@
-"""What looking at a live Xen costs: `xen crash status` in gdb, its packets, and what a trace adds to the crash path.
+"""What looking at a live Xen costs: the look at one stage of a trace, `xen crash status`, a whole crash path followed.
 
-    python -m tests.benchmarks.live [CPUS] [--status]
+    python -m tests.benchmarks.live [CPUS] [--guest] [--look]
 
-Boots real Xen 4.17 in the lab three times, with --status once; figures are of one run, ratios where two things are
-compared. The bare client sends the very packets of one status, one after the other over one connection, and does
-nothing with the answers; what the status asks over QMP besides is measured by itself.
+Boots real Xen 4.17 in the lab three times; with --look once, for the looks alone, and with --guest the reference guest
+for them. The figures of looks are the least of many, as whatever else is at work only adds, and the medians; ratios are
+of the least. The bare client sends the very packets of one look, one after the other over one connection, and does
+nothing with the answers; the device state is what QEMU is asked over QMP besides. Both are what a look waits for,
+whoever looks. How many packets a look takes, tests/unit/test_looks.py and test_gdb_plugin.py assert.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import socket
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from tests.live.machines import guest
 from xen_symbols.symbols.load import load_symbols
 from xencrash.gdbmi import open_session
 from xencrash.lab.boot import up
+from xencrash.lab.machine import Machine
 from xencrash.lab.specification import Specification
 from xencrash.trace import trace
 
-ROUNDS = 30
+ROUNDS = 100
 _TIMED = """
 import json, statistics, time
 import gdb
@@ -36,48 +40,21 @@ def seconds(run):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times), statistics.median(times)
 
 """
 
-_SNAPSHOT = """
+_LOOK = """
 from gdbplugin.register import _registered
+from gdbplugin.target import device_state
 from xen_symbols.crashpath.checks import Context
 from xen_symbols.crashpath.engine import judge
 from xen_symbols.crashpath.position import infer
+from xen_symbols.targets.qmp import Qmp
 from xen_symbols.xen.state import read_state
 
 session = _registered[0]
 target = session.target()
-
-def snapshot():
-    with session.look() as memory:
-        memory.forget()
-        return memory, read_state(memory)
-
-def packet():
-    gdb.selected_inferior().read_memory(session._memory.symbols.address("idle_pg_table"), 16)
-
-memory, state = snapshot()
-generation = session.identification(memory).generation
-before = target.packets
-snapshot()
-out = {{
-    "packets": target.packets - before,
-    "snapshot": seconds(snapshot),
-    "judge": seconds(lambda: judge(Context(memory, state, infer(state, generation), generation))),
-    "packet": seconds(packet),
-}}
-json.dump(out, open({path!r}, "w"))
-"""
-
-
-_STATUS = """
-from gdbplugin.register import _registered
-from gdbplugin.target import device_state
-from xen_symbols.targets.qmp import Qmp
-
-target = _registered[0].target()
 sent = []
 send = target._send
 
@@ -85,18 +62,31 @@ def noted(packet):
     sent.append(packet)
     return send(packet)
 
+def look():
+    with target.batch():
+        memory.forget()
+        return read_state(memory)
+
 def status():
     gdb.execute("xen crash status", to_string=True)
 
-def state():
+def device():
     with Qmp(target.qmp_socket) as qmp:
         device_state(qmp)
 
-status()
+with session.look() as memory:
+    generation = session.identification(memory).generation
 target._send = noted
-status()
+state = look()
 del target._send
-json.dump({{"packets": sent, "status": seconds(status), "qmp": seconds(state)}}, open({path!r}, "w"))
+out = {{
+    "packets": sent,
+    "look": seconds(look),
+    "device": seconds(device),
+    "status": seconds(status),
+    "judge": seconds(lambda: judge(Context(memory, state, infer(state, generation), generation))),
+}}
+json.dump(out, open({path!r}, "w"))
 """
 
 
@@ -124,36 +114,25 @@ class Bare:
         self._socket.close()
 
 
-def status(cpus: int) -> dict[str, Any]:
-    """Seconds of one `xen crash status`, of its reads by a bare client, and of the device state over QMP."""
-    with up(Specification(cpus=cpus)) as lab, tempfile.TemporaryDirectory() as name:
+def looks(lab: Machine) -> dict[str, Any]:
+    """(least, median) seconds of one look at a stage, of its parts, and of others; `bare` is of its packets by a bare
+    client, `packets` their number."""
+    with tempfile.TemporaryDirectory() as name:
         script, result = Path(name) / "bench.py", Path(name) / "result.json"
-        script.write_text((_TIMED + _STATUS).format(rounds=ROUNDS, path=str(result)))
+        script.write_text((_TIMED + _LOOK).format(rounds=ROUNDS, path=str(result)))
         with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
             session.cli(f"source {script}", timeout=300)
-            figures: dict[str, Any] = json.loads(result.read_text())
             session.leave(running=False)
-        bare = Bare(str(lab.gdb_socket))
-        times = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            answers = [bare.ask(packet) for packet in figures["packets"]]
-            times.append(time.perf_counter() - start)
-            assert not any(re.match(rb"$|E", answer) for answer in answers)
-        bare.close()
-        return {**figures, "packets": len(figures["packets"]), "bare": statistics.median(times)}
-
-
-def snapshot(cpus: int) -> dict[str, Any]:
-    """Figures of one snapshot, taken inside gdb."""
-    with up(Specification(cpus=cpus)) as lab, tempfile.TemporaryDirectory() as name:
-        script, result = Path(name) / "bench.py", Path(name) / "result.json"
-        script.write_text((_TIMED + _SNAPSHOT).format(rounds=ROUNDS, path=str(result)))
-        with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
-            session.xen("crash-check")
-            session.cli(f"source {script}")
         figures: dict[str, Any] = json.loads(result.read_text())
-        return figures
+    bare = Bare(str(lab.gdb_socket))
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        answers = [bare.ask(packet) for packet in figures["packets"]]
+        times.append(time.perf_counter() - start)
+        assert not any(re.match(rb"$|E", answer) for answer in answers)
+    bare.close()
+    return {**figures, "packets": len(figures["packets"]), "bare": (min(times), statistics.median(times))}
 
 
 def path_seconds(cpus: int, follow: bool) -> float:
@@ -179,20 +158,22 @@ def path_seconds(cpus: int, follow: bool) -> float:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if word != "--status"]
-    cpus = int(words[0]) if words else 4
-    cost = status(cpus)
-    milli = {name: cost[name] * 1000 for name in ("status", "qmp", "bare")}
-    print(f"{cpus} CPUs: status {milli['status']:.1f} ms, {cost['packets']} packets; QMP's part {milli['qmp']:.1f} ms")
-    print(f"a bare client {milli['bare']:.1f} ms: {cost['status'] / cost['bare']:.1f} x that")
-    if "--status" in sys.argv:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.live", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("cpus", nargs="?", type=int, default=4, metavar="CPUS", help="default: %(default)s")
+    parser.add_argument("--guest", action="store_true", help="looks at the reference guest, not at real Xen")
+    parser.add_argument("--look", action="store_true", help="the looks alone")
+    args = parser.parse_args()
+    with guest(cpus=args.cpus) if args.guest else up(Specification(cpus=args.cpus)) as lab:
+        found = looks(lab)
+    ratio = found["look"][0] / (found["bare"][0] + found["device"][0])
+    milli = {name: "{:.1f} ms ({:.1f})".format(*(1000 * value for value in values))
+             for name, values in found.items() if name != "packets"}  # fmt: skip
+    print(f"{args.cpus} CPUs, the least (median): the look at a stage {milli['look']}, {found['packets']} packets")
+    print(f"a bare client {milli['bare']}, the device state {milli['device']}: {ratio:.2f} x both")
+    print(f"xen crash status {milli['status']}; judging a stage {milli['judge']}")
+    if args.look or args.guest:
         return
-    figures = snapshot(cpus)
-    milli = {name: figures[name] * 1000 for name in ("snapshot", "judge", "packet")}
-    reads = figures["snapshot"] / figures["packet"]
-    print(f"{cpus} CPUs: snapshot {milli['snapshot']:.1f} ms, as {reads:.0f} reads; {figures['packets']} packets")
-    print(f"judging it {milli['judge']:.1f} ms")
-    bare, followed = path_seconds(cpus, False), path_seconds(cpus, True)
+    bare, followed = path_seconds(args.cpus, False), path_seconds(args.cpus, True)
     print(f"kexec_crash to kexec_reloc: {bare:.2f} s bare, {followed:.2f} s followed, {followed / bare:.1f} x")
 
 

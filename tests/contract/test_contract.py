@@ -26,6 +26,7 @@ from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets.dump import open_dump
 from xen_symbols.xen.locate import locate
+from xen_symbols.xen.memory import BLOCK
 from xencrash.gdbmi import plugin_script
 from xencrash.serve import GDB_SETTINGS, served, serving
 from xencrash.trace import trace
@@ -205,6 +206,10 @@ def lies(good: Any) -> dict[str, tuple[str, Liar]]:
         bad = next((answer for answer in answers if isinstance(answer, Absent)), None)
         return [bad] * len(answers) if bad else list(answers)
 
+    def no_page_tables(requests: Any) -> list[Any]:
+        answers = zip(requests, good.read_physical_many(requests), strict=True)
+        return [bytes(size) if size == BLOCK else answer for (_, size), answer in answers]
+
     def cpu(**changes: Any) -> Liar:
         return Liar(good, cpus=lambda: [first._replace(**changes), *rest])
 
@@ -222,7 +227,7 @@ def lies(good: Any) -> dict[str, tuple[str, Liar]]:
         "another order": (many, Liar(good, read_physical_many=lambda asked: good.read_physical_many(asked)[::-1])),
         "another root": (
             "xens_memory_is_the_same_whichever_cpu_is_selected",
-            Liar(good, read_physical=lambda at, size: bytes(size) if size == 2048 else good.read_physical(at, size)),
+            Liar(good, read_physical_many=no_page_tables),
         ),
         "a range too many": (ranges, Liar(good, physical_ranges=lambda: [(start, end), *more, (1 << 40, 1 << 41)])),
         "ranges descend": (ranges, Liar(good, physical_ranges=lambda: [*more, (start, end)])),

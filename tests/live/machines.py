@@ -113,11 +113,16 @@ def named(findings: Sequence[dict[str, Any]], verdict: str = "fail") -> list[tup
     return [(finding["check"], finding["cpu"]) for finding in findings if finding["verdict"] == verdict]
 
 
-def packets(lab: Machine, qmp: bool = True) -> int:
-    """How many packets of the remote protocol one `xen crash status` sends, by gdb's own log of them."""
+STATUS = "gdb.execute('xen crash status', to_string=True)"
+LOOK = "with target.batch(): memory.forget(); read_state(memory)"  # as at each stage of a trace
+
+
+def packets(lab: Machine, qmp: bool = True, what: str = STATUS) -> int:
+    """How many packets of the remote protocol one status, or what else is said, sends, by gdb's own log of them."""
     script = (
-        "python from gdbplugin.register import _registered; t = _registered[0].target(); before = t.packets; "
-        "gdb.execute('xen crash status', to_string=True); print('packets', t.packets - before)"
+        "python from gdbplugin.register import _registered; from xen_symbols.xen.state import read_state; "
+        "target, memory = _registered[0].target(), _registered[0]._memory; before = target.packets; "
+        f"exec({what!r}); print('packets', target.packets - before)"
     )
     mark = "maint packet qmark"
     with tempfile.NamedTemporaryFile("r") as log:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.machines import gdb, guest, packets, ram, rows, run_gdb, target
+from tests.live.machines import LOOK, gdb, guest, packets, ram, rows, run_gdb, target
 from xen_symbols.absence import Undecidable
 from xen_symbols.symbols.load import load_symbols
 from xencrash.gdbmi import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
@@ -395,6 +395,13 @@ def test_a_status_costs_a_few_packets_for_each_cpu_and_a_constant() -> None:
         for (few, less), (many, more) in itertools.pairwise(found.items()):
             assert more - less <= of_each * (many - few), found
         assert found[2] <= of_each * 2 + 30, found
+
+
+def test_a_look_at_a_stage_costs_no_more_packets_than_it_did(lab: Machine) -> None:
+    """With notes, which a status does without; a bare client shows what they cost (tests/benchmarks/live.py). The
+    recorded machines of real Xen have theirs in tests/unit/test_looks.py."""
+    status, look = packets(lab), packets(lab, what=LOOK)
+    assert (status <= 23, look <= 24) == (True, True), (status, look)
 
 
 def test_a_qemu_whose_monitor_takes_no_number_of_a_cpu(lab: Machine) -> None:

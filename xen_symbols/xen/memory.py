@@ -11,7 +11,7 @@ from xen_symbols.x86 import paging
 
 # Page-table entries are read so many bytes at a time: a few neighbours are mostly wanted too. More of them would cost
 # a live machine more than they save: gdb takes an answer byte by byte.
-_BLOCK = 128
+BLOCK = 128
 # xen/include/asm-x86/config.h: the image lies in a region of 1 GiB that is aligned to its size, in every release.
 IMAGE_REGION = 1 << 30
 # The same of 4.2 to 4.22: every XEN_VIRT_START so far.
@@ -51,7 +51,7 @@ class AddressSpace:
 
     def _known_entry(self, address: int, size: int) -> bytes:
         """Of a page-table entry's block that was read before. Raises _NotYetRead for another."""
-        start = address & -_BLOCK
+        start = address & -BLOCK
         block = self._blocks.get(start)
         if block is None:
             raise _NotYetRead(start)
@@ -60,12 +60,12 @@ class AddressSpace:
         return block[address - start : address - start + size]
 
     def _entry(self, address: int, size: int) -> bytes:
-        if address & -_BLOCK not in self._blocks:
-            self._read_blocks([address & -_BLOCK])
+        if address & -BLOCK not in self._blocks:
+            self._read_blocks([address & -BLOCK])
         return self._known_entry(address, size)
 
     def _read_blocks(self, starts: Sequence[int]) -> None:
-        blocks = self.target.read_physical_many([(start, _BLOCK) for start in starts])
+        blocks = self.target.read_physical_many([(start, BLOCK) for start in starts])
         self._blocks |= zip(starts, blocks, strict=True)
 
     def _translate_all(self, pages: Iterable[int]) -> None:
