@@ -154,7 +154,7 @@ def record_row(xen: str, qemu: str) -> None:
     from xencrash.lab.specification import Specification
     from xencrash.trace import trace
 
-    with up(Specification(xen=xen, qemu=qemu), progress=print) as lab:
+    with up(Specification(xen=xen, qemu=qemu), progress=print, fresh=True) as lab:
         symbols = str(lab.symbols)
 
         def at_stage(stage: dict[str, Any], findings: object) -> None:
@@ -206,7 +206,7 @@ def record_qemu(row: str) -> None:
         for about, command in MONITOR.items():
             text = qmp.execute("human-monitor-command", **{"command-line": command})
             (RECORDED / "monitor" / f"{name}-{about}.txt").write_bytes(text.encode())
-    with up(Specification(qemu=row), progress=print) as lab:
+    with up(Specification(qemu=row), progress=print, fresh=True) as lab:
 
         def at_stage(stage: dict[str, Any], findings: object) -> None:
             if stage["stage"] == "handover":

@@ -23,12 +23,16 @@ from xencrash.lab.specification import Specification
 
 def booted(run_dir: str | Path | None = None, progress: Progress = lambda text: None, **fields: Any) -> Machine:
     """A machine that was booted for the caller alone; `fields` are Specification's."""
-    return up(Specification(**fields), run_dir, progress=progress)
+    return up(Specification(**fields), run_dir, progress=progress, fresh=True)
 
 
-def ready(**fields: Any) -> Machine:
-    """Real Xen, ready to be crashed: dom0 is up and the crash kernel loaded. `fields` are Specification's."""
-    return up(Specification(**fields))
+def ready(*, shared_ram: bool = False, **fields: Any) -> Machine:
+    """Real Xen, ready to be crashed: dom0 is up and the crash kernel loaded, as a machine of the caller's own.
+
+    Who is the first to ask for one boots it; all others, in this process or another, start from its snapshot. `fields`
+    are Specification's; `shared_ram` is for who looks at `ram_file`.
+    """
+    return up(Specification(**fields), shared_ram=shared_ram)
 
 
 When = Mapping[str, Callable[[subprocess.Popen[str]], object]]

@@ -113,7 +113,7 @@ def crash(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Boot, crash, dump at the handover in each of QEMU's formats, and take the vmcore that the crash kernel writes."""
     xen, qemu, raw_kdump = request.param
     taken = Crash(tmp_path_factory.mktemp("dumps"))
-    with ready(xen=xen, qemu=qemu) as lab:
+    with ready(xen=xen, qemu=qemu, dom0_vcpus=4, shared_ram=True) as lab:
         taken.symbols = str(lab.symbols)
 
         lab.dumps.qemu(taken.folder / "running", format="kdump-zlib")

@@ -86,7 +86,7 @@ def attach(lab: Machine, qmp: bool = True) -> GdbSession:
 
 
 def test_a_pvh_dom0_in_guest_mode() -> None:
-    with ready(xen="4.20", qemu="10.0", cpus=2, pvh=True) as lab:
+    with ready(xen="4.20", qemu="10.0", cpus=2, pvh=True, shared_ram=True) as lab:
         lab.dom0.run("(while :; do :; done) >/dev/null 2>&1 &")
         with attach(lab) as session:
             inside = [cpu["cpu"] for cpu in stop_in_guests(session, 1)]
@@ -113,7 +113,7 @@ def test_a_pvh_dom0_in_guest_mode() -> None:
 
 def test_a_domu_on_every_cpu_and_a_crash_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its vCPUs are in 32-bit code with page tables of their own: nothing that a CPU holds there is Xen's."""
-    with ready(domu_vcpus=CPUS) as lab:
+    with ready(domu_vcpus=CPUS, shared_ram=True) as lab:
         core = lab.domus.dump_core(1, tmp_path / "core")
         for command in ("check", "info"):
             assert main([command, str(core), "--symbols", str(lab.symbols)]) == 3
@@ -157,7 +157,7 @@ def test_a_domu_on_every_cpu_and_a_crash_then(tmp_path: Path, capsys: pytest.Cap
 
 def test_dom0_busy_in_user_space_on_every_cpu_and_a_crash_then() -> None:
     """On Intel dom0 has page tables without Xen in them (XPTI): gdb itself reads nothing of Xen's from such a CPU."""
-    with ready(cpus=2, dom0_vcpus=2, cpu_args="vendor=GenuineIntel") as lab:
+    with ready(cpus=2, dom0_vcpus=2, cpu_args="vendor=GenuineIntel", shared_ram=True) as lab:
         assert re.search(rb"XPTI \(64-bit PV only\): Dom0 enabled", lab.serial_log.read_bytes())
         for cpu in range(2):
             lab.dom0.run(f"(taskset -p {1 << cpu} $$; while :; do :; done) >/dev/null 2>&1 &")

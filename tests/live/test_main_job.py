@@ -215,7 +215,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def stopped(request: pytest.FixtureRequest) -> Iterator[tuple[Lab, GdbSession, LiveMachine]]:
     """Real Xen of each row, stopped at the handover of a crash on CPU 0, with gdb attached to it."""
     row = (ROWS | EVERY_ROW)[request.param]
-    with ready(xen=row.xen, qemu=row.qemu, lapic=row.lapic, dom0_vcpus=4) as lab:
+    with ready(xen=row.xen, qemu=row.qemu, lapic=row.lapic, dom0_vcpus=4, shared_ram=True) as lab:
         gdb = gdb_words(Cache(), GDBS[row.gdb])[0]
         report = follow(lab, 0, leave_stopped=True, gdb=gdb)
         assert_every_stage(report, 0, row)
@@ -304,7 +304,7 @@ def test_a_cpu_that_is_deaf_for_real_is_the_only_one_blamed() -> None:
         deaf.append(int(session.mi("-thread-info")["current-thread-id"]) - 1)
         session.cli(f"set var $pc = {loop:#x}")
 
-    with ready(dom0_vcpus=4) as lab:
+    with ready(dom0_vcpus=4, shared_ram=True) as lab:
         machine = LiveMachine(lab)
         start, end = machine.symbols.address("_start", "tT"), machine.symbols.address("_etext")
         text = machine.memory.read(start, end - start)

@@ -249,7 +249,7 @@ def test_changes_that_real_xen_does_not_make() -> None:
             write(session, 3, NMI, handler=machine.symbols.address(handler, "tT"))
         stops.append(at)
 
-    with ready(dom0_vcpus=4) as lab:
+    with ready(dom0_vcpus=4, shared_ram=True) as lab:
         machine = LiveMachine(lab)
         report = follow(lab, 0, on_stop=meddle, progress=call_memcpy, gates=True)
     failures = [finding for finding in report["findings"] if finding["verdict"] == "fail"]

@@ -67,7 +67,7 @@ def test_a_moving_suite_is_in_no_selection_that_does_not_ask_for_it(monkeypatch:
 
     monkeypatch.setattr(matrix, "crash_all", crash_all)
     monkeypatch.setattr(repeat, "crash_all", crash_all)
-    more = {"output": Path(), "jobs": 1, "format": "json", "number": 90, "seed": 1}
+    more = {"output": Path(), "jobs": 1, "format": "json", "number": 90, "seed": 1, "fresh": False}
     for command in (matrix, repeat):
         command.run(_args(**more, all=False))
         assert "sid" not in {cell.qemu for cell in ran}
@@ -203,7 +203,7 @@ def report(verdict: str = "pass", cpu: int = 2, mode: str = "xapic", generation:
 def test_the_worst_counts(
     reports: list[Any], verdict: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def given(cell: Cell, gdb: str, output: Path) -> Any:
+    def given(*_: object) -> Any:
         for item in itertools.chain(reports):
             if isinstance(item, LabError):
                 raise item

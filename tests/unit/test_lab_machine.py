@@ -19,10 +19,10 @@ from xencrash.lab.crash import Crash
 from xencrash.lab.dumps import elf_size
 from xencrash.lab.errors import BadSpecification, LabError
 from xencrash.lab.packages import Cache
-from xencrash.lab.qemu import Boot, Paths, Program, command_line
+from xencrash.lab.qemu import Boot, Paths, Program, Ram, command_line
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, KERNEL_SUITE, QEMUS, SUITES, XENS
 from xencrash.lab.runs import State, new_run
-from xencrash.lab.sparse import copy_sparse
+from xencrash.lab.sparse import copy_packed, copy_sparse
 from xencrash.lab.specification import Specification
 
 
@@ -89,12 +89,21 @@ def test_a_sparse_copy_is_exact_and_keeps_holes(tmp_path: Path) -> None:
     assert target.stat().st_blocks * 512 < 1 << 20
 
 
+def test_a_packed_copy_is_exact_and_makes_holes(tmp_path: Path) -> None:
+    source, target = tmp_path / "ram", tmp_path / "copy"
+    source.write_bytes(bytes(3 << 16) + b"x" * 100 + bytes(8 << 20) + b"y")
+    copy_packed(source, target)
+    assert target.read_bytes() == source.read_bytes()
+    assert target.stat().st_blocks * 512 <= 4 << 16
+
+
 def test_the_command_line(tmp_path: Path) -> None:
     paths = Paths(tmp_path / "a,b")
     boot = Boot(Path("/xen"), Path("/syms"), "xen noreboot", "/vmlinuz quiet,/cpio")
     command = command_line(
-        Program(("qemu",), "max,-smap"), boot, paths, cpus=4, max_cpus=8, memory_mib=512, paused=True, extra=("-X",)
-    )
+        Program(("qemu",), "max,-smap"), boot, paths, Ram(Path("/r,am")), cpus=4, max_cpus=8, memory_mib=512,
+        paused=True, extra=("-X",),
+    )  # fmt: skip
     options = dict(itertools.pairwise(command))
     assert options["-smp"] == "4,maxcpus=8"
     assert options["-kernel"] == "/xen"
@@ -103,8 +112,21 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert options["-gdb"] == f"unix:{tmp_path}/a,,b/gdb.sock,server=on,wait=off"
     assert command[-2:] == ["-S", "-X"]
     assert command.count("-qmp") == 2
-    guest = command_line(Program(("qemu",), "max"), Boot(Path("/g"), Path("/s")), paths, cpus=1, memory_mib=64)
-    assert "-initrd" not in guest and "-S" not in guest
+    assert options["-object"] == "memory-backend-file,id=ram,size=512M,mem-path=/r,,am,share=on"
+    guest = command_line(
+        Program(("qemu",), "max"), Boot(Path("/g"), Path("/s")), paths, Ram(Path("/ram")), cpus=1, memory_mib=64
+    )
+    assert "-initrd" not in guest and "-S" not in guest and "-incoming" not in guest
+
+
+def test_a_machine_that_is_loaded_waits_and_has_ram_of_its_own(tmp_path: Path) -> None:
+    command = command_line(
+        Program(("qemu",), "max"), Boot(Path("/g"), Path("/s")), Paths(tmp_path), Ram(Path("/ram"), shared=False),
+        cpus=1, memory_mib=64, incoming=True,
+    )  # fmt: skip
+    options = dict(itertools.pairwise(command))
+    assert options["-incoming"] == "defer" and "-S" in command
+    assert options["-object"].endswith(",share=off")
 
 
 @pytest.mark.parametrize(
@@ -259,27 +281,30 @@ def test_each_loop_of_dom0_must_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("stalls", "boots"), [(0, 1), (1, 2), (2, 2)])
-def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(tmp_path: Path, stalls: int, boots: int) -> None:
-    started: list[machine.Machine] = []
+def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(
+    stalls: int, boots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
     told: list[str] = []
+    paths = Paths(tmp_path)
 
-    def start_one() -> machine.Machine:
-        paths = Paths(tmp_path)
-        for log in (paths.serial_log, paths.line_log, paths.qemu_log):
+    def boots_or_stalls(run: boot.Run, then: object) -> str:
+        for log in paths.logs:
             assert not log.exists()
             log.write_text(f"boot {len(started)}")
-        started.append(machine.Machine(paths, State(0, -1, "", 1, 1, 1, "Xen", "7.2", True), False, told.append))
+        started.append(f"machine {len(started)}")
+        if len(started) <= stalls:
+            raise boot.Stalled("booting dom0: silence")
         return started[-1]
 
-    def wait_for(lab: machine.Machine) -> None:
-        if len(started) <= stalls:
-            raise boot._Stalled("booting dom0: silence")
-
+    monkeypatch.setattr(boot.Run, "_boot", boots_or_stalls)
+    recipe = boot.Recipe(Specification(), Program((), ""), Boot(Path("/xen"), Path("/syms")))
+    run = boot.Run(recipe, paths, temporary=False, owned=True, progress=told.append)
     if stalls < 2:
-        assert boot.boot_twice(start_one, wait_for, Paths(tmp_path), told.append) is started[-1]
+        assert run.booted() == started[-1]
     else:
         with pytest.raises(LabError, match="booting dom0: silence"):
-            boot.boot_twice(start_one, wait_for, Paths(tmp_path), told.append)
+            run.booted()
     assert len(started) == boots
     assert told == ["booting dom0: silence (now *.stalled.log); starting it once more"] * min(stalls, 1)
     if stalls:  # what the first one said can still be read

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from xencrash import guests
-from xencrash.lab import images
-from xencrash.lab.dom0 import READY
+from xencrash.lab import dom0, images, saved
+from xencrash.lab.digests import sha256_of
 from xencrash.lab.errors import LabError
 from xencrash.lab.firmware import with_x2apic_on
 from xencrash.lab.machine import XEN_UP, Machine, logs_say_why
 from xencrash.lab.packages import Cache
 from xencrash.lab.process import Progress
-from xencrash.lab.qemu import Boot, Paths, Program, command_line, start, start_time
+from xencrash.lab.qemu import Boot, Memory, Paths, Program, Ram, command_line, start, start_time
 from xencrash.lab.runs import State, new_run
+from xencrash.lab.snapshots import Snapshot, Snapshots, limit_of_space
+from xencrash.lab.sparse import copy_packed
 from xencrash.lab.specification import Specification
 
 CRASH_KERNEL_MIB = 256
@@ -28,7 +32,7 @@ _STALLED = 180.0  # seconds without a word on the console: a boot of dom0 under 
 _DIED = rb"Panic on CPU \d+|Kernel panic - not syncing|Hardware Dom0 halted"
 
 
-class _Stalled(LabError):
+class Stalled(LabError):
     """A boot that came to a standstill."""
 
 
@@ -40,27 +44,44 @@ class Recipe:
     program: Program
     boot: Boot
 
-    def command(self, paths: Paths) -> list[str]:
+    def command(self, paths: Paths, ram: Ram, incoming: bool = False) -> list[str]:
         spec = self.specification
         iommu = ("-device", spec.qemu_row.iommu) if spec.pvh else ()
         return command_line(
             self.program,
             replace(self.boot, kernel=paths.kernel) if spec.lapic_row.firmware else self.boot,
             paths,
+            ram,
             cpus=spec.cpus,
             max_cpus=spec.max_cpus,
             memory_mib=spec.memory_mib,
             paused=spec.paused,
+            incoming=incoming,
             extra=(*iommu, *spec.qemu_args),
         )
 
-    def write_files(self, paths: Paths) -> None:
-        """Write what belongs to one run alone."""
-        with paths.disk.open("wb") as disk:
-            # A vmcore is a little larger than the memory it holds.
-            disk.truncate((self.specification.memory_mib + 64) << 20)
-        if self.specification.lapic_row.firmware:
-            paths.kernel.write_bytes(with_x2apic_on(self.boot.kernel.read_bytes()))
+    def kernel(self) -> bytes:
+        """The image that is booted."""
+        image = self.boot.kernel.read_bytes()
+        return with_x2apic_on(image) if self.specification.lapic_row.firmware else image
+
+    def key(self) -> str:
+        """A name for the machine that comes of it: of all files that QEMU reads, of its command line, and of what is
+        done once dom0 is up. What changes the machine changes the key."""
+        spec = self.specification
+        everything = {
+            "command": self.command(Paths(Path("/run")), Ram(Path("/ram"))),
+            "files": {str(path): sha256_of(path) for path in self._files()},
+            "kernel": hashlib.sha256(self.kernel()).hexdigest(),
+            "then": [dom0.KEXEC * spec.loads_crash_kernel, f"domu create {spec.domu_vcpus}" * bool(spec.domu_vcpus)],
+            "saved as": saved.VERSION,
+        }
+        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:32]
+
+    def _files(self) -> Iterator[Path]:
+        for path in (Path(word) for word in self.program.words if word.startswith("/")):
+            yield from sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else (path,)
+        yield from (Path(module.split()[0]) for module in self.boot.initrd.split(",") if module)
 
 
 def recipe_of(specification: Specification, cache: Cache) -> Recipe:
@@ -99,72 +120,149 @@ def up(
     *,
     progress: Progress = lambda text: None,
     owned: bool = True,
+    fresh: bool = False,
+    shared_ram: bool = False,
 ) -> Machine:
     """The machine, as far as its specification waits for; on failure nothing of it is left but its logs.
 
+    Where dom0 is waited for it starts from a snapshot: of an earlier boot, or of this one, for later. `fresh` boots it,
+    and keeps none. One from a snapshot has RAM of its own that no file shows, unless `shared_ram` asks for one: a copy,
+    which takes some tenths of a second.
     An owned machine dies with the thread that called this; one that is not is for `attach` and `down`. Raises LabError.
     """
-    recipe = recipe_of(specification, Cache(progress=progress))
-    paths, temporary = new_run(run_dir)
+    cache = Cache(progress=progress)
+    recipe = recipe_of(specification, cache)
+    limit = limit_of_space()
+    run = Run(recipe, *new_run(run_dir), owned, progress)
+    if fresh or not specification.boots_dom0 or not limit:
+        return run.booted()
+    snapshots = Snapshots(cache.root / "snapshots", limit, progress)
+    for anew in (False, True):
+        with snapshots.reserved(recipe.key(), anew) as snapshot:
+            if not snapshot.exists():
+                return run.booted(lambda machine: _keep(machine, snapshots, snapshot))
+            try:
+                return run.loaded(snapshot, shared_ram)
+            except LabError as error:
+                progress(f"the snapshot {snapshot.folder} does not start, and is dropped: {error}")
+                run.remove_logs()
+    raise AssertionError("one that is made anew is not there before")
 
-    def start_one() -> Machine:
-        spec = specification
-        progress(f"starting {spec.name} on {spec.cpus} CPUs in QEMU {spec.qemu} ({paths.run_dir})")
-        return _started(recipe, paths, temporary, owned, progress)
 
-    return boot_twice(start_one, lambda machine: wait_until_up(machine, specification), paths, progress)
-
-
-def boot_twice(
-    start_one: Callable[[], Machine], wait_for: Callable[[Machine], None], paths: Paths, progress: Progress
-) -> Machine:
-    """The started machine that was waited for; one whose boot comes to a standstill is started once more."""
+def _keep(machine: Machine, snapshots: Snapshots, snapshot: Snapshot) -> None:
+    """Make the snapshot. Where that fails the machine runs on, and it is booted again the next time."""
     try:
-        return _boot(start_one, wait_for)
-    except _Stalled as stalled:
-        for log in (paths.serial_log, paths.line_log, paths.qemu_log):
-            log.replace(log.with_suffix(".stalled.log"))
-        progress(f"{stalled} (now *.stalled.log); starting it once more")
-    return _boot(start_one, wait_for)
+        snapshots.make(snapshot, lambda folder: saved.save(machine, folder))
+    except (OSError, LabError) as error:
+        machine.progress(f"no snapshot is kept of this machine: {error}")
+        if (status := machine.qmp("query-status")["status"]) != "running":
+            raise LabError(f"keeping a snapshot: the machine is {status} since: {machine.where_to_look()}") from error
 
 
-def _boot(start_one: Callable[[], Machine], wait_for: Callable[[Machine], None]) -> Machine:
-    machine = start_one()
+@dataclass(frozen=True)
+class Run:
+    """A run of a machine: where its files are, and whose it is."""
+
+    recipe: Recipe
+    paths: Paths
+    temporary: bool
+    owned: bool
+    progress: Progress
+
+    def booted(self, then: Callable[[Machine], None] = lambda machine: None) -> Machine:
+        """Boot it, and do something to it when it is up. One whose boot comes to a standstill is booted once more."""
+        try:
+            return self._boot(then)
+        except Stalled as stalled:
+            for log in self.paths.logs:
+                log.replace(log.with_suffix(".stalled.log"))
+            self.progress(f"{stalled} (now *.stalled.log); starting it once more")
+        return self._boot(then)
+
+    def _boot(self, then: Callable[[Machine], None]) -> Machine:
+        spec = self.recipe.specification
+        self.progress(f"starting {spec.name} on {spec.cpus} CPUs in QEMU {spec.qemu} ({self.paths.run_dir})")
+        self._write_disk_and_kernel()
+        with Memory(spec.memory_mib << 20) as memory:
+            machine = self._started(self.recipe.command(self.paths, Ram(memory.path)), memory)
+        with _down_on_failure(machine):
+            wait_until_up(machine, spec)
+            then(machine)
+        return machine
+
+    def loaded(self, snapshot: Snapshot, shared_ram: bool) -> Machine:
+        """Start it from a snapshot."""
+        spec = self.recipe.specification
+        self.progress(
+            f"starting {spec.name} on {spec.cpus} CPUs in QEMU {spec.qemu} from a snapshot ({self.paths.run_dir})"
+        )
+        self._write_disk_and_kernel()
+        saved.write_files(snapshot.folder, self.paths)
+        ram = snapshot.folder / saved.RAM
+        with Memory(spec.memory_mib << 20) if shared_ram else contextlib.nullcontext() as memory:
+            if memory:
+                copy_packed(ram, memory.path)
+            mapped = Ram(memory.path) if memory else Ram(ram, shared=False)
+            machine = self._started(self.recipe.command(self.paths, mapped, incoming=True), memory)
+        with _down_on_failure(machine):
+            wait_for_qemu(machine)
+            saved.load(machine, snapshot.folder, snapshot.about())
+            if not self.owned:
+                machine.dom0.run("true")  # sets its clock, which who attaches does not know to be late
+        return machine
+
+    def remove_logs(self) -> None:
+        for log in self.paths.logs:
+            log.unlink(missing_ok=True)
+
+    def _write_disk_and_kernel(self) -> None:
+        spec = self.recipe.specification
+        with self.paths.disk.open("wb") as disk:
+            disk.truncate((spec.memory_mib + 64) << 20)  # a vmcore is a little larger than the memory it holds
+        if spec.lapic_row.firmware:
+            self.paths.kernel.write_bytes(self.recipe.kernel())
+
+    def _started(self, command: list[str], memory: Memory | None) -> Machine:
+        spec = self.recipe.specification
+        child = start(command, self.paths, self.owned, memory)
+        state = State(
+            pid=child.pid,
+            started=start_time(child.pid) or 0,
+            symbols=str(self.recipe.boot.symbols),
+            memory_mib=spec.memory_mib,
+            cpus=spec.cpus,
+            dom0_vcpus=spec.dom0_vcpus or 1,
+            guest=spec.name,
+            qemu=spec.qemu,
+            owned=self.owned,
+        )
+        return Machine(self.paths, state, self.temporary, self.progress, child)
+
+
+@contextlib.contextmanager
+def _down_on_failure(machine: Machine) -> Iterator[None]:
     try:
-        wait_for(machine)
+        yield
     except BaseException as error:
         machine.down(keep=logs_say_why(error))
         raise
-    return machine
 
 
-def _started(recipe: Recipe, paths: Paths, temporary: bool, owned: bool, progress: Progress) -> Machine:
-    spec = recipe.specification
-    recipe.write_files(paths)
-    child = start(recipe.command(paths), paths, owned)
-    state = State(
-        pid=child.pid,
-        started=start_time(child.pid) or 0,
-        symbols=str(recipe.boot.symbols),
-        memory_mib=spec.memory_mib,
-        cpus=spec.cpus,
-        dom0_vcpus=spec.dom0_vcpus or 1,
-        guest=spec.name,
-        qemu=spec.qemu,
-        owned=owned,
-    )
-    return Machine(paths, state, temporary, progress, child)
+def wait_for_qemu(machine: Machine) -> None:
+    """Wait until QEMU answers; from then on `attach` finds it."""
+    machine.paths.state.write_text(json.dumps(asdict(machine.state), indent=1))
+    machine.until("starting QEMU", 30, lambda: all(path.exists() for path in machine.paths.sockets) or None)
 
 
 def wait_until_up(machine: Machine, spec: Specification) -> None:
-    machine.paths.state.write_text(json.dumps(asdict(machine.state), indent=1))
-    machine.until("starting QEMU", 30, lambda: all(path.exists() for path in machine.paths.sockets) or None)
+    """Wait for as much of a boot as the specification asks for."""
+    wait_for_qemu(machine)
     if spec.paused or not spec.boots_xen or spec.wait == "none":
         return
     begun = time.monotonic()
     _boots(machine, "booting Xen", machine.paths.serial_log, XEN_UP)
     if spec.boots_dom0:
-        _boots(machine, "booting dom0", machine.paths.line_log, READY)
+        _boots(machine, "booting dom0", machine.paths.line_log, dom0.READY)
         machine.progress(f"dom0 is up after {time.monotonic() - begun:.1f} s")
         if spec.loads_crash_kernel:
             machine.dom0.load_crash_kernel()
@@ -184,7 +282,7 @@ def _boots(machine: Machine, step: str, log: Path, sign: bytes) -> None:
         if (now := machine.serial.size()) != size:
             size, heard = now, time.monotonic()
         elif time.monotonic() - heard > _STALLED:
-            raise _Stalled(f"{step}: the console said nothing for {_STALLED:.0f} s: {machine.where_to_look()}")
+            raise Stalled(f"{step}: the console said nothing for {_STALLED:.0f} s: {machine.where_to_look()}")
         return None
 
     machine.until(step, BOOT_TIMEOUT, ready)

@@ -47,8 +47,8 @@ class Cell:
     delay: float = 0.0
 
 
-def crash(cell: Cell, output: Path) -> Json:
-    """Boot a machine, crash it, judge every stage and the vmcore. Returns the cell and what came of it.
+def crash(cell: Cell, output: Path, fresh: bool = False) -> Json:
+    """Start a machine, crash it, judge every stage and the vmcore. Returns the cell and what came of it.
 
     `verdict` is the worst of the two reports; `unknown` when the crash did not come about, or was not the one that
     was asked for; `skip` when something that the cell needs could not be got (`gone`: its source itself has it no
@@ -65,7 +65,7 @@ def crash(cell: Cell, output: Path) -> Json:
         gone = isinstance(error, PackageGone)
     else:
         try:
-            for report in _reports(cell, gdb, output):
+            for report in _reports(cell, gdb, output, fresh):
                 reports.append(report)
         except Undecidable as error:
             problems.append((Verdict.UNKNOWN, str(error)))
@@ -106,12 +106,12 @@ def _get(cell: Cell) -> str:
     return gdb_words(cache, GDBS[cell.gdb])[0]
 
 
-def _reports(cell: Cell, gdb: str, output: Path) -> Iterator[Json]:
+def _reports(cell: Cell, gdb: str, output: Path, fresh: bool) -> Iterator[Json]:
     """The trace's report, and the vmcore's. Raises Undecidable."""
     from xencrash.lab.run import check_vmcore, folder, follow, machine
 
     folder(output)
-    with machine(output, _specification(cell)) as lab:
+    with machine(output, _specification(cell), fresh=fresh) as lab:
         lab.dom0.load(cell.load)
         report = follow(lab, output, lambda: _crash_later(lab, cell), gdb=gdb)
         yield report
@@ -153,7 +153,7 @@ def _unlike(cell: Cell, reports: Sequence[Json]) -> Iterator[tuple[Verdict, str]
 # Several of them
 
 
-def crash_all(cells: Sequence[Cell], output: Path, jobs: int = 1) -> list[Json]:
+def crash_all(cells: Sequence[Cell], output: Path, jobs: int = 1, fresh: bool = False) -> list[Json]:
     """What came of each cell, in their order; a line for each on standard error as it ends.
 
     Each has a process of its own: a machine ends with the process that started it, and so does what a killed cell
@@ -168,7 +168,7 @@ def crash_all(cells: Sequence[Cell], output: Path, jobs: int = 1) -> list[Json]:
             while waiting and len(running) < jobs:
                 cell = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(cell, output / cell.name, theirs))
+                process = context.Process(target=_work, args=(cell, output / cell.name, fresh, theirs))
                 process.start()
                 theirs.close()
                 running[ours] = cell, process
@@ -186,7 +186,7 @@ def crash_all(cells: Sequence[Cell], output: Path, jobs: int = 1) -> list[Json]:
     return [outcomes[cell] for cell in cells]
 
 
-def _work(cell: Cell, output: Path, outcome: Connection) -> None:
+def _work(cell: Cell, output: Path, fresh: bool, outcome: Connection) -> None:
     """In a process of its own: ends, its machine with it, when it is told to or when who started it has gone."""
 
     def end_with_parent() -> None:
@@ -198,7 +198,7 @@ def _work(cell: Cell, output: Path, outcome: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent to act on
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=end_with_parent, daemon=True).start()
-    outcome.send(crash(cell, output))
+    outcome.send(crash(cell, output, fresh))
 
 
 def _received(connection: Connection, cell: Cell) -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import secrets
+import time
 
 from xencrash.lab.errors import LabError
 from xencrash.lab.process import Process
@@ -26,6 +27,7 @@ class Dom0:
         self._process = process
         self._line = Line(process.paths.line)
         self._loops: set[int] = set()  # process IDs
+        self.clock_is_late = False  # since the machine was saved: the next command sets it first
 
     def run(self, command: str, timeout: float = 30.0) -> str:
         """What a shell command printed (both streams); LabError if its exit status is not 0."""
@@ -48,6 +50,9 @@ class Dom0:
         if not re.search(READY, self._process.read_log(self._process.paths.line_log), re.MULTILINE):
             raise LabError(f"in dom0: no shell answers (yet) to {command!r}: {self._process.where_to_look()}")
         token = secrets.token_hex(4)
+        if self.clock_is_late:
+            command = f"date -s @{time.time():.0f} >/dev/null; {command}"
+            self.clock_is_late = False
         self._line.send(f"{token} {base64.b64encode(command.encode()).decode()}\n".encode())
         return token
 

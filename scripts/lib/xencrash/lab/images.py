@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xencrash.lab import initramfs
+from xencrash.lab.digests import sha256_of
 from xencrash.lab.errors import LabError
-from xencrash.lab.packages import Cache, Package, sha256_of
+from xencrash.lab.packages import Cache, Package
 from xencrash.lab.rows import (
     BUSYBOX_PACKAGE,
     KERNEL_PACKAGE,

@@ -17,7 +17,7 @@ from xencrash.lab.domu import DomUs
 from xencrash.lab.dumps import Dumps
 from xencrash.lab.errors import LabError
 from xencrash.lab.process import Process, Progress
-from xencrash.lab.qemu import Paths
+from xencrash.lab.qemu import Memory, Paths
 from xencrash.lab.runs import State, known_run, runs_folder
 from xencrash.lab.serial import Serial
 
@@ -82,12 +82,15 @@ class Machine(Process):
 
     @property
     def ram_file(self) -> Path:
-        """The guest's RAM as a file that can be mapped: the offset is the physical address (RAM below 2 GiB)."""
+        """The guest's RAM as a file that can be mapped: the offset is the physical address (RAM below 2 GiB).
+
+        LabError for a machine whose RAM is its own alone: one from a snapshot, unless `up` was asked for `shared_ram`.
+        """
         for link in Path(f"/proc/{self.state.pid}/fd").iterdir():
             with contextlib.suppress(OSError):
-                if "memory-backend-memfd" in str(link.readlink()):
+                if Memory.NAME in str(link.readlink()):
                     return link
-        raise LabError(f"QEMU (process {self.state.pid}) has no RAM file: {self.where_to_look()}")
+        raise LabError(f"QEMU (process {self.state.pid}) has no RAM file to share: start it with shared_ram")
 
     def crash(self, how: str | None = None, cpu: int | None = None) -> None:
         """Crash Xen as `Crash` says, and return at once."""

@@ -72,4 +72,4 @@ def run(args: argparse.Namespace) -> int:
     everything = cells()
     filtered = any(getattr(args, name) for name in DIMENSIONS)
     selected = chosen(args, everything if args.all or filtered else covering(settled(everything)))
-    return finish(crash_all(selected, args.output, args.jobs), args.format, "The matrix")
+    return finish(crash_all(selected, args.output, args.jobs, args.fresh), args.format, "The matrix")

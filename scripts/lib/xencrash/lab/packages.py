@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from xencrash.lab.digests import sha256_of
 from xencrash.lab.errors import LabError, PackageGone
 from xencrash.lab.rows import SUITES, Suite
 
@@ -46,14 +46,6 @@ def default_root() -> Path:
     if given := os.environ.get("XENCRASH_CACHE"):
         return Path(given).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xencrash"
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def parse_records(text: str) -> dict[str, Package]:

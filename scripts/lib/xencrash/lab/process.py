@@ -52,6 +52,7 @@ class Process:
     def until(self, step: str, timeout: float, ready: Callable[[], _T | None]) -> _T:
         """What `ready` returns once it is not None. Raises LabError when QEMU ends, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
+        pause = 0.002
         while True:
             alive = self.alive()  # before looking: what a dying QEMU printed last is seen
             if (found := ready()) is not None:
@@ -60,7 +61,8 @@ class Process:
                 raise LabError(f"{step}: QEMU ended: {self.where_to_look()}")
             if time.monotonic() > deadline:
                 raise LabError(f"{step}: nothing after {timeout:.0f} s: {self.where_to_look()}")
-            time.sleep(0.05)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
 
     def wait_log(self, log: Path, pattern: str | bytes, timeout: float, step: str, since: int = 0) -> re.Match[bytes]:
         """Wait until what a log holds from offset `since` on matches."""

@@ -69,6 +69,10 @@ class Paths:
         return self.run_dir / "qemu.log"
 
     @property
+    def logs(self) -> tuple[Path, ...]:
+        return (self.serial_log, self.line_log, self.qemu_log)
+
+    @property
     def disk(self) -> Path:
         return self.run_dir / "disk.raw"
 
@@ -90,25 +94,59 @@ class Program:
     cpu: str
 
 
+class Memory:
+    """RAM as a file without a name (memfd_create(2)): others can map it, and it is gone when QEMU is."""
+
+    NAME = "xencrash-ram"
+
+    def __init__(self, size: int) -> None:
+        self.descriptor = os.memfd_create(self.NAME)
+        os.truncate(self.descriptor, size)
+
+    @property
+    def path(self) -> Path:
+        """As any process opens it that has inherited the descriptor."""
+        return Path(f"/proc/self/fd/{self.descriptor}")
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+
+@dataclass(frozen=True)
+class Ram:
+    """The file that RAM is mapped from: shared, so that what the machine writes is in it; or privately, so that it
+    stays as it is."""
+
+    path: Path
+    shared: bool = True
+
+
 def command_line(
     program: Program,
     boot: Boot,
     paths: Paths,
+    ram: Ram,
     *,
     cpus: int,
     max_cpus: int | None = None,
     memory_mib: int,
     paused: bool = False,
+    incoming: bool = False,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """The whole command. RAM is a shared memfd: others can map it, and it is gone when QEMU is."""
+    """The whole command. With `incoming` QEMU waits to be given a saved machine, and does not run it then."""
+    share = "on" if ram.shared else "off"
+    backend = f"memory-backend-file,id=ram,size={memory_mib}M,mem-path={_escaped(ram.path)},share={share}"
     smp = f"{cpus},maxcpus={max_cpus}" if max_cpus else f"{cpus}"
     command = [
         *program.words,
         *("-name", f"xencrash,process=xencrash-{paths.run_dir.name}"[:60]),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-accel", "tcg", "-cpu", program.cpu, "-smp", smp),
-        *("-object", f"memory-backend-memfd,id=ram,size={memory_mib}M,share=on", "-machine", "q35,memory-backend=ram"),
+        *("-object", backend, "-machine", "q35,memory-backend=ram"),
         *("-m", str(memory_mib), "-kernel", str(boot.kernel), "-append", boot.append),
         *(("-initrd", boot.initrd) if boot.initrd else ()),
         *("-gdb", f"unix:{_escaped(paths.gdb)},server=on,wait=off"),
@@ -118,7 +156,8 @@ def command_line(
         *_serial("line", paths.line, paths.line_log),
         # Nothing here must survive the host's own crash, so the host's cache is trusted with every write.
         *("-drive", f"file={_escaped(paths.disk)},format=raw,if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap"),
-        *(("-S",) if paused else ()),
+        *(("-S",) if paused or incoming else ()),
+        *(("-incoming", "defer") if incoming else ()),
         *extra,
     ]
     return command
@@ -126,7 +165,7 @@ def command_line(
 
 def _serial(name: str, socket: Path, log: Path) -> tuple[str, ...]:
     """A serial port that a client may join, and whose output is logged whether or not one has."""
-    where = f"path={_escaped(socket)},server=on,wait=off,logfile={_escaped(log)}"
+    where = f"path={_escaped(socket)},server=on,wait=off,logfile={_escaped(log)},logappend=on"
     return ("-chardev", f"socket,id={name},{where}", "-serial", f"chardev:{name}")
 
 
@@ -134,8 +173,10 @@ def _escaped(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def start(command: Sequence[str], paths: Paths, owned: bool) -> subprocess.Popen[bytes]:
-    """Start QEMU in a session of its own (a Ctrl-C is for us to act on).
+def start(
+    command: Sequence[str], paths: Paths, owned: bool, memory: Memory | None = None
+) -> subprocess.Popen[bytes]:
+    """Start QEMU in a session of its own (a Ctrl-C is for us to act on). It inherits the memory's descriptor.
 
     An owned QEMU is killed by the kernel when the thread that started it ends, however it ends
     (PR_SET_PDEATHSIG, prctl(2)): the caller's thread must live as long as the machine is wanted.
@@ -145,7 +186,13 @@ def start(command: Sequence[str], paths: Paths, owned: bool) -> subprocess.Popen
         log.write(" ".join(command).encode() + b"\n")
         log.flush()
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=paths.run_dir
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd=paths.run_dir,
+            pass_fds=(memory.descriptor,) if memory else (),
         )
     return process
 

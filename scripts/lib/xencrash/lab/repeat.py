@@ -40,6 +40,5 @@ def run(args: argparse.Namespace) -> int:
     print(f"seed {seed}", file=sys.stderr, flush=True)
     cells = matrix.cells()
     crashes = moments(args.number, seed, matrix.chosen(args, cells if args.xen or args.qemu else matrix.settled(cells)))
-    return finish(
-        crash_all(crashes, args.output, args.jobs), args.format, f"{args.number} crashes in a row, seed {seed}"
-    )
+    outcomes = crash_all(crashes, args.output, args.jobs, args.fresh)
+    return finish(outcomes, args.format, f"{args.number} crashes in a row, seed {seed}")

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = specification(args)
     output = folder(args.output)
     tell = progress()
-    with machine(output, wanted, tell) as lab:
+    with machine(output, wanted, tell, args.fresh) as lab:
         tell("following the crash")
         gates = _shown_by_gates(args)
         report = follow(lab, output, lambda: _crash(lab, args), progress=judging.tell_stage, gates=gates)
@@ -96,9 +96,11 @@ def folder(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def machine(output: Path, specification: Specification, progress: Progress = lambda text: None) -> Iterator[Machine]:
+def machine(
+    output: Path, specification: Specification, progress: Progress = lambda text: None, fresh: bool = False
+) -> Iterator[Machine]:
     """A machine whose logs are in `output` whatever happens to it."""
-    with up(specification, progress=progress) as lab:
+    with up(specification, progress=progress, fresh=fresh) as lab:
         try:
             yield lab
         finally:

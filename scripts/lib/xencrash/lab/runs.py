@@ -95,6 +95,6 @@ def new_run(run_dir: str | Path | None) -> tuple[Paths, bool]:
         raise LabError(f"starting the lab: cannot make {run_dir}: {error.strerror}") from error
     if _runs(paths.run_dir):
         raise LabError(f"starting the lab: one already runs in {run_dir}: xencrash lab down --run-dir {run_dir}")
-    for path in (*paths.sockets, paths.serial_log, paths.line_log, paths.qemu_log):
+    for path in (*paths.sockets, *paths.logs):
         path.unlink(missing_ok=True)
     return paths, False
