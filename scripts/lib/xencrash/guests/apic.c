@@ -152,14 +152,15 @@ noinline void disable_local_APIC(void)
 {
     unsigned int cpu = smp_processor_id();
 
-    if ( faulty_cpu(LAPIC_NOT_STOPPED, cpu) )
-        return;
-    if ( !faulty_cpu(LVTS_NOT_MASKED, cpu) )
-        clear_local_APIC();
-    apic_write(APIC_SPIV, apic_read(APIC_SPIV) & ~SPIV_ENABLED);
-    if ( kexecing && !faulty_cpu(LAPIC_MODE_KEPT, cpu) &&
-         !(faulty(OWN_LAPIC_MODE_KEPT) && cpu == options.crash_cpu) )
-        revert_apic_mode();
+    step ( STOP_LAPIC, cpu )
+    {
+        step ( MASK_LVTS, cpu )
+            clear_local_APIC();
+        apic_write(APIC_SPIV, apic_read(APIC_SPIV) & ~SPIV_ENABLED);
+        if ( kexecing )
+            step ( REVERT_LAPIC_MODE, cpu )
+                revert_apic_mode();
+    }
 }
 
 /*

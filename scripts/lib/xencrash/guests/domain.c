@@ -7,6 +7,14 @@
 /* The CPUs that have got as far as they will before the crash. */
 static cpumask_t settled;
 
+bool settle(unsigned int cpu)
+{
+    if ( cpumask_test_cpu(cpu, &settled) )
+        return false;
+    cpumask_set_cpu(cpu, &settled);
+    return true;
+}
+
 noinline void default_idle(void)
 {
     local_irq_disable();
@@ -27,23 +35,15 @@ void nmi_before_the_crash(unsigned int cpu)
 {
     if ( options.crash_in_nmi && cpu == options.crash_cpu )
         kexec_crash();
-    if ( !cpumask_test_cpu(cpu, &settled) && (faulty_cpu(STUCK, cpu) || faulty_cpu(LATE, cpu)) )
-    {
-        cpumask_set_cpu(cpu, &settled);
-        while ( faulty(STUCK) )
-            halt();
-        wait_for_crash_image();
-    }
+    reached(EARLIER_NMI, cpu);
 }
 
 void idle_loop(void)
 {
     unsigned int cpu = smp_processor_id();
 
-    if ( faulty_cpu(STUCK, cpu) || faulty_cpu(LATE, cpu) )
-        send_IPI(get_apic_id(), ICR_NMI);
-    else
-        cpumask_set_cpu(cpu, &settled);
+    step ( SETTLE, cpu )
+        settle(cpu);
 
     if ( cpu == options.crash_cpu )
     {

@@ -1,9 +1,9 @@
 /*
  * fault.h - ways to do the crash path wrong, chosen on the command line: fault=NAME fault_cpu=N.
  *
- * The code is the same with and without a fault, so that nothing else tells the generations apart. A fault
- * shows where it is made: as `faulty(X)` or `faulty_cpu(X, cpu)` in the function that it spoils. What each one
- * is, and what is to be seen of it, is told in faults.py.
+ * The path is written as it should be. What a fault changes is a step with a name, and a row of the table in fault.c
+ * says what the fault does there: before the step, or instead of it. The code is the same with and without a fault, so
+ * that nothing else distinguishes the generations. What each fault is, and what is to be seen of it, is in faults.py.
  */
 #ifndef FAULT_H
 #define FAULT_H
@@ -92,13 +92,56 @@ enum fault {
 extern enum fault fault;
 extern unsigned int fault_cpu;                  /* the CPU that does it wrong, or to which it is done */
 
-static inline bool faulty(enum fault which) { return fault == which; }
-static inline bool faulty_cpu(enum fault which, unsigned int cpu) { return fault == which && cpu == fault_cpu; }
-
 enum fault fault_by_name(const char *name);     /* NO_FAULT for a name that is none */
 
-/* Spoils the gate that the fault names, after it was written as it should be. */
-void spoil_nmi_gate(unsigned int crashing_cpu);
-void spoil_mc_gate(void);
+/* In the order of the path; by the file that has them. */
+enum step {
+    TABLES_LOADED,                              /* traps.c: the CPU uses its own IDT */
+    SETTLE,                                     /* domain.c: the CPU is as it will be before the crash */
+    EARLIER_NMI,                                /* an NMI before the crash */
+    SET_KEXECING,                               /* kexec.c */
+    WRITE_NOTES,
+    INFO_NOTE,                                  /* and crash.c */
+    /* crash.c: the crashing CPU */
+    OWN_MC_IST_OFF,
+    MC_IST_OFF,                                 /* of another CPU's gate, by whoever does it */
+    HOOK_NMI,                                   /* of one CPU, where each has its own */
+    HOOKED,
+    SEND_NMI,                                   /* smp.c: to one CPU */
+    NMI_SENT,
+    WAIT,
+    STOP_SELF,
+    SET_X2APIC_ENABLED,
+    /* crash.c: each other CPU */
+    NMI_TAKEN,
+    SAVE_REGISTERS,
+    STOP,
+    SAVE_DONE,
+    SIGN_OFF,
+    SELF_NMI,
+    PARK,
+    /* apic.c and smp.c: whichever CPU stops */
+    STOP_LAPIC,
+    MASK_LVTS,
+    REVERT_LAPIC_MODE,
+    GO_OFFLINE,
+    /* machine_kexec.c */
+    NEUTRALISE_MC,                              /* of one CPU, or of all at once */
+    MC_NEUTRALISED,
+    UNBLOCK_NMIS,
+    JUMP,
+};
+
+/* Whether a fault does something else instead, on this CPU or to it. */
+bool replaced(enum step which, unsigned int cpu);
+
+/* What follows is a step that a fault may come before, or replace. */
+#define step(which, cpu)    if ( !replaced(which, cpu) )
+
+/* A point between two steps. */
+static inline void reached(enum step which, unsigned int cpu) { (void)replaced(which, cpu); }
+
+/* one_cpu_only() has recorded whose crash it is. */
+void owner_recorded(int *owner);
 
 #endif /* FAULT_H */

@@ -1,7 +1,7 @@
 """The guest's faults: ways in which such a patch can be, or was, wrong, and what is to be seen of each.
 
 Each row names the features (rows of generation.h) that a generation must have, or with a "!" must not have, for the
-fault to make sense in it. fault.h has the same names; the functions that they spoil are found by searching for them.
+fault to make sense in it. fault.h has the same names, and fault.c says at which step of the path each does what.
 """
 
 from __future__ import annotations

@@ -119,10 +119,11 @@ noinline void kexec_crash_save_cpu(void)
         return;
     cpumask_set_cpu(cpu, &crash_saved_cpus);
 
-    if ( faulty_cpu(NOTES_EMPTY, cpu) )
-        return;
-    elf_core_save_regs(&notes->status.regs);
-    notes->control_regs = (struct crash_xen_core){ read_cr(0), read_cr(2), read_cr(3), read_cr(4) };
+    step ( WRITE_NOTES, cpu )
+    {
+        elf_core_save_regs(&notes->status.regs);
+        notes->control_regs = (struct crash_xen_core){ read_cr(0), read_cr(2), read_cr(3), read_cr(4) };
+    }
 }
 
 /* What a tool needs to make sense of Xen in the dump. The caller adds what is known to the architecture. */
@@ -132,7 +133,7 @@ noinline struct crash_xen_info *kexec_crash_save_info(void)
     static const char date[] = "unavailable", time[] = "unavailable";
     struct cpu_notes *notes = crash_notes[0].start;
 
-    if ( !faulty(INFO_NOTE_MISSING) )
+    step ( INFO_NOTE, smp_processor_id() )
         notes->xen = (struct crash_xen_info){
             .xen_major_version = 4,
             .xen_minor_version = XEN_MINOR,
@@ -188,8 +189,7 @@ static noinline bool one_cpu_only(void)
             halt();
     }
     kexec_flags |= 1UL << KEXEC_FLAG_IN_PROGRESS;
-    if ( faulty(OWNER_WRONG) )
-        crashing_cpu = fault_cpu;
+    owner_recorded(&crashing_cpu);
 #else
     bool taken;
 
@@ -208,7 +208,8 @@ noinline void kexec_crash(void)
     if ( !(kexec_flags >> (KEXEC_IMAGE_CRASH_BASE + current) & 1) )
         return;
 
-    kexecing = !faulty(KEXECING_UNSET);
+    step ( SET_KEXECING, smp_processor_id() )
+        kexecing = true;
 
     if ( !one_cpu_only() )
     {

@@ -21,23 +21,19 @@ static idt_entry_t *existing_idt(unsigned int cpu)
 
 static void neutralise_machine_checks(void)
 {
-    if ( faulty(MC_NOT_SWAPPED) )
-        return;
-    if ( REWRITES_GATES && !faulty(MC_SWAPPED_ON_CRASHER) )
+    if ( REWRITES_GATES )
     {
-        set_intr_gate(VECTOR_MC, trap_nop);
+        step ( NEUTRALISE_MC, smp_processor_id() )
+            set_intr_gate(VECTOR_MC, trap_nop);
         return;
     }
     for ( unsigned int cpu = 0; cpu < nr_cpu_ids; cpu++ )
     {
         idt_entry_t *idt = existing_idt(cpu);
 
-        if ( !idt || (faulty(MC_SWAPPED_ON_CRASHER) && cpu != smp_processor_id()) )
-            continue;
-        if ( faulty(MC_REWRITTEN) )
-            _set_gate(&idt[VECTOR_MC], INTERRUPT_GATE, 0, trap_nop);
-        else
-            _update_gate_addr_lower(&idt[VECTOR_MC], trap_nop);
+        if ( idt )
+            step ( NEUTRALISE_MC, cpu )
+                _update_gate_addr_lower(&idt[VECTOR_MC], trap_nop);
     }
 }
 
@@ -45,16 +41,17 @@ static void neutralise_machine_checks(void)
 
 noinline void machine_kexec(void)
 {
+    unsigned int cpu = smp_processor_id();
+
 #if HARDENED
     neutralise_machine_checks();
-    spoil_mc_gate();
-    if ( !faulty(NMIS_LATCHED) && !faulty(ENABLE_NMIS_SKIPPED) )
+    reached(MC_NEUTRALISED, cpu);
+    step ( UNBLOCK_NMIS, cpu )
         enable_nmis();
 #endif
 
-    if ( faulty(NO_JUMP) )
-        for ( ; ; )
-            halt();
-
-    kexec_reloc(CRASH_IMAGE_START, image_pa(boot_pg_table), options.exit ? CRASH_IMAGE_EXITS : 0);
+    step ( JUMP, cpu )
+        kexec_reloc(CRASH_IMAGE_START, image_pa(boot_pg_table), options.exit ? CRASH_IMAGE_EXITS : 0);
+    for ( ; ; )                                 /* a jump does not come back */
+        halt();
 }

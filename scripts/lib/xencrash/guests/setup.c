@@ -97,7 +97,7 @@ static void check_options(void)
         fault_cpu = options.crash_cpu == 0;
     if ( fault && (fault_cpu >= nr_cpu_ids || !cpumask_test_cpu(fault_cpu, &cpu_present_map)) )
         panic("fault_cpu=%u: there is no such CPU", fault_cpu);
-    if ( faulty(NMIS_LATCHED) )
+    if ( fault == NMIS_LATCHED )
         options.crash_in_nmi = true;
     if ( (options.x2apic || options.firmware_x2apic) && !has_x2apic() )
         panic("x2apic: this processor has none");

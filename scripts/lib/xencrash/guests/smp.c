@@ -10,8 +10,9 @@ noinline void smp_send_nmi_allbutself(void)
     unsigned int cpu;
 
     for_each_cpu ( cpu, &cpu_online_map )
-        if ( cpu != smp_processor_id() && !faulty_cpu(NMI_NOT_SENT, cpu) )
-            send_IPI(x86_cpu_to_apicid[cpu], faulty_cpu(NMI_BY_VM_EXIT, cpu) ? VM_EXIT_VECTOR : ICR_NMI);
+        if ( cpu != smp_processor_id() )
+            step ( SEND_NMI, cpu )
+                send_IPI(x86_cpu_to_apicid[cpu], ICR_NMI);
 }
 
 noinline void __stop_this_cpu(void)
@@ -20,6 +21,6 @@ noinline void __stop_this_cpu(void)
 
     disable_local_APIC();
     asm volatile ( "fninit" );
-    if ( !faulty_cpu(STILL_ONLINE, cpu) )
+    step ( GO_OFFLINE, cpu )
         cpumask_clear_cpu(cpu, &cpu_online_map);
 }

@@ -166,9 +166,6 @@ void load_system_tables(void)
     struct table_register idtr = { .limit = IDT_ENTRIES * sizeof(idt_entry_t) - 1, .base = (unsigned long)idt_of(cpu) };
     unsigned int tss_slot = (HYPERVISOR_TSS - FIRST_RESERVED_SELECTOR) / 8;
 
-    if ( faulty_cpu(IDTR_ELSEWHERE, cpu) )
-        idtr.base = (unsigned long)memcpy(alloc_xenheap(PAGE_SIZE), idt_of(cpu), PAGE_SIZE);
-
     init_tss(tss, (unsigned long)(get_cpu_info() + 1) - STACK_SIZE);
 
     /* SDM vol. 3, "TSS Descriptor in 64-bit mode": present, 64-bit TSS (available). */
@@ -186,6 +183,7 @@ void load_system_tables(void)
                    "ltr  %w3                \n\t"
                    "lidt %1"
                    :: "m" (gdtr), "m" (idtr), "i" (HYPERVISOR_CS), "r" (HYPERVISOR_TSS) : "rax", "memory" );
+    reached(TABLES_LOADED, cpu);
 }
 
 /* -- Exceptions ------------------------------------------------------------------------------------- */

@@ -224,6 +224,7 @@ void early_cpu_init(void);
 void idle_loop(void) noreturn;                  /* domain.c */
 void start_crash(void);
 void nmi_before_the_crash(unsigned int cpu);
+bool settle(unsigned int cpu);                  /* false for one that has settled before */
 void default_idle(void);
 void mdelay(unsigned int milliseconds);         /* delay.c */
 
@@ -251,6 +252,11 @@ void kexec_crash(void);
 void kexec_crash_save_cpu(void);
 struct crash_xen_info *kexec_crash_save_info(void);
 void machine_crash_shutdown(void);
+void sign_off(unsigned int cpu);
+int waited_for(void);                           /* how many have not signed off */
+#if HARDENED
+DECLARE_PER_CPU(bool, crash_save_done);
+#endif
 void machine_kexec(void);
 void kexec_reloc(unsigned long image, unsigned long page_table, unsigned long flags) noreturn;
 
