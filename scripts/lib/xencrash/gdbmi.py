@@ -213,6 +213,16 @@ class GdbSession:
 
     # -- the machine --------------------------------------------------------------------------
 
+    def open(
+        self, target: str, symbols: str | None = None, qmp: str | None = None, *, allow_mismatch: bool = False
+    ) -> None:
+        """Tell the plugin what the user said, and attach to the machine; one after another, if wished. Settings that
+        are not given stay as they are. Raises Undecidable."""
+        for name, path in (("symbols", symbols), ("qmp-socket", qmp)):
+            self.set(name, str(Path(path).absolute()) if path else None)
+        self.set("allow-build-id-mismatch", allow_mismatch)
+        self.attach(target, qmp)
+
     def attach(self, target: str, qmp: str | None = None) -> None:
         """Connect to a machine and stop it. `target` as the user named it. Raises Undecidable.
 
@@ -236,7 +246,7 @@ class GdbSession:
             raise Undecidable(
                 f"nothing to attach to at {target}: {why}; start QEMU with -gdb, or see whether it still runs"
             ) from None
-        self._attached = True
+        self._attached, self._lost = True, False
         self._stops.clear()
         self._running = False
         if running is None:
@@ -426,10 +436,7 @@ def open_session(
     parse_live(target)
     session = GdbSession(gdb)
     try:
-        for name, path in (("symbols", symbols), ("qmp-socket", qmp)):
-            session.set(name, str(Path(path).absolute()) if path else None)
-        session.set("allow-build-id-mismatch", allow_mismatch)
-        session.attach(target, qmp)
+        session.open(target, symbols, qmp, allow_mismatch=allow_mismatch)
     except BaseException:
         session.close()
         raise

@@ -38,34 +38,55 @@ def trace(
     gates: bool = False,
     gdb: str | None = None,
 ) -> Json:
+    """Follow the crash of a machine, with a gdb for this alone; `gdb` is the program to use (None: `find_gdb`).
+
+    The rest is as for `follow`. What prevents its beginning is raised as Undecidable.
+    """
+    with open_session(target, symbols, qmp, allow_mismatch=allow_mismatch, gdb=gdb) as session:
+        return follow(
+            session, timeout=timeout, stall=stall, progress=progress, trigger=trigger, on_stop=on_stop,
+            leave_stopped=leave_stopped, gates=gates,
+        )  # fmt: skip
+
+
+def follow(
+    session: GdbSession,
+    *,
+    timeout: float | None = None,
+    stall: float = STALL_SECONDS,
+    progress: Progress = _quiet,
+    trigger: Callable[[], None] | None = None,
+    on_stop: Callable[[GdbSession], None] | None = None,
+    leave_stopped: bool = False,
+    gates: bool = False,
+) -> Json:
     """Wait for Xen to crash, judge every stage of its crash path, let it run on, and return the JSON report.
 
-    `timeout` bounds the wait for the crash to begin (None: for ever), `stall` the time between two stages, in seconds.
-    `trigger` is called once the machine runs with the breakpoints set; `on_stop` at each stop, before it is judged;
-    `progress` after it, with the stage as the report has it and its findings, the machine still stopped.
-    `leave_stopped` leaves it at the last stage; `gates` lists every change of a gate in the report; `gdb` is the
-    program to use (None: `find_gdb`). What ends a trace early stands in the report as
-    `undecided`; what prevents its beginning is raised as Undecidable.
+    The session is attached to the machine, and no longer after a trace that was not lost. `timeout` bounds the wait for the crash to begin
+    (None: for ever), `stall` the time between two stages, in seconds. `trigger` is called once the machine runs with
+    the breakpoints set; `on_stop` at each stop, before it is judged; `progress` after it, with the stage as the report
+    has it and its findings, the machine still stopped. `leave_stopped` leaves it at the last stage; `gates` lists every
+    change of a gate in the report. What ends a trace early stands in the report as `undecided`; what prevents its
+    beginning is raised as Undecidable.
     """
     report: Json | None = None
     try:
-        with open_session(target, symbols, qmp, allow_mismatch=allow_mismatch, gdb=gdb) as session:
-            options = ["--stall", str(stall), *(["gates"] if gates else [])]
-            if timeout is not None:
-                options += ["--timeout", str(timeout)]
-            begin = session.xen("crash-trace-begin", *options)
-            report = begin["report"]
-            for stage in report["stages"]:
-                progress(stage, report["findings"])
-            if "undecided" in report:
-                return report
-            session.set_breakpoints(int(address, 16) for address in begin["breakpoints"])
-            session.run()
-            if trigger is not None:
-                trigger()
-            _follow(session, report, begin["wait"], progress, on_stop)
-            report["verdict"] = session.xen("crash-trace-end")["verdict"]
-            session.leave(running=False if leave_stopped else None)
+        options = ["--stall", str(stall), *(["gates"] if gates else [])]
+        if timeout is not None:
+            options += ["--timeout", str(timeout)]
+        begin = session.xen("crash-trace-begin", *options)
+        report = begin["report"]
+        for stage in report["stages"]:
+            progress(stage, report["findings"])
+        if "undecided" in report:
+            return report
+        session.set_breakpoints(int(address, 16) for address in begin["breakpoints"])
+        session.run()
+        if trigger is not None:
+            trigger()
+        _to_the_end(session, report, begin["wait"], progress, on_stop)
+        report["verdict"] = session.xen("crash-trace-end")["verdict"]
+        session.leave(running=False if leave_stopped else None)
     except Undecidable as error:
         if report is None:
             raise
@@ -74,7 +95,7 @@ def trace(
     return report
 
 
-def _follow(
+def _to_the_end(
     session: GdbSession,
     report: Json,
     wait: float | None,
