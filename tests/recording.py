@@ -1,7 +1,8 @@
 """Recorded examples: the bytes, registers and symbols of a real Xen that one judgement reads, and nothing else.
 
-`record` writes an example from any target, and tests/machines/recorded.py gives it back. Of a row of the lab, which it
-boots and crashes, or of any dump (with a file by QEMU's xen-save-devices-state for its CPUs, where there is one):
+`record` makes an example from any target, and tests/machines/recorded.py gives it back; the text of the file is
+exampletext.py's. Of a row of the lab, which it boots and crashes, or of any dump (with a file by QEMU's
+xen-save-devices-state for its CPUs, where there is one):
 
     python -m tests.recording lab 4.20 --qemu 10.0
     python -m tests.recording dump DUMP XEN-SYMS EXAMPLE [DEVICE-STATE]
@@ -15,13 +16,15 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import json
+import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.machines.recorded import RECORDED
+from tests.machines import exampletext
+from tests.machines.recorded import RECORDED, path_of
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.formats.elfnotes import Note
@@ -145,11 +148,17 @@ def _to_json(value: Any) -> Any:
 
 
 def _save(name: str, example: dict[str, Any]) -> None:
-    (RECORDED / f"{name}.json").write_text(json.dumps(example, indent=1) + "\n")
+    how = f"Recorded by `python -m tests.recording {' '.join(map(shlex.quote, sys.argv[1:]))}`"
+    example["about"] += f"\n{how}; the layout is described in tests/machines/exampletext.py."
+    path_of(name).write_text(exampletext.write(example))
 
 
-def record_row(xen: str, qemu: str) -> None:
-    """Crash a row of the lab; record it live at two stages, and its vmcore."""
+LIVE = ("normal", "shootdown", "handover")
+OF_A_ROW = (*LIVE, "crashed-vmcore")
+
+
+def record_row(xen: str, qemu: str, wanted: Sequence[str]) -> None:
+    """Crash a row of the lab; record it live at its stages, and its vmcore: those of OF_A_ROW that are wanted."""
     from xencrash.lab.boot import up
     from xencrash.lab.specification import Specification
     from xencrash.trace import trace
@@ -158,20 +167,23 @@ def record_row(xen: str, qemu: str) -> None:
         symbols = str(lab.symbols)
 
         def at_stage(stage: dict[str, Any], findings: object) -> None:
-            if stage["stage"] in ("shootdown", "handover"):
+            if stage["stage"] in LIVE and stage["stage"] in wanted:
                 name = f"{xen}-{stage['stage']}"
                 with Qmp(lab.qmp_socket) as qmp:
                     cpus = parse_cpus(device_state(qmp))
-                about = f"Xen {xen} under QEMU {qemu}, stopped at {stage['stage']}"
+                moment = "before any crash" if stage["stage"] == "normal" else f"at {stage['stage']} of a crash"
+                about = f"Xen {xen} under QEMU {qemu}, 4 CPUs: stopped {moment}."
                 _save(name, record(open_dump(str(lab.ram_file), base=0), load_symbols(symbols), about, cpus))
 
         report = trace(f"gdb:{lab.gdb_socket}", symbols, str(lab.qmp_socket), timeout=60, progress=at_stage,
                        trigger=lab.crash)  # fmt: skip
         if report["verdict"] != "pass":
             raise SystemExit(f"the crash was not clean ({report['verdict']}): see xencrash lab run --xen {xen}")
+        if "crashed-vmcore" not in wanted:
+            return
         with tempfile.TemporaryDirectory() as folder:
             vmcore = lab.dumps.vmcore(Path(folder) / "vmcore")
-            about = f"the vmcore that the crash kernel wrote after a crash of Xen {xen} under QEMU {qemu}"
+            about = f"Xen {xen} under QEMU {qemu}, 4 CPUs: the vmcore that the crash kernel wrote after a crash."
             _save(f"{xen}-crashed-vmcore", record(open_dump(str(vmcore)), load_symbols(symbols), about))
 
 
@@ -225,25 +237,29 @@ def record_qemu(row: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.recording", description="Record examples of real Xens.")
     commands = parser.add_subparsers(dest="command", required=True)
-    lab = commands.add_parser("lab", help="boot and crash a row of the lab: three examples")
+    lab = commands.add_parser("lab", help="boot and crash a row of the lab, and record it on the way")
     lab.add_argument("xen", metavar="XEN", help="a row of scripts/lib/xencrash/lab/rows.py")
+    lab.add_argument("examples", nargs="*", metavar="EXAMPLE", help=f"of {', '.join(OF_A_ROW)}; default: all")
     lab.add_argument("--qemu", default="7.2", metavar="QEMU", help="default: %(default)s")
     qemu = commands.add_parser("qemu", help="a QEMU of the lab: what its monitor prints, and its device state")
     qemu.add_argument("qemu", metavar="QEMU", help="a row of scripts/lib/xencrash/lab/rows.py")
     dump = commands.add_parser("dump", help="any dump: one example")
     dump.add_argument("dump", metavar="DUMP")
     dump.add_argument("symbols", metavar="XEN-SYMS")
-    dump.add_argument("example", metavar="EXAMPLE", help="its name, without .json")
+    dump.add_argument("example", metavar="EXAMPLE", help="its name, without .txt")
     dump.add_argument("state", metavar="DEVICE-STATE", nargs="?", help="QEMU's device state of the same moment")
     args = parser.parse_args()
     if args.command == "lab":
-        record_row(args.xen, args.qemu)
+        if unknown := {*args.examples} - {*OF_A_ROW}:
+            parser.error(f"no such example: {', '.join(sorted(unknown))}; there are {', '.join(OF_A_ROW)}")
+        record_row(args.xen, args.qemu, args.examples or OF_A_ROW)
         return
     if args.command == "qemu":
         record_qemu(args.qemu)
         return
     cpus = parse_cpus(Path(args.state).read_bytes()) if args.state else None
-    _save(args.example, record(open_dump(args.dump), load_symbols(args.symbols), args.example, cpus))
+    about = f"Of {Path(args.dump).name}, by {Path(args.symbols).name}."
+    _save(args.example, record(open_dump(args.dump), load_symbols(args.symbols), about, cpus))
 
 
 if __name__ == "__main__":

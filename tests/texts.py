@@ -236,7 +236,7 @@ def _reports() -> list[Json]:
     """A dump of each kind, as `xencrash check` of several has them."""
     good, bad = clean(), faulty()
     unknown = bad | {"findings": [f for f in bad["findings"] if f["verdict"] != "fail"], "verdict": "unknown"}
-    running = good | {"crashing_cpu": None, "stages": [{"stage": "normal", "cpu": None, "at": None}]}
+    running = told(Machine("4.17-normal"))
     lost = good | {"findings": [], "stages": [], "verdict": "unknown", "generation": None, "crashing_cpu": None}
     names = ("good", "bad", "half-read", "running", "lost", "empty")
     reports = (good, bad, unknown, running, lost | {"undecided": "lost: is cut off"}, lost)
@@ -287,10 +287,9 @@ TEXTS: dict[str, Callable[[], Sequence[Block] | str]] = {
     "gdb-bt-without-stacks": lambda: blocks("xen bt", 1),
     "gdb-vtop": lambda: blocks("xen vtop", RecordedSession().symbols().address("idle_pg_table")),
     "gdb-crash-status": lambda: _status("4.17-handover"),
-    "gdb-crash-status-shootdown": lambda: _status("4.17-shootdown", crash_kernel_loaded=False),
-    "gdb-crash-status-running": lambda: _status(
-        "4.17-shootdown", crashing_cpu=None, subject=None, crash_kernel_loaded=None, cpus=[]
-    ),
+    "gdb-crash-status-shootdown": lambda: _status("4.17-shootdown"),
+    "gdb-crash-status-running": lambda: _status("4.17-normal"),
+    "gdb-crash-status-unloaded": lambda: _status("4.17-normal", crash_kernel_loaded=False),
     "report-clean": lambda: report_blocks(clean()),
     "report-faulty": lambda: report_blocks(faulty()),
     "report-trace": lambda: report_blocks(traced()),

@@ -20,7 +20,7 @@ from tests.contract import promises
 from tests.contract.promises import PROMISES, Subject, Truth, broken
 from tests.live.machines import build_id, guest, run_gdb, target
 from tests.machines import dumpwriter as writer
-from tests.machines.recorded import RECORDED, load
+from tests.machines.recorded import load, parsed
 from tests.machines.syntheticxen import BUILD_ID, HEAP, PHYS_START, SyntheticXen
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.load import load_symbols
@@ -146,7 +146,7 @@ def synthetic(folder: Path, format: str) -> Subject:
 
 def recorded(name: str) -> Subject:
     example, symbols = load(name)
-    file = json.loads((RECORDED / f"{name}.json").read_text())
+    file = parsed(name)
     truth = Truth({int(address, 16): bytes.fromhex(data) for address, data in file["memory"].items()})
     build = bytes.fromhex(file["build_id"])
     if example.kind == "live":

@@ -1,18 +1,18 @@
 """Recorded examples as targets: `load` gives one and its symbols, with memory that a test may change.
 
-An example holds the bytes, registers and symbols of a real Xen that one judgement reads, and nothing else;
-tests/recording.py writes it.
+An example holds the bytes, registers and symbols of a real Xen that one judgement reads, and nothing else; it is a text
+(exampletext.py) that tests/recording.py writes.
 """
 
 from __future__ import annotations
 
 import bisect
-import json
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.machines import dumpwriter
+from tests.machines import dumpwriter, exampletext
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.formats.elfnotes import Note
 from xen_symbols.symbols.listed import ListedRows
@@ -82,12 +82,22 @@ def _cpu(data: dict[str, Any]) -> PhysicalCpu:
     return PhysicalCpu(**fields)
 
 
+@functools.cache
+def parsed(name: str) -> dict[str, Any]:
+    """What the file of an example says; not to be changed."""
+    return exampletext.parse(path_of(name).read_text())
+
+
+def path_of(name: str) -> Path:
+    return RECORDED / f"{name}.txt"
+
+
 def load(name: str) -> tuple[Example, SymbolTable]:
-    """A recorded example by its file's name, without `.json`."""
-    data = json.loads((RECORDED / f"{name}.json").read_text())
+    """A recorded example by its file's name, without `.txt`."""
+    data = parsed(name)
     addresses, kinds, names = zip(*data["symbols"], strict=True)
     rows = ListedRows([int(address, 16) for address in addresses], kinds, names)
-    symbols = SymbolTable(f"{name}.json", "recorded example", rows, [], bytes.fromhex(data["build_id"]) or None)
+    symbols = SymbolTable(path_of(name).name, "recorded example", rows, [], bytes.fromhex(data["build_id"]) or None)
     symbols.note_address = symbols.get("__note_gnu_build_id_start")
     symbols.ranges = [(symbols.address("_start"), symbols.address("_end"))]
     memory = {int(address, 16): bytes.fromhex(content) for address, content in data["memory"].items()}
@@ -109,12 +119,12 @@ def write_files(folder: Path, target: Example, symbols: SymbolTable) -> tuple[Pa
     return folder / "vmcore", folder / "xen-syms.map"
 
 
-def crashed(name: str) -> int:
-    """The CPU that crashed, as it was told when the example was recorded."""
-    cpu: int = json.loads((RECORDED / f"{name}.json").read_text())["crashing_cpu"]
+def crashed(name: str) -> int | None:
+    """The CPU that crashed, as was known when the example was recorded; None where none had."""
+    cpu: int | None = parsed(name)["crashing_cpu"]
     return cpu
 
 
 def names() -> list[str]:
     """The recorded examples."""
-    return sorted(path.stem for path in RECORDED.glob("*.json"))
+    return sorted(path.stem for path in RECORDED.glob("*.txt"))
