@@ -51,7 +51,7 @@ _HOLE = (0xA0000, 0x100000)
 
 def ram(path: str) -> Truth:
     """A copy of a PC's RAM, or the RAM itself: the offset is the physical address."""
-    with open(path, "rb") as file:  # noqa: PTH123 - Path would add nothing
+    with open(path, "rb") as file:
         memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     return Truth({0: memory[: _HOLE[0]], _HOLE[1]: memory[_HOLE[1] :]})
 

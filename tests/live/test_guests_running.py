@@ -13,8 +13,8 @@ from xen_symbols import open_dump
 from xen_symbols.absence import Undecidable
 from xencrash.cli import main
 from xencrash.gdbmi import GdbSession, MiError, open_session
+from xencrash.lab.judged import check_vmcore
 from xencrash.lab.machine import Machine
-from xencrash.lab.run import check_vmcore
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from xencrash.lab.cells import cells, covering, settled
 from xencrash.lab.crashes import crash_all
 from xencrash.lab.errors import PackageGone
-from xencrash.lab.matrix import cells, covering, settled
 from xencrash.lab.rows import XENS
 
 pytestmark = pytest.mark.live

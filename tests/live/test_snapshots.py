@@ -17,10 +17,10 @@ from tests.live.machines import booted
 from xencrash.lab import saved
 from xencrash.lab.boot import up
 from xencrash.lab.errors import LabError
+from xencrash.lab.judged import check_vmcore
 from xencrash.lab.machine import Machine, attach
 from xencrash.lab.packages import default_root
 from xencrash.lab.qemu import start_time
-from xencrash.lab.run import check_vmcore
 from xencrash.lab.snapshots import Snapshots
 from xencrash.lab.specification import Specification
 from xencrash.trace import trace

@@ -14,9 +14,9 @@ from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import Target
 from xen_symbols.xen.locate import locate
+from xencrash.lab.cells import cells, settled
 from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Machine as Lab
-from xencrash.lab.matrix import cells, settled
 from xencrash.lab.packages import Cache
 from xencrash.lab.rows import SUITES, XENS
 from xencrash.trace import trace

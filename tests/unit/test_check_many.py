@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,8 +11,9 @@ import pytest
 from tests.machines.changed import Machine
 from tests.machines.recorded import write_files
 from xen_symbols.report.model import Report
-from xencrash import cli, judging
+from xencrash import judging, several
 from xencrash.cli import main
+from xencrash.options import Request
 
 
 class Dumps:
@@ -51,17 +51,17 @@ def test_a_line_for_each(dumps: Dumps, capsys: pytest.CaptureFixture[str]) -> No
 def test_an_error_of_its_own_in_one_leaves_the_others(
     dumps: Dumps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(path: str, args: argparse.Namespace) -> Report:
-        if path == dumps.text:
+    def broken(asked: Request) -> Report:
+        if asked.target == dumps.text:
             raise TypeError("planted")
-        return cli.check_dump(path, args)
+        return judging.judge_dump(asked)
 
-    monkeypatch.setattr(judging, "check_dump", broken)
+    monkeypatch.setattr(several, "judge_dump", broken)
     assert dumps.check(dumps.good, dumps.text, dumps.bad) == 1
     said = capsys.readouterr()
     lines = [line.split(maxsplit=4) for line in said.out.splitlines()[4:7]]
     assert [line[:2] for line in lines] == [["pass", dumps.good], ["unknown", dumps.text], ["fail", dumps.bad]]
-    why = "an error of its own, above: nothing was decided"
+    why = "internal error (traceback above); no verdict"
     assert lines[1][4] == why
     assert said.err.endswith(f"TypeError: planted\nxencrash: {dumps.text}: {why}\n")
     assert dumps.check(dumps.text, dumps.good) == 3
@@ -122,7 +122,7 @@ def test_a_base_that_is_no_address(base: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as caught:
         main(["check", "ram", f"--base={base}"])
     assert caught.value.code == 2
-    assert f"argument --base: '{base}' is no physical address, such as 0x100000" in capsys.readouterr().err
+    assert f"argument --base: '{base}' is not a physical address, such as 0x100000" in capsys.readouterr().err
 
 
 def test_the_help_says_which_status_wins(capsys: pytest.CaptureFixture[str]) -> None:

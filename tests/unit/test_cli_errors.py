@@ -12,7 +12,7 @@ import pytest
 
 from tests.machines.recorded import load, write_files
 from xen_symbols.absence import Undecidable
-from xencrash import cli
+from xencrash import judging
 from xencrash.cli import main
 from xencrash.gdbmi import open_session
 
@@ -71,10 +71,10 @@ def test_an_error_of_its_own_is_no_failed_check(
     def broken(*_: object) -> None:
         raise TypeError("planted")
 
-    monkeypatch.setattr(cli, "check_dump", broken)
+    monkeypatch.setattr(judging, "judge_dump", broken)
     assert main(["check", "vmcore"]) == 3
     assert capsys.readouterr().err.endswith(
-        "TypeError: planted\nxencrash: an error of its own, above: nothing was decided\n"
+        "TypeError: planted\nxencrash: internal error (traceback above); no verdict\n"
     )
 
 
@@ -164,7 +164,7 @@ def test_a_number_that_is_none(number: str, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as ended:
         main(["lab", "run", f"--cpus={number}"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith(f"argument --cpus: {number!r} is no number above 0\n")
+    assert capsys.readouterr().err.endswith(f"argument --cpus: {number!r} is not a number above 0\n")
 
 
 @pytest.mark.parametrize("command", ["trace", "check", "gdb", "info"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.gendocs import DOCS, PAGES
-from xencrash.cli import _parser
+from xencrash import commands
+from xencrash.subcommands import every, find
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -22,7 +22,7 @@ def test_the_generated_pages_are_current(name: str) -> None:
 
 
 def test_every_subcommand_that_the_readme_names_has_help() -> None:
-    help_text = _parser().format_help()
+    help_text = find(commands, "xencrash", [])[0].format_help()
     named = set(re.findall(r"scripts/xencrash (\w+)", README))
     assert named == {"trace", "check", "info", "gdb", "lab"}
     assert all(re.search(rf"^    {name} ", help_text, re.M) for name in named)
@@ -36,15 +36,6 @@ def test_every_file_that_a_page_links_to_exists() -> None:
     assert {page for page in WRITTEN if page.name != "README.md"} <= linked  # each page can be found
 
 
-def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    """Those of a command and of all that is below it."""
-    found = {word for action in parser._actions for word in action.option_strings}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found |= {word for below in action.choices.values() for word in options_of(below)}
-    return found
-
-
 def test_every_option_that_a_page_names_exists() -> None:
     """In a command of ours, as `xencrash trace … --qmp SOCKET`, or by itself, as `--qmp`."""
     named = {
@@ -55,4 +46,5 @@ def test_every_option_that_a_page_names_exists() -> None:
     }
     assert {"--qmp", "--symbols", "--gates", "--output", "--domu-vcpus"} <= {option for _, option in named}
     others = {("benchmarks.md", "--python"), ("README.md", "--all-rows")}  # of the benchmark, of the tests
-    assert {(page, option) for page, option in named if option not in options_of(_parser())} - others == set()
+    known = {word for parser in every(commands, "xencrash") for word in parser._option_string_actions}
+    assert {(page, option) for page, option in named if option not in known} - others == set()

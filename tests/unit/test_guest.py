@@ -12,13 +12,15 @@ from xen_symbols.crashpath.stages import BY_ID as STAGES
 from xen_symbols.crashpath.stages import STAGES as ANCHORED
 from xen_symbols.formats.content import File
 from xen_symbols.symbols.elf import load_elf
-from xencrash.cli import _parser, main
+from xencrash.cli import main
 from xencrash.guests import BY_ID, FAULTS, build, command_line, generations, listing
 from xencrash.guests.faults import clean
 from xencrash.guests.generations import SOURCES, feature, features
-from xencrash.lab.cli import specification
+from xencrash.lab import commands
 from xencrash.lab.errors import LabError
+from xencrash.lab.options import specification
 from xencrash.lab.specification import Specification
+from xencrash.subcommands import find
 
 SOURCE_NAMES = set(re.findall(r"^ +F\(\w+, +\"([a-z0-9-]+)\"\)", (SOURCES / "fault.h").read_text(), re.MULTILINE))
 
@@ -178,7 +180,7 @@ def test_the_listing_in_words(capsys):
     ],
 )  # fmt: skip
 def test_a_run_that_could_not_show_what_is_asked_is_bad_usage(words, why, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("xencrash.lab.run.up", None)  # nothing boots
+    monkeypatch.setattr("xencrash.lab.judged.up", None)  # nothing boots
     assert main(["lab", "run", *words.split(), "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert why in said and said.count("\n") == 1
@@ -203,7 +205,9 @@ def test_options_of_the_other_steps_that_would_have_no_effect(words, why, capsys
 
 
 def test_the_options_of_a_machine_are_what_it_is_made_of():
-    args = _parser("lab").parse_args("lab run --xen 4.20 --memory 2048 --xen-args foo --cpus 2".split())
+    words = "run --xen 4.20 --memory 2048 --xen-args foo --cpus 2".split()
+    parser, left = find(commands, "xencrash lab", words)
+    args = parser.parse_args(left)
     assert specification(args) == Specification(xen="4.20", memory=2048, xen_args="foo", cpus=2)
 
 

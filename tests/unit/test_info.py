@@ -14,8 +14,9 @@ from tests.texts import RecordedSession, answer
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.report.console import plain
 from xencrash import gdbmi as sessions
+from xencrash import live as live_machine
 from xencrash.cli import main
-from xencrash.judging import _info_blocks
+from xencrash.commands.info import blocks
 
 
 class LiveSession:
@@ -46,7 +47,7 @@ def live(monkeypatch: pytest.MonkeyPatch) -> LiveSession:
         assert (target, symbols, qmp, allow_mismatch) == ("gdb:/s", None, None, False)
         yield session
 
-    monkeypatch.setattr(sessions, "open_session", opened)
+    monkeypatch.setattr(live_machine, "open_session", opened)
     return session
 
 
@@ -111,4 +112,4 @@ def test_a_machine_between_two_stages(live: LiveSession, capsys: pytest.CaptureF
 @pytest.mark.parametrize(("crashed", "says"), [(None, "nobody; online now"), (2, "CPU 2; online then")])
 def test_when_the_cpus_were_online(crashed: int | None, says: str) -> None:
     data = {"target": {"location": "x", "format": "y"}, "stage": "s", "crashing_cpu": crashed, "online_at_crash": [0]}
-    assert plain(_info_blocks(data)).splitlines()[-1] == f"{'stage':13}s; crashed: {says}: [0]"
+    assert plain(blocks(data)).splitlines()[-1] == f"{'stage':13}s; crashed: {says}: [0]"

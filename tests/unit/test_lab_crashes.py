@@ -15,12 +15,16 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from xencrash import trace
-from xencrash.cli import UsageError, main
-from xencrash.lab import cli, crashes, matrix, repeat, run
-from xencrash.lab.crashes import Cell, crash, render, status_of
-from xencrash.lab.errors import LabError, PackageGone
+from xencrash.cli import main
+from xencrash.lab import cells, crashes, judged
+from xencrash.lab.cells import Cell
+from xencrash.lab.commands import matrix, repeat, run
+from xencrash.lab.crash import Crash
+from xencrash.lab.crashes import crash
+from xencrash.lab.errors import BadSpecification, LabError, PackageGone
+from xencrash.lab.outcomes import finish, render, status_of
 from xencrash.lab.rows import GDBS, QEMUS, SUITES, XENS
+from xencrash.lab.specification import Specification
 
 Json = dict[str, Any]
 
@@ -34,21 +38,21 @@ def outcome(verdict: str = "pass", *, gone: bool = False, **more: Any) -> Json:
 
 
 def test_a_mode_that_a_qemu_does_not_have_makes_no_cell() -> None:
-    cells = matrix.cells()
+    every = cells.cells()
     per_xen = len(GDBS) * sum(len(row.cpu) for row in QEMUS.values())
-    assert len(cells) == len({cell.name for cell in cells}) == per_xen * len(XENS) > 0
-    modes = {(cell.qemu, cell.lapic) for cell in cells}
+    assert len(every) == len({cell.name for cell in every}) == per_xen * len(XENS) > 0
+    modes = {(cell.qemu, cell.lapic) for cell in every}
     assert modes == {(row.name, mode) for row in QEMUS.values() for mode in row.cpu}
     assert ("10.0", "x2apic") in modes and ("7.2", "x2apic") not in modes
-    assert {(cell.how, cell.cpu) for cell in cells} == {("key", None), *(("panic", cpu) for cpu in range(4))}
+    assert {(cell.how, cell.cpu) for cell in every} == {("key", None), *(("panic", cpu) for cpu in range(4))}
 
 
 def test_the_default_selection_covers_every_pair() -> None:
-    def pairs(cells: tuple[Cell, ...]) -> set[tuple[str, ...]]:
-        return set().union(*map(matrix._pairs, cells))
+    def pairs(some: tuple[Cell, ...]) -> set[tuple[str, ...]]:
+        return set().union(*map(cells._pairs, some))
 
-    settled = matrix.settled(matrix.cells())
-    few = matrix.covering(settled)
+    settled = cells.settled(cells.cells())
+    few = cells.covering(settled)
     assert pairs(few) == pairs(settled)
     assert 2 * len(few) < len(settled)
     assert few[0].name == "4.17-7.2-debian-xapic"
@@ -57,12 +61,12 @@ def test_the_default_selection_covers_every_pair() -> None:
 
 def test_a_moving_suite_is_in_no_selection_that_does_not_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SUITES[QEMUS["sid"].suite].moving
-    moving = {cell for cell in matrix.cells() if "sid" in (cell.qemu, XENS[cell.xen].suite)}
-    assert moving and not moving & set(matrix.settled(matrix.cells()))
+    moving = {cell for cell in cells.cells() if "sid" in (cell.qemu, XENS[cell.xen].suite)}
+    assert moving and not moving & set(cells.settled(cells.cells()))
     ran: list[Cell] = []
 
-    def crash_all(cells: tuple[Cell, ...], *_: object) -> list[Json]:
-        ran[:] = cells
+    def crash_all(some: tuple[Cell, ...], *_: object) -> list[Json]:
+        ran[:] = some
         return [outcome()]
 
     monkeypatch.setattr(matrix, "crash_all", crash_all)
@@ -78,27 +82,28 @@ def test_a_moving_suite_is_in_no_selection_that_does_not_ask_for_it(monkeypatch:
 
 
 def _args(**given: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{**dict.fromkeys(matrix.DIMENSIONS), **given})
+    return argparse.Namespace(**{**dict.fromkeys(cells.DIMENSIONS), **given})
 
 
 def test_filters() -> None:
-    left = matrix.chosen(_args(xen=["4.20"], lapic=["x2apic"]), matrix.cells())
+    left = cells.chosen({"xen": ["4.20"], "lapic": ["x2apic"]}, cells.cells())
     assert [cell.name for cell in left] == [
         f"4.20-{row.name}-{gdb}-x2apic" for row in QEMUS.values() if "x2apic" in row.cpu for gdb in GDBS
     ]
-    with pytest.raises(UsageError, match="x2APIC only since QEMU 9"):
-        matrix.chosen(_args(qemu=["7.2"], lapic=["x2apic"]), matrix.cells())
+    with pytest.raises(BadSpecification, match="x2APIC only since QEMU 9"):
+        cells.chosen({"qemu": ["7.2"], "lapic": ["x2apic"]}, cells.cells())
+    assert cells.wanted({**vars(_args(xen=["4.20"])), "jobs": 2}) == {"xen": ["4.20"]}
 
 
 def test_a_seed_gives_the_same_crashes_and_they_go_over_all_cells() -> None:
-    cells = matrix.settled(matrix.cells())
-    number = 2 * len(cells) + 14
-    one, again, other = (repeat.moments(number, seed, cells) for seed in (7, 7, 8))
+    settled = cells.settled(cells.cells())
+    number = 2 * len(settled) + 14
+    one, again, other = (cells.moments(number, seed, settled) for seed in (7, 7, 8))
     assert one == again != other
     assert len({cell.name for cell in one}) == number
     rows = [(cell.xen, cell.qemu, cell.gdb, cell.lapic) for cell in one]
-    assert set(rows[: len(cells)]) == {(cell.xen, cell.qemu, cell.gdb, cell.lapic) for cell in cells}
-    assert rows[len(cells) :] == (2 * rows[: len(cells)])[: number - len(cells)]
+    assert set(rows[: len(settled)]) == {(cell.xen, cell.qemu, cell.gdb, cell.lapic) for cell in settled}
+    assert rows[len(settled) :] == (2 * rows[: len(settled)])[: number - len(settled)]
     assert {cell.load > 0 for cell in one} == {False, True}
     assert {cell.domu for cell in one} == {False, True}
     assert {cell.cpu for cell in one} == {None, 0, 1, 2, 3}
@@ -125,7 +130,7 @@ def test_the_exit_status(verdicts: list[str], status: int) -> None:
 
 
 def test_a_package_that_is_gone_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert crashes.finish([outcome(), outcome("skip", gone=True)], "table", "The matrix") == 0
+    assert finish([outcome(), outcome("skip", gone=True)], "table", "The matrix") == 0
     assert "NOT RUN, ITS PACKAGE IS GONE: one: why | so" in capsys.readouterr().err
 
 
@@ -172,8 +177,10 @@ def test_what_cannot_be_got_is_a_skip(
 def test_a_run_is_of_what_it_was_asked_for(
     given: Json, status: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = {"xen": "4.17", "guest": given.pop("guest", None), "lapic": given.pop("lapic", "xapic"), "cpu": 2}
-    assert run._as_asked(argparse.Namespace(**asked), [report(**given)] * 2) == status
+    guest, lapic = given.pop("guest", None), given.pop("lapic", "xapic")
+    machine = {"guest": guest} if guest else {"xen": "4.17", "dom0_vcpus": 4}
+    wanted = Specification(**machine, lapic=lapic, crash=Crash(cpu=2))
+    assert run.as_asked(wanted, [report(**given)] * 2) == status
     assert capsys.readouterr().err == said
 
 
@@ -226,8 +233,8 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         dom0 = argparse.Namespace(load=lambda loops: None)
         yield argparse.Namespace(gdb_socket="", symbols="", qmp_socket="", dom0=dom0)
 
-    monkeypatch.setattr(run, "machine", machine)
-    monkeypatch.setattr(trace, "trace", lambda *_, **__: report())
+    monkeypatch.setattr(judged, "machine", machine)
+    monkeypatch.setattr(judged, "trace", lambda *_, **__: report())
     monkeypatch.setattr(crashes, "_get", lambda cell: "gdb")
     (tmp_path / "trace.json").symlink_to("/dev/full")
     return tmp_path
@@ -257,7 +264,7 @@ def test_who_ends_a_step_has_it_clean_up(
             os.kill(os.getpid(), sign)  # who asks twice does not disturb
             cleaned.append(args.cpus)
 
-    monkeypatch.setattr(cli, "run_run", step)
+    monkeypatch.setattr(run, "run", step)
     before = signal.signal(sign, signal.SIG_DFL)  # nohup(1) may have these tests ignore it
     try:
         with pytest.raises(SystemExit) as ended:
@@ -274,7 +281,7 @@ def test_what_nohup_ignores_ends_no_step(monkeypatch: pytest.MonkeyPatch) -> Non
         os.kill(os.getpid(), signal.SIGHUP)
         return 0
 
-    monkeypatch.setattr(cli, "run_run", step)
+    monkeypatch.setattr(run, "run", step)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert main(["lab", "run"]) == 0

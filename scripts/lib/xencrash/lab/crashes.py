@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -10,41 +9,27 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from xen_symbols.absence import Undecidable
-from xen_symbols.report.model import ExitStatus, Verdict
+from xen_symbols.report.blocks import first_problem
+from xen_symbols.report.model import Verdict
+from xencrash.lab import judged
+from xencrash.lab.cells import CPUS, Cell
 from xencrash.lab.crash import Crash
 from xencrash.lab.errors import LabError, PackageGone
+from xencrash.lab.gdbs import gdb_words
+from xencrash.lab.images import domu_images, qemu_words, xen_images
 from xencrash.lab.machine import Machine
+from xencrash.lab.outcomes import words
+from xencrash.lab.packages import Cache
 from xencrash.lab.rows import GDBS, QEMUS, XENS
 from xencrash.lab.specification import Specification
 
 Json = dict[str, Any]
-CPUS = 4
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One crash: the rows of the lab it is made of, and how and when Xen crashes.
-
-    `how` and `cpu` are Crash's. `load` is the number of busy loops in dom0, `domu` whether a domU spins on every
-    CPU, `delay` the seconds that Xen runs before it crashes, once all is ready.
-    """
-
-    name: str
-    xen: str
-    qemu: str
-    gdb: str
-    lapic: str
-    how: str = "key"
-    cpu: int | None = None
-    load: int = 0
-    domu: bool = False
-    delay: float = 0.0
 
 
 def crash(cell: Cell, output: Path, fresh: bool = False) -> Json:
@@ -80,26 +65,20 @@ def crash(cell: Cell, output: Path, fresh: bool = False) -> Json:
 def _outcome(
     cell: Cell, verdict: Verdict, reason: str, seconds: float = 0.0, reports: Sequence[Json] = (), gone: bool = False
 ) -> Json:
-    from xencrash.lab.run import generations, lapic_modes
-
     return {
         **asdict(cell),
         "verdict": str(verdict),
         "reason": reason,
         "gone": gone,
         "seconds": round(seconds, 1),
-        "generation": " and ".join(generations(reports)) or None,
+        "generation": " and ".join(judged.generations(reports)) or None,
         "crashing_cpu": reports[0]["crashing_cpu"] if reports else None,
-        "lapic_modes": lapic_modes(reports),
+        "lapic_modes": judged.lapic_modes(reports),
     }
 
 
 def _get(cell: Cell) -> str:
     """Fill the cache with what the cell needs, and return its gdb. Raises LabError."""
-    from xencrash.lab.gdbs import gdb_words
-    from xencrash.lab.images import domu_images, qemu_words, xen_images
-    from xencrash.lab.packages import Cache
-
     cache = Cache()
     (domu_images if cell.domu else xen_images)(cache, XENS[cell.xen])
     qemu_words(cache, QEMUS[cell.qemu])
@@ -108,15 +87,13 @@ def _get(cell: Cell) -> str:
 
 def _reports(cell: Cell, gdb: str, output: Path, fresh: bool) -> Iterator[Json]:
     """The trace's report, and the vmcore's. Raises Undecidable."""
-    from xencrash.lab.run import check_vmcore, folder, follow, machine
-
-    folder(output)
-    with machine(output, _specification(cell), fresh=fresh) as lab:
+    judged.folder(output)
+    with judged.machine(output, _specification(cell), fresh=fresh) as lab:
         lab.dom0.load(cell.load)
-        report = follow(lab, output, lambda: _crash_later(lab, cell), gdb=gdb)
+        report = judged.follow(lab, output, lambda: _crash_later(lab, cell), gdb=gdb)
         yield report
         if not report.get("undecided"):
-            yield check_vmcore(lab, output)
+            yield judged.check_vmcore(lab, output)
 
 
 def _specification(cell: Cell) -> Specification:
@@ -138,15 +115,11 @@ def _crash_later(lab: Machine, cell: Cell) -> None:
 
 
 def _judged(report: Json) -> tuple[Verdict, str]:
-    from xen_symbols.report.blocks import first_problem
-
     return Verdict[report["verdict"].upper()], first_problem(report)
 
 
 def _unlike(cell: Cell, reports: Sequence[Json]) -> Iterator[tuple[Verdict, str]]:
-    from xencrash.lab.run import unlike
-
-    for reason in unlike(reports, XENS[cell.xen].generation, cell.lapic, cell.cpu):
+    for reason in judged.unlike(reports, XENS[cell.xen].generation, cell.lapic, cell.cpu):
         yield Verdict.UNKNOWN, reason
 
 
@@ -210,94 +183,7 @@ def _received(connection: Connection, cell: Cell) -> Json:
 
 
 def _tell(outcome: Json, done: int, of: int) -> None:
-    what = ", ".join(filter(None, _words(outcome)[:5]))
+    what = ", ".join(filter(None, words(outcome)[:5]))
     print(f"[{done:2}/{of}] {outcome['verdict']:7} {outcome['seconds']:5.1f} s  {what}", file=sys.stderr, flush=True)
     if outcome["reason"]:
         print(f"        {outcome['reason']}", file=sys.stderr, flush=True)
-
-
-def status_of(outcomes: Sequence[Json]) -> ExitStatus:
-    """1 if any failed; else 3 if any is unknown or skipped, but for packages that are no more; else 0."""
-    verdicts = [outcome["verdict"] for outcome in outcomes if not outcome["gone"]]
-    if "fail" in verdicts:
-        return ExitStatus.FAILED
-    return ExitStatus.PASSED if verdicts and set(verdicts) == {"pass"} else ExitStatus.UNDECIDED
-
-
-# Showing them
-
-COLUMNS = ("Xen", "QEMU", "gdb", "LAPIC", "crash", "generation", "crashed on", "verdict", "seconds", "reason")
-
-
-def _words(outcome: Json) -> list[str]:
-    """An outcome's text for each of the COLUMNS."""
-    crash = outcome["how"] if outcome["cpu"] is None else f"{outcome['how']} on CPU {outcome['cpu']}"
-    busy = f"{outcome['load']} busy loops in dom0" * bool(outcome["load"])
-    guest = "a domU on every CPU" * outcome["domu"]
-    later = f"after {outcome['delay']:.2f} s" * bool(outcome["delay"])
-    cpu = "-" if outcome["crashing_cpu"] is None else f"CPU {outcome['crashing_cpu']}"
-    return [
-        *(outcome[name] for name in ("xen", "qemu", "gdb", "lapic")),
-        ", ".join(filter(None, (crash, busy, guest, later))),
-        outcome["generation"] or "-",
-        cpu,
-        outcome["verdict"],
-        f"{outcome['seconds']:.0f}",
-        outcome["reason"],
-    ]
-
-
-def summary(outcomes: Sequence[Json]) -> str:
-    """How many came to which verdict, the bad ones first."""
-    verdicts = [outcome["verdict"] for outcome in outcomes]
-    counts = [f"{verdicts.count(name)} {name}" for name in ("fail", "unknown", "skip", "pass") if name in verdicts]
-    return f"{len(verdicts)} crashes: {', '.join(counts)}"
-
-
-def render(outcomes: Sequence[Json], format: str, title: str) -> str:
-    """The outcomes as text as table, json, junit or markdown."""
-    if format == "json":
-        return json.dumps({"title": title, "summary": summary(outcomes), "cells": outcomes}, indent=2) + "\n"
-    if format == "junit":
-        from xen_symbols.report.junit import to_junit
-
-        return to_junit({"findings": [_finding(outcome) for outcome in outcomes]})
-    rows = [_words(outcome) for outcome in outcomes]
-    if format == "markdown":
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-        table = "".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in lines)
-        return f"## {title}\n\n{summary(outcomes)}.\n\n{table}"
-    from xen_symbols.report.blocks import Cell as Text
-    from xen_symbols.report.blocks import Lines, Table
-    from xen_symbols.report.console import plain
-
-    cells = [[Text(text) for text in row] for row in rows]
-    return plain([Table(title, COLUMNS, cells), Lines([[Text(summary(outcomes))]])])
-
-
-def _finding(outcome: Json) -> Json:
-    """An outcome as a report's finding, for JUnit."""
-    return {
-        "check": outcome["name"],
-        "stage": "crashes",
-        "cpu": None,
-        "verdict": outcome["verdict"],
-        "expected": "pass",
-        "observed": outcome["verdict"],
-        "reason": outcome["reason"],
-    }
-
-
-def finish(outcomes: Sequence[Json], format: str, title: str) -> int:
-    """Print the outcomes, say on standard error what is not as it should be, and return the exit status."""
-    from xencrash.cli import write
-
-    write(render(outcomes, format, f"{title}, {time.strftime('%Y-%m-%d')}"), None)
-    for outcome in outcomes:
-        if outcome["gone"]:
-            print(f"xencrash: NOT RUN, ITS PACKAGE IS GONE: {outcome['name']}: {outcome['reason']}", file=sys.stderr)
-    status = status_of(outcomes)
-    if status is not ExitStatus.PASSED:
-        first = next((o for o in outcomes if o["verdict"] != "pass" and not o["gone"]), outcomes[0])
-        print(f"xencrash: {summary(outcomes)}; first: {first['name']}: {first['reason']}", file=sys.stderr)
-    return status

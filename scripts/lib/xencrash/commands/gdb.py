@@ -1,34 +1,52 @@
-"""`xencrash gdb`: an interactive gdb with the plugin, the symbols and the target loaded."""
+"""Start gdb with the xen commands, the symbols and the target loaded.
+Arguments after -- go to gdb.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from xen_symbols.api import open_dump
 from xen_symbols.symbols.elf import SOURCE as ELF_TABLE
+from xen_symbols.symbols.elfwrite import symbol_file
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable
-from xencrash.cli import is_live, searching
 from xencrash.gdbmi import find_gdb, gdb_arguments, parse_live, plugin_script
+from xencrash.judging import open_xen
+from xencrash.options import ANY_TARGET, Request, add_target, request
+from xencrash.serve import GDB_SETTINGS, served, serving
+
+EPILOG = f"""\
+{ANY_TARGET}
+
+exit status:
+  gdb's own, or
+  2  bad usage     3  no gdb, or what was named cannot be opened (the reason is on standard error)
+"""
 
 
-def run(args: argparse.Namespace) -> int:
+def add_options(parser: ArgumentParser) -> None:
+    add_target(parser)
+    parser.set_defaults(gdb_arguments=[])  # those after --
+
+
+def run(args: Namespace) -> int:
     """gdb's own exit status. Raises Undecidable when there is no gdb, or the dump cannot be served."""
+    asked = request(args, symbols_may_follow=True)
     command = [find_gdb(), *gdb_arguments()]
-    with _target(args) as (place, settings, table), _symbol_file(args.symbols, table) as symbols:
+    with _target(asked) as (place, settings, table), _symbol_file(asked.symbols, table) as symbols:
         words = [f"source {plugin_script()}"]
-        if args.symbols:
-            words.append(f"set xen symbols {Path(args.symbols).absolute()}")
-        if args.qmp:
-            words.append(f"set xen qmp-socket {Path(args.qmp).absolute()}")
-        if args.allow_build_id_mismatch:
+        if asked.symbols:
+            words.append(f"set xen symbols {Path(asked.symbols).absolute()}")
+        if asked.qmp:
+            words.append(f"set xen qmp-socket {Path(asked.qmp).absolute()}")
+        if asked.allow_mismatch:
             words.append("set xen allow-build-id-mismatch on")
         words += [*settings, f"target remote {place}"]
         for word in words:
@@ -40,22 +58,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _target(args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...], SymbolTable | None]]:
+def _target(asked: Request) -> Iterator[tuple[str, tuple[str, ...], SymbolTable | None]]:
     """(where gdb connects to, what to set before, the symbols if they are known by now): the machine's stub, or a dump
     served on a private socket."""
-    if is_live(args.target):
-        yield parse_live(args.target), (), load_symbols(args.symbols) if args.symbols else None
+    if asked.live:
+        yield parse_live(asked.target), (), load_symbols(asked.symbols) if asked.symbols else None
         return
-    from xencrash.serve import GDB_SETTINGS, served, serving
-
-    memory = open_dump(
-        args.target,
-        args.symbols,
-        base=args.base,
-        allow_mismatch=args.allow_build_id_mismatch,
-        progress=searching(args.target),
-    )
-    with serving(served(memory, args.base)) as socket:
+    memory = open_xen(asked)
+    with serving(served(memory, asked.base)) as socket:
         yield socket, GDB_SETTINGS, memory.symbols
 
 
@@ -67,8 +77,6 @@ def _symbol_file(path: str | None, table: SymbolTable | None) -> Iterator[str | 
     elif path and table.source == ELF_TABLE:
         yield str(Path(path).absolute())
     else:
-        from xen_symbols.symbols.elfwrite import symbol_file
-
         whose = f"of {path}" if path else "that Xen carries in its image"
         print(f"xencrash: gdb has the symbols {whose}, and no types; xen bt knows Xen's stacks", file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix="xencrash-") as folder:

@@ -1,0 +1,32 @@
+"""Judge the state that a dump or a live machine is in.
+
+Several dumps give a line each (as json a list of reports, as junit one
+document); --output then names a directory for a report of each. The status is
+the worst: 1 when a check of any failed, else 3 when any could not be decided
+or opened.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from xencrash.judging import judge
+from xencrash.lazy import load
+from xencrash.options import ANY_TARGET, JUDGED, add_output, add_target, requests
+from xencrash.output import finish
+
+_SEVERAL = "xencrash.several:judge"  # what several dumps take would slow one down
+
+EPILOG = f"{ANY_TARGET}\n\n{JUDGED}"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add_target(parser, several=True)
+    add_output(parser, "table", "json", "junit")
+
+
+def run(args: Namespace) -> int:
+    asked = requests(args)
+    if len(asked) > 1:
+        return int(load(_SEVERAL)(asked, args.format, args.output))
+    return finish(judge(asked[0]), args.format, args.output)

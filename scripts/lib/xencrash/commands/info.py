@@ -1,0 +1,141 @@
+"""Say what a target is and what is known of it, without judging it."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.crashpath.engine import new_report
+from xen_symbols.crashpath.generations import identify
+from xen_symbols.crashpath.missing import missing
+from xen_symbols.crashpath.position import infer
+from xen_symbols.crashpath.stages import CRASHING
+from xen_symbols.describe.machine import describe_symbols, describe_target
+from xen_symbols.describe.notes import describe_crash_notes, describe_notes
+from xen_symbols.report.blocks import (
+    Block,
+    Cell,
+    Lines,
+    buffer_lines,
+    info_note_lines,
+    missing_lines,
+    note_lines,
+)
+from xen_symbols.report.console import print_blocks
+from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus
+from xen_symbols.symbols.load import load_symbols
+from xen_symbols.targets.dump import open_dump
+from xen_symbols.xen.locate import carried_symbols, locate
+from xen_symbols.xen.state import read_state
+from xencrash import live
+from xencrash.errors import complain
+from xencrash.judging import searching
+from xencrash.options import ANY_TARGET, Request, add_output, add_target, request
+from xencrash.output import to
+
+Json = dict[str, Any]
+
+EPILOG = f"""\
+{ANY_TARGET}
+
+exit status:
+  0  everything could be determined
+  2  bad usage
+  3  something could not be determined (the reason is on standard error)
+"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add_target(parser)
+    add_output(parser, "table", "json")
+
+
+def run(args: Namespace) -> int:
+    """What can be determined is said even where the rest cannot be; then the status is 3."""
+    asked = request(args)
+    data = live.describe(asked) if asked.live else describe_dump(asked)
+    if data.get("stage") == CRASHING.id:
+        data["undecided"] = f"{asked.target}: Xen is {CRASHING.says}, or stuck there: how far it came cannot be told"
+    if args.format == "json":
+        to(args.output, lambda stream: print(json.dumps(data, indent=2), file=stream))
+    else:
+        to(args.output, lambda stream: print_blocks(blocks(data), stream))
+    if data.get("undecided"):
+        complain(data["undecided"])
+        return ExitStatus.UNDECIDED
+    return ExitStatus.PASSED
+
+
+def describe_dump(asked: Request) -> Json:
+    """What a dump is, as far as it can be determined, and else why not. Raises Undecidable for what is not a dump."""
+    target = open_dump(asked.target, base=asked.base)
+    data: Json = {
+        "schema": SCHEMA_VERSION,
+        "target": {"kind": target.kind, "format": target.format, "location": target.location},
+        "memory": [[hex(start), hex(end)] for start, end in target.physical_ranges()],
+        "notes": describe_notes(target.notes()),
+        "registers": [
+            {"index": cpu.index, "source": cpu.source, "registers": {k: hex(v) for k, v in cpu.registers.items()}}
+            for cpu in target.cpus()
+        ],
+    }
+    try:
+        if asked.symbols is None:
+            table = carried_symbols(target, searching(asked.target))
+        else:
+            table = load_symbols(asked.symbols)
+        memory = locate(target, table, allow_mismatch=asked.allow_mismatch)
+        data["target"] = describe_target(memory)
+        data["symbols"] = describe_symbols(memory)
+        data["missing"] = [row.to_json() for row in missing(table, None)]
+        identification = identify(memory)
+        data["missing"] = [row.to_json() for row in missing(table, identification.generation)]
+        data["generation"] = new_report(memory, identification).generation
+        state = read_state(memory)
+        described = describe_crash_notes(memory, state)
+        data["notes"] = described["file"]
+        data["crash_notes"] = {name: described[name] for name in ("buffers", "info")}
+        position = infer(state, identification.generation)
+        data["stage"] = position.stage.id
+        data["crashing_cpu"] = position.crashing_cpu
+        data["online_at_crash"] = sorted(position.online)
+    except (Undecidable, Unreadable) as error:
+        data["undecided"] = str(error)
+    return data
+
+
+def blocks(data: Json) -> list[Block]:
+    def line(name: str, text: object) -> list[Cell]:
+        return [Cell(f"{name:13}", "dim"), Cell(str(text))]
+
+    target, symbols, generation = data["target"], data.get("symbols"), data.get("generation")
+    lines = [line("target", f"{target['location']} ({target['format']})")]
+    memory = data.get("memory", [])
+    shown = ", ".join(f"{start}-{end}" for start, end in memory[:4]) + (
+        f" and {len(memory) - 4} more" * (len(memory) > 4)
+    )
+    lines.append(line("memory", shown or "not listed"))
+    lines += [line("note", text) for text in note_lines(data.get("notes", []))]
+    for cpu in data.get("registers", []):
+        where = ", ".join(
+            f"{name} {cpu['registers'][name]}" for name in ("rip", "rsp", "cr3") if name in cpu["registers"]
+        )
+        lines.append(line("CPU", f"{cpu['index']}: {where or 'no registers'} ({cpu['source']})"))
+    if symbols:
+        lines.append(line("Xen", f"at physical {target['xen_phys_start']}, found by {target['found_by']}"))
+        lines.append(line("symbols", f"{symbols['path']} ({symbols['source']})"))
+        lines.append(line("build-id", f"{symbols['build_id']}, in memory {symbols['target_build_id']}"))
+    lines += [line("missing", text) for text in missing_lines(data.get("missing", []))]
+    if "crash_notes" in data:
+        lines += [line("crash notes", text) for text in buffer_lines(data["crash_notes"]["buffers"])]
+        lines += [line("crash info", text) for text in info_note_lines(data["crash_notes"]["info"])]
+    if generation:
+        lines.append(line("generation", f"{generation['id']} ({generation['introduced']})"))
+        lines += [line("", f"evidence: {evidence}") for evidence in generation["evidence"]]
+    if "stage" in data:
+        crashed = "nobody" if data["crashing_cpu"] is None else f"CPU {data['crashing_cpu']}"
+        when = "now" if data["crashing_cpu"] is None else "then"
+        lines.append(line("stage", f"{data['stage']}; crashed: {crashed}; online {when}: {data['online_at_crash']}"))
+    return [Lines(lines)]

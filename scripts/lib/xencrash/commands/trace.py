@@ -1,0 +1,54 @@
+"""Attach to QEMU's gdbstub, wait for Xen to crash, stop at each stage of the
+crash path, read every gate and every CPU there, and judge them. The machine
+then runs on into its crash kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+
+from xencrash.errors import UsageError
+from xencrash.options import JUDGED, LIVE_TARGET, add_output, add_target, request, seconds
+from xencrash.output import finish
+from xencrash.renderers.table import show_stage
+from xencrash.trace import trace
+
+EPILOG = f"TARGET is {LIVE_TARGET}.\n\n{JUDGED}"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add_target(parser, dumps=False)
+    add_output(parser, "table", "json", "junit")
+    parser.add_argument("--timeout", type=seconds, metavar="S", help="give up after S seconds without a crash")
+    parser.add_argument(
+        "--gates",
+        action="store_true",
+        help="also list every change of an NMI or #MC gate, and who wrote it where that was seen",
+    )
+    parser.add_argument("--leave-stopped", action="store_true", help="leave the machine stopped at the last stage")
+
+
+def run(args: Namespace) -> int:
+    """Follow a crash, a line for each stage on standard error. Raises Undecidable when it could not begin."""
+    if not args.target.startswith("gdb:"):
+        raise UsageError(
+            f"{args.target} is not a live machine: trace takes gdb:HOST:PORT or gdb:SOCKET; a dump takes check"
+        )
+    asked = request(args)
+    report = trace(
+        asked.target,
+        asked.symbols,
+        asked.qmp,
+        timeout=args.timeout,
+        leave_stopped=args.leave_stopped,
+        gates=args.gates,
+        allow_mismatch=asked.allow_mismatch,
+        progress=show_stage,
+        trigger=_say_waiting,
+    )
+    return finish(report, args.format, args.output)
+
+
+def _say_waiting() -> None:
+    print("waiting for Xen to crash; Ctrl-C ends it", file=sys.stderr)

@@ -1,0 +1,116 @@
+"""The cells of the matrix: each Xen, QEMU, gdb and LAPIC mode of the lab; a few of them that cover all; and crashes at
+random moments over them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from xencrash.lab.errors import BadSpecification
+from xencrash.lab.rows import GDBS, QEMUS, SUITES, XENS
+
+CPUS = 4
+_LONGEST_DELAY = 2.0  # seconds; what dom0 and Xen do after a boot has settled long before
+DIMENSIONS = ("xen", "qemu", "gdb", "lapic")
+# The ways of crashing, and whether a domU runs then (where the QEMU is one for it), dealt to the cells in turn.
+_WAYS = (("key", None), *(("panic", cpu) for cpu in range(CPUS)))
+_DOMU = (False, True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One crash: the rows of the lab it is made of, and how and when Xen crashes.
+
+    `how` and `cpu` are Crash's. `load` is the number of busy loops in dom0, `domu` whether a domU spins on every
+    CPU, `delay` the seconds that Xen runs before it crashes, once all is ready.
+    """
+
+    name: str
+    xen: str
+    qemu: str
+    gdb: str
+    lapic: str
+    how: str = "key"
+    cpu: int | None = None
+    load: int = 0
+    domu: bool = False
+    delay: float = 0.0
+
+
+def cells() -> tuple[Cell, ...]:
+    """Every cell there is: a LAPIC mode that a QEMU does not have makes none."""
+    made = []
+    for number, xen in enumerate(XENS):  # each Xen begins elsewhere, or all would be crashed alike
+        ways = itertools.islice(itertools.cycle(_WAYS), number, None)
+        domus = itertools.islice(itertools.cycle(_DOMU), number, None)
+        for qemu, gdb in itertools.product(QEMUS, GDBS):
+            for lapic in sorted(QEMUS[qemu].cpu, reverse=True):
+                how, cpu = next(ways)
+                domu = QEMUS[qemu].domu and next(domus)
+                made.append(Cell("-".join((xen, qemu, gdb, lapic)), xen, qemu, gdb, lapic, how=how, cpu=cpu, domu=domu))
+    return tuple(made)
+
+
+def settled(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """Those of the cells whose packages are the same tomorrow: no suite that they come from is a moving one."""
+    return tuple(cell for cell in cells if not any(SUITES[suite].moving for suite in _suites(cell)))
+
+
+def _suites(cell: Cell) -> set[str]:
+    xen = XENS[cell.xen]
+    return {xen.suite, xen.kexec_suite, QEMUS[cell.qemu].suite}
+
+
+def covering(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """Some of the cells, in which each pair of values of two dimensions appears that appears in any."""
+    left = {cell: _pairs(cell) for cell in cells}
+    chosen = []
+    while any(left.values()):
+        best = max(left, key=lambda cell: len(left[cell]))
+        chosen.append(best)
+        covered = left.pop(best)
+        left = {cell: pairs - covered for cell, pairs in left.items()}
+    return tuple(chosen)
+
+
+def _pairs(cell: Cell) -> frozenset[tuple[str, ...]]:
+    values = [(name, getattr(cell, name)) for name in DIMENSIONS]
+    return frozenset((*one, *other) for one, other in itertools.combinations(values, 2))
+
+
+def wanted(options: Mapping[str, Any]) -> dict[str, Collection[str]]:
+    """The rows that options name, by dimension: of --xen, --qemu, --gdb and --lapic those that are given."""
+    return {name: options[name] for name in DIMENSIONS if options[name]}
+
+
+def chosen(names: Mapping[str, Collection[str]], cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """Those of the cells that have what is named in each dimension. Raises BadSpecification for none."""
+    left = tuple(cell for cell in cells if all(getattr(cell, name) in values for name, values in names.items()))
+    if not left:
+        reasons = "; ".join(f"QEMU {row.name}: {row.reason}" for row in QEMUS.values())
+        raise BadSpecification(f"there is no such cell in the matrix ({reasons})")
+    return left
+
+
+def moments(count: int, seed: int, cells: tuple[Cell, ...]) -> list[Cell]:
+    """`count` crashes, over the cells in turn; what is random in them follows from `seed`."""
+    chance = random.Random(seed)
+    order = list(cells)
+    chance.shuffle(order)
+    return [_moment(chance, number, order[number % len(order)]) for number in range(count)]
+
+
+def _moment(chance: random.Random, number: int, cell: Cell) -> Cell:
+    cpu = chance.choice((None, *range(CPUS)))
+    return replace(
+        cell,
+        name=f"{number + 1:03}-{cell.name}",
+        how="key" if cpu is None else "panic",
+        cpu=cpu,
+        load=chance.choice((0, chance.randint(CPUS, 2 * CPUS))),
+        domu=chance.choice((False, True)) and QEMUS[cell.qemu].domu,
+        delay=round(chance.uniform(0, _LONGEST_DELAY), 2),
+    )

@@ -1,0 +1,79 @@
+"""Real Xen with a real Linux dom0 and a real crash kernel in QEMU (no KVM needed), from Debian's packages:
+
+  xencrash lab up                      boot it, and load the crash kernel
+  xencrash lab status                  where its sockets and logs are
+  xencrash gdb gdb:SOCKET              look at it, or
+  xencrash trace gdb:SOCKET --qmp SOCKET   follow the crash that you cause next
+  xencrash lab crash                   press Xen's crash key
+  xencrash lab dump --output vmcore    take the crash kernel's vmcore
+  xencrash check vmcore
+  xencrash lab down
+
+  xencrash lab run                     all of that at once
+  xencrash lab matrix                  the same for several Xens, QEMUs, gdbs and LAPIC modes
+  xencrash lab repeat -n 50            and many times, at random moments
+
+A machine whose dom0 is up is kept as a snapshot, from which it starts the next time in a fraction of a second; --fresh
+boots it. Snapshots are in the cache ($XENCRASH_CACHE, else ~/.cache/xencrash), about 130 MB each. They take 8 GiB at
+most ($XENCRASH_SNAPSHOTS is another number of GiB; 0 keeps none): then the least recently used are removed.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+
+from xencrash.errors import UsageError
+from xencrash.lab.errors import BadSpecification
+from xencrash.lab.options import STEP
+from xencrash.subcommands import Command, add_commands
+
+COMMANDS = {
+    "fetch": Command("xencrash.lab.commands.fetch", "fetch packages and make the images, without booting"),
+    "up": Command("xencrash.lab.commands.up", "boot a machine and leave it running"),
+    "crash": Command("xencrash.lab.commands.crash", "crash Xen"),
+    "run": Command("xencrash.lab.commands.run", "all of it: boot, crash, take the vmcore, judge, stop"),
+    "matrix": Command(
+        "xencrash.lab.commands.matrix", "crash every Xen on every QEMU, with every gdb, in every LAPIC mode"
+    ),
+    "repeat": Command("xencrash.lab.commands.repeat", "crash Xen many times in a row, at random moments"),
+    "dump": Command("xencrash.lab.commands.dump", "take a dump of the machine"),
+    "status": Command(
+        "xencrash.lab.commands.status", "what runs, how far it came, and where its sockets and logs are"
+    ),
+    "down": Command("xencrash.lab.commands.down", "end a machine and remove what it leaves"),
+    "guests": Command("xencrash.lab.commands.guests", "the generations and faults that the reference guest knows"),
+}
+EPILOG = STEP
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add_commands(parser, COMMANDS, "STEP")
+
+
+def around(run: Callable[[Namespace], int], args: Namespace) -> int:
+    """Run a step so that SIGTERM, or the terminal's end, leaves no more behind than Ctrl-C does.
+
+    Raises UsageError for a machine that cannot be.
+    """
+
+    def end(number: int, frame: object) -> None:
+        for sign in _ENDING:
+            signal.signal(sign, signal.SIG_IGN)  # once is enough, and is not to disturb the cleaning up
+        print(f"xencrash: ended by {signal.Signals(number).name}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    before = {sign: signal.getsignal(sign) for sign in _ENDING}
+    for sign, handler in before.items():
+        if handler is signal.SIG_DFL:  # not one that nohup(1) has told to be ignored
+            signal.signal(sign, end)
+    try:
+        return run(args)
+    except BadSpecification as error:
+        raise UsageError(str(error)) from error
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)

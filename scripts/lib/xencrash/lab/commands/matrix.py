@@ -1,0 +1,31 @@
+"""Boot, crash and judge a machine for each cell of the matrix of the lab's rows,
+some with a domU that runs on every CPU, and show a table of verdicts.
+
+Without options the cells are a few in which every pair of rows appears (without
+those of a suite whose packages change from day to day); --xen, --qemu, --gdb and
+--lapic take all that have what is named. What a cell needs and cannot get is
+`skip`, with the reason. Reports and logs of every cell, and what went wrong, stay
+in the output folder.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from xencrash.lab.cells import cells, chosen, covering, settled, wanted
+from xencrash.lab.crashes import crash_all
+from xencrash.lab.options import CRASHES, add_cells
+from xencrash.lab.outcomes import finish
+
+EPILOG = CRASHES
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="every cell")
+    add_cells(parser, "xencrash-matrix")
+
+
+def run(args: Namespace) -> int:
+    everything, names = cells(), wanted(vars(args))
+    selected = chosen(names, everything if args.all or names else covering(settled(everything)))
+    return finish(crash_all(selected, args.output, args.jobs, args.fresh), args.format, "The matrix")

@@ -1,0 +1,37 @@
+"""Boot, crash and judge one machine after the other, over the cells of the matrix:
+by the crash key or by dom0's panic on a random CPU, with dom0 idle or busy on all
+its vCPUs, with or without a domU that runs on every CPU, after a random time.
+
+Every one must pass: one that does not is a false alarm, or a find. --seed repeats
+a run.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from argparse import ArgumentParser, Namespace
+
+from xencrash.lab.cells import cells, chosen, moments, settled, wanted
+from xencrash.lab.crashes import crash_all
+from xencrash.lab.options import CRASHES, add_cells
+from xencrash.lab.outcomes import finish
+from xencrash.options import count
+
+EPILOG = CRASHES
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("-n", "--number", type=count, default=50, metavar="N", help="default: 50")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the random choices; default: a new one, printed")
+    add_cells(parser, "xencrash-repeat")
+
+
+def run(args: Namespace) -> int:
+    seed = random.SystemRandom().randrange(1 << 32) if args.seed is None else args.seed
+    print(f"seed {seed}", file=sys.stderr, flush=True)
+    everything = cells()
+    left = chosen(wanted(vars(args)), everything if args.xen or args.qemu else settled(everything))
+    crashes = moments(args.number, seed, left)
+    outcomes = crash_all(crashes, args.output, args.jobs, args.fresh)
+    return finish(outcomes, args.format, f"{args.number} crashes in a row, seed {seed}")

@@ -1,0 +1,75 @@
+"""Boot a machine, crash it, follow and judge every stage, take the vmcore, judge
+it too, and end the machine. The exit status is the trace's; the vmcore's when
+the trace passed.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from xen_symbols.report.model import ExitStatus
+from xencrash.errors import complain
+from xencrash.guests import BY_ID
+from xencrash.lab import judged, progress
+from xencrash.lab.machine import Machine
+from xencrash.lab.options import add_crash, add_fresh, add_machine, specification
+from xencrash.lab.specification import Specification
+from xencrash.output import finish, status_of, write
+from xencrash.renderers.table import show_stage
+
+Json = dict[str, Any]
+
+EPILOG = """\
+exit status: 0 every check passed, 1 at least one failed, 2 bad usage, 3 a step
+failed or could not be decided (which, why and what to do is on standard error)"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add_machine(parser)
+    add_crash(parser)
+    add_fresh(parser)
+    parser.add_argument("--output", default="xencrash-run", metavar="DIR", help="default: %(default)s")
+
+
+def run(args: Namespace) -> int:
+    """Leaves `trace.json`, `trace.xml` and the logs in the folder, and of a real Xen `vmcore` and `check.json`."""
+    wanted = specification(args)
+    output = judged.folder(args.output)
+    tell = progress.on_stderr()
+    with judged.machine(output, wanted, tell, args.fresh) as machine:
+        tell("following the crash")
+        # A fault may be one that only a trace of who writes to gates shows.
+        gates = wanted.fault is not None and BY_ID[wanted.fault].gates
+        report = judged.follow(machine, output, lambda: _crash(machine, wanted), progress=show_stage, gates=gates)
+        status = finish(report)
+        if wanted.guest or report.get("undecided"):
+            return status or as_asked(wanted, [report])
+        tell("the crash kernel copies the vmcore")
+        checked = judged.check_vmcore(machine, output)
+    print("\nThe vmcore:", flush=True)
+    write(checked)
+    print(f"\nThe reports, the vmcore and the logs are in {output}", file=sys.stderr)
+    return status or status_of(checked) or as_asked(wanted, [report, checked])
+
+
+def _crash(machine: Machine, wanted: Specification) -> None:
+    if wanted.guest:
+        machine.serial.send(b"C")
+    else:
+        machine.require_busy()
+        machine.crash(wanted.crash.how, wanted.crash.cpu)
+
+
+def as_asked(wanted: Specification, reports: Sequence[Json]) -> ExitStatus:
+    """Undecided, with the reason on standard error, where the crash was not the one that was asked for."""
+    if wanted.guest:  # a fault may be of its mode, and a guest crashes where it was told to when it booted
+        reasons = list(judged.unlike(reports, wanted.guest, None, None))
+    else:
+        lapic = wanted.lapic_row.mode if wanted.lapic else None
+        reasons = list(judged.unlike(reports, wanted.xen_row.generation, lapic, wanted.crash.cpu))
+    if reasons:
+        complain("; ".join(reasons))
+    return ExitStatus.UNDECIDED if reasons else ExitStatus.PASSED

@@ -1,0 +1,108 @@
+"""One crash of a machine: followed, and judged at every stage and in the vmcore, with what that leaves in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from xencrash.judging import judge_dump
+from xencrash.lab.boot import up
+from xencrash.lab.errors import LabError
+from xencrash.lab.machine import Machine
+from xencrash.lab.process import Progress
+from xencrash.lab.specification import Specification
+from xencrash.options import Request
+from xencrash.renderers import json, junit
+from xencrash.trace import trace
+
+Json = dict[str, Any]
+
+# Seconds. The guest is up in a fraction of one, and Xen's crash key is answered at once; but dom0's panic waits for its
+# turn beside loops and a domU, on a busy host.
+_CRASH_BEGINS_IN = 300.0
+
+
+def unlike(reports: Sequence[Json], generation: str, lapic: str | None, cpu: int | None) -> Iterator[str]:
+    """What the reports on one crash tell that is not as it was to be: then nothing was shown of it, whatever they say.
+
+    `lapic` is the mode of all local APICs before the crash, `cpu` the one that crashes; None for any. That a domU or
+    dom0's loops run is seen to before the crash (`Machine.require_busy`).
+    """
+    told, modes, cpus = generations(reports), lapic_modes(reports), {report["crashing_cpu"] for report in reports}
+    if reports and told != [generation]:
+        yield f"the crash path was to be of generation {generation}, not {' and '.join(told) or 'untold'}"
+    if reports and lapic is not None and modes != [lapic]:
+        yield f"the local APICs were to be in {lapic} mode, not {' and '.join(modes) or 'unread'}"
+    if reports and cpu is not None and cpus != {cpu}:
+        yield f"CPU {cpu} was to crash, not {' and '.join(sorted(map(str, cpus)))}"
+
+
+def generations(reports: Sequence[Json]) -> list[str]:
+    """Those that the reports tell."""
+    return sorted({report["generation"]["id"] for report in reports if report["generation"]})
+
+
+def lapic_modes(reports: Sequence[Json]) -> list[str]:
+    """The modes of all local APICs before the crash."""
+    findings = [finding for report in reports for finding in report["findings"]]
+    return sorted({str(f["observed"]) for f in findings if (f["check"], f["stage"]) == ("lapic-mode", "normal")})
+
+
+def folder(path: str | Path) -> Path:
+    """A folder for what a run leaves, made where it is not there. Raises LabError."""
+    with _left_in(Path(path)):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def machine(
+    output: Path, specification: Specification, progress: Progress = lambda text: None, fresh: bool = False
+) -> Iterator[Machine]:
+    """A machine whose logs are in `output` whatever happens to it."""
+    with up(specification, progress=progress, fresh=fresh) as made:
+        try:
+            yield made
+        finally:
+            with _left_in(output):
+                for log in (made.serial_log, made.qemu_log, made.paths.line_log):
+                    if log.exists():
+                        shutil.copy(log, output)
+
+
+@contextlib.contextmanager
+def _left_in(output: Path) -> Iterator[None]:
+    """What a run leaves cannot be left: a step that failed, not bad usage. Raises LabError."""
+    try:
+        yield
+    except OSError as error:
+        raise LabError(f"running the lab: {error.filename or output}: {error.strerror or error}") from error
+
+
+def follow(machine: Machine, output: Path, crash: Callable[[], None], **options: Any) -> Json:
+    """The report on a crash that `crash` causes, also left as `trace.json` and `trace.xml`; `options` are `trace`'s."""
+    report = trace(
+        f"gdb:{machine.gdb_socket}",
+        str(machine.symbols),
+        str(machine.qmp_socket),
+        timeout=_CRASH_BEGINS_IN,
+        trigger=crash,
+        **options,
+    )
+    with _left_in(output):
+        for name, renderer in (("trace.json", json), ("trace.xml", junit)):
+            with (output / name).open("w", encoding="utf-8") as file:
+                renderer.write(report, file)
+    return report
+
+
+def check_vmcore(machine: Machine, output: Path) -> Json:
+    """The report on the vmcore that the crash kernel takes, also left as `check.json` beside the `vmcore`."""
+    vmcore = machine.dumps.vmcore(output / "vmcore")
+    checked = judge_dump(Request(str(vmcore), str(machine.symbols))).to_json()
+    with _left_in(output), (output / "check.json").open("w", encoding="utf-8") as file:
+        json.write(checked, file)
+    return checked

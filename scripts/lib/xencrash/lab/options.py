@@ -1,0 +1,92 @@
+"""Options that several of the lab's steps have, and what they are taken for."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from xencrash.errors import UsageError
+from xencrash.lab import progress
+from xencrash.lab.crash import WAYS, Crash
+from xencrash.lab.errors import LabError
+from xencrash.lab.machine import Machine, attach, running
+from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, LAPICS, QEMUS, XENS
+from xencrash.lab.specification import Specification
+from xencrash.options import count
+
+STEP = "exit status: 0 done, 2 bad usage, 3 a step failed (which, why and what to do\nis on standard error)"
+CRASHES = """\
+exit status: 0 every crash passed, 1 at least one failed, 2 bad usage, 3 one could
+not be decided, or what it needs could not be fetched (a package that its source
+does not have any more is reported, and does not count)"""
+
+
+def add_machine(parser: ArgumentParser) -> None:
+    """Which machine: for `specification`."""
+    parser.add_argument("--xen", choices=XENS, help=f"default: {DEFAULT_XEN}")
+    parser.add_argument("--qemu", choices=QEMUS, default=DEFAULT_QEMU, help=f"default: {DEFAULT_QEMU}")
+    parser.add_argument("--lapic", choices=LAPICS, help="default: what this QEMU and Xen do by themselves")
+    parser.add_argument("--cpus", type=count, default=4, metavar="N", help="default: 4")
+    parser.add_argument("--memory", type=count, metavar="MIB", help="default: 1024")
+    parser.add_argument("--dom0-vcpus", type=count, metavar="N", help="as many as CPUs: pinned; default: 1")
+    parser.add_argument(
+        "--domu-vcpus", type=count, metavar="N",
+        help="create a PVH domU that spins on CPUs 0 to N-1, in SVM guest mode, once dom0 is up; default: none",
+    )  # fmt: skip
+    parser.add_argument("--xen-args", metavar="WORDS", help="added to Xen's command line")
+    parser.add_argument("--dom0-args", metavar="WORDS", help="added to dom0's command line")
+    parser.add_argument("--guest", metavar="GENERATION", help="boot the reference guest of this generation, not Xen")
+    parser.add_argument("--fault", metavar="NAME", help="a fault for the reference guest to have")
+
+
+def add_crash(parser: ArgumentParser) -> None:
+    """How Xen crashes: for `specification`, or `crash`."""
+    parser.add_argument("--how", choices=WAYS, default=None, help="default: key, or panic with --cpu")
+    parser.add_argument("--cpu", type=int, metavar="N", help="the CPU to crash on (needs --dom0-vcpus)")
+
+
+def specification(args: Namespace) -> Specification:
+    """The machine that the options ask for. Raises BadSpecification."""
+    names = ("xen", "guest", "fault", "qemu", "lapic", "cpus", "memory", "dom0_vcpus", "domu_vcpus", "xen_args",
+             "dom0_args", "paused")  # fmt: skip
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    return Specification(**given, crash_kernel=not getattr(args, "no_crash_kernel", False), crash=crash(args))
+
+
+def crash(args: Namespace) -> Crash:
+    """The crash that the options ask for. Raises BadSpecification."""
+    return Crash(getattr(args, "how", None), getattr(args, "cpu", None))
+
+
+def add_cells(parser: ArgumentParser, output: str) -> None:
+    """Which cells of the matrix, and what to do with them."""
+    for name, rows in (("xen", XENS), ("qemu", QEMUS), ("gdb", GDBS), ("lapic", ("xapic", "x2apic"))):
+        parser.add_argument(f"--{name}", choices=rows, action="append", help="only cells with this; may be repeated")
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="machines to run in parallel; default: 1")
+    parser.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--format", choices=("table", "json", "junit", "markdown"), default="table")
+    add_fresh(parser)
+
+
+def add_fresh(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--fresh", action="store_true",
+        help="boot, and keep no snapshot; default: start from a snapshot of an earlier boot of the same machine",
+    )  # fmt: skip
+
+
+def add_run_dir(parser: ArgumentParser, text: str = "of the machine; default: the only one there is") -> None:
+    parser.add_argument("--run-dir", metavar="DIR", help=text)
+
+
+def machine(args: Namespace) -> Machine:
+    """The machine that --run-dir names, or the only one. Raises LabError or UsageError."""
+    if args.run_dir:
+        return attach(args.run_dir, progress.on_stderr())
+    found = [machine for machine in running() if not machine.state.owned]
+    if not found:
+        raise LabError("finding the lab: no machine runs in a folder under /tmp: xencrash lab up, or give --run-dir")
+    if len(found) > 1:
+        folders = " ".join(str(machine.run_dir) for machine in found)
+        raise UsageError(f"several machines run: choose one with --run-dir: {folders}")
+    return attach(found[0].run_dir, progress.on_stderr())

@@ -1,0 +1,94 @@
+"""What came of crashes: shown, and added up to an exit status."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from xen_symbols.report.blocks import Cell, Lines, Table
+from xen_symbols.report.console import plain
+from xen_symbols.report.junit import to_junit
+from xen_symbols.report.model import ExitStatus
+from xencrash.errors import complain
+from xencrash.output import to
+
+Json = dict[str, Any]
+
+COLUMNS = ("Xen", "QEMU", "gdb", "LAPIC", "crash", "generation", "crashed on", "verdict", "seconds", "reason")
+
+
+def status_of(outcomes: Sequence[Json]) -> ExitStatus:
+    """1 if any failed; else 3 if any is unknown or skipped, but for packages that are no more; else 0."""
+    verdicts = [outcome["verdict"] for outcome in outcomes if not outcome["gone"]]
+    if "fail" in verdicts:
+        return ExitStatus.FAILED
+    return ExitStatus.PASSED if verdicts and set(verdicts) == {"pass"} else ExitStatus.UNDECIDED
+
+
+def words(outcome: Json) -> list[str]:
+    """An outcome's text for each of the COLUMNS."""
+    crash = outcome["how"] if outcome["cpu"] is None else f"{outcome['how']} on CPU {outcome['cpu']}"
+    busy = f"{outcome['load']} busy loops in dom0" * bool(outcome["load"])
+    guest = "a domU on every CPU" * outcome["domu"]
+    later = f"after {outcome['delay']:.2f} s" * bool(outcome["delay"])
+    cpu = "-" if outcome["crashing_cpu"] is None else f"CPU {outcome['crashing_cpu']}"
+    return [
+        *(outcome[name] for name in ("xen", "qemu", "gdb", "lapic")),
+        ", ".join(filter(None, (crash, busy, guest, later))),
+        outcome["generation"] or "-",
+        cpu,
+        outcome["verdict"],
+        f"{outcome['seconds']:.0f}",
+        outcome["reason"],
+    ]
+
+
+def summary(outcomes: Sequence[Json]) -> str:
+    """How many came to which verdict, the bad ones first."""
+    verdicts = [outcome["verdict"] for outcome in outcomes]
+    counts = [f"{verdicts.count(name)} {name}" for name in ("fail", "unknown", "skip", "pass") if name in verdicts]
+    return f"{len(verdicts)} crashes: {', '.join(counts)}"
+
+
+def render(outcomes: Sequence[Json], format: str, title: str) -> str:
+    """The outcomes as text as table, json, junit or markdown."""
+    if format == "json":
+        return json.dumps({"title": title, "summary": summary(outcomes), "cells": outcomes}, indent=2) + "\n"
+    if format == "junit":
+        return to_junit({"findings": [_finding(outcome) for outcome in outcomes]})
+    rows = [words(outcome) for outcome in outcomes]
+    if format == "markdown":
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+        table = "".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in lines)
+        return f"## {title}\n\n{summary(outcomes)}.\n\n{table}"
+    cells = [[Cell(text) for text in row] for row in rows]
+    return plain([Table(title, COLUMNS, cells), Lines([[Cell(summary(outcomes))]])])
+
+
+def _finding(outcome: Json) -> Json:
+    """An outcome as a report's finding, for JUnit."""
+    return {
+        "check": outcome["name"],
+        "stage": "crashes",
+        "cpu": None,
+        "verdict": outcome["verdict"],
+        "expected": "pass",
+        "observed": outcome["verdict"],
+        "reason": outcome["reason"],
+    }
+
+
+def finish(outcomes: Sequence[Json], format: str, title: str) -> int:
+    """Print the outcomes, say on standard error what is not as it should be, and return the exit status."""
+    text = render(outcomes, format, f"{title}, {time.strftime('%Y-%m-%d')}")
+    to(None, lambda stream: stream.write(text))
+    for outcome in outcomes:
+        if outcome["gone"]:
+            complain(f"NOT RUN, ITS PACKAGE IS GONE: {outcome['name']}: {outcome['reason']}")
+    status = status_of(outcomes)
+    if status is not ExitStatus.PASSED:
+        first = next((o for o in outcomes if o["verdict"] != "pass" and not o["gone"]), outcomes[0])
+        complain(f"{summary(outcomes)}; first: {first['name']}: {first['reason']}")
+    return status

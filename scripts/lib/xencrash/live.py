@@ -1,0 +1,36 @@
+"""A live machine as it is now: its report, and what it is. It goes on as it was found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xen_symbols.report.model import SCHEMA_VERSION
+from xencrash.gdbmi import GdbSession, MiError, open_session
+from xencrash.options import Request
+
+Json = dict[str, Any]
+
+
+def judge(asked: Request) -> Json:
+    """The report. Raises Undecidable."""
+    with _session(asked) as session:
+        return session.xen("crash-check")
+
+
+def describe(asked: Request) -> Json:
+    """What a machine is. Raises Undecidable when there is no Xen to be seen."""
+    with _session(asked) as session:
+        known = session.xen("symbols")
+        data: Json = {"schema": SCHEMA_VERSION} | {name: known[name] for name in ("target", "symbols", "missing")}
+        if known["generation"] is None:
+            return data | {"undecided": known["absent"]}
+        data["generation"] = {name: known["generation"][name] for name in ("id", "introduced", "evidence")}
+        try:
+            status = session.xen("crash-status")
+        except MiError as error:
+            return data | {"undecided": str(error)}
+    return data | {name: status[name] for name in ("stage", "crashing_cpu", "online_at_crash")}
+
+
+def _session(asked: Request) -> GdbSession:
+    return open_session(asked.target, asked.symbols, asked.qmp, allow_mismatch=asked.allow_mismatch)

@@ -1,0 +1,110 @@
+"""Options that several sub-commands have, and what they are taken for."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from typing import NamedTuple
+
+from xen_symbols.targets import PHYSICAL_END
+from xencrash.errors import UsageError
+
+LIVE_TARGET = "gdb:HOST:PORT, or gdb:/path/of/a/unix/socket (QEMU's -gdb)"
+ANY_TARGET = f"TARGET is a dump's path, or {LIVE_TARGET}."
+JUDGED = """\
+exit status:
+  0  every check passed          2  bad usage
+  1  at least one check failed   3  could not be decided (the reason is on standard error)
+"""
+
+
+class Request(NamedTuple):
+    """What is to be looked at, and how: a TARGET and the options about it."""
+
+    target: str
+    symbols: str | None = None
+    qmp: str | None = None  # of a live machine
+    base: int | None = None  # of a raw image
+    allow_mismatch: bool = False
+
+    @property
+    def live(self) -> bool:
+        """Whether it is a machine, behind QEMU's gdbstub, and not a dump."""
+        return self.target.startswith("gdb:")
+
+
+def add_target(parser: ArgumentParser, *, several: bool = False, dumps: bool = True) -> None:
+    """TARGET and what says how to read it: for `request`, or where there may be several for `requests`."""
+    if several:
+        parser.add_argument("target", nargs="+", metavar="TARGET", help="dumps, or one gdb:…")
+    else:
+        parser.add_argument("target", metavar="TARGET", help="a dump, or gdb:…" if dumps else "gdb:…")
+    parser.add_argument(
+        "--symbols", metavar="FILE", help="xen-syms, a .map, or an image; default: what Xen itself carries"
+    )
+    parser.add_argument(
+        "--qmp", metavar="SOCKET", help="QEMU's QMP socket: a live machine's LAPIC modes, NMI latches, IDTRs"
+    )
+    if dumps:
+        parser.add_argument(
+            "--base", type=_address, metavar="ADDRESS", help="physical address of a raw image's first byte"
+        )
+    else:
+        parser.set_defaults(base=None)
+    parser.add_argument(
+        "--allow-build-id-mismatch", action="store_true", help="go on with symbols of another build; the report says so"
+    )
+
+
+def requests(args: Namespace) -> list[Request]:
+    """What is asked for, a request for each TARGET. Raises UsageError for an option that would have no effect."""
+    if args.allow_build_id_mismatch and args.symbols is None:
+        raise UsageError("--allow-build-id-mismatch is for --symbols, and none are given: leave it out")
+    targets = args.target if isinstance(args.target, list) else [args.target]
+    return [_request(target, args) for target in targets]
+
+
+def request(args: Namespace, *, symbols_may_follow: bool = False) -> Request:
+    """The same for one TARGET; with `symbols_may_follow` --allow-build-id-mismatch is for those that gdb is given."""
+    return _request(args.target, args) if symbols_may_follow else requests(args)[0]
+
+
+def _request(target: str, args: Namespace) -> Request:
+    asked = Request(target, args.symbols, args.qmp, args.base, args.allow_build_id_mismatch)
+    if asked.live and asked.base is not None:
+        raise UsageError(f"--base is for a raw image of memory, and {target} is a live machine: leave it out")
+    if not asked.live and asked.qmp is not None:
+        raise UsageError(f"--qmp is for a live machine, and {target} is a dump: leave it out")
+    return asked
+
+
+def add_output(parser: ArgumentParser, *formats: str) -> None:
+    """--format, one of these and by default the first, and --output."""
+    parser.add_argument("--format", choices=formats, default=formats[0], help="default: %(default)s")
+    parser.add_argument("--output", metavar="FILE", help="write the report there instead of standard output")
+
+
+def _address(text: str) -> int:
+    try:
+        if 0 <= (value := int(text, 0)) < PHYSICAL_END:
+            return value
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"{text!r} is not a physical address, such as 0x100000")
+
+
+def seconds(text: str) -> float:
+    try:
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+
+
+def count(text: str) -> int:
+    try:
+        if (value := int(text, 0)) > 0:
+            return value
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"{text!r} is not a number above 0")

@@ -1,0 +1,1 @@
+"""Reports in each of the formats: a module for each, with `write` and `write_several`."""

@@ -1,0 +1,63 @@
+"""Sub-commands: a table of rows, each a module or a package.
+
+Its docstring is its help, and `EPILOG` the end of that; `add_options(parser)` adds what it takes; `run(args)` does it,
+and returns the exit status. One that has sub-commands itself has their table, `COMMANDS`, instead of `run`, and may
+have `around(run, args)`, by which each of them is run.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from xencrash.lazy import load
+
+
+class Command(NamedTuple):
+    """One sub-command: its module, imported when it is asked for, and what the list of commands says of it."""
+
+    module: str
+    summary: str
+
+
+Commands = Mapping[str, Command]  # by name
+
+
+def find(module: Any, name: str, words: Sequence[str]) -> tuple[ArgumentParser, Sequence[str]]:
+    """The parser of the sub-command that the words begin with, and the words that are left for it.
+
+    Where they begin with none it is `module`'s own, which has --help, and says what is wrong.
+    """
+    commands: Commands = getattr(module, "COMMANDS", {})
+    if not words or words[0] not in commands:
+        return _parser(module, name), words
+    parser, left = find(load(commands[words[0]].module), f"{name} {words[0]}", words[1:])
+    if hasattr(module, "around"):
+        parser.set_defaults(run=partial(module.around, parser.get_default("run")))
+    return parser, left
+
+
+def _parser(module: Any, name: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=name, description=module.__doc__, epilog=module.EPILOG, formatter_class=RawDescriptionHelpFormatter
+    )
+    module.add_options(parser)
+    if not hasattr(module, "COMMANDS"):
+        parser.set_defaults(run=module.run)
+    return parser
+
+
+def add_commands(parser: ArgumentParser, commands: Commands, metavar: str) -> None:
+    """The list of sub-commands for the help of a parser, which takes none but these."""
+    rows = parser.add_subparsers(metavar=metavar, required=True)
+    for name, command in commands.items():
+        rows.add_parser(name, help=command.summary)
+
+
+def every(module: Any, name: str) -> Iterator[ArgumentParser]:
+    """The parsers of a module and of all sub-commands below it."""
+    yield _parser(module, name)
+    for row, command in getattr(module, "COMMANDS", {}).items():
+        yield from every(load(command.module), f"{name} {row}")
