@@ -1,8 +1,6 @@
 """Compressions, of whole files and of single pages. Only zlib is in the standard library; a package that another needs
 is imported when one is met, and named where it is not installed."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterable
 from importlib import import_module

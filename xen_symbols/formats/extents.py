@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import overload
 
 Stretch = tuple[int, int, int]  # start, end (exclusive), position of the start in the file
@@ -100,20 +98,3 @@ class Ranges(Sequence[tuple[int, int]]):
         if isinstance(index, slice):
             return Ranges(self._starts[index], self._ends[index])
         return self._starts[index], self._ends[index]
-
-
-def layered(stretches: Sequence[Stretch]) -> Iterator[Stretch]:
-    """The same address space where a later stretch overwrites an earlier one, made disjoint."""
-    order = sorted(range(len(stretches)), key=lambda index: stretches[index][0])
-    points = sorted({point for start, end, _ in stretches for point in (start, end)})
-    active: list[int] = []  # indices negated: the latest stretch comes first
-    upcoming = 0
-    for left, right in pairwise(points):
-        while upcoming < len(order) and stretches[order[upcoming]][0] == left:
-            heapq.heappush(active, -order[upcoming])
-            upcoming += 1
-        while active and stretches[-active[0]][1] <= left:
-            heapq.heappop(active)
-        if active:
-            start, _, position = stretches[-active[0]]
-            yield left, right, position + left - start

@@ -7,11 +7,14 @@ makedumpfile_data_header). QEMU writes kdump this way unless told `kdump-raw-*`.
 
 from __future__ import annotations
 
+import heapq
 import struct
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats.content import Content, require
-from xen_symbols.formats.extents import Conflict, Extents, Stretch, layered
+from xen_symbols.formats.extents import Conflict, Extents, Stretch
 from xen_symbols.targets import Wrapped
 
 _HEADER = struct.Struct(">16sqq")  # signature, type, version
@@ -34,7 +37,7 @@ class FlattenedFile:
         try:
             self._pieces = Extents(pieces)
         except Conflict:
-            self._pieces = Extents(layered(pieces))
+            self._pieces = Extents(_layered(pieces))
         self.size = self._pieces.end()
 
     def read(self, offset: int, size: int) -> bytes:
@@ -72,3 +75,20 @@ def _pieces(content: Content) -> list[Stretch]:
             raise Undecidable(f"more than {_MAX_PIECES} flattened pieces; rearrange it first with makedumpfile -R")
         pieces.append((offset, offset + size, at))
         at += size
+
+
+def _layered(stretches: Sequence[Stretch]) -> Iterator[Stretch]:
+    """The same address space where a later stretch overwrites an earlier one, made disjoint."""
+    order = sorted(range(len(stretches)), key=lambda index: stretches[index][0])
+    points = sorted({point for start, end, _ in stretches for point in (start, end)})
+    active: list[int] = []  # indices negated: the latest stretch comes first
+    upcoming = 0
+    for left, right in pairwise(points):
+        while upcoming < len(order) and stretches[order[upcoming]][0] == left:
+            heapq.heappush(active, -order[upcoming])
+            upcoming += 1
+        while active and stretches[-active[0]][1] <= left:
+            heapq.heappop(active)
+        if active:
+            start, _, position = stretches[-active[0]]
+            yield left, right, position + left - start
