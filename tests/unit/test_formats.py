@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import pytest
 from tests.machines import dumpwriter
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats import elf, elfnotes
+from xen_symbols.formats.compression import unpacked
 from xen_symbols.formats.content import Content, File, Held, start_of
 from xen_symbols.formats.image import Image
 from xen_symbols.formats.magics import MAGICS, Magic, recognised
+from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets.dump import open_dump
 
 
@@ -106,7 +110,23 @@ def test_each_kind_of_file_is_read_or_has_an_advice(row: Magic) -> None:
     content = Held(file_of(row))
     assert recognised(content) is row  # no other row comes before it
     assert row.source
-    assert bool(row.reader) is not bool(row.advice)
-    if row.reader:
-        with pytest.raises((Undecidable, Unreadable)):
-            import_module(f"xen_symbols.targets.{row.reader}").read_dump(Held(row.magic))
+    assert bool(row.dump) is not bool(row.advice)
+    readers = []
+    if row.dump:
+        readers.append(import_module(f"xen_symbols.targets.{row.dump}").read_dump)
+    if row.symbols:
+        readers.append(partial(import_module(f"xen_symbols.symbols.{row.symbols}").read_symbols, "file"))
+    if row.packed:
+        readers.append(partial(unpacked, packed=row.packed))
+    for read in readers:
+        with pytest.raises((Undecidable, Unreadable)):  # there is nothing after the magic
+            read(Held(row.magic))
+
+
+@pytest.mark.parametrize("row", [row for row in MAGICS if not row.symbols], ids=lambda row: row.what)
+def test_what_holds_no_symbols_is_named(row: Magic, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(file_of(row))
+    said = "" if row.weak else f"{re.escape(row.what)}; --symbols takes "
+    with pytest.raises(Undecidable, match=f"^{path}: {said}"):
+        load_symbols(str(path))

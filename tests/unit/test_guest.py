@@ -11,7 +11,7 @@ from xen_symbols.crashpath.generations import GENERATIONS
 from xen_symbols.crashpath.stages import BY_ID as STAGES
 from xen_symbols.crashpath.stages import STAGES as ANCHORED
 from xen_symbols.formats.content import File
-from xen_symbols.symbols.elf import load_elf
+from xen_symbols.symbols.elf import read_symbols
 from xencrash.cli import main
 from xencrash.guests import BY_ID, FAULTS, build, command_line, generations, listing
 from xencrash.guests.faults import clean
@@ -27,7 +27,7 @@ SOURCE_NAMES = set(re.findall(r"^ +F\(\w+, +\"([a-z0-9-]+)\"\)", (SOURCES / "fau
 
 def symbols_of(generation):
     path = str(build(generation).symbols)
-    return load_elf(path, File(path))
+    return read_symbols(path, File(path))
 
 
 def test_the_generations_are_the_tools():

@@ -224,9 +224,9 @@ xencrash.options xencrash.output xencrash.renderers xencrash.renderers.json xenc
 xen_symbols xen_symbols.absence xen_symbols.api xen_symbols.text xen_symbols.version
 xen_symbols.x86 xen_symbols.x86.apic xen_symbols.x86.gate xen_symbols.x86.paging
 xen_symbols.report xen_symbols.report.jsontext xen_symbols.report.model
-xen_symbols.formats xen_symbols.formats.compression xen_symbols.formats.content xen_symbols.formats.elf
+xen_symbols.formats xen_symbols.formats.content xen_symbols.formats.elf
 xen_symbols.formats.elfnotes xen_symbols.formats.extents xen_symbols.formats.image xen_symbols.formats.magics
-xen_symbols.symbols xen_symbols.symbols.buildid xen_symbols.symbols.elf xen_symbols.symbols.embedded
+xen_symbols.symbols xen_symbols.symbols.buildid xen_symbols.symbols.embedded
 xen_symbols.symbols.listed xen_symbols.symbols.load xen_symbols.symbols.mapfile xen_symbols.symbols.table
 xen_symbols.targets xen_symbols.targets.dump xen_symbols.targets.elfcore xen_symbols.targets.notes
 xen_symbols.targets.raw xen_symbols.targets.stretches

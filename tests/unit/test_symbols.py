@@ -337,6 +337,9 @@ NO_MAP = f"is not `address kind name`, so this is neither an ELF file nor a .map
         (b"ffff T a\x1b[2J\n", f"line 1 {NO_MAP}"),
         (b"1" + b"0" * 16 + b" T a\n", f"line 1 {NO_MAP}"),
         (bytes(100), f"neither an ELF file nor a .map; {WANTED}"),
+        (b"KDUMP   " + bytes(100), f"a kdump; {WANTED}"),
+        (b"\xfd7zXZ\0", f"compressed by xz; {WANTED}"),
+        (gzip.compress(b"\xfd7zXZ\0"), f"compressed by xz; {WANTED}"),
         (b"MZ\x90\0", "an EFI binary; give xen-syms, its .map, or the ELF image instead"),
         (b"\x7fELF", "ELF header: the file ends at 0x4, 16 bytes are wanted at offset 0x0; "
                     "the file is truncated or damaged"),

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.formats.content import Content, Held, start_of
+from xen_symbols.formats.content import Content, Held
 
 FILE_MAX = 128 << 20  # of a decompressed file; xen-syms with DWARF is 30 MB
 
@@ -15,12 +15,9 @@ FILE_MAX = 128 << 20  # of a decompressed file; xen-syms with DWARF is 30 MB
 # -- files ------------------------------------------------------------------------------------
 
 
-def unpacked(content: Content) -> Content:
-    """The content of a file, decompressed in memory where it is compressed. Raises Undecidable."""
-    unpack = _BY_MAGIC.get(start_of(content, 2))
-    if unpack is None:
-        return content
-    data = unpack(content.read(0, content.size))
+def unpacked(content: Content, packed: str) -> Content:
+    """The content of a compressed file, undone in memory. Raises Undecidable."""
+    data = _FILES[packed](content.read(0, content.size))
     if not data:
         raise Undecidable("empty when decompressed; fetch the file again")
     return Held(data)
@@ -38,7 +35,7 @@ def _gunzip(data: bytes) -> bytes:
     return found
 
 
-_BY_MAGIC: dict[bytes, Callable[[bytes], bytes]] = {b"\x1f\x8b": _gunzip}
+_FILES: dict[str, Callable[[bytes], bytes]] = {"gzip": _gunzip}
 
 
 # -- pages ------------------------------------------------------------------------------------

@@ -22,9 +22,8 @@ class Content(Protocol):
         ...
 
 
-class NotAFile(Undecidable):
-    """There is nothing to read by that name: one clause that says what is there. What to give instead, the caller
-    knows."""
+class WrongFile(Undecidable):
+    """Not a file of the kind that is asked for: one clause that says what it is. Who asked for it adds what to give."""
 
 
 class File:
@@ -37,15 +36,15 @@ class File:
     _fd = -1
 
     def __init__(self, path: str) -> None:
-        """Raises OSError, and NotAFile."""
+        """Raises OSError, and WrongFile."""
         # O_NONBLOCK: a FIFO must be refused, not waited for.
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):
-            raise NotAFile("a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+            raise WrongFile("a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
         self.size = status.st_size
         if not self.size:
-            raise NotAFile("empty")
+            raise WrongFile("empty")
 
     def __del__(self) -> None:
         if self._fd >= 0:

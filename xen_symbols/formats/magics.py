@@ -7,8 +7,10 @@ from xen_symbols.formats.content import Content, start_of
 
 
 class Magic(NamedTuple):
-    """A kind of file. `reader` is the module of xen_symbols.targets that reads it as a dump; else `advice` says what to
-    do with it. `offset` is that of the magic, from the file's end where negative; `source` names who defines it.
+    """A kind of file. `dump` is the module of xen_symbols.targets that reads it as a dump; else `advice` says what to
+    do with it. `symbols` is the module of xen_symbols.symbols that reads it, `packed` the compression of which
+    formats/compression.py undoes a file of symbols. These modules are imported when such a file is met: few are.
+    `offset` is that of the magic, from the file's end where negative; `source` names who defines it.
 
     A `weak` one is so short that a raw image of memory may have it by chance: a base address, which says that the file
     is such an image, overrules it.
@@ -16,7 +18,9 @@ class Magic(NamedTuple):
 
     magic: bytes
     what: str
-    reader: str = ""
+    dump: str = ""
+    symbols: str = ""
+    packed: str = ""
     advice: str = ""
     offset: int = 0
     source: str = ""
@@ -32,9 +36,9 @@ _RAW = "convert it to an ELF core or a raw image"
 _VMWARE = "convert it with VMware's vmss2core -N6, or give the .vmem file beside it with --base 0"
 
 MAGICS = (
-    Magic(b"\x7fELF", "an ELF file", "elfcore", source="gABI, chapter 4"),
-    Magic(b"KDUMP   ", "a kdump", "kdump", source="makedumpfile diskdump_mod.h"),
-    Magic(b"makedumpfile\0\0\0\0", "a flattened dump", "flattened", source="makedumpfile makedumpfile.h"),
+    Magic(b"\x7fELF", "an ELF file", dump="elfcore", symbols="elf", source="gABI, chapter 4"),
+    Magic(b"KDUMP   ", "a kdump", dump="kdump", source="makedumpfile diskdump_mod.h"),
+    Magic(b"makedumpfile\0\0\0\0", "a flattened dump", dump="flattened", source="makedumpfile makedumpfile.h"),
     # Other dumps and images of memory
     Magic(b"PAGEDU64", "a Windows crash dump", advice=f"the guest wrote it, not Xen; {_OTHER_DUMP}",
           source="QEMU include/qemu/win_dump_defs.h"),
@@ -87,7 +91,7 @@ MAGICS = (
     Magic(b"\x55\xaa", "a boot sector or partitioned disk", advice=_DISK, offset=510, weak=True,
           source="UEFI 2.10, 5.2.1"),
     # Compressed files
-    Magic(b"\x1f\x8b", "compressed by gzip", advice=f"{_UNPACK} (gunzip)", weak=True, source="RFC 1952"),
+    Magic(b"\x1f\x8b", "compressed by gzip", packed="gzip", advice=f"{_UNPACK} (gunzip)", weak=True, source="RFC 1952"),
     Magic(b"\xfd7zXZ\0", "compressed by xz", advice=f"{_UNPACK} (unxz)", source="the .xz file format, 2.1.1.1"),
     Magic(b"\x28\xb5\x2f\xfd", "compressed by zstd", advice=f"{_UNPACK} (unzstd)", source="RFC 8878"),
     Magic(b"BZh", "compressed by bzip2", advice=f"{_UNPACK} (bunzip2)", weak=True, source="bzip2 bzlib_private.h"),

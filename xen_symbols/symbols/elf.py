@@ -179,7 +179,7 @@ def _address_of(offset: int, headers: _Headers) -> int | None:
     return None
 
 
-def load_elf(path: str, content: Content) -> SymbolTable:
+def read_symbols(path: str, content: Content) -> SymbolTable:
     """The symbol table of an ELF file, or the one embedded in its content. Raises Undecidable, and Unreadable where the
     file ends too early."""
     headers = _headers(content)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.formats.compression import unpacked
-from xen_symbols.formats.content import Content, File, NotAFile, start_of
-from xen_symbols.formats.elf import MAGIC
-from xen_symbols.symbols.elf import load_elf
-from xen_symbols.symbols.mapfile import ACCEPTED, load_map
+from xen_symbols.formats.content import Content, File, WrongFile
+from xen_symbols.formats.magics import recognised
 from xen_symbols.symbols.table import SymbolTable
+
+ACCEPTED = "--symbols takes xen-syms, its .map, or Xen's image"
 
 
 def load_symbols(path: str) -> SymbolTable:
@@ -17,10 +19,10 @@ def load_symbols(path: str) -> SymbolTable:
     An ELF file without a symbol table gives the table embedded in Xen. Raises Undecidable.
     """
     try:
-        return _load(path, unpacked(File(path)))
+        return _load(path, File(path))
     except OSError as error:
         raise Undecidable(f"{path}: {error.strerror}; {ACCEPTED}") from None
-    except NotAFile as error:
+    except WrongFile as error:
         raise Undecidable(f"{path}: {error}; {ACCEPTED}") from None
     except Undecidable as error:
         raise Undecidable(f"{path}: {error}") from None
@@ -29,6 +31,12 @@ def load_symbols(path: str) -> SymbolTable:
 
 
 def _load(path: str, content: Content) -> SymbolTable:
-    if start_of(content, len(MAGIC)) == MAGIC:
-        return load_elf(path, content)
-    return load_map(path, content)
+    kind = recognised(content)
+    if kind is not None and kind.packed:
+        content = import_module("xen_symbols.formats.compression").unpacked(content, kind.packed)
+        kind = recognised(content)
+    if kind is not None and not kind.symbols and not kind.weak:
+        raise WrongFile(kind.what)
+    module = kind.symbols if kind is not None and kind.symbols else "mapfile"  # which is text, and has no magic
+    read: Callable[[str, Content], SymbolTable] = import_module(f"{__package__}.{module}").read_symbols
+    return read(path, content)

@@ -5,22 +5,21 @@ before, they are nm's output reduced to text symbols.
 """
 
 from xen_symbols.absence import Undecidable
-from xen_symbols.formats.content import Content, start_of
+from xen_symbols.formats.content import Content, WrongFile, start_of
 from xen_symbols.symbols.listed import ListedRows, listed_table
 from xen_symbols.symbols.table import SymbolTable
 
 SOURCE = ".map"
-ACCEPTED = "--symbols takes xen-syms, its .map, or Xen's image"
 _LONGEST = 64 << 20
 
 
-def load_map(path: str, content: Content) -> SymbolTable:
-    """Raises Undecidable if it is not such a file."""
+def read_symbols(path: str, content: Content) -> SymbolTable:
+    """Raises Undecidable, if it is not such a file WrongFile."""
     head = start_of(content, 4096)
     if head[:2] == b"MZ":
         raise Undecidable("an EFI binary; give xen-syms, its .map, or the ELF image instead")
     if b"\0" in head or content.size > _LONGEST:
-        raise Undecidable(f"neither an ELF file nor a .map; {ACCEPTED}")
+        raise WrongFile("neither an ELF file nor a .map")
     addresses: list[int] = []
     kinds: list[str] = []
     names: list[str] = []
@@ -33,10 +32,7 @@ def load_map(path: str, content: Content) -> SymbolTable:
         except ValueError:
             value = -1
         if not 0 <= value < 1 << 64 or len(kind) != 1 or not name.isprintable():
-            raise Undecidable(
-                f"line {number} is not `address kind name`, so this is neither an ELF file nor a .map; "
-                f"{ACCEPTED}"
-            )
+            raise WrongFile(f"line {number} is not `address kind name`, so this is neither an ELF file nor a .map")
         addresses.append(value)
         kinds.append(kind)
         names.append(name)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.formats.content import File, NotAFile, start_of
+from xen_symbols.formats.content import Content, File, WrongFile, start_of
 from xen_symbols.formats.elfnotes import Note
-from xen_symbols.formats.magics import recognised
+from xen_symbols.formats.magics import Magic, recognised
 from xen_symbols.targets import Opened, PhysicalCpu, Reader, Target, Wrapped
 from xen_symbols.targets.notes import cpus_of
 from xen_symbols.targets.raw import read_raw
@@ -53,7 +53,7 @@ def open_dump(path: str, *, base: int | None = None) -> Dump:
         return Dump(path, _open(File(path), base), base)
     except OSError as error:
         raise Undecidable(f"{path}: {error.strerror}") from None
-    except NotAFile as error:
+    except WrongFile as error:
         raise Undecidable(f"{path}: {error}; name a dump file") from None
     except Undecidable as error:
         raise Undecidable(f"{path}: {error}") from None
@@ -62,16 +62,16 @@ def open_dump(path: str, *, base: int | None = None) -> Dump:
 
 
 def _open(file: File, base: int | None) -> Opened:
-    row = recognised(file)
-    if row is None or (row.weak and base is not None):
+    kind = recognised(file)
+    if kind is None or (kind.weak and base is not None):
         if base is None:
             raise Undecidable(
                 "not a dump of a known format; a raw image of memory needs its first byte's address (--base)"
             )
         return read_raw(file, base)
-    if not row.reader:
-        raise Undecidable(f"{row.what}; {row.advice}")
-    opened = _reader(row.reader)(file)
+    if not kind.dump:
+        raise Undecidable(f"{kind.what}; {kind.advice}")
+    opened = _read(kind, file)
     if isinstance(opened, Wrapped):
         opened = _within(opened)
     if base is not None:
@@ -80,15 +80,14 @@ def _open(file: File, base: int | None) -> Opened:
 
 
 def _within(wrapped: Wrapped) -> Opened:
-    row = recognised(wrapped.content)
-    inner = _reader(row.reader)(wrapped.content) if row and row.reader else None
+    kind = recognised(wrapped.content)
+    inner = _read(kind, wrapped.content) if kind and kind.dump else None
     if not isinstance(inner, Opened):
         start = start_of(wrapped.content, 16).hex(" ")
         raise Undecidable(f"a {wrapped.how} file with neither an ELF core nor a kdump in it, but {start}")
     return inner._replace(format=f"{wrapped.how} {inner.format}")
 
 
-def _reader(module: str) -> Reader:
-    """Each format is imported when it is met: most runs meet one."""
-    reader: Reader = import_module(f"{__package__}.{module}").read_dump
-    return reader
+def _read(kind: Magic, content: Content) -> Opened | Wrapped:
+    read_dump: Reader = import_module(f"{__package__}.{kind.dump}").read_dump
+    return read_dump(content)
