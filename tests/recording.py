@@ -36,7 +36,8 @@ from xen_symbols.targets.qemu_state import parse_cpus, raw_sections
 from xen_symbols.targets.qmp import Qmp
 from xen_symbols.xen.locate import locate
 
-MONITOR = {"registers": "info registers -a", "lapic": "info lapic 1", "mtree": "info mtree -f"}
+MONITOR = {"registers": "info registers -a", "lapic": "info lapic 1", "mtree": "info mtree -f",
+           "kvm": "info kvm", "jit": "info jit"}  # fmt: skip
 
 
 class _Recorder(Target):

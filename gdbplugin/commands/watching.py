@@ -11,7 +11,7 @@ from xen_symbols.xen.state import read_state
 
 
 def _begin(session: Session) -> Json:
-    """Watch every gate that there is. {"gates": how many, "writers_absent": why no writer can be seen, or null}."""
+    """Watch every gate that there is. {"gates": how many}, and "writers_absent": why no writer can be seen, if so."""
     session.end_watching()
     with session.look() as memory:
         if memory.target.kind != "live":
@@ -20,7 +20,8 @@ def _begin(session: Session) -> Json:
     session.gate_watch = GateWatch()
     session.gate_watch.see(state)
     addresses = gate_addresses(state)
-    return {"gates": len(addresses), "writers_absent": session.watch(addresses, session.gate_watch.writes.caught)}
+    refused = session.watch(addresses, session.gate_watch.writes.caught)
+    return {"gates": len(addresses)} | ({} if refused is None else {"writers_absent": refused})
 
 
 def _stop(session: Session) -> Json:
@@ -44,7 +45,7 @@ def _watch(session: Session, *, say: Say) -> Json:
     """The command: until the machine stops, by Ctrl-C or a breakpoint. Raises Undecidable."""
     watched = _begin(session)
     try:
-        if watched["writers_absent"]:
+        if "writers_absent" in watched:
             say([Lines([[Cell(f"without the writers: {watched['writers_absent']}", "unknown")]])])
         say([Lines([[Cell(f"watching {watched['gates']} gates: Ctrl-C ends it", "dim")]])])
         session.run(None)

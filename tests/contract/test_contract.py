@@ -27,7 +27,7 @@ from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets.dump import open_dump
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import BLOCK
-from xencrash.gdbmi import plugin_script
+from xencrash.gdbprogram import plugin_script
 from xencrash.serve import GDB_SETTINGS, served, serving
 from xencrash.trace import trace
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xencrash.gdbmi import find_gdb, gdb_arguments, plugin_script
+from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
 from xencrash.guests import build
 from xencrash.lab.boot import up
 from xencrash.lab.machine import Machine

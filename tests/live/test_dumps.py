@@ -32,7 +32,7 @@ from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import read_state
 from xencrash.cli import main
-from xencrash.gdbmi import plugin_script
+from xencrash.gdbprogram import plugin_script
 from xencrash.lab.images import xen_images
 from xencrash.lab.machine import Machine
 from xencrash.lab.packages import Cache

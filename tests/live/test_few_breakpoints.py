@@ -15,7 +15,8 @@ import pytest
 from tests.live.limited import Stub, limited
 from tests.live.machines import When, guest, run_gdb, target
 from xen_symbols.symbols.load import load_symbols
-from xencrash.gdbmi import NotRun, open_session, plugin_script
+from xencrash.gdbmi import NotRun, open_session
+from xencrash.gdbprogram import plugin_script
 from xencrash.lab.machine import Machine
 from xencrash.trace import trace
 

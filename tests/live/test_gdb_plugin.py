@@ -18,7 +18,8 @@ import pytest
 from tests.live.machines import LOOK, gdb, guest, packets, ram, rows, run_gdb, target
 from xen_symbols.absence import Undecidable
 from xen_symbols.symbols.load import load_symbols
-from xencrash.gdbmi import GdbSession, find_gdb, gdb_arguments, open_session, plugin_script
+from xencrash.gdbmi import GdbSession, open_session
+from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
 from xencrash.guests import build, command_line
 from xencrash.lab.machine import Machine
 from xencrash.trace import trace

@@ -13,7 +13,7 @@ import pytest
 from tests.machines import dumpwriter as writer
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.targets.dump import Dump, open_dump
-from xencrash.gdbmi import find_gdb
+from xencrash.gdbprogram import find_gdb
 
 RANGES = [(0x0, 0xA000), (0x100000, 0x104000)]
 CONTENT = {0x1234: b"hello", 0x102FF0: bytes(range(32))}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from xen_symbols.absence import Undecidable
-from xencrash import gdbmi as module
-from xencrash.gdbmi import GdbDied, GdbSession, MiError, Timeout, find_gdb, open_session, parse_live, parse_version
+from xencrash.gdbmi import GdbDied, GdbSession, MiError, Timeout, open_session, parse_live
+from xencrash.gdbprogram import find_gdb, parse_version, plugin_script
 
 
 @pytest.mark.parametrize(
@@ -186,5 +186,5 @@ def test_a_stub_that_is_not_qemus(tmp_path: Path) -> None:
 
 
 def test_the_plugin_is_found_without_importing_it() -> None:
-    assert module.plugin_script().name == "load.py"
-    assert module.plugin_script().is_file()
+    assert plugin_script().name == "load.py"
+    assert plugin_script().is_file()

@@ -46,6 +46,15 @@ def test_registers_outside_64_bit_mode() -> None:
     assert cpu.idtr == (0, 0xFFFF)
 
 
+@pytest.mark.parametrize("qemu", QEMUS)
+def test_what_runs_the_machine(qemu: str) -> None:
+    """Recorded under TCG; what the same QEMUs print under another accelerator is in their accel/tcg/monitor.c."""
+    assert not hmp.is_kvm(text(f"qemu-{qemu}-kvm")) and hmp.is_tcg(text(f"qemu-{qemu}-jit"))
+    assert hmp.is_kvm("kvm support: enabled\r\n")
+    assert not hmp.is_tcg("Error: JIT information is only available with accel=tcg\r\n")
+    assert not hmp.is_kvm("unknown command: 'info kvm'\r\n")
+
+
 @pytest.mark.parametrize("garbage", ["", "unknown command: 'info registers'\r\n", "CPU#0\r\nnonsense\r\n"])
 def test_other_text_is_no_registers(garbage: str) -> None:
     with pytest.raises(Unreadable):

@@ -283,9 +283,9 @@ OTHER_VERSIONS = {
     ("xen_symbols/targets/flattened.py", "(kind, version) != (1, 1)"): "of the flattened format",
     ("xen_symbols/report/blocks.py", "'version' not in info"): "whether the note says one, to be shown",
     (f"{XENCRASH}/guests/build.py", "generation not in generations()"): "whether the reference guest has it at all",
-    (f"{XENCRASH}/gdbmi.py", "version is None"): "of gdb",
-    (f"{XENCRASH}/gdbmi.py", "version < OLDEST_GDB"): "gdb is asked before it is started with what older ones lack",
-    (f"{XENCRASH}/gdbmi.py", "re.findall('\\\\b(\\\\d+)\\\\.\\\\d+', words.partition('\\n')[0])"): "of gdb",
+    (f"{XENCRASH}/gdbprogram.py", "version is None"): "of gdb",
+    (f"{XENCRASH}/gdbprogram.py", "version < OLDEST_GDB"): "gdb is asked before it is started with what others lack",
+    (f"{XENCRASH}/gdbprogram.py", "re.findall('\\\\b(\\\\d+)\\\\.\\\\d+', words.partition('\\n')[0])"): "of gdb",
 }
 # What tests decide by a version that they chose themselves, or that is none of Xen's.
 DECIDED_IN_TESTS = {

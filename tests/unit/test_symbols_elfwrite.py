@@ -9,7 +9,7 @@ from xen_symbols.symbols.elfwrite import symbol_file
 from xen_symbols.symbols.listed import ListedRows
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable
-from xencrash.gdbmi import find_gdb
+from xencrash.gdbprogram import find_gdb
 
 START = 0xFFFF82D040200000
 ROWS = [

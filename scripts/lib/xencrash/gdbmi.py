@@ -7,11 +7,9 @@ running, or stopped. What goes wrong is an Undecidable of one line: gdb ended, t
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -26,10 +24,10 @@ from pygdbmi.IoManager import IoManager
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.targets.qmp import Qmp, QmpError
+from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
 
 Json = dict[str, Any]
 
-OLDEST_GDB = 12  # has custom MI commands and packets sent from Python
 ATTACH_SECONDS = 4.0  # QEMU's stub answers within milliseconds; one that serves another gdb never does
 COMMAND_SECONDS = 30.0
 _LEAVE_SECONDS = 3.0
@@ -86,49 +84,6 @@ def parse_live(target: str) -> str:
     if not colon or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise Undecidable(f"{target!r} has no port: a live machine is gdb:HOST:PORT or gdb:/path/of/a/unix/socket")
     return f"{host or 'localhost'}:{port}"
-
-
-def find_gdb() -> str:
-    """$XENCRASH_GDB, or gdb on PATH, of a version that will do. Raises Undecidable."""
-    wanted = os.environ.get("XENCRASH_GDB") or "gdb"
-    found = shutil.which(wanted)
-    if found is None:
-        raise Undecidable(f"{wanted} was not found: install gdb, or name one in XENCRASH_GDB")
-    try:
-        words = subprocess.run(
-            [found, "--version"], capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise Undecidable(f"{found} --version failed: {error}") from None
-    version = parse_version(words)
-    if version is None or version < OLDEST_GDB:
-        raise Undecidable(f"{found} is gdb {version or 'of an unknown version'}: {OLDEST_GDB} or newer is needed")
-    return found
-
-
-def parse_version(words: str) -> int | None:
-    """The major version in the first line of `gdb --version`, whose last version-like word is gdb's own."""
-    numbers = re.findall(r"\b(\d+)\.\d+", words.partition("\n")[0])
-    return int(numbers[-1]) if words.startswith("GNU gdb") and numbers else None
-
-
-def plugin_script() -> Path:
-    """The file to `source` in gdb. It is found, not imported: only gdb can import what it loads."""
-    found = importlib.util.find_spec("gdbplugin")
-    if found is None or found.origin is None:
-        raise Undecidable("the gdb plugin is not installed beside this command: install xencrash again")
-    return Path(found.origin).with_name("load.py")
-
-
-def gdb_arguments() -> list[str]:
-    """The first arguments of every gdb started here: nobody's own settings, nothing fetched, no questions."""
-    return [
-        "-q", "-nx",
-        "-iex", "set debuginfod enabled off",
-        "-iex", "set auto-load no",
-        "-iex", "set confirm off",
-        "-iex", "set tcp auto-retry off",
-    ]  # fmt: skip
 
 
 class GdbSession:

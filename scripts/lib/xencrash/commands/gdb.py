@@ -17,7 +17,8 @@ from xen_symbols.symbols.elf import SOURCE as ELF_TABLE
 from xen_symbols.symbols.elfwrite import symbol_file
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable
-from xencrash.gdbmi import find_gdb, gdb_arguments, parse_live, plugin_script
+from xencrash.gdbmi import parse_live
+from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
 from xencrash.judging import open_xen
 from xencrash.options import ANY_TARGET, Request, add_target, request
 from xencrash.serve import GDB_SETTINGS, served, serving

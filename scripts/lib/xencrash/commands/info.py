@@ -22,6 +22,7 @@ from xen_symbols.report.blocks import (
     info_note_lines,
     missing_lines,
     note_lines,
+    target_line,
 )
 from xen_symbols.report.console import print_blocks
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus
@@ -111,7 +112,7 @@ def blocks(data: Json) -> list[Block]:
         return [Cell(f"{name:13}", "dim"), Cell(str(text))]
 
     target, symbols, generation = data["target"], data.get("symbols"), data.get("generation")
-    lines = [line("target", f"{target['location']} ({target['format']})")]
+    lines = [line("target", target_line(target))]
     memory = data.get("memory", [])
     shown = ", ".join(f"{start}-{end}" for start, end in memory[:4]) + (
         f" and {len(memory) - 4} more" * (len(memory) > 4)
