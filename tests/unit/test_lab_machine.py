@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from xencrash.lab import boot, crash, domu, images, initramfs, machine
 from xencrash.lab.crash import Crash
 from xencrash.lab.dumps import elf_size
 from xencrash.lab.errors import BadSpecification, LabError
-from xencrash.lab.packages import Cache
+from xencrash.lab.packages import Cache, Package
 from xencrash.lab.qemu import Boot, Paths, Program, Ram, command_line
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, KERNEL_SUITE, QEMUS, SUITES, XENS
 from xencrash.lab.runs import State, new_run
@@ -214,20 +215,34 @@ def test_what_was_made_is_made_again_when_it_is_broken(tmp_path: Path) -> None:
     told: list[str] = []
     cache = Cache(tmp_path, told.append)
 
-    def build(folder: Path) -> None:
+    def build(folder: Path, files: images.Files) -> None:
+        assert list(files.values()) == [tmp_path / "packages" / files["in"].name]
         (folder / "sub").mkdir()
         (folder / "sub/file").write_text("content")
 
-    made = images._made(cache, "thing", [Path("in_1.deb")], build)
+    def make(version: int) -> Path:
+        def choose(cache: Cache) -> list[Package]:
+            digest = hashlib.sha256(b"").hexdigest()
+            return [Package("in", str(version), f"in_{version}.deb", 0, digest, ())]
+
+        return images._made(cache, "thing", [images.Wanted("bookworm", choose)], build)
+
+    (tmp_path / "packages").mkdir()
+    for version in (1, 2):
+        (tmp_path / f"packages/in_{version}.deb").touch()
+    made = make(1)
     assert (made / "sub/file").read_text() == "content"
-    assert images._made(cache, "thing", [Path("in_1.deb")], build) == made
-    assert images._made(cache, "thing", [Path("in_2.deb")], build) != made
+    assert make(1) == made
+    assert make(2) != made
     told.clear()
     for damage in ("CONTENT", None):
         path = made / "sub/file"
         path.write_text(damage) if damage else path.unlink()
-        assert images._made(cache, "thing", [Path("in_1.deb")], build) == made
+        assert make(1) == made
         assert path.read_text() == "content"
+    for path in (tmp_path / "packages").iterdir():
+        path.unlink()
+    assert make(1) == made  # what it was made of is not needed any more
     assert [text for text in told if "broken" in text] == [f"{made.name} in the cache is broken: making it again"] * 2
 
 

@@ -1,11 +1,12 @@
 """What is made from packages: QEMU, and what it is given: Xen, its symbols, the dom0 kernel and its initramfs.
 
 Everything made is kept in the cache under a key of its inputs, with the SHA-256 of each file, and compared
-with it before each use.
+with it before each use. The packages are fetched, and compared with the signed index, where something is to be made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import gzip
 import hashlib
@@ -16,7 +17,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,20 +54,33 @@ class XenImages:
     dom0_initramfs: Path
 
 
+Files = dict[str, Path]  # of packages, by name
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Packages of a suite, which `choose` picks from its index."""
+
+    suite: str
+    choose: Callable[[Cache], list[Package]]
+
+
 def xen_images(cache: Cache, row: XenRow) -> XenImages:
     """The images of a row, fetched and made where the cache has none that are whole."""
+    wanted = [
+        *_kexec(row),
+        Wanted(row.suite, lambda cache: cache.packages(row.suite, row.packages)),
+        Wanted(KERNEL_SUITE, _kernel_packages),
+    ]
+
+    def build(folder: Path, tools: Files, libxenctrl: Files, xen: Files, base: Files) -> None:
+        _build_xen(folder, row, list(xen.values()))
+        kernel = next(path for name, path in base.items() if name != BUSYBOX_PACKAGE)
+        kexec = [*tools.values(), *libxenctrl.values()]
+        _build_dom0(folder, kernel, base[BUSYBOX_PACKAGE], kexec, row.libxenctrl_as)
+
     with cache.lock():
-        kexec = _kexec_packages(cache, row)
-        xen = cache.collect(row.suite, lambda at: at.packages(row.suite, row.packages))
-        base = cache.collect(KERNEL_SUITE, _kernel_packages)
-        inputs = [*kexec, *xen.values(), *base.values()]
-
-        def build(folder: Path) -> None:
-            _build_xen(folder, row, list(xen.values()))
-            kernel = next(path for name, path in base.items() if name != BUSYBOX_PACKAGE)
-            _build_dom0(folder, kernel, base[BUSYBOX_PACKAGE], kexec, row.libxenctrl_as)
-
-        made = _made(cache, f"xen-{row.name}", inputs, build)
+        made = _made(cache, f"xen-{row.name}", wanted, build)
     return XenImages(made / "xen", made / "xen-syms", made / "vmlinuz", made / "dom0.cpio.gz")
 
 
@@ -75,31 +89,31 @@ def domu_images(cache: Cache, row: XenRow) -> XenImages:
     plain = xen_images(cache, row)
     if not shutil.which("gcc"):
         raise LabError("making the images: gcc is missing, which builds what creates a domU: install gcc and binutils")
+    wanted = [*_kexec(row), Wanted(row.suite, lambda cache: cache.packages(row.suite, [LIBXEN_HEADERS]))]
+
+    def build(folder: Path, *packages: Files) -> None:
+        # Linux unpacks archives that lie behind each other (buffer-format.rst).
+        domu = _domu([path for files in packages for path in files.values()])
+        whole = plain.dom0_initramfs.read_bytes() + initramfs.compressed(initramfs.cpio(domu))
+        (folder / "dom0.cpio.gz").write_bytes(whole)
+
     with cache.lock():
-        libraries = _kexec_packages(cache, row)
-        headers = cache.collect(row.suite, lambda at: at.packages(row.suite, [LIBXEN_HEADERS])).values()
-        packages = [*libraries, *headers]
-
-        def build(folder: Path) -> None:
-            # Linux unpacks archives that lie behind each other (buffer-format.rst).
-            whole = plain.dom0_initramfs.read_bytes() + initramfs.compressed(initramfs.cpio(_domu(packages)))
-            (folder / "dom0.cpio.gz").write_bytes(whole)
-
-        made = _made(cache, f"domu-{row.name}", [plain.xen.parent, *packages], build, _DOMU_SOURCES)
+        made = _made(cache, f"domu-{row.name}", wanted, build, [plain.dom0_initramfs, *_DOMU_SOURCES])
     return replace(plain, dom0_initramfs=made / "dom0.cpio.gz")
 
 
 def qemu_words(cache: Cache, row: QemuRow) -> tuple[str, ...]:
     """The command for a row's QEMU, which runs from the cache with its own libraries, modules and firmware."""
-    suite = row.suite
+    wanted = [
+        Wanted(row.suite, lambda cache: cache.with_libraries(row.suite, [QEMU_PACKAGE])),
+        Wanted(row.suite, lambda cache: cache.packages(row.suite, QEMU_DATA_PACKAGES)),
+    ]
+
+    def build(folder: Path, program: Files, data: Files) -> None:
+        _build_qemu(folder, list(program.values()), list(data.values()))
+
     with cache.lock():
-        program = cache.collect(suite, lambda at: at.with_libraries(suite, [QEMU_PACKAGE]))
-        data = cache.collect(suite, lambda at: at.packages(suite, QEMU_DATA_PACKAGES))
-
-        def build(folder: Path) -> None:
-            _build_qemu(folder, list(program.values()), list(data.values()))
-
-        made = _made(cache, f"qemu-{row.name}", [*program.values(), *data.values()], build)
+        made = _made(cache, f"qemu-{row.name}", wanted, build)
     return (
         *("env", f"QEMU_MODULE_DIR={made / 'data'}"),
         *(str(made / "lib/ld-linux-x86-64.so.2"), "--library-path", str(made / "lib")),
@@ -113,10 +127,12 @@ def _kernel_packages(cache: Cache) -> list[Package]:
     return cache.packages(KERNEL_SUITE, [*kernels, BUSYBOX_PACKAGE])
 
 
-def _kexec_packages(cache: Cache, row: XenRow) -> list[Path]:
+def _kexec(row: XenRow) -> list[Wanted]:
     """kexec, its libraries, and this Xen's own libxenctrl where that is another."""
-    tools = cache.collect(row.kexec_suite, lambda at: at.with_libraries(row.kexec_suite, ["kexec-tools"]))
-    return [*tools.values(), *cache.collect(row.suite, lambda at: _libxenctrl(at, row)).values()]
+    return [
+        Wanted(row.kexec_suite, lambda cache: cache.with_libraries(row.kexec_suite, ["kexec-tools"])),
+        Wanted(row.suite, lambda cache: _libxenctrl(cache, row)),
+    ]
 
 
 def _libxenctrl(cache: Cache, row: XenRow) -> list[Package]:
@@ -126,23 +142,49 @@ def _libxenctrl(cache: Cache, row: XenRow) -> list[Package]:
 
 
 def _made(
-    cache: Cache, kind: str, inputs: Iterable[Path], build: Callable[[Path], None], sources: Iterable[Path] = ()
+    cache: Cache, kind: str, wanted: Sequence[Wanted], build: Callable[..., None], sources: Iterable[Path] = ()
 ) -> Path:
-    """The folder that `build` makes from these packages (whose names hold their versions) and source files, whole
-    and checked."""
+    """The folder that `build(folder, files…)` makes, from the files of each that is wanted and from source files.
+
+    It is whole and checked. Its name is of the packages' names, which hold their versions, and of the sources' content.
+    """
     recipe = hashlib.sha256()
     for source in (Path(__file__), Path(initramfs.__file__), *sources):
         recipe.update(source.read_bytes())
-    for path in inputs:
-        recipe.update(path.name.encode() + b"\0")
-    made = cache.root / "made" / f"{kind}-{recipe.hexdigest()[:16]}"
-    if made.exists():
-        if _whole(made):
-            os.utime(made)
+
+    def folder_of(names: Iterable[str]) -> Path:
+        whole = recipe.copy()
+        for name in names:
+            whole.update(name.encode() + b"\0")
+        return cache.root / "made" / f"{kind}-{whole.hexdigest()[:16]}"
+
+    with contextlib.suppress(LabError):  # whatever is wrong with an index is for `collect` to say, or to mend
+        made = folder_of(package.file for want in wanted for package in want.choose(cache))
+        if _usable(cache, made):
             return made
-        cache.progress(f"{made.name} in the cache is broken: making it again")
-        shutil.rmtree(made)
-    cache.progress(f"unpacking and making {kind}")
+    files = [cache.collect(want.suite, want.choose) for want in wanted]
+    made = folder_of(path.name for found in files for path in found.values())
+    if not _usable(cache, made):
+        cache.progress(f"unpacking and making {kind}")
+        _make(made, lambda folder: build(folder, *files))
+    for old in made.parent.glob(f"{kind}-*"):
+        if time.time() - old.stat().st_mtime > _UNUSED:
+            shutil.rmtree(old)
+    return made
+
+
+def _usable(cache: Cache, made: Path) -> bool:
+    if not made.exists():
+        return False
+    if _whole(made):
+        os.utime(made)
+        return True
+    cache.progress(f"{made.name} in the cache is broken: making it again")
+    shutil.rmtree(made)
+    return False
+
+
+def _make(made: Path, build: Callable[[Path], None]) -> None:
     made.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".tmp-") as name:
         folder = Path(name) / "made"
@@ -152,10 +194,6 @@ def _made(
         manifest = {str(path.relative_to(folder)): sha256_of(path) for path in files}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         folder.rename(made)
-    for old in made.parent.glob(f"{kind}-*"):
-        if time.time() - old.stat().st_mtime > _UNUSED:
-            shutil.rmtree(old)
-    return made
 
 
 def _whole(folder: Path) -> bool:
@@ -182,7 +220,7 @@ def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path], li
     shell = _only(members([busybox], ("*bin/busybox",)), "*bin/busybox")
     crash = initramfs.initramfs(initramfs.CRASH_INIT, shell, {name: modules[name] for name in initramfs.CRASH_MODULES})
     extra = [
-        *_kexec(kexec, libxenctrl_as),
+        *_kexec_files(kexec, libxenctrl_as),
         initramfs.file("boot/vmlinuz", vmlinuz, 0o644),
         initramfs.file("boot/crash.cpio.gz", crash, 0o644),
     ]
@@ -207,7 +245,7 @@ def _build_qemu(folder: Path, packages: list[Path], data: list[Path]) -> None:
         (folder / "data" / Path(name).name).write_bytes(content)
 
 
-def _kexec(packages: list[Path], libxenctrl_as: str) -> list[initramfs.Entry]:
+def _kexec_files(packages: list[Path], libxenctrl_as: str) -> list[initramfs.Entry]:
     """kexec from these packages (of which later ones go before) and the libraries that it loads."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
