@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.follow import Follower, GateWatch
@@ -21,7 +21,9 @@ from xen_symbols.targets import PhysicalCpu
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import CpuState, State
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
 Say = Callable[[Sequence[Block]], None]
 # Of a write that a watchpoint caught: the gate, the target's index of the CPU, where that goes on, all the gates.
 NoteWrite = Callable[[Key, int, int, Mapping[Key, bytes]], None]
@@ -40,7 +42,7 @@ class Stop(NamedTuple):
 class Session(Protocol):
     """What the commands ask of the debugger."""
 
-    report: Json | None  # the last one, by a check or a trace
+    report: contract.Report | None  # the last one, by a check or a trace
     follower: Follower | None  # of the trace that has begun
     gate_watch: GateWatch | None
 
@@ -127,7 +129,7 @@ class Step:
     drops the result of an MI command that does."""
 
     name: str
-    answer: Callable[..., Json]
+    answer: Callable[..., Mapping[str, Any]]
     arguments: tuple[Argument, ...] = ()
 
 
@@ -143,8 +145,8 @@ class Command:
     summary: str
     details: str
     arguments: tuple[Argument, ...]
-    answer: Callable[..., Json]
-    blocks: Callable[[Json], Sequence[Block]]
+    answer: Callable[..., Mapping[str, Any]]
+    blocks: Callable[[Any], Sequence[Block]]
     steps: tuple[Step, ...] = ()
 
     @property

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gdb
 
 from gdbplugin import running, watchpoints
-from gdbplugin.declare import Json, NoteWrite, Stop
+from gdbplugin.declare import NoteWrite, Stop
 from gdbplugin.rdmsr import measure_modes
 from gdbplugin.target import LiveTarget, ServedDump, cpu_index, open_target
 from xen_symbols.absence import Undecidable, Unreadable
@@ -23,13 +23,16 @@ from xen_symbols.targets import PhysicalCpu
 from xen_symbols.xen.locate import carried_symbols, locate, still_there
 from xen_symbols.xen.memory import ROOT, XenMemory
 
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
 
 class Session:
     """Implements gdbplugin.declare.Session. `settings` are gdb's parameters under `set xen`, by name."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
-        self.report: Json | None = None
+        self.report: contract.Report | None = None
         self.follower: Follower | None = None
         self.gate_watch: GateWatch | None = None
         self._tables: dict[tuple[str, int, int], SymbolTable] = {}

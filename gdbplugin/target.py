@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import gdb
 
@@ -98,7 +99,7 @@ class LiveTarget(Target):
     # -- what runs the machine ----------------------------------------------------------------
 
     @functools.cached_property
-    def accelerator(self) -> str | Absent:
+    def accelerator(self) -> Literal["kvm", "tcg"] | Absent:
         """`kvm` or `tcg`, by QEMU's monitor."""
         if hmp.is_kvm(self._monitor("info kvm")):
             return "kvm"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from gdbplugin.declare import CPU, Argument, Command, Json, Session, cell, chosen, plain
+from gdbplugin.declare import CPU, Argument, Command, Session, cell, chosen, plain
 from xen_symbols.absence import Absent, Undecidable
+from xen_symbols.describe.backtrace import describe_backtrace
 from xen_symbols.report.blocks import Block, Cell, Lines, Table, show
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
@@ -13,6 +15,9 @@ from xen_symbols.xen.backtrace import backtrace
 from xen_symbols.xen.lapic import lapic_mode
 from xen_symbols.xen.percpu import per_cpu_areas, per_cpu_variable
 from xen_symbols.xen.state import read_state
+
+if TYPE_CHECKING:
+    from xen_symbols.report.contract import Json
 
 
 def _cpus(session: Session) -> Json:
@@ -93,7 +98,7 @@ def _bt(session: Session, cpu: int | None = None) -> Json:
         absent = [known for known in wanted if not known.exists]
         if absent:
             raise Undecidable(f"CPU {absent[0].cpu} is announced and absent: it has no stack")
-        return {"cpus": [backtrace(memory, state, known).to_json() for known in wanted]}
+        return {"cpus": [describe_backtrace(backtrace(memory, state, known)) for known in wanted]}
 
 
 def _show_bt(answer: Json) -> Sequence[Block]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from gdbplugin.declare import Command, Json, Session, plain
+from gdbplugin.declare import Command, Session, plain
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.checks import Context
 from xen_symbols.crashpath.engine import evaluate
@@ -13,6 +14,10 @@ from xen_symbols.crashpath.position import crashing_cpu, infer
 from xen_symbols.describe.machine import describe_cpus
 from xen_symbols.report.blocks import Block, Cell, Lines, cpus_table, report_blocks, show
 from xen_symbols.xen.state import read_state
+
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+    from xen_symbols.report.contract import Json
 
 
 def _status(session: Session) -> Json:
@@ -53,16 +58,16 @@ def _show_status(answer: Json) -> Sequence[Block]:
         if answer[name] is not None:
             lines.append((title, show(answer[name])))
     text = Lines([[Cell(f"{name:14}", "dim"), Cell(value)] for name, value in lines])
-    return [text, cpus_table({"cpus": answer["cpus"], "stages": [{"stage": answer["stage"]}]})]
+    return [text, cpus_table(answer["cpus"], answer["stage"])]
 
 
-def _check(session: Session) -> Json:
+def _check(session: Session) -> contract.Report:
     with session.look() as memory:
         session.report = evaluate(memory, session.identification(memory)).to_json()
     return session.report
 
 
-def _report(session: Session) -> Json:
+def _report(session: Session) -> contract.Report:
     if session.report is None:
         raise Undecidable("there is no report yet: xen crash check makes one, and so does xen crash trace")
     return session.report

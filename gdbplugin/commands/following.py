@@ -5,10 +5,16 @@ The driver's part is breakpoints and letting the machine run; the steps read the
 
 from __future__ import annotations
 
-from gdbplugin.declare import Argument, Command, Json, Say, Session, Step
+from typing import TYPE_CHECKING
+
+from gdbplugin.declare import Argument, Command, Say, Session, Step
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.follow import STALL_SECONDS, Follower, StopResult
 from xen_symbols.report.blocks import Cell, Lines, report_blocks, stage_line
+
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+    from xen_symbols.report.contract import Json
 
 
 def _begin(
@@ -78,8 +84,9 @@ def _end(session: Session) -> Json:
     """End the trace. {"verdict": of the whole}; -xen-crash-report has the whole report."""
     session.end_watching()
     follower = _follower(session)
-    session.report, session.follower = follower.report.to_json(), None
-    return {"verdict": session.report["verdict"]}
+    report = follower.report.to_json()
+    session.report, session.follower = report, None
+    return {"verdict": report["verdict"]}
 
 
 def _follower(session: Session) -> Follower:
@@ -88,7 +95,7 @@ def _follower(session: Session) -> Follower:
     return session.follower
 
 
-def _trace(session: Session, *, say: Say, timeout: float | None = None) -> Json:
+def _trace(session: Session, *, say: Say, timeout: float | None = None) -> contract.Report:
     """The command. Raises Undecidable when the crash cannot be followed."""
     step = _begin(session, timeout=timeout)
     follower = _follower(session)
@@ -112,7 +119,7 @@ def _follow(session: Session, step: Json, say: Say) -> None:
             happened = session.run(step["wait"])
             step = _stop(session, expired=happened.expired)
             if step["stage"] is not None:
-                say([stage_line(step, step["findings"])])
+                say([stage_line(_follower(session).report.stages[-1].to_json(), step["findings"])])
             if step["finished"] or step["undecided"]:
                 return
             if step["stage"] is None and happened.interrupted:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from gdbplugin.declare import Command, Json, Session, cell
+from gdbplugin.declare import Command, Session, cell
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.describe.machine import describe_symbols, describe_target
@@ -12,6 +13,9 @@ from xen_symbols.describe.notes import describe_crash_notes
 from xen_symbols.report.blocks import Block, Cell, Lines, Table, info_note_lines, missing_lines, note_lines
 from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.state import read_state
+
+if TYPE_CHECKING:
+    from xen_symbols.report.contract import Json
 
 
 def _symbols(session: Session) -> Json:

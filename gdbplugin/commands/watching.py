@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from gdbplugin.declare import Command, Json, Say, Session, Step
+from typing import TYPE_CHECKING
+
+from gdbplugin.declare import Command, Say, Session, Step
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.follow import GateWatch
 from xen_symbols.crashpath.gatechanges import gate_addresses
 from xen_symbols.report.blocks import Cell, Lines, watched_gates
 from xen_symbols.xen.state import read_state
+
+if TYPE_CHECKING:
+    from xen_symbols.report.contract import Json
 
 
 def _begin(session: Session) -> Json:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from gdbplugin.declare import CPU, Argument, Command, Json, Session, cell, chosen, hex_or_none, plain
+from gdbplugin.declare import CPU, Argument, Command, Session, cell, chosen, hex_or_none, plain
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.describe.machine import describe_gate
 from xen_symbols.report.blocks import Block, Cell, Lines, Table
@@ -15,6 +16,9 @@ from xen_symbols.xen.lapic import lapic_mode
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.reads import Read, in_memory
 from xen_symbols.xen.state import CpuState, State, read_state
+
+if TYPE_CHECKING:
+    from xen_symbols.report.contract import Json
 
 
 def _idt(session: Session, cpu: int | None = None, vector: int | None = None) -> Json:

@@ -6,6 +6,7 @@ import struct
 from typing import Any
 
 from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.describe.backtrace import describe_backtrace
 from xen_symbols.symbols.listed import ListedRows
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
@@ -135,7 +136,7 @@ class Stacks:
         known = CpuState(self.cpu, True, 0, nothing, nothing, nothing, nothing, Read(gate), nothing, TSS_PAGE, nothing,
                          physical)  # fmt: skip
         state = State(self.symbols, {"fred": Read(fred)}, {self.cpu: known})
-        return backtrace(self, state, known).to_json()  # type: ignore[arg-type]
+        return describe_backtrace(backtrace(self, state, known))  # type: ignore[arg-type]
 
 
 def _symbols(rows: list[tuple[int, str, str]]) -> SymbolTable:

@@ -16,12 +16,13 @@ from tests.machines.recorded import load
 from tests.schema import SCHEMA
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath.engine import evaluate
-from xen_symbols.report.blocks import dumps_table, report_blocks, show
+from xen_symbols.report.blocks import dumps_table, report_blocks, show, why_not_pass
 from xen_symbols.report.console import draw, plain, print_blocks
 from xen_symbols.report.junit import to_junit
-from xen_symbols.report.model import ExitStatus, Finding, Report, StageSeen, Verdict, worst
+from xen_symbols.report.model import ExitStatus, Finding, Report, StageSeen, Verdict, exit_status, worst
 from xen_symbols.xen.console import printable
 from xen_symbols.xen.locate import locate
+from xencrash.output import why_undecided
 
 
 def report(**changes: Any) -> Report:
@@ -217,3 +218,36 @@ def test_values_are_shown_as_people_read_them() -> None:
 
 def test_no_terminal_obeys_what_a_guest_printed() -> None:
     assert printable("a\x1b]0;title\x07\tb\r\n\x9b2J") == "a\\x1b]0;title\\x07\tb\n\\x9b2J"
+
+
+def test_several_reports_have_the_status_of_the_worst() -> None:
+    assert exit_status() is ExitStatus.UNDECIDED
+    assert exit_status(Verdict.PASS, Verdict.PASS) is ExitStatus.PASSED
+    assert exit_status(Verdict.PASS, Verdict.UNKNOWN) is ExitStatus.UNDECIDED
+    assert exit_status(Verdict.UNKNOWN, Verdict.FAIL, Verdict.PASS) is ExitStatus.FAILED
+    for verdict in Verdict:
+        assert Verdict.of(verdict.word) is verdict and verdict.word == str(verdict)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "undecided", "why", "said"),
+    [
+        ([Verdict.PASS, Verdict.SKIP], None, "", None),
+        ([Verdict.PASS, Verdict.FAIL, Verdict.FAIL], None, "fail: nmi-gate-ist on CPU 1 at handover", None),
+        ([Verdict.UNKNOWN, Verdict.FAIL], None, "fail: nmi-gate-ist on CPU 1 at handover", None),
+        ([Verdict.UNKNOWN], None, "unknown: nmi-gate-ist on CPU 0 at handover: because", ...),
+        ([Verdict.PASS, *[Verdict.UNKNOWN] * 3], None,
+         "unknown: nmi-gate-ist on CPU 1 at handover: because (and 2 more)", ...),
+        ([Verdict.UNKNOWN], "the target was lost", "the target was lost", ...),
+        ([Verdict.PASS], "the target was lost", "the target was lost", ...),
+        ([Verdict.FAIL], "the target was lost", "fail: nmi-gate-ist on CPU 0 at handover", "the target was lost"),
+        ([Verdict.SKIP], None, "nothing could be judged", ...),
+        ([], None, "nothing could be judged", ...),
+    ],
+)  # fmt: skip
+def test_why_a_report_is_no_pass(verdicts: list[Verdict], undecided: str | None, why: str, said: Any) -> None:
+    """The same for a table of dumps and, where it is undecided, on standard error (`...`)."""
+    findings = [finding(verdict)._replace(cpu=cpu) for cpu, verdict in enumerate(verdicts)]
+    made = report(findings=findings, undecided=undecided)
+    assert why_not_pass(made.to_json()) == why
+    assert why_undecided(made) == why_undecided(made.to_json()) == (why if said is ... else said)

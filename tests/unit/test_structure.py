@@ -202,6 +202,26 @@ def test_no_module_of_the_plugin_is_called_as_one_of_the_command_is() -> None:
     assert set.intersection(*names.values()) == set()
 
 
+CONTRACT = "xen_symbols.report.contract"
+
+
+def test_the_contracts_types_have_one_home_and_are_for_type_checking_alone() -> None:
+    """Making them takes longer than judging a dump's CPUs; and a JSON object has one name."""
+    users = 0
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        defined = [ast.unparse(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign)]
+        assert "Json" not in defined or module_name(path) == CONTRACT, path
+        blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+        for_types = {id(part) for block in blocks for part in ast.walk(block)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                imported = {f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)}
+                users += CONTRACT in imported
+                assert CONTRACT not in imported or id(node) in for_types, path
+    assert users > 10
+
+
 def test_importing_does_nothing() -> None:
     """Every module that needs no gdb imports without output, files or threads."""
     names = [

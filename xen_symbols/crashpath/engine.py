@@ -1,7 +1,7 @@
 """The one engine: a target, its symbols and a position become findings and a report."""
 
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, MACHINE, Check, Context, Outcome, Subject
@@ -14,7 +14,10 @@ from xen_symbols.version import VERSION
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import CpuState, read_state
 
-TOOL: Mapping[str, Any] = {"name": "xencrash", "version": VERSION}
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
+TOOL: "contract.Tool" = {"name": "xencrash", "version": VERSION}
 
 
 def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> list[Finding]:

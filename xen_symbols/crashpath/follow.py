@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.breakpoints import SLOTS, Anchors
@@ -28,6 +28,9 @@ from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.locate import still_there
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import State, read_state
+
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
 
 # xen/include/public/kexec.h and xen/common/kexec.c: bit 5 selects which of the crash images, bits 2 and 3, is live.
 _KEXEC_IMAGE_CRASH_BASE = 2
@@ -364,7 +367,7 @@ class GateWatch:
         self._history = GateHistory()
         self.writes = Writes()
 
-    def see(self, state: State) -> list[dict[str, Any]]:
+    def see(self, state: State) -> list[contract.GateChange]:
         """The changes since the last call."""
         anywhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
         position = Position(NORMAL, None, None, anywhere, {}, online_at_crash(state, None, None))

@@ -102,8 +102,9 @@ class GateChange(NamedTuple):
         return self.now.position.stage.id
 
     @property
-    def stop(self) -> int | None:
+    def stop(self) -> int:
         """The index of that stage in the report."""
+        assert self.now.stop is not None
         return self.now.stop
 
     @property

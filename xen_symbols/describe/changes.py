@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from xen_symbols.describe.machine import describe_gate, describe_place
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.x86.gate import Gate
+
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
 
 
 class Write(Protocol):
@@ -45,10 +48,10 @@ class TracedChange(GateChange, Protocol):
     @property
     def stage(self) -> str: ...
     @property
-    def stop(self) -> int | None: ...
+    def stop(self) -> int: ...
 
 
-def describe_gate_change(symbols: SymbolTable, change: GateChange) -> dict[str, Any]:
+def describe_gate_change(symbols: SymbolTable, change: GateChange) -> contract.GateChange:
     """What changed a gate from what to what, and who was seen to write to it."""
     return {
         "cpu": change.cpu,
@@ -60,7 +63,7 @@ def describe_gate_change(symbols: SymbolTable, change: GateChange) -> dict[str, 
     }
 
 
-def describe_traced_change(symbols: SymbolTable, change: TracedChange) -> dict[str, Any]:
+def describe_traced_change(symbols: SymbolTable, change: TracedChange) -> contract.TracedChange:
     """The same between two stops of a trace."""
     return {
         **describe_gate_change(symbols, change),

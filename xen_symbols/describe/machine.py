@@ -1,8 +1,10 @@
 """A target, its symbols and its CPUs as the JSON contract gives them. What is not known is null, with the reason."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Container, Iterable
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from xen_symbols.absence import Absent
 from xen_symbols.symbols.table import SymbolTable
@@ -12,27 +14,27 @@ from xen_symbols.x86.gate import Gate
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import CpuState, State
 
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
 
-def describe_target(memory: XenMemory) -> dict[str, Any]:
+
+def describe_target(memory: XenMemory) -> contract.Target:
     """Where Xen was found."""
     target = memory.target
-    return {
+    out: contract.Target = {
         "kind": target.kind,
         "format": target.format,
         "location": target.location,
-        **_describe_accelerator(target.accelerator),
+        "accelerator": None,
         "xen_phys_start": hex(memory.xen_phys_start),
         "found_by": memory.found_by,
     }
+    if isinstance(target.accelerator, Absent):
+        return {**out, "accelerator_absent": target.accelerator.reason}
+    return {**out, "accelerator": target.accelerator}
 
 
-def _describe_accelerator(accelerator: str | Absent) -> dict[str, Any]:
-    if isinstance(accelerator, Absent):
-        return {"accelerator": None, "accelerator_absent": accelerator.reason}
-    return {"accelerator": accelerator}
-
-
-def describe_symbols(memory: XenMemory) -> dict[str, Any]:
+def describe_symbols(memory: XenMemory) -> contract.Symbols:
     """The symbols, and whether they are of the build that is in memory."""
     symbols: SymbolTable = memory.symbols
     theirs = memory.build_id
@@ -47,7 +49,7 @@ def describe_symbols(memory: XenMemory) -> dict[str, Any]:
     }
 
 
-def describe_gate(symbols: SymbolTable, gate: Gate) -> dict[str, Any]:
+def describe_gate(symbols: SymbolTable, gate: Gate) -> contract.Gate:
     """A gate, with its handler's name."""
     return {
         "handler": {"address": hex(gate.handler), "symbol": symbols.describe(gate.handler)},
@@ -60,7 +62,7 @@ def describe_gate(symbols: SymbolTable, gate: Gate) -> dict[str, Any]:
     }
 
 
-def describe_place(symbols: SymbolTable, pc: int) -> dict[str, Any]:
+def describe_place(symbols: SymbolTable, pc: int) -> contract.Place:
     """Where a CPU is in Xen's text."""
     return {"symbol": symbols.describe(pc), "pc": hex(pc)}
 
@@ -70,7 +72,7 @@ _NO_REGISTERS = Absent("no registers")
 
 def describe_cpus(
     state: State, cpus: Iterable[int], crashing: int | None, online: Container[int]
-) -> list[dict[str, Any]]:
+) -> list[contract.Cpu]:
     """Each of these CPUs; `online` are those that were when the crash began."""
     # Thousands of CPUs have the same few gates, and are in the same few places.
     gates, places = cache(partial(describe_gate, state.symbols)), cache(partial(describe_place, state.symbols))
@@ -79,12 +81,12 @@ def describe_cpus(
 
 
 def _describe_cpu(
-    cpu: CpuState, role: str, gates: Callable[[Gate], dict[str, Any]], places: Callable[[int], dict[str, Any]]
-) -> dict[str, Any]:
+    cpu: CpuState, role: str, gates: Callable[[Gate], contract.Gate], places: Callable[[int], contract.Place]
+) -> contract.Cpu:
     physical = cpu.physical
     lapic = physical if isinstance(physical, Absent) else physical.lapic
     pc = None if isinstance(physical, Absent) else physical.registers.get("rip")
-    return _with_reasons(
+    described = _with_reasons(
         {
             "cpu": cpu.cpu,
             "role": role,
@@ -100,21 +102,23 @@ def _describe_cpu(
             "at": physical if isinstance(physical, Absent) else places(pc) if pc is not None else _NO_REGISTERS,
         }
     )
+    return cast("contract.Cpu", described)
 
 
-def _with_reasons(values: dict[str, Any]) -> dict[str, Any]:
+def _with_reasons(values: contract.Json) -> contract.Json:
     """The values as JSON: an Absent is null, and its reason stands in `absent`."""
     reasons = {name: value.reason for name, value in values.items() if isinstance(value, Absent)}
     return {**values, **dict.fromkeys(reasons), "absent": reasons} if reasons else values
 
 
-def _describe_lapic(lapic: Lapic) -> dict[str, Any]:
+def _describe_lapic(lapic: Lapic) -> contract.Lapic:
     base = lapic.apic_base
     registers = {name: getattr(lapic, name) for name in ("apic_base", "spiv", "icr_low", "icr_high")}
-    return _with_reasons(
+    described = _with_reasons(
         {
             "mode": base if isinstance(base, Absent) else apic.mode(base).value,
             "source": lapic.source,
             **{name: value if isinstance(value, Absent) else hex(value) for name, value in registers.items()},
         }
     )
+    return cast("contract.Lapic", described)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.formats.elfnotes import Note
@@ -21,7 +21,8 @@ from xen_symbols.xen.crashnotes import CpuNotes
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import CpuState, State
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report.contract import Json
 
 _STRING_MAX = 256
 # What a note is, by name and type: xen/include/public/elfnote.h, Linux kernel/crash_core.c, QEMU arch_dump.c.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.report.model import Verdict, worst
 from xen_symbols.text import escaped, ranges
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_NAMES
 
-Json = Mapping[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+    from xen_symbols.report.contract import Json
 
 
 class Cell(NamedTuple):
@@ -54,7 +56,7 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def gate_cell(gate: Json | None) -> Cell:
+def gate_cell(gate: contract.Gate | None) -> Cell:
     """A gate in short: handler and IST, and whatever else is out of the ordinary."""
     if gate is None:
         return Cell("unread", "unknown")
@@ -68,7 +70,7 @@ def gate_cell(gate: Json | None) -> Cell:
     return Cell(text)
 
 
-def header(report: Json) -> Lines:
+def header(report: contract.Report) -> Lines:
     """What was looked at, and by which symbols and generation."""
     target, symbols, generation = report["target"], report["symbols"], report["generation"]
     match = {True: Cell("match", "pass"), False: Cell("DO NOT MATCH", "fail"), None: Cell("unverified", "unknown")}
@@ -90,26 +92,27 @@ def header(report: Json) -> Lines:
     return Lines(lines)
 
 
-def target_line(target: Json) -> str:
+def target_line(target: contract.Target) -> str:
     """What was looked at, in what form, and what runs it."""
     by = target.get("accelerator")
-    return f"{target.get('location', '?')} ({target.get('format', '?')}{', ' + by.upper() if by else ''})"
+    return f"{target['location']} ({target['format']}{', ' + by.upper() if by else ''})"
 
 
-def _lapic_cell(cpu: Json) -> Cell:
-    lapic = cpu.get("lapic")
-    if not lapic or lapic.get("mode") is None:
+def _lapic_cell(cpu: contract.Cpu) -> Cell:
+    lapic = cpu["lapic"]
+    mode = None if lapic is None else lapic["mode"]
+    spiv = None if lapic is None else lapic.get("spiv")
+    if mode is None:
         return Cell("not known", "dim")
-    if lapic.get("spiv") is None:
-        return Cell(lapic["mode"])
-    enabled = "on" if int(lapic["spiv"], 16) & apic.SPIV_SOFTWARE_ENABLE else "off"
-    return Cell(f"{lapic['mode']}, {enabled}")
+    if spiv is None:
+        return Cell(mode)
+    return Cell(f"{mode}, {'on' if int(spiv, 16) & apic.SPIV_SOFTWARE_ENABLE else 'off'}")
 
 
-def cpus_table(report: Json) -> Table:
-    """Each CPU as it was at the last stage."""
+def cpus_table(cpus: Iterable[contract.Cpu], stage: str) -> Table:
+    """Each CPU as it was at a stage."""
     rows = []
-    for cpu in report["cpus"]:
+    for cpu in cpus:
         at = cpu.get("at")
         rows.append(
             [
@@ -119,20 +122,19 @@ def cpus_table(report: Json) -> Table:
                 gate_cell(cpu["mc_gate"]),
                 Cell(show(cpu["crash_save_done"])),
                 _lapic_cell(cpu),
-                Cell(at["symbol"] if at else "not known", "" if at else "dim"),
+                Cell(at["symbol"] or at["pc"]) if at else Cell("not known", "dim"),
             ]
         )
-    last = report["stages"][-1]["stage"] if report["stages"] else "none"
-    return Table(f"CPUs at stage {last}", ["CPU", "role", "NMI gate", "#MC gate", "save done", "LAPIC", "at"], rows)
+    return Table(f"CPUs at stage {stage}", ["CPU", "role", "NMI gate", "#MC gate", "save done", "LAPIC", "at"], rows)
 
 
-def _gates_at(findings: Sequence[Json], vector: str, crashing: bool, crashing_cpu: int | None) -> str:
+def _gates_at(findings: Sequence[contract.Finding], vector: str, crashing: bool, crashing_cpu: int | None) -> str:
     """The gates of the crashing CPU, or of all others, at one stop, equal ones together."""
     gates: dict[int, dict[str, str]] = {}
     for finding in findings:
-        name = finding["check"].removeprefix(f"{vector}-gate-")
-        if name in ("handler", "ist") and finding["check"].startswith(vector):
-            gates.setdefault(finding["cpu"], {})[name] = show(finding["observed"])
+        cpu, name = finding["cpu"], finding["check"].removeprefix(f"{vector}-gate-")
+        if cpu is not None and name in ("handler", "ist") and finding["check"].startswith(vector):
+            gates.setdefault(cpu, {})[name] = show(finding["observed"])
     wanted = {
         cpu: f"{gate.get('handler', '-')}/{gate.get('ist', '-')}"
         for cpu, gate in gates.items()
@@ -146,7 +148,7 @@ def _gates_at(findings: Sequence[Json], vector: str, crashing: bool, crashing_cp
     )
 
 
-def stages_table(report: Json) -> Table:
+def stages_table(report: contract.Report) -> Table:
     """Each stop of a trace: the gates as handler/IST, and how many checks held."""
     crashing = report["crashing_cpu"]
     rows = []
@@ -174,7 +176,7 @@ def stages_table(report: Json) -> Table:
     )
 
 
-def stage_line(stage: Json, findings: Iterable[Json]) -> Lines:
+def stage_line(stage: contract.Stage, findings: Iterable[contract.Finding]) -> Lines:
     """One stop of a trace on one line, for while it runs: the stage, its CPU, and what the checks found there."""
     count = Counter(finding["verdict"] for finding in findings)
     who = "" if stage["cpu"] is None else f"CPU {stage['cpu']}"
@@ -183,7 +185,7 @@ def stage_line(stage: Json, findings: Iterable[Json]) -> Lines:
     return Lines([line])
 
 
-def gate_changes_table(report: Json) -> Table:
+def gate_changes_table(report: contract.Report) -> Table:
     """Each change of a gate between two stops, with what it changed from and to."""
     rows = [
         [*_what_changed(change), Cell(change["since"] or "-"), Cell(change["stage"]), _writers(change)]
@@ -200,7 +202,7 @@ def watched_gates(answer: Json) -> list[Block]:
     return [Table("Changes of gates", ["CPU", "gate", "what changed", "written by"], rows)]
 
 
-def _what_changed(change: Json) -> list[Cell]:
+def _what_changed(change: contract.GateChange) -> list[Cell]:
     return [
         Cell(str(change["cpu"]), "strong"),
         Cell(VECTOR_NAMES[change["vector"]]),
@@ -208,43 +210,49 @@ def _what_changed(change: Json) -> list[Cell]:
     ]
 
 
-def _writers(change: Json) -> Cell:
+def _writers(change: contract.GateChange) -> Cell:
     words = (f"CPU {writer['cpu']} {writer['at']['symbol'] or writer['at']['pc']}" for writer in change["writers"])
     return Cell(", ".join(dict.fromkeys(words)) or "not seen")
 
 
-def _property_change(change: Json, name: str) -> str:
+def _property_change(change: contract.GateChange, name: str) -> str:
     if name == "reserved":  # not a field of a gate's own: the raw bytes hold it
         return f"raw {change['before']['raw']} -> {change['after']['raw']}"
     shown = {"ist": "IST", "dpl": "DPL"}.get(name, name)
-    return f"{shown} {show(change['before'][name])} -> {show(change['after'][name])}"
+    before, after = (show(dict(gate)[name]) for gate in (change["before"], change["after"]))
+    return f"{shown} {before} -> {after}"
 
 
-def has_not_crashed(report: Json) -> bool:
+def has_not_crashed(report: contract.Report) -> bool:
     """Whether Xen runs as if nothing had happened: the last stage seen is `normal`."""
     return bool(report["stages"]) and report["stages"][-1]["stage"] == "normal"
 
 
-def first_problem(report: Json) -> str:
-    """Why a report is not `pass`, in a few words; empty if it is."""
+def why_not_pass(report: contract.Report) -> str:
+    """Why a report is not `pass`, in a line: the first failure, or what was not decided; empty if it is."""
     for verdict in ("fail", "unknown"):
-        for finding in report["findings"]:
-            if finding["verdict"] == verdict:
-                where = "" if finding["cpu"] is None else f" on CPU {finding['cpu']}"
-                return f"{verdict}: {finding['check']}{where} at {finding['stage']}"
-        if report.get("undecided"):
-            return str(report["undecided"])
+        found = [finding for finding in report["findings"] if finding["verdict"] == verdict]
+        if verdict == "unknown" and report.get("undecided"):
+            return report["undecided"]
+        if found:
+            first = found[0]
+            where = "" if first["cpu"] is None else f" on CPU {first['cpu']}"
+            problem = f"{verdict}: {first['check']}{where} at {first['stage']}"
+            if verdict == "fail":
+                return problem
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            return f"{problem}: {first['reason']}{more}"
     return "" if report["verdict"] == "pass" else "nothing could be judged"
 
 
-def dumps_table(reports: Sequence[Json]) -> Table:
+def dumps_table(reports: Sequence[contract.Report]) -> Table:
     """Several dumps, a line each: the verdict, and what is wrong first, failures before unknowns."""
     rows = []
     for report in reports:
         location, crashed_on = report["target"]["location"], report["crashing_cpu"]
         crashed = "not crashed" if has_not_crashed(report) else "-" if crashed_on is None else str(crashed_on)
-        problem = first_problem(report).removeprefix(f"{location}: ")
-        generation = (report["generation"] or {}).get("id", "-")
+        problem = why_not_pass(report).removeprefix(f"{location}: ")
+        generation = report["generation"]["id"] if report["generation"] else "-"
         cells = [escaped(location), generation, crashed, escaped(problem)]
         rows.append([Cell(report["verdict"], report["verdict"]), *map(Cell, cells)])
     return Table("Dumps", ["verdict", "dump", "generation", "crashed on CPU", "first problem"], rows)
@@ -254,18 +262,18 @@ _SAID = ("check", "verdict", "expected", "observed", "reason", "follows", "sourc
 _CPUS_WITH_EVIDENCE = 4  # more of the same says nothing new; the JSON report has all of it
 
 
-def _alike(findings: Iterable[Json]) -> list[list[list[Json]]]:
+def _alike(findings: Iterable[contract.Finding]) -> list[list[list[contract.Finding]]]:
     """Failures and unknowns in order. Those of a CPU that say just the same at later stops are together, and then the
     CPUs of which the same is said at the same stages."""
 
-    def said(finding: Json) -> str:
+    def said(finding: contract.Finding) -> str:
         return json.dumps([finding.get(name) for name in _SAID], sort_keys=True)
 
-    persisting: dict[tuple[int | None, str], list[Json]] = {}
+    persisting: dict[tuple[int | None, str], list[contract.Finding]] = {}
     for finding in findings:
         if finding["verdict"] in ("fail", "unknown"):
             persisting.setdefault((finding["cpu"], said(finding)), []).append(finding)
-    kinds: dict[tuple[str, ...], list[list[Json]]] = {}
+    kinds: dict[tuple[str, ...], list[list[contract.Finding]]] = {}
     for (_, words), same in persisting.items():
         kinds.setdefault((words, *dict.fromkeys(f["stage"] for f in same)), []).append(same)
     return list(kinds.values())
@@ -276,7 +284,7 @@ def cpu_ranges(cpus: Iterable[int]) -> str:
     return ", ".join(ranges(cpus))
 
 
-def problems(report: Json) -> Lines | None:
+def problems(report: contract.Report) -> Lines | None:
     """Every failure and unknown, in words: what, where first, expected, observed, consequence, where to look. Those
     that follow from another come last."""
     lines: list[list[Cell]] = []
@@ -302,7 +310,7 @@ def problems(report: Json) -> Lines | None:
     return Lines(lines) if lines else None
 
 
-def _evidence(findings: Sequence[Json]) -> list[list[Cell]]:
+def _evidence(findings: Sequence[contract.Finding]) -> list[list[Cell]]:
     lines = []
     for finding in findings[:_CPUS_WITH_EVIDENCE]:
         for item in finding["evidence"]:
@@ -371,7 +379,7 @@ def info_note_lines(info: Json) -> list[str]:
     ]
 
 
-def verdict_line(report: Json) -> Lines:
+def verdict_line(report: contract.Report) -> Lines:
     """The last line: the verdict, and what it rests on."""
     count = Counter(finding["verdict"] for finding in report["findings"])
     parts = (
@@ -383,7 +391,7 @@ def verdict_line(report: Json) -> Lines:
     return Lines(lines)
 
 
-def report_blocks(report: Json) -> list[Block]:
+def report_blocks(report: contract.Report) -> list[Block]:
     """A whole report."""
     blocks: list[Block] = [header(report)]
     if len(report["stages"]) > 1:
@@ -393,7 +401,8 @@ def report_blocks(report: Json) -> list[Block]:
         if "writers_absent" in report:
             blocks.append(Lines([[Cell(f"without the writers: {report['writers_absent']}", "unknown")]]))
     if report["cpus"]:
-        blocks.append(cpus_table(report))
+        last = report["stages"][-1]["stage"] if report["stages"] else "none"
+        blocks.append(cpus_table(report["cpus"], last))
     found = problems(report)
     if found:
         blocks.append(found)

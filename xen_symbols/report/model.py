@@ -1,10 +1,13 @@
 """What was found: findings, and the report that they add up to. Renderers read this; nothing here computes a check."""
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
+SCHEMA_VERSION: Final = 1
 
 
 class Verdict(enum.IntEnum):
@@ -15,8 +18,22 @@ class Verdict(enum.IntEnum):
     UNKNOWN = 2  # could not be read or decided; `reason` says why
     FAIL = 3
 
+    @property
+    def word(self) -> "contract.VerdictWord":
+        return _WORDS[self]
+
     def __str__(self) -> str:
-        return self.name.lower()
+        return _WORDS[self]
+
+    @classmethod
+    def of(cls, word: str) -> "Verdict":
+        """The verdict that a report names so."""
+        return cls[word.upper()]
+
+
+_WORDS: dict[Verdict, Literal["pass", "skip", "unknown", "fail"]] = {
+    Verdict.PASS: "pass", Verdict.SKIP: "skip", Verdict.UNKNOWN: "unknown", Verdict.FAIL: "fail",
+}  # fmt: skip
 
 
 class ExitStatus(enum.IntEnum):
@@ -24,6 +41,22 @@ class ExitStatus(enum.IntEnum):
     FAILED = 1
     USAGE = 2
     UNDECIDED = 3
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The verdict of many findings by theirs: the worst, skips aside; `unknown` when nothing is left."""
+    return max((verdict for verdict in verdicts if verdict is not Verdict.SKIP), default=Verdict.UNKNOWN)
+
+
+def verdict_of(findings: Iterable[Verdict], undecided: str | None) -> Verdict:
+    """A report's verdict: at least unknown, where something could not be decided."""
+    return max(worst(findings), Verdict.UNKNOWN) if undecided else worst(findings)
+
+
+def exit_status(*verdicts: Verdict) -> ExitStatus:
+    """The exit status by a report's verdict, or by those of several."""
+    verdict = worst(verdicts)
+    return {Verdict.PASS: ExitStatus.PASSED, Verdict.FAIL: ExitStatus.FAILED}.get(verdict, ExitStatus.UNDECIDED)
 
 
 class Evidence(NamedTuple):
@@ -34,8 +67,8 @@ class Evidence(NamedTuple):
     raw: bytes | None = None
     symbol: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"source": self.source}
+    def to_json(self) -> "contract.Evidence":
+        out: contract.Evidence = {"source": self.source}
         if self.address is not None:
             out["address"] = hex(self.address)
         if self.symbol is not None:
@@ -64,12 +97,12 @@ class Finding(NamedTuple):
     follows: str | None = None
     stop: int | None = None  # index into the report's stages
 
-    def to_json(self) -> dict[str, Any]:
-        out: dict[str, Any] = {
+    def to_json(self) -> "contract.Finding":
+        out: contract.Finding = {
             "check": self.check,
             "stage": self.stage,
             "cpu": self.cpu,
-            "verdict": str(self.verdict),
+            "verdict": self.verdict.word,
             "expected": self.expected,
             "observed": self.observed,
             "evidence": [item.to_json() for item in self.evidence],
@@ -92,14 +125,9 @@ class StageSeen(NamedTuple):
     symbol: str | None
     pc: int | None
 
-    def to_json(self) -> dict[str, Any]:
-        at = None if self.pc is None else {"symbol": self.symbol, "pc": hex(self.pc)}
+    def to_json(self) -> "contract.Stage":
+        at: contract.Place | None = None if self.pc is None else {"symbol": self.symbol, "pc": hex(self.pc)}
         return {"stage": self.stage, "cpu": self.cpu, "at": at}
-
-
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The verdict of many findings by theirs: the worst, skips aside; `unknown` when nothing is left."""
-    return max((verdict for verdict in verdicts if verdict is not Verdict.SKIP), default=Verdict.UNKNOWN)
 
 
 class Report:
@@ -107,36 +135,33 @@ class Report:
 
     def __init__(
         self,
-        tool: Mapping[str, Any],
-        target: Mapping[str, Any],
-        symbols: Mapping[str, Any],
+        tool: "contract.Tool",
+        target: "contract.Target",
+        symbols: "contract.Symbols",
         findings: Iterable[Finding] = (),
         undecided: str | None = None,
     ) -> None:
         self.tool, self.target, self.symbols = tool, target, symbols
-        self.generation: Mapping[str, Any] | None = None
+        self.generation: contract.Generation | None = None
         self.crashing_cpu: int | None = None
-        self.cpus: Sequence[Mapping[str, Any]] = ()
+        self.cpus: Sequence[contract.Cpu] = ()
         self.stages: list[StageSeen] = []
         self.findings = list(findings)
-        self.gate_changes: list[Mapping[str, Any]] | None = None  # of a trace that was asked for them
+        self.gate_changes: list[contract.TracedChange] | None = None  # of a trace that was asked for them
         self.writers_absent: str | None = None  # why nobody was seen to change a gate, where changes are listed
         self.undecided = undecided  # why nothing (more) could be decided: target lost, no generation, …
 
     @property
     def verdict(self) -> Verdict:
-        verdict = worst(finding.verdict for finding in self.findings)
-        return max(verdict, Verdict.UNKNOWN) if self.undecided else verdict
+        return verdict_of((finding.verdict for finding in self.findings), self.undecided)
 
     @property
     def exit_status(self) -> ExitStatus:
-        return {
-            Verdict.PASS: ExitStatus.PASSED,
-            Verdict.FAIL: ExitStatus.FAILED,
-        }.get(self.verdict, ExitStatus.UNDECIDED)
+        return exit_status(self.verdict)
 
-    def to_json(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, map) else value for name, value in self.members().items()}
+    def to_json(self) -> "contract.Report":
+        made = {name: list(value) if isinstance(value, map) else value for name, value in self.members().items()}
+        return cast("contract.Report", made)
 
     def members(self) -> dict[str, Any]:
         """As `to_json`, but long lists are iterators: of 4096 CPUs' 120,000 findings one at a time is in memory."""
@@ -150,7 +175,7 @@ class Report:
             "cpus": map(dict, self.cpus),
             "stages": [stage.to_json() for stage in self.stages],
             "findings": map(Finding.to_json, self.findings),
-            "verdict": str(self.verdict),
+            "verdict": self.verdict.word,
         }
         if self.gate_changes is not None:
             out["gate_changes"] = [dict(change) for change in self.gate_changes]

@@ -7,7 +7,7 @@ own page tables in one place, `xen_symbols.xen.locate`, for every kind of target
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.formats.content import Content
@@ -67,13 +67,13 @@ class PhysicalCpu(NamedTuple):
 class Target(Protocol):
     """A machine with Xen in it, live or dumped: all that others use of one. A subclass has what is common already."""
 
-    kind: str  # "live" or "dump"
+    kind: Literal["live", "dump"]
     format: str  # what it is, e.g. "QEMU gdbstub", "ELF vmcore"
     location: str  # how the user named it
     base: int | None = None  # of a raw image: the physical address of its first byte, which the user gave
 
     @property
-    def accelerator(self) -> str | Absent:
+    def accelerator(self) -> Literal["kvm", "tcg"] | Absent:
         """What runs a live machine's CPUs: `kvm` or `tcg`."""
         return Absent("a dump does not say what ran the machine" if self.kind == "dump" else "not known")
 

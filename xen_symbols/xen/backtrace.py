@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import DATA, TEXT
@@ -23,7 +23,6 @@ from xen_symbols.xen.memory import HYPERVISOR_CS, IMAGE_REGION, XenMemory, image
 from xen_symbols.xen.stacks import REGS_SIZE, CpuStacks, Stack, stacks_of
 from xen_symbols.xen.state import CpuState, State
 
-Json = dict[str, Any]
 _CS_AT = 136  # offsetof(struct cpu_user_regs, cs)
 
 
@@ -74,56 +73,6 @@ class Backtrace:
     lost: bool = False  # the steps do not reach the beginning
     current: bool = True  # false when the registers are those that Xen saved in its notes, before it went on
     guest: Frame | None = None  # with which a guest entered Xen, where the way back ends there
-
-    def to_json(self) -> Json:
-        out: Json = {"cpu": self.cpu, "source": self.source, "current": self.current}
-        if self.registers is not None:
-            out["absent"] = self.registers.reason
-        stacks = self.stacks
-        if isinstance(stacks, Absent):
-            out |= {"stacks": None, "stacks_absent": stacks.reason}
-        else:
-            out["stacks"] = {
-                "start": hex(stacks.base), "end": hex(stacks.end), "by": stacks.found_by,
-                "names_by": stacks.numbering, "guest_regs": hex(stacks.guest_regs),
-                "processor_id": None if isinstance(stacks.processor_id, Absent) else stacks.processor_id,
-                "list": [{"name": s.name, "ist": s.ist, "start": hex(s.start), "end": hex(s.end)}
-                         for s in stacks.stacks],
-            }  # fmt: skip
-        out["steps"] = [_step_json(step) for step in self.steps]
-        out |= {"end": self.end, "lost": self.lost}
-        out["guest"] = None if self.guest is None else _frame_json(self.guest, None)
-        out["frames"] = [
-            {
-                "stack": found.stack.name,
-                "state": found.state,
-                "says": found.says,
-                **_frame_json(found.frame, found.name),
-            }
-            for found in self.frames
-        ]
-        return out
-
-
-def _frame_json(frame: Frame, name: str | None) -> Json:
-    return {
-        "address": hex(frame.address), "vector": frame.vector, "event": frame.name, "rip": hex(frame.rip),
-        "symbol": name, "cs": hex(frame.cs), "rflags": hex(frame.rflags), "rsp": hex(frame.rsp), "ss": hex(frame.ss),
-    }  # fmt: skip
-
-
-def _step_json(step: Step) -> Json:
-    out: Json = {
-        "at": {"symbol": step.name, "pc": hex(step.rip)},
-        "rsp": hex(step.rsp),
-        "cs": hex(step.cs),
-        "stack": step.stack.name if step.stack else None,
-        "place": step.place,
-        "interrupted_by": None if step.frame is None else step.frame.name,
-        "frame": None if step.frame is None else hex(step.frame.address),
-        "calls": [{"at": hex(call.at), "address": hex(call.address), "symbol": call.name} for call in step.calls],
-    }
-    return out if step.unread is None else out | {"absent": step.unread}
 
 
 def backtrace(memory: XenMemory, state: State, cpu: CpuState) -> Backtrace:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pygdbmi.IoManager import IoManager
 
@@ -26,7 +26,9 @@ from xen_symbols.absence import Undecidable
 from xen_symbols.targets.qmp import Qmp, QmpError
 from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report.contract import Json
+
 
 ATTACH_SECONDS = 4.0  # QEMU's stub answers within milliseconds; one that serves another gdb never does
 COMMAND_SECONDS = 30.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from xen_symbols import api
 from xen_symbols.report.model import Report
@@ -13,16 +13,18 @@ from xen_symbols.xen.memory import XenMemory
 from xencrash.lazy import load
 from xencrash.options import Request
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
 
 _LIVE = "xencrash.live:judge"  # a dump is judged without gdb, and all that drives it
 _SAID_EVERY = 2.0  # seconds
 
 
-def judge(asked: Request) -> Report | Json:
+def judge(asked: Request) -> Report | contract.Report:
     """The report on what is there now. Raises Undecidable."""
     if asked.live:
-        report: Json = load(_LIVE)(asked)
+        report: contract.Report = load(_LIVE)(asked)
         return report
     return judge_dump(asked)
 

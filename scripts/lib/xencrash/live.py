@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from xen_symbols.report.model import SCHEMA_VERSION
 from xencrash.gdbmi import GdbSession, MiError, open_session
 from xencrash.options import Request
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+    from xen_symbols.report.contract import Json
 
 
-def judge(asked: Request) -> Json:
+
+def judge(asked: Request) -> contract.Report:
     """The report. Raises Undecidable."""
     with _session(asked) as session:
-        return session.xen("crash-check")
+        return cast("contract.Report", session.xen("crash-check"))
 
 
 def describe(asked: Request) -> Json:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
-from xen_symbols.report.model import ExitStatus, Finding, Report, Verdict
+from xen_symbols.report.model import Report, Verdict, exit_status
 from xencrash.errors import UsageError, complain
 from xencrash.lazy import load
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
+
+
+_WHY = "xen_symbols.report.blocks:why_not_pass"
 
 
 class Format(NamedTuple):
@@ -27,21 +32,21 @@ FORMATS = {
 }
 
 
-def finish(report: Report | Json, format: str = "table", output: str | None = None) -> int:
+def finish(report: Report | contract.Report, format: str = "table", output: str | None = None) -> int:
     """Write a report, say on standard error why it is undecided, and return its exit status."""
     write(report, format, output)
     why = why_undecided(report)
     if why is not None:
         complain(why)
-    return status_of(report)
+    return exit_status(verdict_in(report))
 
 
-def write(report: Report | Json, format: str = "table", output: str | None = None) -> None:
+def write(report: Report | contract.Report, format: str = "table", output: str | None = None) -> None:
     """Write a report to a file, or to standard output. Raises UsageError for a file that cannot be written."""
     to(output, lambda stream: load(FORMATS[format].module).write(report, stream))
 
 
-def write_several(reports: list[Json], format: str) -> None:
+def write_several(reports: Sequence[contract.Report], format: str) -> None:
     """Write several reports to standard output."""
     to(None, lambda stream: load(FORMATS[format].module).write_several(reports, stream))
 
@@ -59,26 +64,16 @@ def to(output: str | None, write: Callable[[IO[str]], object]) -> None:
         raise UsageError(f"{output}: {error.strerror}") from None
 
 
-def status_of(report: Report | Json) -> ExitStatus:
-    """The exit status that a report asks for."""
-    verdict = str(report.verdict) if isinstance(report, Report) else report["verdict"]
-    return {"pass": ExitStatus.PASSED, "fail": ExitStatus.FAILED}.get(verdict, ExitStatus.UNDECIDED)
+def verdict_in(report: Report | contract.Report) -> Verdict:
+    return report.verdict if isinstance(report, Report) else Verdict.of(report["verdict"])
 
 
-def why_undecided(report: Report | Json) -> str | None:
-    """Why a report is neither a pass nor a failure; None for one that is."""
+def why_undecided(report: Report | contract.Report) -> str | None:
+    """Why a report is neither a pass nor a failure, or not all of it; None for one that is."""
+    undecided = report.undecided if isinstance(report, Report) else report.get("undecided")
+    if undecided or verdict_in(report) is not Verdict.UNKNOWN:
+        return undecided
     if isinstance(report, Report):
-        unknowns = [finding for finding in report.findings if finding.verdict is Verdict.UNKNOWN]
-        report = {**report.members(), "findings": map(Finding.to_json, unknowns)}
-    if report.get("undecided"):
-        return str(report["undecided"])
-    return _first_unknown(report) if report["verdict"] == str(Verdict.UNKNOWN) else None
-
-
-def _first_unknown(report: Json) -> str:
-    unknowns = [finding for finding in report["findings"] if finding["verdict"] == "unknown"]
-    if not unknowns:
-        return "nothing could be judged: every check was skipped"
-    first = unknowns[0]
-    more = f" (and {len(unknowns) - 1} more)" if len(unknowns) > 1 else ""
-    return f"{first['check']} could not be decided: {first['reason']}{more}"
+        unknowns = [finding.to_json() for finding in report.findings if finding.verdict is Verdict.UNKNOWN]
+        report = cast("contract.Report", {**report.members(), "findings": unknowns})  # not all of thousands of CPUs
+    return str(load(_WHY)(report))

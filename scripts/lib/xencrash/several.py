@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.engine import TOOL
-from xen_symbols.report.model import ExitStatus, Report
+from xen_symbols.report.model import Report, exit_status
 from xencrash.errors import UsageError, complain, internal_error
 from xencrash.judging import judge_dump
 from xencrash.options import Request
-from xencrash.output import FORMATS, status_of, write, write_several
+from xencrash.output import FORMATS, verdict_in, write, write_several
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
 
 
 def judge(asked: Sequence[Request], format: str, folder: str | None) -> int:
@@ -33,11 +35,10 @@ def judge(asked: Sequence[Request], format: str, folder: str | None) -> int:
             name = f"{number}-{Path(one.target).name}{FORMATS[format].suffix}"
             write(report, format, str(Path(folder) / name))
     write_several(reports, "table" if folder else format)
-    statuses = [status_of(report) for report in reports]
-    return next((s for s in (ExitStatus.FAILED, ExitStatus.UNDECIDED) if s in statuses), ExitStatus.PASSED)
+    return exit_status(*map(verdict_in, reports))
 
 
-def _report(asked: Request) -> Json:
+def _report(asked: Request) -> contract.Report:
     """The report on one dump; what goes wrong with it does not stop the others."""
     try:
         return judge_dump(asked).to_json()
@@ -46,6 +47,6 @@ def _report(asked: Request) -> Json:
     except Exception:
         why = f"{asked.target}: {internal_error()}"
     complain(why)
-    nothing = {"path": None, "build_id": None, "match": None}
-    target = {"kind": "dump", "format": "unknown", "location": asked.target}
+    nothing: contract.Symbols = {"path": None, "build_id": None, "match": None}
+    target: contract.Target = {"kind": "dump", "format": "unknown", "location": asked.target}
     return Report(TOOL, target, nothing, undecided=why).to_json()

@@ -8,18 +8,20 @@ to QEMU or to gdb on the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.follow import STALL_SECONDS
-from xen_symbols.report.model import Verdict
+from xen_symbols.report.model import Verdict, verdict_of
 from xencrash.gdbmi import GdbSession, open_session
 
-Json = dict[str, Any]
-Progress = Callable[[Json, Sequence[Json]], None]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
+Progress = Callable[["contract.Stage", "Sequence[contract.Finding]"], None]
 
 
-def _quiet(stage: Json, findings: Sequence[Json]) -> None:
+def _quiet(stage: contract.Stage, findings: Sequence[contract.Finding]) -> None:
     pass
 
 
@@ -37,7 +39,7 @@ def trace(
     allow_mismatch: bool = False,
     gates: bool = False,
     gdb: str | None = None,
-) -> Json:
+) -> contract.Report:
     """Follow the crash of a machine, with a gdb for this alone; `gdb` is the program to use (None: `find_gdb`).
 
     The rest is as for `follow`. What prevents its beginning is raised as Undecidable.
@@ -59,7 +61,7 @@ def follow(
     on_stop: Callable[[GdbSession], None] | None = None,
     leave_stopped: bool = False,
     gates: bool = False,
-) -> Json:
+) -> contract.Report:
     """Wait for Xen to crash, judge every stage of its crash path, let it run on, and return the JSON report.
 
     The session is attached to the machine, and no longer after a trace that was not lost. `timeout` bounds the wait for
@@ -69,7 +71,7 @@ def follow(
     `gates` lists every change of a gate in the report. What ends a trace early stands in the report as `undecided`;
     what prevents its beginning is raised as Undecidable.
     """
-    report: Json | None = None
+    report: contract.Report | None = None
     try:
         options = ["--stall", str(stall), *(["gates"] if gates else [])]
         if timeout is not None:
@@ -91,13 +93,14 @@ def follow(
         if report is None:
             raise
         report["undecided"] = str(error)
-        report["verdict"] = _verdict(report)
+        found = (Verdict.of(finding["verdict"]) for finding in report["findings"])
+        report["verdict"] = verdict_of(found, report["undecided"]).word
     return report
 
 
 def _to_the_end(
     session: GdbSession,
-    report: Json,
+    report: contract.Report,
     wait: float | None,
     progress: Progress,
     on_stop: Callable[[GdbSession], None] | None,
@@ -116,7 +119,7 @@ def _to_the_end(
             step = session.xen("crash-trace-stop")
         report["findings"] += step["findings"]
         if step["stage"] is not None:
-            stage = {name: step[name] for name in ("stage", "cpu", "at")}
+            stage: contract.Stage = {"stage": step["stage"], "cpu": step["cpu"], "at": step["at"]}
             report["stages"].append(stage)
             if "gate_changes" in report:
                 report["gate_changes"] += step["gate_changes"]
@@ -129,9 +132,3 @@ def _to_the_end(
         wait = step["wait"]
         session.set_breakpoints(int(address, 16) for address in step["breakpoints"])
         session.run()
-
-
-def _verdict(report: Json) -> str:
-    """The verdict of a report that is not the engine's last word: what was found, and not less than unknown."""
-    found = (Verdict[finding["verdict"].upper()] for finding in report["findings"])
-    return str(max(Verdict.UNKNOWN, *found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.engine import new_report
@@ -36,7 +36,9 @@ from xencrash.judging import searching
 from xencrash.options import ANY_TARGET, Request, add_output, add_target, request
 from xencrash.output import to
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report.contract import Json
+
 
 EPILOG = f"""\
 {ANY_TARGET}

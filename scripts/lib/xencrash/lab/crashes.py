@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xen_symbols.absence import Undecidable
-from xen_symbols.report.blocks import first_problem
+from xen_symbols.report.blocks import why_not_pass
 from xen_symbols.report.model import Verdict
 from xencrash.lab import judged
 from xencrash.lab.cells import CPUS, Cell
@@ -29,7 +29,10 @@ from xencrash.lab.packages import Cache
 from xencrash.lab.rows import GDBS, QEMUS, XENS
 from xencrash.lab.specification import Specification
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+    from xen_symbols.report.contract import Json
+
 
 
 def crash(cell: Cell, output: Path, fresh: bool = False) -> Json:
@@ -40,7 +43,7 @@ def crash(cell: Cell, output: Path, fresh: bool = False) -> Json:
     more). `reason` is why it is not `pass`. Reports and logs stay in `output`; so does a vmcore that did not pass.
     """
     begun = time.monotonic()
-    reports: list[Json] = []
+    reports: list[contract.Report] = []
     problems: list[tuple[Verdict, str]] = []
     gone = False
     try:
@@ -63,7 +66,12 @@ def crash(cell: Cell, output: Path, fresh: bool = False) -> Json:
 
 
 def _outcome(
-    cell: Cell, verdict: Verdict, reason: str, seconds: float = 0.0, reports: Sequence[Json] = (), gone: bool = False
+    cell: Cell,
+    verdict: Verdict,
+    reason: str,
+    seconds: float = 0.0,
+    reports: Sequence[contract.Report] = (),
+    gone: bool = False,
 ) -> Json:
     return {
         **asdict(cell),
@@ -85,7 +93,7 @@ def _get(cell: Cell) -> str:
     return gdb_words(cache, GDBS[cell.gdb])[0]
 
 
-def _reports(cell: Cell, gdb: str, output: Path, fresh: bool) -> Iterator[Json]:
+def _reports(cell: Cell, gdb: str, output: Path, fresh: bool) -> Iterator[contract.Report]:
     """The trace's report, and the vmcore's. Raises Undecidable."""
     judged.folder(output)
     with judged.machine(output, _specification(cell), fresh=fresh) as lab:
@@ -114,11 +122,11 @@ def _crash_later(lab: Machine, cell: Cell) -> None:
     lab.crash(cell.how, cell.cpu)
 
 
-def _judged(report: Json) -> tuple[Verdict, str]:
-    return Verdict[report["verdict"].upper()], first_problem(report)
+def _judged(report: contract.Report) -> tuple[Verdict, str]:
+    return Verdict.of(report["verdict"]), why_not_pass(report)
 
 
-def _unlike(cell: Cell, reports: Sequence[Json]) -> Iterator[tuple[Verdict, str]]:
+def _unlike(cell: Cell, reports: Sequence[contract.Report]) -> Iterator[tuple[Verdict, str]]:
     for reason in judged.unlike(reports, XENS[cell.xen].generation, cell.lapic, cell.cpu):
         yield Verdict.UNKNOWN, reason
 

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xencrash.judging import judge_dump
 from xencrash.lab.boot import up
@@ -18,14 +18,16 @@ from xencrash.options import Request
 from xencrash.renderers import json, junit
 from xencrash.trace import trace
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
 
 # Seconds. The guest is up in a fraction of one, and Xen's crash key is answered at once; but dom0's panic waits for its
 # turn beside loops and a domU, on a busy host.
 _CRASH_BEGINS_IN = 300.0
 
 
-def unlike(reports: Sequence[Json], generation: str, lapic: str | None, cpu: int | None) -> Iterator[str]:
+def unlike(reports: Sequence[contract.Report], generation: str, lapic: str | None, cpu: int | None) -> Iterator[str]:
     """What the reports on one crash tell that is not as it was to be: then nothing was shown of it, whatever they say.
 
     `lapic` is the mode of all local APICs before the crash, `cpu` the one that crashes; None for any. That a domU or
@@ -40,12 +42,12 @@ def unlike(reports: Sequence[Json], generation: str, lapic: str | None, cpu: int
         yield f"CPU {cpu} was to crash, not {' and '.join(sorted(map(str, cpus)))}"
 
 
-def generations(reports: Sequence[Json]) -> list[str]:
+def generations(reports: Sequence[contract.Report]) -> list[str]:
     """Those that the reports tell."""
     return sorted({report["generation"]["id"] for report in reports if report["generation"]})
 
 
-def lapic_modes(reports: Sequence[Json]) -> list[str]:
+def lapic_modes(reports: Sequence[contract.Report]) -> list[str]:
     """The modes of all local APICs before the crash."""
     findings = [finding for report in reports for finding in report["findings"]]
     return sorted({str(f["observed"]) for f in findings if (f["check"], f["stage"]) == ("lapic-mode", "normal")})
@@ -82,7 +84,7 @@ def _left_in(output: Path) -> Iterator[None]:
         raise LabError(f"running the lab: {error.filename or output}: {error.strerror or error}") from error
 
 
-def follow(machine: Machine, output: Path, crash: Callable[[], None], **options: Any) -> Json:
+def follow(machine: Machine, output: Path, crash: Callable[[], None], **options: Any) -> contract.Report:
     """The report on a crash that `crash` causes, also left as `trace.json` and `trace.xml`; `options` are `trace`'s."""
     report = trace(
         f"gdb:{machine.gdb_socket}",
@@ -99,7 +101,7 @@ def follow(machine: Machine, output: Path, crash: Callable[[], None], **options:
     return report
 
 
-def check_vmcore(machine: Machine, output: Path) -> Json:
+def check_vmcore(machine: Machine, output: Path) -> contract.Report:
     """The report on the vmcore that the crash kernel takes, also left as `check.json` beside the `vmcore`."""
     vmcore = machine.dumps.vmcore(output / "vmcore")
     checked = judge_dump(Request(str(vmcore), str(machine.symbols))).to_json()

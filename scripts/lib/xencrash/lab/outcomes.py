@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from xen_symbols.report.blocks import Cell, Lines, Table
 from xen_symbols.report.console import plain
 from xen_symbols.report.junit import to_junit
-from xen_symbols.report.model import ExitStatus
+from xen_symbols.report.model import ExitStatus, Verdict, exit_status
 from xencrash.errors import complain
 from xencrash.output import to
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report.contract import Json
+
 
 COLUMNS = ("Xen", "QEMU", "gdb", "LAPIC", "crash", "generation", "crashed on", "verdict", "seconds", "reason")
 
 
 def status_of(outcomes: Sequence[Json]) -> ExitStatus:
     """1 if any failed; else 3 if any is unknown or skipped, but for packages that are no more; else 0."""
-    verdicts = [outcome["verdict"] for outcome in outcomes if not outcome["gone"]]
-    if "fail" in verdicts:
-        return ExitStatus.FAILED
-    return ExitStatus.PASSED if verdicts and set(verdicts) == {"pass"} else ExitStatus.UNDECIDED
+    verdicts = [Verdict.of(outcome["verdict"]) for outcome in outcomes if not outcome["gone"]]
+    return exit_status(*(Verdict.UNKNOWN if verdict is Verdict.SKIP else verdict for verdict in verdicts))
 
 
 def words(outcome: Json) -> list[str]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 from xen_symbols.report.jsontext import json_text, json_texts
 from xen_symbols.report.model import Report
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
 
 
-def write(report: Report | Json, stream: IO[str]) -> None:
+
+def write(report: Report | contract.Report, stream: IO[str]) -> None:
     """One object. A Report's findings are made JSON one by one, never all of them."""
     stream.writelines(json_text(report.members() if isinstance(report, Report) else report))
 
 
-def write_several(reports: Sequence[Json], stream: IO[str]) -> None:
+def write_several(reports: Sequence[contract.Report], stream: IO[str]) -> None:
     """A list."""
     stream.writelines(json_texts(reports))

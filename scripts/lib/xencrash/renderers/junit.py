@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 from xen_symbols.report.junit import to_junit
 from xen_symbols.report.model import Report
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
 
 
-def write(report: Report | Json, stream: IO[str]) -> None:
+
+def write(report: Report | contract.Report, stream: IO[str]) -> None:
     stream.write(to_junit(report.to_json() if isinstance(report, Report) else report))
 
 
-def write_several(reports: Sequence[Json], stream: IO[str]) -> None:
+def write_several(reports: Sequence[contract.Report], stream: IO[str]) -> None:
     stream.write(to_junit(*reports))

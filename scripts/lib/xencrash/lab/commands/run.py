@@ -8,19 +8,21 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from xen_symbols.report.model import ExitStatus
+from xen_symbols.report.model import ExitStatus, exit_status
 from xencrash.errors import complain
 from xencrash.guests import BY_ID
 from xencrash.lab import judged, progress
 from xencrash.lab.machine import Machine
 from xencrash.lab.options import add_crash, add_fresh, add_machine, specification
 from xencrash.lab.specification import Specification
-from xencrash.output import finish, status_of, write
+from xencrash.output import finish, verdict_in, write
 from xencrash.renderers.table import show_stage
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
 
 EPILOG = """\
 exit status: 0 every check passed, 1 at least one failed, 2 bad usage, 3 a step
@@ -52,7 +54,7 @@ def run(args: Namespace) -> int:
     print("\nThe vmcore:", flush=True)
     write(checked)
     print(f"\nThe reports, the vmcore and the logs are in {output}", file=sys.stderr)
-    return status or status_of(checked) or as_asked(wanted, [report, checked])
+    return status or exit_status(verdict_in(checked)) or as_asked(wanted, [report, checked])
 
 
 def _crash(machine: Machine, wanted: Specification) -> None:
@@ -63,7 +65,7 @@ def _crash(machine: Machine, wanted: Specification) -> None:
         machine.crash(wanted.crash.how, wanted.crash.cpu)
 
 
-def as_asked(wanted: Specification, reports: Sequence[Json]) -> ExitStatus:
+def as_asked(wanted: Specification, reports: Sequence[contract.Report]) -> ExitStatus:
     """Undecided, with the reason on standard error, where the crash was not the one that was asked for."""
     if wanted.guest:  # a fault may be of its mode, and a guest crashes where it was told to when it booted
         reasons = list(judged.unlike(reports, wanted.guest, None, None))
