@@ -251,6 +251,14 @@ def test_a_later_piece_overwrites_an_earlier_one(tmp_path: Path) -> None:
             flat.read(offset, size)
 
 
+def test_makedumpfile_leaves_holes_between_the_headers(tmp_path: Path) -> None:
+    """It seeks to each block, and the kdump header does not fill its own (464 bytes)."""
+    whole = writer.made(writer.write_kdump, RANGES, CONTENT, NOTES)
+    (tmp_path / "dump").write_bytes(pieces((0, whole[:464]), (4096, whole[4096:])))
+    dump = open_dump(str(tmp_path / "dump"))
+    assert (dump.format, list(dump.physical_ranges())) == ("flattened kdump", RANGES)
+
+
 def test_a_damaged_flattened_file_is_named(tmp_path: Path) -> None:
     whole = writer.flattened(writer.made(writer.write_kdump, RANGES, CONTENT, NOTES))
     for size in [*range(17, len(whole), 1009), len(whole) - 1]:

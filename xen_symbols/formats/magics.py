@@ -117,24 +117,33 @@ MAGICS = (
           source="PE format, MS-DOS stub"),
 )  # fmt: skip
 TEXT = Magic(b"", "a text file", advice="a log or a map is not a dump; name the vmcore", weak=True)
-_NEAR = 4096  # where most magics are; read at once
+_NEAR = 4096  # of two that match, one that is nearer than this is meant
+_LONGEST = max(len(row.magic) for row in MAGICS)
 _SAMPLE = 512  # of a text
 _WHITE = frozenset(b"\t\n\r\f\x1b")
 
 
 def recognised(content: Content) -> Magic | None:
     """The kind of a file; None for one that is not known, as a raw image of memory is."""
-    start = start_of(content, _NEAR)
-    found = next((row for row in MAGICS if row.offset >= 0 and start.startswith(row.magic, row.offset)), None)
+    start = start_of(content, _LONGEST)
+    near = (row for row in MAGICS if 0 <= row.offset < _NEAR)
     far = (row for row in MAGICS if not 0 <= row.offset < _NEAR)
-    found = found or next((row for row in far if _at(content, row) == row.magic), None)
-    return found or (TEXT if _is_text(start[:_SAMPLE]) else None)
+    found = next((row for row in (*near, *far) if _has(content, row, start)), None)
+    return found or (TEXT if _is_text(_read(content, 0, min(_SAMPLE, content.size))) else None)
 
 
-def _at(content: Content, row: Magic) -> bytes:
+def _has(content: Content, row: Magic, start: bytes) -> bool:
+    if not row.offset:
+        return start.startswith(row.magic)
+    offset = row.offset % max(content.size, 1) if row.offset < 0 else row.offset
+    return _read(content, offset, len(row.magic)) == row.magic
+
+
+def _read(content: Content, offset: int, size: int) -> bytes:
+    """Nothing where it is not all there: the file is shorter, or a flattened one has a hole."""
     try:
-        return content.read(row.offset % max(content.size, 1) if row.offset < 0 else row.offset, len(row.magic))
-    except Unreadable:  # the file is shorter
+        return content.read(offset, size)
+    except Unreadable:
         return b""
 
 
