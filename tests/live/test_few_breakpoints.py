@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,24 @@ def test_a_session_that_sets_one_too_many(lab: Machine) -> None:
         assert running(lab)
 
 
+def test_the_command_says_it_before_it_waits(lab: Machine) -> None:
+    words = [sys.executable, "-m", "xencrash", "trace", "--symbols", str(lab.symbols), "--qmp", str(lab.qmp_socket),
+             "--timeout", "20", "--gates"]  # fmt: skip
+    with limited(lab, Stub(3, watched=8)) as socket:
+        process = subprocess.Popen([*words, f"gdb:{socket}"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        with process:
+            assert process.stderr is not None and process.stdout is not None
+            said = [process.stderr.readline() for _ in range(4)]
+            lab.serial.send(b"C")
+            report, rest = process.stdout.read(), process.stderr.read()
+    assert said[0] == "xencrash: only 3 hardware breakpoints can be set, and 4 are needed: cpu-save cannot be seen\n"
+    assert said[1] == f"xencrash: without the writers: gdb:{socket} takes fewer than 8 watchpoints of 16 bytes\n"
+    assert re.fullmatch(r"normal +93 pass, 1 unknown\n", said[2]) and said[3].startswith("waiting for Xen to crash")
+    assert process.returncode == 3 and "handover" in rest and "Traceback" not in rest
+    assert re.search(r"^UNKNOWN +\d+ pass, 1 unknown", report, re.MULTILINE), report
+    assert re.search(r"^without the writers: gdb:\S+ takes fewer than 8 watchpoints", report, re.MULTILINE)
+
+
 # -- inside gdb -------------------------------------------------------------------------------
 
 
@@ -175,6 +194,13 @@ def test_the_command_inside_gdb_when_the_stub_says_it_late(lab: Machine) -> None
     assert "not decided: gdb could not set its breakpoints: the machine takes no more hardware breakpoints" in output
     assert re.search(r"^stage +normal", output, re.MULTILINE)
     assert running(lab)
+
+
+def test_gates_are_not_watched_when_the_machine_does_not_run(lab: Machine) -> None:
+    own = [f"hbreak *{address:#x}" for address in range(0x1000, 0x1005)]
+    output = in_gdb(lab, Stub(4), *own, "xen watch gates", "xen crash status", when={})
+    assert re.search("^gdb could not set its breakpoints: the machine takes no more hardware breakpoints", output, re.M)
+    assert re.search(r"^stage +normal", output, re.MULTILINE)
 
 
 # -- watchpoints ------------------------------------------------------------------------------

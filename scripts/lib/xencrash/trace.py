@@ -25,6 +25,10 @@ def _quiet(stage: contract.Stage, findings: Sequence[contract.Finding]) -> None:
     pass
 
 
+def _silent(text: str) -> None:
+    pass
+
+
 def trace(
     target: str,
     symbols: str | None = None,
@@ -33,6 +37,7 @@ def trace(
     timeout: float | None = None,
     stall: float = STALL_SECONDS,
     progress: Progress = _quiet,
+    notice: Callable[[str], None] = _silent,
     trigger: Callable[[], None] | None = None,
     on_stop: Callable[[GdbSession], None] | None = None,
     leave_stopped: bool = False,
@@ -46,7 +51,7 @@ def trace(
     """
     with open_session(target, symbols, qmp, allow_mismatch=allow_mismatch, gdb=gdb) as session:
         return follow(
-            session, timeout=timeout, stall=stall, progress=progress, trigger=trigger, on_stop=on_stop,
+            session, timeout=timeout, stall=stall, progress=progress, notice=notice, trigger=trigger, on_stop=on_stop,
             leave_stopped=leave_stopped, gates=gates,
         )  # fmt: skip
 
@@ -57,6 +62,7 @@ def follow(
     timeout: float | None = None,
     stall: float = STALL_SECONDS,
     progress: Progress = _quiet,
+    notice: Callable[[str], None] = _silent,
     trigger: Callable[[], None] | None = None,
     on_stop: Callable[[GdbSession], None] | None = None,
     leave_stopped: bool = False,
@@ -67,9 +73,10 @@ def follow(
     The session is attached to the machine, and no longer after a trace that was not lost. `timeout` bounds the wait for
     the crash to begin (None: for ever), `stall` the time between two stages, in seconds. `trigger` is called once the
     machine runs with the breakpoints set; `on_stop` at each stop, before it is judged; `progress` after it, with the
-    stage as the report has it and its findings, the machine still stopped. `leave_stopped` leaves it at the last stage;
-    `gates` lists every change of a gate in the report. What ends a trace early stands in the report as `undecided`;
-    what prevents its beginning is raised as Undecidable.
+    stage as the report has it and its findings, the machine still stopped. `notice` is given, before the machine runs,
+    what will not be seen, and why. `leave_stopped` leaves it at the last stage; `gates` lists every change of a gate in
+    the report. What ends a trace early stands in the report as `undecided`; what prevents its beginning is raised as
+    Undecidable.
     """
     report: contract.Report | None = None
     try:
@@ -78,6 +85,10 @@ def follow(
             options += ["--timeout", str(timeout)]
         begin = session.xen("crash-trace-begin", *options)
         report = begin["report"]
+        if begin["unseen"]:
+            notice(begin["unseen"])
+        if "writers_absent" in report:
+            notice(f"without the writers: {report['writers_absent']}")
         for stage in report["stages"]:
             progress(stage, report["findings"])
         if "undecided" in report:

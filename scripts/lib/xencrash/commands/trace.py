@@ -45,9 +45,14 @@ def run(args: Namespace) -> int:
         gates=args.gates,
         allow_mismatch=asked.allow_mismatch,
         progress=show_stage,
+        notice=_say,
         trigger=_say_waiting,
     )
     return finish(report, args.format, args.output)
+
+
+def _say(notice: str) -> None:
+    print(f"xencrash: {notice}", file=sys.stderr)
 
 
 def _say_waiting() -> None:
