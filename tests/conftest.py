@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.parallel import pytest_collection_modifyitems  # noqa: F401 # a hook
 from xencrash.lab.errors import PackageGone
 from xencrash.lab.images import qemu_words, xen_images
 from xencrash.lab.packages import Cache
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, QEMUS, XENS
 
-_NOT_RUN = pytest.StashKey[dict[str, str]]()  # why, by test
+_GONE = "ITS PACKAGE IS GONE: "
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,8 +38,7 @@ def _skip_where_gone(item: pytest.Item) -> Iterator[None]:
     outcome = yield
     error = outcome.exception  # type: ignore[attr-defined] # pluggy's Result
     if isinstance(error, PackageGone) and error.__context__ is None:
-        item.config.stash.setdefault(_NOT_RUN, {})[item.nodeid] = str(error)
-        outcome.force_exception(pytest.skip.Exception(f"ITS PACKAGE IS GONE: {error}"))  # type: ignore[attr-defined]
+        outcome.force_exception(pytest.skip.Exception(f"{_GONE}{error}"))  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -51,8 +51,12 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     yield from _skip_where_gone(item)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    not_run = config.stash.get(_NOT_RUN, {})
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    not_run: dict[str, str] = {}  # why, by test; the reports may come from other processes
+    for report in terminalreporter.getreports("skipped"):
+        words = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        if _GONE in words:
+            not_run[report.nodeid] = words.partition(_GONE)[2]
     if not_run:
         terminalreporter.section(f"{len(not_run)} NOT RUN, THEIR PACKAGES ARE GONE", red=True, bold=True)
     for reason in dict.fromkeys(not_run.values()):
