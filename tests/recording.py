@@ -52,13 +52,20 @@ class _Recorder(Target):
             self.kind, self.format = "live", "QEMU gdbstub"
 
     def read_physical(self, address: int, size: int) -> bytes:
-        data = self._target.read_physical(address, size)
-        if len(data) > len(self.reads.get(address, b"")):
-            self.reads[address] = data
+        data: bytes = self._target.read_physical(address, size)
+        self._keep(address, data)
         return data
 
     def read_physical_many(self, requests: Sequence[tuple[int, int]]) -> list[bytes | Absent]:
-        return [self.read_physical(*request) for request in requests]
+        answers: list[bytes | Absent] = self._target.read_physical_many(requests)
+        for (address, _), answer in zip(requests, answers, strict=True):
+            if not isinstance(answer, Absent):
+                self._keep(address, answer)
+        return answers
+
+    def _keep(self, address: int, data: bytes) -> None:
+        if len(data) > len(self.reads.get(address, b"")):
+            self.reads[address] = data
 
     def physical_ranges(self) -> Any:
         return self._target.physical_ranges()
@@ -84,7 +91,7 @@ def record(target: Any, symbols: SymbolTable, about: str, cpus: Sequence[Physica
         "crashing_cpu": report.crashing_cpu,
         "kind": recorder.kind,
         "format": recorder.format,
-        "build_id": (symbols.build_id or b"").hex(),
+        "build_id": symbols.build_id.hex() if symbols.build_id else None,
         "cpus": [_to_json(cpu) for cpu in recorder.cpus()],
         "notes": [[note.name, note.type, note.desc.hex()] for note in recorder.notes()],
         "symbols": [[hex(address), kind, name] for address, kind, name in sorted(used)],
@@ -149,7 +156,8 @@ def _to_json(value: Any) -> Any:
 
 
 def _save(name: str, example: dict[str, Any]) -> None:
-    how = f"Recorded by `python -m tests.recording {' '.join(map(shlex.quote, sys.argv[1:]))}`"
+    words = (shlex.quote(Path(word).name) for word in sys.argv[1:])  # a file's folder says nothing to others
+    how = f"Recorded by `python -m tests.recording {' '.join(words)}`"
     example["about"] += f"\n{how}; the layout is described in tests/machines/exampletext.py."
     path_of(name).write_text(exampletext.write(example))
 

@@ -97,7 +97,8 @@ def load(name: str) -> tuple[Example, SymbolTable]:
     data = parsed(name)
     addresses, kinds, names = zip(*data["symbols"], strict=True)
     rows = ListedRows([int(address, 16) for address in addresses], kinds, names)
-    symbols = SymbolTable(path_of(name).name, "recorded example", rows, [], bytes.fromhex(data["build_id"]) or None)
+    build_id = bytes.fromhex(data["build_id"] or "") or None
+    symbols = SymbolTable(path_of(name).name, "recorded example", rows, [], build_id)
     symbols.note_address = symbols.get("__note_gnu_build_id_start")
     symbols.ranges = [(symbols.address("_start"), symbols.address("_end"))]
     memory = {int(address, 16): bytes.fromhex(content) for address, content in data["memory"].items()}

@@ -21,7 +21,7 @@ def test_every_kind_of_value_is_read_as_it_was_written() -> None:
            "lapic": lapic, "source": "Xen's crash notes"}  # fmt: skip
     example = {
         "about": "Of a machine made up here.\nBy hand.", "verdict": "pass", "crashing_cpu": None, "kind": "dump",
-        "format": "ELF core", "build_id": "00ff", "cpus": [cpu, cpu | {"registers": {}, "lapic": unknown}],
+        "format": "ELF core", "build_id": None, "cpus": [cpu, cpu | {"registers": {}, "lapic": unknown}],
         "notes": [["CORE", 1, "00" * 70], ["Xen", 0x1000001, "ab"]],
         "symbols": [["0xffff82d040203f80", "d", "traps.c#nmi_callback"], ["0x10", "T", "a"]],
         "memory": {"0x1000": "01" * 33, "0x1022": "02", "0x10000000000": "0304"},
