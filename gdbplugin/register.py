@@ -52,7 +52,7 @@ class _Prefix(gdb.Command):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Whatever goes wrong that is no fault of ours reaches the user as one line."""
+    """Errors that are not bugs of the plugin reach the user as one line."""
     try:
         yield
     except (*ERRORS, gdb.error) as error:

@@ -177,11 +177,11 @@ class Session:
         try:
             return int(gdb.parse_and_eval(f"(unsigned long) ({expression})"))
         except gdb.error as error:
-            # Not what gdb would do about it: its own "file" command is no help here.
+            # gdb's advice is left out: its "file" command does not help here.
             raise Undecidable(f"{expression}: {str(error).partition('  ')[0]}") from None
 
     def value(self, name: str, raw: bytes) -> gdb.Value:
-        """The content of a per-CPU variable: of its own type where there is debug information, else an unsigned
+        """The content of a per-CPU variable: with its type where there is debug information, else an unsigned
         integer of its size, else an array of bytes."""
         kind = self._type(name, len(raw))
         if kind is None:

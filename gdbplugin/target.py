@@ -29,7 +29,7 @@ from xen_symbols.x86 import gate
 
 _APIC_IDS = 1 << 12  # no machine of QEMU's has larger ones
 # The stub sends the monitor's text line by line and reads nothing before the command ends; gdb acknowledges each line.
-# A unix socket holds 277 of these single bytes, and then both wait for ever. `info mtree -f` prints up to 13 lines for
+# A unix socket holds 277 of these single bytes; then both sides wait forever. `info mtree -f` prints up to 13 lines for
 # each CPU (seen: 290 lines with 16 CPUs go well, 500 with 32 do not); over QMP it is one answer.
 _CPUS_BY_UNIX_SOCKET = 16
 
@@ -152,7 +152,7 @@ class LiveTarget(Target):
         count = len(hmp.parse_host_threads(self._monitor("info cpus")))
         if count > _CPUS_BY_UNIX_SOCKET and Path(self.connection.details).is_socket():
             raise Undecidable(
-                f"{self.location} has {count} CPUs, and QEMU's monitor says too much of them for a unix socket: "
+                f"{self.location} has {count} CPUs, and the monitor's output for that many overruns a unix socket: "
                 "set xen qmp-socket PATH (--qmp PATH), or attach over TCP"
             )
 

@@ -1,7 +1,7 @@
 """Write watchpoints on gates: who changed one, where that is seen.
 
 Only on writes: one that also catches reads makes QEMU lose the NMI that reads the gate. A hit is lost where several
-CPUs write at once, so what changed is told by reading the gates again, and a watchpoint adds the writer alone.
+CPUs write at once, so what changed is determined by reading the gates again; a watchpoint only adds the writer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _watchpoints: list[_Gate] = []
 
 
 class _Gate(gdb.Breakpoint):
-    """One gate's 16 bytes. `note` is told the gate, the CPU that wrote (the target's index), where it goes on, and what
+    """One gate's 16 bytes. `note` gets the gate, the CPU that wrote (the target's index), where it goes on, and what
     every gate that is watched holds then."""
 
     def __init__(self, key: Key, address: int, note: NoteWrite) -> None:
@@ -37,7 +37,7 @@ class _Gate(gdb.Breakpoint):
 
 
 def _contents() -> dict[Key, bytes]:
-    """What each gate holds, as the CPU that stopped sees it: whoever writes to a gate has Xen's page tables."""
+    """What each gate holds, as the CPU that stopped sees it: code that writes to a gate runs on Xen's page tables."""
     memory = gdb.selected_inferior()
     found = {}
     for point in _watchpoints:

@@ -101,7 +101,7 @@ def unlike(name: str = "4.17-handover") -> RecordedSession:
 
 
 def elsewhere() -> RecordedSession:
-    """CPU 0 in dom0's user space, CPU 1 in a guest, and two that are none of Xen's, one without registers."""
+    """CPU 0 in dom0's user space, CPU 1 in a guest, and two that Xen does not use, one without registers."""
     session = unlike()
     cpus = session.example.physical_cpus
     cpus[0] = cpus[0]._replace(registers={**cpus[0].registers, "rip": 0x401000, "cs": 0xE033}, halted=False)

@@ -26,7 +26,7 @@ def open_dump(
 
     `symbols` is xen-syms, a .map or an image; without it the table that Xen carries is used. `base` is the
     physical address of a raw image's first byte. `allow_mismatch` goes on with symbols of another build.
-    A dump whose notes show no Xen is searched for it; `progress` is told again and again how many bytes of how many.
+    A dump whose notes show no Xen is searched for it; `progress` is called with (bytes searched, bytes in all).
     """
     target = dump.open_dump(os.fspath(path), base=base)
     table = carried_symbols(target, progress) if symbols is None else load_symbols(os.fspath(symbols))

@@ -60,14 +60,14 @@ def _show_cpus(answer: Json) -> Sequence[Block]:
     rows = []
     for cpu in answer["cpus"]:
         if not cpu["exists"]:
-            rows.append([cell(cpu["cpu"], "strong"), *[cell(None)] * 3, Cell("announced and absent", "dim"),
+            rows.append([cell(cpu["cpu"], "strong"), *[cell(None)] * 3, Cell("possible, not present", "dim"),
                          *[cell(None)] * 4])  # fmt: skip
             continue
         rows.append([cell(cpu["cpu"], "strong"), *_physical_cells(cpu)])
     blocks: list[Block] = [Table("CPUs", columns, rows)]
     if answer["unmatched"]:
         rows = [[Cell("none", "unknown"), *_physical_cells(cpu)] for cpu in answer["unmatched"]]
-        blocks.append(Table("CPUs of the machine that are none of Xen's", columns, rows))
+        blocks.append(Table("CPUs of the machine that Xen does not use", columns, rows))
     return blocks
 
 
@@ -97,7 +97,7 @@ def _bt(session: Session, cpu: int | None = None) -> Json:
         wanted = chosen(state, cpu)
         absent = [known for known in wanted if not known.exists]
         if absent:
-            raise Undecidable(f"CPU {absent[0].cpu} is announced and absent: it has no stack")
+            raise Undecidable(f"CPU {absent[0].cpu} is possible but not present: it has no stack")
         return {"cpus": [describe_backtrace(backtrace(memory, state, known)) for known in wanted]}
 
 

@@ -51,8 +51,8 @@ def _stop(session: Session, *, expired: bool = False, signal: str | None = None)
     """Judge the stop at which the machine is.
 
     {"stage", "cpu", "at", "findings", "gate_changes", "cpus", "crashing_cpu", "finished", "undecided", "breakpoints",
-    "wait"}: the stage is null for a stop that is none of the crash path's; `findings` and `gate_changes` are those of
-    this stop alone; `undecided` says why the trace is over before its time.
+    "wait"}: the stage is null for a stop that is not one of the crash path; `findings` and `gate_changes` are those
+    of this stop alone; `undecided` says why the trace is over before its time.
     """
     follower = _follower(session)
     report = follower.report

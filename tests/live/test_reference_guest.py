@@ -16,9 +16,9 @@ Json = dict[str, Any]
 
 
 def what_the_crash_image_says(generation: str, append: str, **machine: Any) -> tuple[bytes, bytes, bytes]:
-    """The CPU that crashes, the mode in which the crash image finds its local APIC, and whether NMIs are open there."""
+    """The CPU that crashes, the mode in which the crash image finds its local APIC, and NMIs: unblocked or blocked."""
     with guest(generation, append=append, **machine) as lab:
-        lab.serial.wait(rb"crash image: NMIs are (open|shut)", 30)
+        lab.serial.wait(rb"crash image: NMIs are (unblocked|blocked)", 30)
         said = lab.serial_log.read_bytes()
     crasher = said.partition(b"CPUs ready, CPU ")[2][:1]
     mode = said.partition(b"alive, local APIC in ")[2].split()[0]
@@ -26,20 +26,20 @@ def what_the_crash_image_says(generation: str, append: str, **machine: Any) -> t
 
 
 @pytest.mark.parametrize("generation", generations())
-def test_a_crash_from_an_nmi_handler_by_itself_opens_nmis_since_the_patch(generation: str) -> None:
+def test_a_crash_from_an_nmi_handler_by_itself_unblocks_nmis_since_the_patch(generation: str) -> None:
     says = what_the_crash_image_says(generation, command_line(by_itself=True, in_nmi=True, crash_cpu=2))
-    assert says == (b"2", b"xAPIC", b"open" if feature(generation, "HARDENED") else b"shut")
+    assert says == (b"2", b"xAPIC", b"unblocked" if feature(generation, "HARDENED") else b"blocked")
 
 
-def test_the_crash_image_finds_nmis_shut_where_they_were_left_so() -> None:
+def test_the_crash_image_finds_nmis_blocked_where_they_were_left_so() -> None:
     says = what_the_crash_image_says("4.17.0", command_line("nmis-latched", by_itself=True))
-    assert says == (b"0", b"xAPIC", b"shut")
+    assert says == (b"0", b"xAPIC", b"blocked")
 
 
 @pytest.mark.parametrize(("append", "mode"), [("x2apic", b"xAPIC"), ("x2apic=firmware", b"x2APIC")])
 def test_the_crash_image_finds_the_mode_in_which_the_firmware_booted(append: str, mode: bytes) -> None:
     says = what_the_crash_image_says("4.21.2", f"crash=auto {append}", qemu="10.0", lapic="x2apic")
-    assert says == (b"0", mode, b"open")
+    assert says == (b"0", mode, b"unblocked")
 
 
 @pytest.mark.parametrize(
@@ -76,5 +76,5 @@ def test_without_qmp_each_cpu_is_asked_for_by_itself() -> None:
         assert [line[:8] for line in said.splitlines() if line.startswith("*")] == ["* CPU #3"]
     with guest(cpus=32) as lab:
         said = gdb(lab, "xen cpus", qmp=False)
-        assert "has 32 CPUs, and QEMU's monitor says too much of them for a unix socket: set xen qmp-socket" in said
+        assert "has 32 CPUs, and the monitor's output for that many overruns a unix socket: set xen qmp-socket" in said
         assert len(rows(gdb(lab, "xen cpus"), "CPUs")) == 32

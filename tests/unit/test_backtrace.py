@@ -205,7 +205,7 @@ def test_an_overflowed_stack_pointer_is_on_no_stack(machine: Stacks) -> None:
     machine.at("last", TOP - 0x2100)
     trace = machine.trace()
     assert trace["steps"][0]["stack"] is None and trace["lost"]
-    below = "no stack: below the primary one, which has overflowed, or it is no stack pointer"
+    below = "no stack: below the primary one, which has overflowed, or not a stack pointer"
     assert trace["end"] == f"{BEFORE}rsp {TOP - 0x2100:#x} is on {below}"
     machine.at("last", TOP + 0x8000)
     assert machine.trace()["end"] == f"{BEFORE}rsp {TOP + 0x8000:#x} is on none of this CPU's stacks"

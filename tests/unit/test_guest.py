@@ -172,7 +172,7 @@ def test_the_listing_in_words(capsys):
         ),
         ("--lapic x2apic", "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate: give --qemu 10.0"),
         ("--lapic x2apic-firmware", "--lapic x2apic-firmware needs x2APIC, which QEMU 7.2 does not emulate"),
-        ("--domu-vcpus 5", "--domu-vcpus 5: each needs a CPU of its own, and the machine has 4"),
+        ("--domu-vcpus 5", "--domu-vcpus 5: each needs its own CPU, and the machine has 4"),
         ("--cpu 2", "--cpu 2 needs a vCPU of dom0 on every CPU: boot the machine with --dom0-vcpus 4"),
         ("--cpu 2 --dom0-vcpus 3", "boot the machine with --dom0-vcpus 4"),
         ("--cpu 4 --dom0-vcpus 4", "--cpu 4: the machine's CPUs are 0 to 3"),

@@ -93,7 +93,7 @@ def test_one_cpus_table(name: str) -> None:
     assert idt_address(memory, 2) == TABLES[2]  # type: ignore[arg-type]
     for cpu, why in (
         (1, "CPU 1 has no IDT"),
-        (3, "CPU 3 is announced and absent: it has no per-CPU area"),
+        (3, "CPU 3 is possible but not present: it has no per-CPU area"),
         (4, "CPU 4 does not exist: nr_cpu_ids is 4"),
         (-1, "CPU -1 does not exist: nr_cpu_ids is 4"),
     ):
@@ -104,7 +104,7 @@ def test_one_cpus_table(name: str) -> None:
 def test_one_cpus_variable() -> None:
     memory = Memory("idt_tables")
     assert per_cpu_address(memory, "crash_save_done", 2) == START + 0x48 + 0x2_0000  # type: ignore[arg-type]
-    with pytest.raises(Unreadable, match=r"^CPU 3 is announced and absent"):
+    with pytest.raises(Unreadable, match=r"^CPU 3 is possible but not present"):
         per_cpu_address(memory, "per_cpu__crash_save_done", 3)  # type: ignore[arg-type]
 
 

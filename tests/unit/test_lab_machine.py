@@ -136,7 +136,7 @@ def test_a_machine_that_is_loaded_waits_and_has_ram_of_its_own(tmp_path: Path) -
         ({"xen": "4.99"}, "--xen is one of 4.17, 4.14, 4.20, not '4.99'"),
         ({"wait": "dom1"}, "--wait is one of dom0, xen, none, not 'dom1'"),
         ({"lapic": "x2apic"}, "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate: give --qemu 10.0 or sid"),
-        ({"domu_vcpus": 5}, "--domu-vcpus 5: each needs a CPU of its own, and the machine has 4"),
+        ({"domu_vcpus": 5}, "--domu-vcpus 5: each needs its own CPU, and the machine has 4"),
         ({"domu_vcpus": 1, "paused": True}, "--domu-vcpus is for a machine that boots, and --paused stops it"),
         ({"domu_vcpus": 1, "wait": "xen"}, "--domu-vcpus needs dom0, which wait='xen' does not wait for"),
         ({"guest": "rfc-v1", "dom0_vcpus": 1}, "--dom0-vcpus is for real Xen, and --guest boots the reference guest"),

@@ -292,7 +292,7 @@ SPLITTING_CALLS = {"split", "rsplit", "partition", "rpartition"}
 TABLES = {"GENERATIONS", "BY_ID", "list(BY_ID)", "list(GENERATIONS)", "tuple(BY_ID)"}
 COMPARING_MODULES = {"packaging", "distutils", "pkg_resources", "looseversion", "semver", "operator"}
 
-# Comparisons of what is called a version and is none of Xen's: of a file's layout, which the file itself names.
+# Comparisons of what is called a version and is not Xen's: of a file's layout, which the file itself names.
 OTHER_VERSIONS = {
     ("xen_symbols/targets/qemu_state.py", "version > 64"): "no section header has such a one",
     ("xen_symbols/targets/qemu_state.py", "section.name not in _VERSIONS"): "which sections are read",
@@ -307,7 +307,7 @@ OTHER_VERSIONS = {
     (f"{XENCRASH}/gdbprogram.py", "version < OLDEST_GDB"): "gdb is asked before it is started with what others lack",
     (f"{XENCRASH}/gdbprogram.py", "re.findall('\\\\b(\\\\d+)\\\\.\\\\d+', words.partition('\\n')[0])"): "of gdb",
 }
-# What tests decide by a version that they chose themselves, or that is none of Xen's.
+# What tests decide by a version that they chose themselves, or that is not Xen's.
 DECIDED_IN_TESTS = {
     ("tests/live/test_guest_matrix.py", "run.generation == '4.2.0'"): "as the guest was built: 4.2.0 names no owner",
     ("tests/live/test_lab.py", "int(qemu.split('.')[0])"): "QEMU says the version of the row that was asked for",

@@ -111,7 +111,7 @@ def _describe_buffer(state: State, cpu: CpuState) -> Json:
 
 
 def _says(notes: CpuNotes, in_mask: bool | None) -> str:
-    """What a buffer tells, with Xen's own mark in crash_saved_cpus, which it sets before it writes."""
+    """What a buffer shows, together with its bit in crash_saved_cpus, which Xen sets before it writes."""
     began = {True: ", although crash_saved_cpus has its bit", False: "", None: ""}[in_mask]
     unmarked = ", although crash_saved_cpus lacks its bit" if in_mask is False else ""
     if notes.damaged:

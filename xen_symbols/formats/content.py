@@ -70,7 +70,7 @@ class File:
                 end = os.lseek(self._fd, start, os.SEEK_HOLE)
                 yield start, min(end, self.size)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # a hole up to the end; else a filesystem that cannot tell
+            if error.errno != errno.ENXIO:  # a hole up to the end; else a file system without SEEK_DATA
                 yield end, self.size
 
 

@@ -21,7 +21,7 @@ from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.x86.paging import PAGE_SIZE, Untranslated
 
 SOURCE = "table embedded in Xen"
-REGION = 1 << 30  # Xen's image lies in 1 GiB of its own from XEN_VIRT_START on, in every release
+REGION = 1 << 30  # Xen's image has the 1 GiB from XEN_VIRT_START to itself, in every release
 _GROUP = 256  # entries per marker
 # A character that occurs in any symbol is its own token, and every Xen has all ten digits.
 DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
@@ -132,7 +132,7 @@ def _spans(memory: bytes, names: int, end: int, count: int, markers: list[int]) 
 
 
 def _expand(memory: bytes, spans: list[tuple[int, int]], tokens: list[str]) -> tuple[str, ...] | None:
-    """The text of each entry; None where one is no symbol."""
+    """The text of each entry; None where one is not a symbol."""
     token, texts = tokens.__getitem__, []
     for start, end in spans:
         text = "".join(map(token, memory[start:end]))

@@ -27,7 +27,7 @@ def bounded(address: int, size: int) -> None:
     if size > READ_MAX:
         raise Unreadable(f"{size} bytes at {address:#x} are too many for one read; {READ_MAX} are the most")
     if size < 0 or address < 0:
-        raise Unreadable(f"{size} bytes at {address:#x} are no memory")
+        raise Unreadable(f"{size} bytes at {address:#x}: not a valid range of memory")
 
 
 class Lapic(NamedTuple):

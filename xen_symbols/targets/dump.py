@@ -44,7 +44,7 @@ class Dump(Target):
 
 
 def open_dump(path: str, *, base: int | None = None) -> Dump:
-    """Open the dump at `path`, whoever wrote it.
+    """Open the dump at `path`, whichever program wrote it.
 
     `base` is the physical address of the first byte of a raw image of memory, and for nothing
     else. Raises Undecidable: one line that names the file, what is wrong with it and where.

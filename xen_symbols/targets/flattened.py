@@ -2,7 +2,7 @@
 
 A header block of 4096 bytes, then pieces of {offset, size, bytes}, big-endian; an offset and
 a size of -1 end it (makedumpfile's makedumpfile.h, struct makedumpfile_header and
-makedumpfile_data_header). QEMU writes kdump this way unless told `kdump-raw-*`.
+makedumpfile_data_header). QEMU writes kdump this way unless asked for `kdump-raw-*`.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def with_lapics(cpus: Sequence[PhysicalCpu], lapics: Sequence[tuple[int, Lapic]]
 
 
 def without_qmp(cpus: Sequence[PhysicalCpu], why: Absent) -> list[PhysicalCpu]:
-    """Those CPUs of the monitor's, with `why` not even QMP tells the rest."""
+    """The monitor's CPUs; `why` says why QMP does not give the rest either."""
     return [
         cpu._replace(
             nmi_blocked=why, nmi_pending=why, guest_mode=why,
@@ -143,7 +143,7 @@ def parse_host_threads(text: str) -> list[int]:
 
 
 def parse_selected_cpu(text: str) -> int:
-    """The monitor's own CPU, by cpu_index, from `info cpus`: what `info registers` without a number tells of.
+    """The monitor's current CPU, by cpu_index, from `info cpus`: `info registers` without a number shows it.
 
     Raises Unreadable for any other text.
     """

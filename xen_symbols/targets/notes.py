@@ -94,7 +94,7 @@ def parse_prstatus(desc: bytes) -> dict[str, int] | Absent:
     """NT_PRSTATUS of x86-64: registers by name; Absent when all of it is zero.
 
     orig_rax is never written by Xen. The FS and GS bases are written since 4.15 (1e15dcfbae)
-    only, so a zero there is no value and is left out.
+    only, so a zero there is not a value and is left out.
     """
     _require_size("CORE/NT_PRSTATUS", desc, _PRSTATUS_SIZE, exact=True)
     values = _PRSTATUS_REGISTERS.unpack_from(desc, _PRSTATUS_OFFSET)
@@ -169,7 +169,7 @@ def cpus_of(notes: Sequence[Note]) -> list[PhysicalCpu]:
 
     Xen's notes: NT_PRSTATUS then CRASH_REGS for each CPU in the order of Xen's numbers (the crash
     tools ask Xen for CPU 0, 1, … and get headers for every possible CPU). A CPU that saved nothing
-    is there with no registers. QEMU's: one per cpu_index; which Xen CPU that is, memory tells.
+    is there with no registers. QEMU's: one per cpu_index; which Xen CPU that is follows from memory.
     Raises Undecidable where one of a pair of Xen's is missing: those behind it would be taken for another CPU's.
     """
     if any(note.name == "QEMU" for note in notes):

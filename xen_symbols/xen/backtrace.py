@@ -2,7 +2,7 @@
 
 Release builds of Xen keep no frame pointers, and need not have debug information. So calls are found as Xen's own
 show_trace() finds them, by scanning the part of a stack that is in use for return addresses, and kept when a call
-instruction stands in front of them. One left behind by an earlier call is not told from one that still counts.
+instruction precedes them. One left over from an earlier call cannot be distinguished from one still in use.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Backtrace:
 
 
 def backtrace(memory: XenMemory, state: State, cpu: CpuState) -> Backtrace:
-    """One CPU's. What could not be read or told is said in it; nothing is raised for that."""
+    """One CPU's. What could not be read or determined is stated in it; nothing is raised for that."""
     fred = state.system["fred"]
     stacks = stacks_of(memory, state, cpu)
     if fred.present and fred.value == 1:
@@ -215,7 +215,7 @@ class _Walk:
         return found is not None and found[0].kind in TEXT
 
     def _after_calls(self, step: Step, candidates: list[int]) -> set[int]:
-        """Those addresses that a call instruction stands in front of."""
+        """Those addresses that a call instruction precedes."""
         codes = self._memory.read_many([(address - LONGEST, LONGEST) for address in candidates])
         unread = next((code for code in codes if isinstance(code, Absent)), None)
         if unread is not None:

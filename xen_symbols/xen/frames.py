@@ -1,4 +1,4 @@
-"""Exception frames (struct cpu_user_regs): decoded, and told from words that only look like one."""
+"""Exception frames (struct cpu_user_regs): decoded, and distinguished from words that only look like one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def decode(raw: bytes, address: int, *, stored: bool = True) -> Frame:
 
 
 def problem(frame: Frame, xen: int, vector: int | None = None) -> str | None:
-    """Why this is no frame; None if it can be one. `xen` is any address of Xen's image, `vector` the one expected."""
+    """Why this is not a frame; None if it can be. `xen` is any address of Xen's image, `vector` the one expected."""
     if vector is not None and frame.vector not in (vector, None):
         return f"the vector there is {frame.vector}, not {vector}"
     if not is_canonical(frame.rip) or not is_canonical(frame.rsp):

@@ -244,8 +244,8 @@ def _foreign_build_id(target: Target, cpus: Sequence[PhysicalCpu], unread: Unrea
 def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolTable:
     """The symbol table that Xen carries in its own image, found without any other symbols.
 
-    A dump whose notes show no Xen is searched, up to 4 GiB of it: `progress` is told (bytes searched, bytes in all).
-    Raises Undecidable when there is none, or several and nothing tells which of them ran last.
+    A dump whose notes show no Xen is searched, up to 4 GiB of it: `progress` gets (bytes searched, bytes in all).
+    Raises Undecidable when there is none, or several and nothing shows which of them ran last.
     """
     unread = Unread(target)
     for memory, region in _images(target, target.cpus(), unread):

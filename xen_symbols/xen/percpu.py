@@ -13,7 +13,7 @@ NR_CPUS_MAX = 16384  # no build of Xen allows more (Kconfig NR_CPUS); a larger n
 
 
 def cpu_count(memory: XenMemory) -> int:
-    """nr_cpu_ids: how many CPU numbers are announced. Raises Unreadable, also for a number no Xen can have."""
+    """nr_cpu_ids: how many CPUs are possible. Raises Unreadable, also for a number that no Xen can have."""
     count = memory.variable("nr_cpu_ids", 4, DATA)
     if not 0 < count <= NR_CPUS_MAX:
         raise Unreadable(f"nr_cpu_ids is {count}, which no Xen has: Xen has not set it yet, or the symbols are wrong")
@@ -39,7 +39,7 @@ class PerCpuAreas:
         if not 0 <= cpu < len(self.offsets):
             raise Unreadable(f"CPU {cpu} does not exist: nr_cpu_ids is {len(self.offsets)}")
         if cpu not in self._existing:
-            raise Unreadable(f"CPU {cpu} is announced and absent: it has no per-CPU area")
+            raise Unreadable(f"CPU {cpu} is possible but not present: it has no per-CPU area")
 
     def address(self, variable: int, cpu: int) -> int:
         """Where one CPU has the variable whose symbol is at `variable`. Raises Unreadable as `require` does."""

@@ -26,7 +26,7 @@ from xen_symbols.xen.memory import (
 
 Progress = Callable[[int, int], None]
 
-# A piece that the allocator hands out again is read, and told to be nothing but zeros, several times faster than 1 MiB.
+# The allocator reuses pieces of this size: reading one and seeing only zeros is several times faster than with 1 MiB.
 _CHUNK = 64 << 10
 _ZEROS = bytes(_CHUNK)
 # What is before a token of a table: other tokens, all of the table (0.4 MiB is the largest so far); and what is behind.
@@ -57,7 +57,7 @@ def _maps_itself(target: Target, base: int, offset: int, region: int) -> bool:
 
 
 def booted_last(found: Sequence[XenMemory]) -> XenMemory:
-    """Of several Xens in one memory, the one that booted last. Raises Undecidable when nothing tells.
+    """Of several Xens in one memory, the one that booted last. Raises Undecidable when nothing shows it.
 
     Each boot writes a trampoline below 1 MiB, which keeps xen_phys_start for the CPUs that it starts. Where all have
     theirs at the same address, the one that it names is the last that wrote it.
@@ -69,7 +69,7 @@ def booted_last(found: Sequence[XenMemory]) -> XenMemory:
     listed = " and ".join(f"at physical {memory.xen_phys_start:#x} ({_build(memory)})" for memory in found)
     raise Undecidable(
         f"{found[0].target.location} holds {len(found)} Xens, {listed}, as an earlier boot leaves them, and nothing "
-        "tells which of them ran last; give the symbols of the one that is meant with --symbols, if they differ"
+        "shows which of them ran last; give the symbols of the one that you mean with --symbols, if they differ"
     )
 
 
@@ -117,7 +117,7 @@ def tables(target: Target, limit: int, progress: Progress | None = None) -> Iter
             places += 1
             if places == _MOST_PLACES or tried == _MOST_TABLES:
                 raise Undecidable(
-                    f"too much in {target.location} looks like Xen's symbol table to tell where Xen is; "
+                    f"too much in {target.location} looks like Xen's symbol table: Xen cannot be located; "
                     "give its own xen-syms with --symbols"
                 )
             at = data.find(embedded.DIGITS, at + 1)
@@ -146,7 +146,7 @@ def _chunks(target: Target, limit: int, progress: Progress | None) -> Iterator[t
 
 
 def _read(target: Target, start: int, end: int) -> bytes:
-    """Zeros where it cannot be read: a table may lie before or behind such a page, and not across it."""
+    """Zeros where it cannot be read: a table may lie before or after such a page, but not across it."""
     try:
         return target.read_physical(start, end - start)
     except Unreadable:

@@ -1,4 +1,4 @@
-"""A CPU's stacks (xen/include/asm-x86/current.h): which page of them is which, told by its TSS.
+"""A CPU's stacks (xen/include/asm-x86/current.h): which page is which follows from its TSS.
 
 Xen gives each CPU 32 KiB, aligned to their size. The IST stacks are pages at the bottom, the primary stack the two
 pages at the top, and at the very end lies struct cpu_info, which begins with the guest's registers.
@@ -77,7 +77,7 @@ class CpuStacks(NamedTuple):
         if stack is not None:
             return f"the {stack.name} stack"
         if self.base <= address < self.end:
-            return "no stack: below the primary one, which has overflowed, or it is no stack pointer"
+            return "no stack: below the primary one, which has overflowed, or not a stack pointer"
         return "none of this CPU's stacks"
 
 
@@ -86,7 +86,7 @@ def stacks_of(memory: XenMemory, state: State, cpu: CpuState) -> CpuStacks | Abs
     if isinstance(cpu.tss, Absent):
         return cpu.tss
     loaded = cpu.physical.tr_base if isinstance(cpu.physical, PhysicalCpu) else None
-    # A page of TSS (4.13) begins with ist_ssp[] (4.14): where the TSS is in it, its content tells.
+    # A page of TSS (4.13) begins with ist_ssp[] (4.14): where the TSS is in it follows from its content.
     for address in (cpu.tss + IST_SSP_SIZE, cpu.tss):
         try:
             found = tss.decode(memory.read(address, tss.SIZE))

@@ -16,7 +16,7 @@ from xen_symbols.xen.percpu import PerCpuAreas, areas_of, ask_areas, cpu_count
 from xen_symbols.xen.reads import Asked, Batch, Read, absent, flag, mask, signed, unsigned
 
 BAD_APICID = 0xFFFFFFFF  # xen/include/asm-x86/apicdef.h; a free slot of x86_cpu_to_apicid[]
-_GONE = Absent("announced and absent: it has no per-CPU area", Kind.NOT_APPLICABLE)
+_GONE = Absent("possible but not present: it has no per-CPU area", Kind.NOT_APPLICABLE)
 
 
 class Variable(NamedTuple):
@@ -51,7 +51,7 @@ SYSTEM = (
 
 
 class CpuState(NamedTuple):
-    """One of Xen's CPUs. `exists` is false for a number that is announced and has no per-CPU area."""
+    """One of Xen's CPUs. `exists` is false for a possible CPU that is not present: it has no per-CPU area."""
 
     cpu: int
     exists: bool

@@ -106,7 +106,7 @@ class GdbSession:
         self._refused: str | None = None  # why the machine did not run, after all
         self._lost = False
         command = [gdb or find_gdb(), *gdb_arguments(), "--interpreter=mi3"]
-        # A session of its own: a Ctrl-C on the terminal is for us to act on.
+        # Its own session: Ctrl-C on the terminal is ours to handle.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
             start_new_session=True, env={**os.environ, "LC_ALL": "C.UTF-8"},
@@ -184,8 +184,8 @@ class GdbSession:
         """Connect to a machine and stop it. `target` as the user named it. Raises Undecidable.
 
         Whether it ran before is known from QMP, or else from the monitor: a machine that QEMU calls just `paused` was
-        running until gdb's arrival, unless somebody had paused it by hand; without QMP that cannot be told, and it runs
-        on afterwards.
+        running until gdb's arrival, unless somebody had paused it by hand; without QMP that is not known, and it
+        runs on afterwards.
         """
         address = parse_live(target)
         self.location = target
@@ -196,7 +196,7 @@ class GdbSession:
             self._process.kill()  # it would go on trying
             raise Timeout(
                 f"{target} takes connections and answers nothing: another debugger is attached to it (QEMU serves one "
-                "at a time: detach that one), or it is no gdbstub"
+                "at a time: detach that one), or it is not a gdbstub"
             ) from None
         except MiError as error:
             why = str(error).rstrip(".")
@@ -389,7 +389,7 @@ def open_session(
     allow_mismatch: bool = False,
     gdb: str | None = None,
 ) -> GdbSession:
-    """A session attached to a machine, with the plugin told what the user said. Raises Undecidable."""
+    """A session attached to a machine, with the user's options set in the plugin. Raises Undecidable."""
     parse_live(target)
     session = GdbSession(gdb)
     try:

@@ -71,7 +71,7 @@ def follow(
     """Wait for Xen to crash, judge every stage of its crash path, let it run on, and return the JSON report.
 
     The session is attached to the machine, and no longer after a trace that was not lost. `timeout` bounds the wait for
-    the crash to begin (None: for ever), `stall` the time between two stages, in seconds. `trigger` is called once the
+    the crash to begin (None: forever), `stall` the time between two stages, in seconds. `trigger` is called once the
     machine runs with the breakpoints set; `on_stop` at each stop, before it is judged; `progress` after it, with the
     stage as the report has it and its findings, the machine still stopped. `notice` is given, before the machine runs,
     what will not be seen, and why. `leave_stopped` leaves it at the last stage; `gates` lists every change of a gate in

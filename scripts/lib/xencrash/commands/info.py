@@ -60,7 +60,9 @@ def run(args: Namespace) -> int:
     asked = request(args)
     data = live.describe(asked) if asked.live else describe_dump(asked)
     if data.get("stage") == CRASHING.id:
-        data["undecided"] = f"{asked.target}: Xen is {CRASHING.says}, or stuck there: how far it came cannot be told"
+        data["undecided"] = (
+            f"{asked.target}: Xen is {CRASHING.says}, or stuck there: how far it came cannot be determined"
+        )
     if args.format == "json":
         to(args.output, lambda stream: print(json.dumps(data, indent=2), file=stream))
     else:

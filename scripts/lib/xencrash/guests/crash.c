@@ -8,7 +8,7 @@
  *
  *   Each other CPU comes to do_nmi_crash() once. It saves its registers, stops its local APIC, says so, and
  *   halts. NMIs stay blocked there, because the handler never returns. A machine check would return, with an
- *   IRET, and that opens NMIs: so one NMI of its own is queued beforehand, to bring it back here.
+ *   IRET, and that unblocks NMIs: so a self-NMI is queued beforehand, to bring it back here.
  *
  *   Nobody waits forever: after a second the crashing CPU goes on without those that did not answer.
  *

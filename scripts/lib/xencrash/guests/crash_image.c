@@ -3,7 +3,7 @@
  *
  * It runs on the crashing CPU, in long mode, where it was loaded, and brings its own GDT, IDT and stack. It
  * says on the debug console (port 0xe9) and on the serial port that it is alive and in which mode it finds
- * the local APIC, then sends itself an NMI: if that arrives, NMIs are open.
+ * the local APIC, then sends itself an NMI: if that arrives, NMIs are unblocked.
  *
  * What it and Xen agree on is in layout.h. Its first word is the jump to its code.
  */
@@ -114,7 +114,7 @@ __attribute__((used)) static void main(uint32_t flags)
     send_self_nmi(mode);
     for ( unsigned int i = 0; i < 1000 && !nmis; i++ )
         inb(UART_LSR);                          /* takes its time */
-    say(nmis ? "crash image: NMIs are open\r\n" : "crash image: NMIs are shut\r\n");
+    say(nmis ? "crash image: NMIs are unblocked\r\n" : "crash image: NMIs are blocked\r\n");
 
     if ( flags & CRASH_IMAGE_EXITS )
         outb(EXIT_PORT, nmis ? EXIT_OPEN : EXIT_SHUT);

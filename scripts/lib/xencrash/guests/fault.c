@@ -152,7 +152,7 @@ static bool send_vm_exit(unsigned int cpu)
     return true;
 }
 
-/* An NMI of its own, in whose handler the shootdown's finds it. */
+/* A self-NMI, in whose handler the shootdown's finds it. */
 static bool take_earlier_nmi(unsigned int cpu)
 {
     send_IPI(get_apic_id(), ICR_NMI);
@@ -191,7 +191,7 @@ static bool move_idt(unsigned int cpu)
 enum property { PRESENT, HANDLER, SELECTOR, TYPE, DPL, IST, RESERVED };
 
 /*
- * How far a handler is off: by what is in front of `movl $vector, 4(%rsp)` in nmi_crash, so that a CPU that
+ * How far a handler is off: by what precedes `movl $vector, 4(%rsp)` in nmi_crash, so that a CPU that
  * takes its NMI there still gets to do_nmi_crash().
  */
 #define HANDLER_OFF     (REWRITES_GATES ? 3 : 2)

@@ -92,7 +92,7 @@ enum fault {
 extern enum fault fault;
 extern unsigned int fault_cpu;                  /* the CPU that does it wrong, or to which it is done */
 
-enum fault fault_by_name(const char *name);     /* NO_FAULT for a name that is none */
+enum fault fault_by_name(const char *name);     /* NO_FAULT for an unknown name */
 
 /* In the order of the path; by the file that has them. */
 enum step {
@@ -104,7 +104,7 @@ enum step {
     INFO_NOTE,                                  /* and crash.c */
     /* crash.c: the crashing CPU */
     OWN_MC_IST_OFF,
-    MC_IST_OFF,                                 /* of another CPU's gate, by whoever does it */
+    MC_IST_OFF,                                 /* of another CPU's gate, on either CPU */
     HOOK_NMI,                                   /* of one CPU, where each has its own */
     HOOKED,
     SEND_NMI,                                   /* smp.c: to one CPU */

@@ -1,4 +1,4 @@
-"""The guest's faults: ways in which such a patch can be, or was, wrong, and what is to be seen of each.
+"""The guest's faults: ways in which the patch can be, or was, wrong, and what each shows.
 
 Each row names the features (rows of generation.h) that a generation must have, or with a "!" must not have, for the
 fault to make sense in it. fault.h has the same names, and fault.c says at which step of the path each does what.
@@ -125,14 +125,14 @@ FAULTS: tuple[Fault, ...] = (
           ("HARDENED",), (Expected("crash-save-done", "C", "shootdown"),), cpus=1),
     Fault("still-online", "A CPU stops and leaves its bit in cpu_online_map.",
           (), (Expected("online-cpus", "F", "shootdown-done"),)),
-    Fault("second-entry", "A CPU opens NMIs before it queues its own, and enters the handler a second time.",
+    Fault("second-entry", "A CPU unblocks NMIs before it queues its own, and enters the handler a second time.",
           ("HARDENED",), (Expected("nmi-entries", "F", "shootdown-done"),),
           not_in_a_dump="only who follows the crash can count how often the handler is entered"),
     Fault("wait-ends-early", "The crashing CPU goes on while a CPU has yet to save its registers.",
           ("SIGNS_OFF",), (_SILENT,)),
     Fault("owner-wrong", "one_cpu_only() records a CPU that did not crash.",
           ("RECORDS_OWNER",), (Expected("crash-owner", None, "shutdown-entry"),)),
-    Fault("kexecing-unset", "kexecing stays false: the local APICs are not told that a crash image follows.",
+    Fault("kexecing-unset", "kexecing stays false: the local APICs keep their mode.",
           (), (Expected("kexecing", None, "shutdown-entry"),), cpus=1),
     # The NMI and its handler
     Fault("hook-missing", "The NMI is sent with nothing hooked: every CPU runs its ordinary handler.",
@@ -178,7 +178,7 @@ FAULTS: tuple[Fault, ...] = (
           not_in_a_dump="by then the gate is as it should be"),
     Fault("mc-gate-ist-remote", "The crashing CPU takes the IST off another CPU's #MC gate just before that CPU does.",
           ("HARDENED", "!REWRITES_GATES"), (Expected("gate-change", "F", "cpu-save"),), most_cpus=2, gates=True,
-          not_in_a_dump="the gate becomes what it should, when it should: who wrote it only a watchpoint tells"),
+          not_in_a_dump="the gate becomes what it should, when it should: only a watchpoint shows who wrote it"),
     Fault("mc-not-swapped", "No #MC gate is led to trap_nop before the jump.",
           ("HARDENED",), (Expected("mc-gate-handler", "C", "handover"), Expected("mc-gate-handler", "O", "handover")),
           cpus=1),
@@ -208,7 +208,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("x2apic-enabled-stale", "x2apic_enabled is not looked at again after the stop: the next access to the local "
           "APIC uses MSRs that are not there any more, and Xen panics within the crash.",
           (), (_LOST,), cpus=1, x2apic="x2apic", not_in_a_dump=_ON_ITS_WAY),
-    Fault("no-self-nmi", "A CPU parks without an NMI of its own queued behind the latch.",
+    Fault("no-self-nmi", "A CPU parks without having queued an NMI to itself.",
           ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"),), not_in_a_dump=_IN_DEVICES),
     Fault("self-nmi-misdirected", "A CPU addresses its own NMI to an APIC id that nobody has.",
           ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"),), not_in_a_dump=_IN_DEVICES),

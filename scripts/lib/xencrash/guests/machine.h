@@ -3,7 +3,7 @@
  * the local APIC, the first serial port.
  *
  * SDM: Intel's Software Developer's Manual; the titles quoted are those of its sections and tables. Where Xen has
- * a name of its own for a register, that is used.
+ * its own name for a register, that is used.
  */
 #ifndef MACHINE_H
 #define MACHINE_H

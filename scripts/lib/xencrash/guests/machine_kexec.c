@@ -2,7 +2,7 @@
  * machine_kexec.c - the last steps in Xen: nothing may go wrong between here and the crash image.
  *
  * From now on a machine check leads nowhere, on whichever CPU: its gate goes to trap_nop, so that none that
- * is parked runs a handler while the crash image takes the machine over. Then NMIs are opened, in case the
+ * is parked runs a handler while the crash image takes the machine over. Then NMIs are unblocked, in case the
  * crash happened in an NMI handler: the crash image could not open them, and would have no watchdog.
  */
 #include "xen.h"

@@ -1,5 +1,5 @@
 /*
- * percpu.c - the per-CPU areas: where each CPU's copy of the template is, and where there is none.
+ * percpu.c - the per-CPU areas: where each CPU's copy of the template is, if it has one.
  */
 #include "xen.h"
 

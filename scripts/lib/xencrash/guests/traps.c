@@ -75,7 +75,7 @@ static void set_idt_of(unsigned int cpu, idt_entry_t *table)
 #endif
 }
 
-/* An interrupt gate for everyone: the CPUs that have a table of their own, then the master table. */
+/* An interrupt gate for everyone: the CPUs that have their own table, then the master table. */
 void set_intr_gate(unsigned int vector, void (*handler)(void))
 {
 #if !HAS_PER_CPU_IDT

@@ -73,7 +73,7 @@ struct cpu_user_regs {
 };
 _Static_assert(offsetof(struct cpu_user_regs, rip) == 128, "known to entry.S");
 
-/* The top of each CPU's stack. The fields kept are in Xen's places, told by how far they lie from the end. */
+/* The top of each CPU's stack. The fields kept are at Xen's offsets from the end. */
 struct cpu_info {
     uint8_t before[CPU_INFO_SIZE - CPU_INFO_ID];
     uint32_t processor_id, verw_selector;
@@ -163,7 +163,7 @@ void nmi_crash(void);
 #if HAS_ENABLE_NMIS
 void enable_nmis(void);
 #else
-/* IRET opens NMIs again: SDM vol. 3, "Handling Multiple NMIs". This one returns to the next instruction. */
+/* IRET unblocks NMIs: SDM vol. 3, "Handling Multiple NMIs". This one returns to the next instruction. */
 static inline void enable_nmis(void)
 {
     unsigned long scratch;
@@ -268,7 +268,7 @@ extern struct options {
     unsigned int crash_cpu;                     /* crash_cpu=N   who crashes */
     bool crash_by_itself;                       /* crash=auto    as soon as all CPUs are up; else on 'C' */
     bool crash_in_nmi;                          /* context=nmi   from an NMI handler, so that NMIs are latched */
-    unsigned int nr_cpu_ids;                    /* nr_cpu_ids=N  as if the firmware announced more CPUs */
+    unsigned int nr_cpu_ids;                    /* nr_cpu_ids=N  as if the firmware listed more CPUs */
     bool x2apic;                                /* x2apic        switch to x2APIC */
     bool firmware_x2apic;                       /* x2apic=firmware  booted in it */
     bool exit;                                  /* exit          the crash image ends the machine */

@@ -91,7 +91,7 @@ def chosen(names: Mapping[str, Collection[str]], cells: Sequence[Cell]) -> tuple
     left = tuple(cell for cell in cells if all(getattr(cell, name) in values for name, values in names.items()))
     if not left:
         reasons = "; ".join(f"QEMU {row.name}: {row.reason}" for row in QEMUS.values())
-        raise BadSpecification(f"there is no such cell in the matrix ({reasons})")
+        raise BadSpecification(f"the matrix has no such cell ({reasons})")
     return left
 
 

@@ -137,7 +137,7 @@ def _unlike(cell: Cell, reports: Sequence[contract.Report]) -> Iterator[tuple[Ve
 def crash_all(cells: Sequence[Cell], output: Path, jobs: int = 1, fresh: bool = False) -> list[Json]:
     """What came of each cell, in their order; a line for each on standard error as it ends.
 
-    Each has a process of its own: a machine ends with the process that started it, and so does what a killed cell
+    Each has its own process: a machine ends with the process that started it, and so does what a killed cell
     leaves. `output` gets a folder for each.
     """
     context = multiprocessing.get_context("spawn")
@@ -168,7 +168,7 @@ def crash_all(cells: Sequence[Cell], output: Path, jobs: int = 1, fresh: bool = 
 
 
 def _work(cell: Cell, output: Path, fresh: bool, outcome: Connection) -> None:
-    """In a process of its own: ends, its machine with it, when it is told to or when who started it has gone."""
+    """In its own process, which ends, and its machine with it, when asked to or when its parent has gone."""
 
     def end_with_parent() -> None:
         parent = multiprocessing.parent_process()

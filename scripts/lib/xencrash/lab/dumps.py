@@ -55,7 +55,7 @@ class Dumps:
 
 
 def elf_size(path: Path) -> int:
-    """Where the last segment of an ELF64 core ends: the size of the whole file. 0 if it is no such file."""
+    """Where the last segment of an ELF64 core ends: the size of the whole file. 0 if it is not an ELF64 core."""
     with path.open("rb") as stream:
         start = stream.read(ELF64.header.size)
         if len(start) < ELF64.header.size or start[:6] != ELF64.ident[:6]:

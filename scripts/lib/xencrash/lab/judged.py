@@ -28,14 +28,14 @@ _CRASH_BEGINS_IN = 300.0
 
 
 def unlike(reports: Sequence[contract.Report], generation: str, lapic: str | None, cpu: int | None) -> Iterator[str]:
-    """What the reports on one crash tell that is not as it was to be: then nothing was shown of it, whatever they say.
+    """How the crash that was judged differs from the one that was asked for: its verdict then says nothing of that.
 
     `lapic` is the mode of all local APICs before the crash, `cpu` the one that crashes; None for any. That a domU or
     dom0's loops run is seen to before the crash (`Machine.require_busy`).
     """
     told, modes, cpus = generations(reports), lapic_modes(reports), {report["crashing_cpu"] for report in reports}
     if reports and told != [generation]:
-        yield f"the crash path was to be of generation {generation}, not {' and '.join(told) or 'untold'}"
+        yield f"the crash path should be generation {generation}, and is {' and '.join(told) or 'not identified'}"
     if reports and lapic is not None and modes != [lapic]:
         yield f"the local APICs were to be in {lapic} mode, not {' and '.join(modes) or 'unread'}"
     if reports and cpu is not None and cpus != {cpu}:
@@ -43,7 +43,7 @@ def unlike(reports: Sequence[contract.Report], generation: str, lapic: str | Non
 
 
 def generations(reports: Sequence[contract.Report]) -> list[str]:
-    """Those that the reports tell."""
+    """Those that the reports name."""
     return sorted({report["generation"]["id"] for report in reports if report["generation"]})
 
 

@@ -144,7 +144,7 @@ def attach(run_dir: str | Path, progress: Progress = lambda text: None) -> Machi
 
 
 def running() -> list[Machine]:
-    """The machines that run in folders of their own making, and what is left of those that died."""
+    """The machines that run in folders made by the lab, and what is left of those that died."""
     found = []
     for folder in sorted(runs_folder().glob("*")):
         with contextlib.suppress(LabError):  # a run that just ended, or never began

@@ -22,7 +22,7 @@ COLUMNS = ("Xen", "QEMU", "gdb", "LAPIC", "crash", "generation", "crashed on", "
 
 
 def status_of(outcomes: Sequence[Json]) -> ExitStatus:
-    """1 if any failed; else 3 if any is unknown or skipped, but for packages that are no more; else 0."""
+    """1 if any failed; else 3 if any is unknown or skipped, except for packages that are gone; else 0."""
     verdicts = [Verdict.of(outcome["verdict"]) for outcome in outcomes if not outcome["gone"]]
     return exit_status(*(Verdict.UNKNOWN if verdict is Verdict.SKIP else verdict for verdict in verdicts))
 

@@ -176,7 +176,7 @@ def _escaped(path: Path) -> str:
 def start(
     command: Sequence[str], paths: Paths, owned: bool, memory: Memory | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start QEMU in a session of its own (a Ctrl-C is for us to act on). It inherits the memory's descriptor.
+    """Start QEMU in its own session (Ctrl-C is ours to handle). It inherits the memory's descriptor.
 
     An owned QEMU is killed by the kernel when the thread that started it ends, however it ends
     (PR_SET_PDEATHSIG, prctl(2)): the caller's thread must live as long as the machine is wanted.

@@ -46,7 +46,7 @@ LIBXEN_HEADERS = "libxen-dev"  # of a Xen's own suite: what creates a domU is bu
 class XenRow:
     """One real Xen. Patterns are of paths inside the packages, without a leading slash.
 
-    `generation` of the crash path is what it must be told to be.
+    `generation` is the one that must be identified.
 
     kexec comes from `kexec_suite`. It talks to the hypervisor through libxenctrl, which fits its own Xen
     only (4.17's fails on 4.14: "Cannot load /boot/vmlinuz"): `libxenctrl` is the package that has this Xen's,
@@ -194,7 +194,7 @@ DEFAULT_QEMU = "7.2"
 
 @dataclass(frozen=True)
 class GdbRow:
-    """One gdb: the one that is installed, or (`requirement`) one from PyPI in an environment of its own."""
+    """One gdb: the one that is installed, or (`requirement`) one from PyPI in its own environment."""
 
     name: str
     reason: str

@@ -38,7 +38,7 @@ class State:
 
 
 def known_run(run_dir: str | Path) -> tuple[Paths, State, bool]:
-    """The files of an earlier run, its state, and whether its folder is of its own making. Raises LabError."""
+    """The files of an earlier run, its state, and whether the lab made its folder. Raises LabError."""
     paths = Paths(Path(run_dir).absolute())
     try:
         state = State(**json.loads(paths.state.read_text()))
@@ -57,7 +57,7 @@ def _runs(folder: Path) -> bool:
 
 
 def runs_folder() -> Path:
-    """Where runs without a folder of their own live: short, because sockets' paths are limited to 107 bytes."""
+    """Where runs without a given folder live: short, because sockets' paths are limited to 107 bytes."""
     return Path("/tmp") / f"xencrash-{os.getuid()}"
 
 
@@ -70,7 +70,7 @@ def _sweep(parent: Path) -> None:
 
 
 def new_run(run_dir: str | Path | None) -> tuple[Paths, bool]:
-    """The files of a new run, and whether their folder is of its own making: where none is given. Raises LabError."""
+    """The files of a new run, and whether the lab made its folder, because none was given. Raises LabError."""
     if run_dir is None:
         parent = runs_folder()
         _sweep(parent)

@@ -123,7 +123,7 @@ class Specification:
 
     def _problems_of_xen(self) -> Iterator[str]:
         if self.domu_vcpus > self.cpus:
-            yield f"--domu-vcpus {self.domu_vcpus}: each needs a CPU of its own, and the machine has {self.cpus}"
+            yield f"--domu-vcpus {self.domu_vcpus}: each needs its own CPU, and the machine has {self.cpus}"
         if self.domu_vcpus and self.paused:
             yield "--domu-vcpus is for a machine that boots, and --paused stops it: leave one out"
         if self.domu_vcpus and self.wait != "dom0":

@@ -68,7 +68,7 @@ def around(run: Callable[[Namespace], int], args: Namespace) -> int:
 
     before = {sign: signal.getsignal(sign) for sign in _ENDING}
     for sign, handler in before.items():
-        if handler is signal.SIG_DFL:  # not one that nohup(1) has told to be ignored
+        if handler is signal.SIG_DFL:  # not one that nohup(1) ignores
             signal.signal(sign, end)
     try:
         return run(args)

@@ -67,7 +67,7 @@ def _crash(machine: Machine, wanted: Specification) -> None:
 
 def as_asked(wanted: Specification, reports: Sequence[contract.Report]) -> ExitStatus:
     """Undecided, with the reason on standard error, where the crash was not the one that was asked for."""
-    if wanted.guest:  # a fault may be of its mode, and a guest crashes where it was told to when it booted
+    if wanted.guest:  # a fault may set the mode, and a guest is given its crashing CPU at boot
         reasons = list(judged.unlike(reports, wanted.guest, None, None))
     else:
         lapic = wanted.lapic_row.mode if wanted.lapic else None
