@@ -7,9 +7,10 @@ from pathlib import Path
 
 from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.follow import COMPLETE
-from xen_symbols.crashpath.gatechanges import CHANGES, HELPERS, Change, Owner
+from xen_symbols.crashpath.gatechanges import GATE_WRITES
 from xen_symbols.crashpath.generations import GENERATIONS
 from xen_symbols.crashpath.stages import BY_ID, CrashStep, Role
+from xen_symbols.crashpath.timeline import HELPERS, Value, Whose, Write
 from xen_symbols.x86.gate import VECTOR_NAMES
 from xencrash.guests import FAULTS
 
@@ -62,23 +63,30 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "| gate | becomes | not before | not after | generations | source | written by |"
     yield "|---|---|---|---|---|---|---|"
-    for change in CHANGES:
-        gate = f"{VECTOR_NAMES[change.vector]} gate, {change.whose.value}"
-        becomes = f"{'IST' if change.property == 'ist' else change.property} {change.to}"
-        if change.with_guest:
+    for gate, write in GATE_WRITES:
+        whose = f"{VECTOR_NAMES[gate.vector]} gate, {write.whose.value}"
+        becomes = f"{'IST' if gate.property == 'ist' else gate.property} {_value(write)}"
+        if write.window.with_guest:
             becomes += ", with an HVM guest's state"
-        made_in = [generation.id for generation in GENERATIONS if change.made_in(generation)]
-        generations = "all" if len(made_in) == len(GENERATIONS) else ", ".join(made_in)
-        row = (gate, becomes, _stage_at(change.first - 1), _stage_at(change.last), generations, change.by.source,
-               _writer(change))
+        row = (whose, becomes, _stage_at(write.window.first - 1), _stage_at(write.window.last), _generations(write),
+               write.by.source, _writer(write))  # fmt: skip
         yield f"| {' | '.join(row)} |"
 
 
-def _writer(change: Change) -> str:
-    if change.whose is Owner.OFFLINE:
+def _value(write: Write) -> str:
+    return str(write.to.value if isinstance(write.to, Value) else write.to)
+
+
+def _generations(write: Write) -> str:
+    made_in = [generation.id for generation in GENERATIONS if write.made_in(generation)]
+    return "all" if len(made_in) == len(GENERATIONS) else ", ".join(made_in)
+
+
+def _writer(write: Write) -> str:
+    if write.whose is Whose.OFFLINE:
         return "not judged"
-    functions = ", ".join(name for name in change.by.functions if name not in HELPERS)
-    return f"{functions} on {'the CPU itself' if change.by.itself else 'the crashing CPU'}"
+    functions = ", ".join(name for name in write.by.functions if name not in HELPERS)
+    return f"{functions} on {'the CPU itself' if write.by.itself else 'the crashing CPU'}"
 
 
 def _stage_at(step: int) -> str:

@@ -16,7 +16,7 @@ from tests.machines import stacks
 from tests.machines.changed import MC, NMI, Machine
 from tests.machines.recorded import RECORDED, load
 from xen_symbols.absence import Absent
-from xen_symbols.crashpath.gatechanges import GateHistory, Write, moment_of
+from xen_symbols.crashpath.gatechanges import CaughtWrite, GateHistory, moment_of
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.crashpath.position import infer
 from xen_symbols.describe.changes import describe_gate_change, describe_traced_change
@@ -227,7 +227,7 @@ def _changes(to_json: Callable[..., Json]) -> list[Json]:
         moments.append(moment_of(state, infer(state, identify(one.memory).generation), 2 * stop))
     at = machine.symbols.address("do_nmi_crash") + 0x6A
     history.see(moments[0])
-    writes = {(0, NMI): [Write(0, at, "do_nmi_crash")], (1, NMI): [Write(1, at, "do_nmi_crash")] * 2}
+    writes = {(0, NMI): [CaughtWrite(0, at, "do_nmi_crash")], (1, NMI): [CaughtWrite(1, at, "do_nmi_crash")] * 2}
     seen = history.see(moments[1], writes)
     return [to_json(machine.symbols, change) for change in seen.values() if change.changed]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gdbplugin.declare import Command, Session, plain
 from xen_symbols.absence import Undecidable
-from xen_symbols.crashpath.checks import Context
+from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.crashpath.follow import crash_image_loaded
 from xen_symbols.crashpath.position import crashing_cpu, infer

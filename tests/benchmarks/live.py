@@ -47,7 +47,7 @@ def seconds(run):
 _LOOK = """
 from gdbplugin.register import _registered
 from gdbplugin.target import device_state
-from xen_symbols.crashpath.checks import Context
+from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import judge
 from xen_symbols.crashpath.position import infer
 from xen_symbols.targets.qmp import Qmp

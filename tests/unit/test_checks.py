@@ -27,8 +27,10 @@ from tests.machines.changed import (
 )
 from tests.machines.recorded import crashed, names
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
-from xen_symbols.crashpath import checks, generations
-from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
+from xen_symbols.crashpath import generations
+from xen_symbols.crashpath.checks import CHECKS
+from xen_symbols.crashpath.checks.model import Outcome
+from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import judge
 from xen_symbols.crashpath.generations import Bookkeeping, Generation, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, online_at_crash
@@ -106,7 +108,8 @@ def test_a_cpu_that_no_mask_knows_is_told_by_what_it_runs() -> None:
 def test_a_cpu_that_was_not_online_may_be_without(
     lose: Callable[[Machine, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_AT_REST", {"default_idle"})  # where this one halts, as parked ones elsewhere
+    # Where this one halts, as parked ones elsewhere.
+    monkeypatch.setattr("xen_symbols.crashpath.checks.cpus._AT_REST", {"default_idle"})
     machine = Machine("4.17-shootdown")
     offline(machine, 3)
     lose(machine, 3)
@@ -467,7 +470,7 @@ def test_ist_0_while_an_amd_cpu_holds_a_guests_state_is_no_alarm(monkeypatch: py
         ("nmi-gate-ist", 1, "fail"), ("mc-gate-ist", 1, "fail"),
     }  # fmt: skip
     # A Xen that may be without the fix of XSA-244.
-    monkeypatch.setattr(checks, "_SINCE_XSA_244", "per_cpu__of_a_later_xen")
+    monkeypatch.setattr("xen_symbols.crashpath.context._SINCE_XSA_244", "per_cpu__of_a_later_xen")
     assert _shootdown_findings(lambda m: guest(m, tr_base=physical.tr_base)) == {
         ("nmi-gate-ist", 1, "unknown"), ("mc-gate-ist", 1, "unknown"),
     }  # fmt: skip
@@ -564,7 +567,7 @@ def offline(machine: Machine, cpu: int) -> None:
 
 
 def test_a_parked_cpu_has_trap_nop_and_no_ist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_AT_REST", {"default_idle"})
+    monkeypatch.setattr("xen_symbols.crashpath.checks.cpus._AT_REST", {"default_idle"})
 
     def parked(ist: bytes) -> set[tuple[str, int | None, str]]:
         machine = Machine("4.17-shootdown")

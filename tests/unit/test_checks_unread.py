@@ -8,7 +8,9 @@ import pytest
 
 from tests.machines.changed import GATE_CHECKS, MC, NMI, Machine, bad, silent
 from xen_symbols.absence import Absent, Kind, Unreadable
-from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
+from xen_symbols.crashpath.checks import CHECKS
+from xen_symbols.crashpath.checks.model import Outcome
+from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import judge
 from xen_symbols.crashpath.generations import Bookkeeping, function_text, identify
 from xen_symbols.crashpath.position import infer

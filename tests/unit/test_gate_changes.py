@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from tests.machines.changed import MC, NMI, Machine
 from tests.schema import SCHEMA
 from xen_symbols.crashpath import generations
-from xen_symbols.crashpath.checks import CHECKS, Context, Outcome
+from xen_symbols.crashpath.checks import CHECKS
+from xen_symbols.crashpath.checks.model import Outcome
+from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import evaluate, judge
-from xen_symbols.crashpath.gatechanges import GateChange, GateHistory, Moment, Write, Writes, moment_of
+from xen_symbols.crashpath.gatechanges import CaughtWrite, GateChange, GateHistory, Moment, Writes, moment_of
 from xen_symbols.crashpath.position import at_stage
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, OtherStep, Position, Span
 from xen_symbols.describe.changes import describe_traced_change
@@ -37,7 +39,7 @@ GATES = st.dictionaries(
 HERE = Position(NORMAL, None, None, Span(0, 0), {}, frozenset())
 
 
-@given(st.lists(GATES, min_size=2))
+@given(st.lists(GATES, min_size=2, max_size=6))
 def test_the_changes_lead_from_the_first_gates_to_the_last(readings: list[dict]) -> None:  # type: ignore[type-arg]
     """Applied in order they give every gate as it was last read, and each begins where the one before it ended."""
     history = GateHistory()
@@ -107,7 +109,7 @@ class Case:
         history = GateHistory()
         history.see(since)
         generation = generations.BY_ID[self.generation]
-        writes = {key: [Write(self.by[0], symbols.address("kexec_reloc") + 8, self.by[1])]} if self.by else {}
+        writes = {key: [CaughtWrite(self.by[0], symbols.address("kexec_reloc") + 8, self.by[1])]} if self.by else {}
         context = Context(machine.memory, state, self.now, generation, gates_before=history.see(now, writes))
         return next(check for check in CHECKS if check.id == "gate-change").judge(context, self.cpu)
 

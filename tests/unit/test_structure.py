@@ -255,8 +255,12 @@ xen_symbols.xen.locate
 xen_symbols.xen.idt xen_symbols.xen.memory xen_symbols.xen.percpu xen_symbols.xen.reads xen_symbols.xen.search
 xen_symbols.xen.state
 xen_symbols.describe xen_symbols.describe.machine
-xen_symbols.crashpath xen_symbols.crashpath.checks xen_symbols.crashpath.engine xen_symbols.crashpath.generations
-xen_symbols.crashpath.position xen_symbols.crashpath.stages
+xen_symbols.crashpath xen_symbols.crashpath.context xen_symbols.crashpath.engine xen_symbols.crashpath.follows
+xen_symbols.crashpath.generations xen_symbols.crashpath.position xen_symbols.crashpath.stages
+xen_symbols.crashpath.timeline
+xen_symbols.crashpath.checks xen_symbols.crashpath.checks.cpus xen_symbols.crashpath.checks.gates
+xen_symbols.crashpath.checks.lapic xen_symbols.crashpath.checks.machine xen_symbols.crashpath.checks.model
+xen_symbols.crashpath.checks.notes xen_symbols.crashpath.checks.shootdown
 """.split()
 COSTLY = {"ast", "asyncio", "dataclasses", "dis", "inspect", "mmap", "pathlib", "socket",
           "subprocess", "tempfile", "tokenize", "traceback", "urllib"}  # fmt: skip
@@ -578,7 +582,7 @@ def test_each_row_of_a_table_cites_where_it_comes_from() -> None:
         tables.setdefault(name.rpartition(".")[2], []).append(row)
     tables.pop("MAGICS")  # of files, whose formats are not Xen's: each names who defines it
     assert tables.keys() >= {
-        "CHECKS", "ENTRY_POINTS", "CHANGES", "GENERATIONS", "STAGES", "IST_NUMBERS", "_CPU_INFOS", "SYSTEM",
+        "CHECKS", "ENTRY_POINTS", "PATH", "BESIDE", "GENERATIONS", "STAGES", "IST_NUMBERS", "_CPU_INFOS", "SYSTEM",
     }  # fmt: skip
     stages = tables.pop("STAGES")
     rows = [(name, row) for name, rows in tables.items() for row in rows]

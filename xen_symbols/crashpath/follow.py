@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.breakpoints import SLOTS, Anchors
-from xen_symbols.crashpath.checks import Context
+from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import add_stage, new_report
 from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
 from xen_symbols.crashpath.generations import Identification, identify

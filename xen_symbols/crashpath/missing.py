@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Unreadable
-from xen_symbols.crashpath.checks import ENTRY_POINTS
-from xen_symbols.crashpath.generations import Bookkeeping, Generation, Hook
+from xen_symbols.crashpath import timeline
+from xen_symbols.crashpath.context import ENTRY_POINTS
+from xen_symbols.crashpath.generations import GENERATIONS, Generation
 from xen_symbols.crashpath.position import anchor_address
 from xen_symbols.crashpath.stages import STAGES
 from xen_symbols.symbols.table import DATA, TEXT, SymbolTable
@@ -32,32 +33,30 @@ _BESIDES = (
     ("conring",), ("conring_size",), ("conringc",), ("conringp",),
 )  # fmt: skip
 
-# What some generations do not have: that their symbols lack it is as it should be.
-_ONLY_IN: dict[str, Callable[[Generation], bool]] = {
-    "waiting_mask": lambda generation: generation.bookkeeping is Bookkeeping.MASK,
-    "waiting_count": lambda generation: generation.bookkeeping is Bookkeeping.COUNT,
-    "crash_owner": lambda generation: generation.bookkeeping is Bookkeeping.MASK,
-    "exception_table_nmi": lambda generation: generation.hook is Hook.EXCEPTION_TABLE,
-    "fred": lambda generation: False,  # a build without it has no FRED
-}
+_NEVER_MISSED = ("fred",)  # a build without it has no FRED
 _SAVE_DONE, _NOP = ("per_cpu__crash_save_done",), ("trap_nop",)
 
 
 def missing(symbols: SymbolTable, generation: Generation | None) -> list[Missing]:
     """In the order in which they come to be read; of what not every generation has, what `generation` has."""
-    variables = [*_BESIDES]
-    variables += [row.names for row in SYSTEM if row.field not in _ONLY_IN or _has(generation, _ONLY_IN[row.field])]
-    if _has(generation, lambda known: known.has_save_done):
+    needed = (generation,) if generation else GENERATIONS  # of an unknown one, what every generation has
+    variables = [*_BESIDES, *(row.names for row in SYSTEM if _is_needed(row.field, needed))]
+    if all(timeline.exists_in(timeline.SAVE_DONE, each) for each in needed):
         variables.append(_SAVE_DONE)
-    entries = [row.names for row in ENTRY_POINTS if row.names != _NOP or _has(generation, lambda known: known.swaps_mc)]
+    nop = all(timeline.needs_code(*_NOP, each) for each in needed)
+    entries = [row.names for row in ENTRY_POINTS if row.names != _NOP or nop]
     named = [(names, DATA) for names in variables] + [(names, TEXT) for names in entries]
     return [Missing(names) for names, kinds in named if not any(_held(symbols, name, kinds) for name in names)] + [
         Missing(stage.anchors, stage.id) for stage in STAGES if anchor_address(symbols, stage) is None
     ]
 
 
-def _has(generation: Generation | None, test: Callable[[Generation], bool]) -> bool:
-    return generation is not None and test(generation)
+def _is_needed(field: str, generations: Sequence[Generation]) -> bool:
+    """Whether each of these generations has a variable; those that the path does not write, every Xen has."""
+    written = timeline.BY_FIELD.get(field)
+    if written is None:
+        return field not in _NEVER_MISSED
+    return all(timeline.exists_in(written, generation) for generation in generations)
 
 
 def _held(symbols: SymbolTable, name: str, kinds: str) -> bool:

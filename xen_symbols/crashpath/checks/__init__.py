@@ -1,0 +1,18 @@
+"""What the crash path promises at each step: one row per invariant, beside its judge, in the module of what it judges.
+
+A row's `judge` says which values are allowed, given how far each CPU has come, and what was observed.
+"""
+
+from xen_symbols.crashpath.checks import cpus, gates, lapic, machine, notes, shootdown
+from xen_symbols.crashpath.checks.model import Check
+
+# In the order in which reports tell them.
+CHECKS: tuple[Check, ...] = (
+    *cpus.FOUND,
+    *gates.CHECKS,
+    *shootdown.CHECKS,
+    *notes.CHECKS,
+    *machine.CHECKS,
+    *lapic.CHECKS,
+    *cpus.LEFT,
+)

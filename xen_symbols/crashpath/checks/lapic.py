@@ -1,0 +1,134 @@
+"""The local APIC of each CPU: its mode, what it may deliver, and the NMI that a parked CPU has sent to itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+from xen_symbols.absence import Absent
+from xen_symbols.crashpath.checks.cpus import NO_SELF_NMI, on_its_way, said_by
+from xen_symbols.crashpath.checks.model import (
+    Check,
+    Need,
+    Outcome,
+    Subject,
+    as_written,
+    because,
+    expect,
+    from_absence,
+    skip,
+)
+from xen_symbols.crashpath.context import MACHINE, Context
+from xen_symbols.crashpath.timeline import LAPIC_ENABLED, LAPIC_LVT, LAPIC_MODE, SELF_NMI, X2APIC_ENABLED, Value
+from xen_symbols.targets import Lapic
+from xen_symbols.x86 import apic
+from xen_symbols.xen.reads import Read
+
+
+def _read(context: Context, cpu: int, of: Callable[[Lapic], Any]) -> Read:
+    lapic = context.lapic(cpu)
+    return Read(lapic) if isinstance(lapic, Absent) else Read(of(lapic), said_by(lapic.source))
+
+
+def _x2apic_enabled(context: Context, _cpu: int) -> Outcome:
+    if not context.written(X2APIC_ENABLED, MACHINE):
+        return skip("re-evaluated by the crashing CPU after its own stop")
+    read = context.state.system[X2APIC_ENABLED.field]
+    return because(expect(read, context.allowed(X2APIC_ENABLED, MACHINE)), "lapic-mode")
+
+
+X2APIC = Check(
+    "x2apic-enabled", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus",
+    "Xen goes on to use the crashing CPU's LAPIC in the wrong mode: #GP, or writes that go nowhere", _x2apic_enabled,
+)  # fmt: skip
+
+
+def _lapic_mode(context: Context, cpu: int) -> Outcome:
+    modes = {Value.RUNNING_MODE: context.running_mode, Value.BOOT_MODE: context.boot_mode}
+    allowed = tuple(modes[value] for value in context.values(LAPIC_MODE, cpu))
+    late = context.is_other(cpu) and not context.written(LAPIC_MODE, cpu)
+    if late and context.written(X2APIC_ENABLED, MACHINE) is not False:
+        # x2apic_enabled may be the crashing CPU's alone by now: it does not tell the mode in which this one ran.
+        allowed = (*allowed, apic.Mode.XAPIC.value, apic.Mode.X2APIC.value)
+    if len(allowed) > 1:  # from x2APIC back to xAPIC the way is through disabled (SDM vol. 3, 11.12.5)
+        allowed = (*allowed, apic.Mode.DISABLED.value)
+    missing = next((value for value in allowed if isinstance(value, Absent)), None)
+    if missing is not None:
+        return from_absence(missing)
+
+    def mode(lapic: Lapic) -> Any:
+        return lapic.apic_base if isinstance(lapic.apic_base, Absent) else apic.mode(lapic.apic_base).value
+
+    return expect(_read(context, cpu, mode), allowed)
+
+
+MODE = Check(
+    "lapic-mode", Subject.ONLINE, "xen/arch/x86/apic.c, disable_local_APIC",
+    "the crash kernel finds the LAPIC in a mode that it does not expect and hangs or faults", _lapic_mode,
+    needs=Need.DEVICE_STATE,
+)  # fmt: skip
+
+
+def _read_enabled(context: Context, cpu: int) -> Read:
+    def enabled(lapic: Lapic) -> bool | Absent:
+        return lapic.spiv if isinstance(lapic.spiv, Absent) else bool(lapic.spiv & apic.SPIV_SOFTWARE_ENABLE)
+
+    return _read(context, cpu, enabled)
+
+
+ENABLED = Check(
+    "lapic-enabled", Subject.ONLINE, "xen/arch/x86/apic.c, disable_local_APIC",
+    "a stopped CPU still takes interrupts, or a running one none", as_written(LAPIC_ENABLED, _read_enabled),
+    {False: "this stopped CPU still takes interrupts", True: "this CPU takes no interrupts, and should"},
+    Need.LAPIC,
+)  # fmt: skip
+
+
+def _lapic_lvt(context: Context, cpu: int) -> Outcome:
+    if not context.written(LAPIC_LVT, cpu):
+        return skip("it is not stopped" if not context.is_crashing(cpu) else "it ends in virtual-wire mode")
+
+    def unmasked(lapic: Lapic) -> tuple[str, ...] | Absent:
+        if isinstance(lapic.lvt, Absent):
+            return lapic.lvt
+        entries = zip(apic.LVT_NAMES, lapic.lvt, strict=True)
+        return tuple(name for name, entry in entries if not entry & apic.LVT_MASKED)
+
+    return because(expect(_read(context, cpu, unmasked), ((),), list), "lapic-enabled")
+
+
+LVT = Check(
+    "lapic-lvt", Subject.OTHERS, "xen/arch/x86/apic.c, clear_local_APIC",
+    "a local interrupt may wake the parked CPU: the entries of its local vector table that are named here are not "
+    "masked", _lapic_lvt, needs=Need.LAPIC,
+)  # fmt: skip
+
+
+def _lapic_self_nmi(context: Context, cpu: int) -> Outcome:
+    if not context.makes(SELF_NMI):
+        return skip(NO_SELF_NMI)
+    early = on_its_way(context, cpu)
+    if early:
+        return early
+
+    def target(lapic: Lapic) -> str | Absent:
+        for part in (lapic.apic_base, lapic.icr_low, lapic.icr_high, lapic.apic_id):
+            if isinstance(part, Absent):
+                return part
+        assert isinstance(lapic.icr_low, int) and isinstance(lapic.icr_high, int) and isinstance(lapic.apic_base, int)
+        low = lapic.icr_low
+        if low & apic.ICR_DELIVERY_MODE != apic.ICR_DELIVERY_NMI:
+            return f"no NMI (ICR {low:#x})"
+        if low & (apic.ICR_SHORTHAND | apic.ICR_DESTINATION_LOGICAL):
+            return f"an NMI by shorthand or logical destination (ICR {low:#x})"
+        destination = apic.icr_destination(lapic.icr_high, apic.mode(lapic.apic_base))
+        return "an NMI to itself" if destination == lapic.apic_id else f"an NMI to APIC id {destination}"
+
+    return expect(_read(context, cpu, target), ("an NMI to itself",))
+
+
+SELF = Check(
+    "lapic-self-nmi", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
+    "nothing is queued behind the NMI latch: a later iret on this CPU (from a machine check) would let it run on",
+    _lapic_self_nmi, needs=Need.DEVICE_STATE,
+)  # fmt: skip
+
+CHECKS = (X2APIC, MODE, ENABLED, LVT, SELF)

@@ -1,0 +1,81 @@
+"""The machine as a whole: who crashed, what Xen says that it does, and its report of the shootdown."""
+
+import re
+from collections.abc import Sequence
+
+from xen_symbols.absence import Absent, Kind
+from xen_symbols.crashpath import timeline
+from xen_symbols.crashpath.checks.model import (
+    Check,
+    Outcome,
+    Subject,
+    as_written,
+    expect,
+    from_absence,
+    skip,
+    unknown,
+    variable,
+)
+from xen_symbols.crashpath.context import MACHINE, Context
+from xen_symbols.crashpath.stages import OtherStep
+from xen_symbols.crashpath.timeline import CRASH_OWNER, KEXECING, REPORT
+from xen_symbols.report.model import Evidence, Verdict
+
+
+def _crash_owner(context: Context, _cpu: int) -> Outcome:
+    read = context.state.system[CRASH_OWNER.field]
+    nameless = isinstance(read.value, Absent) and read.value.kind is Kind.NO_SYMBOL
+    if nameless and not timeline.exists_in(CRASH_OWNER, context.generation):
+        return skip("this generation may have no owner variable (470f58c159)")
+    return expect(read, context.allowed(CRASH_OWNER, MACHINE))
+
+
+OWNER = Check(
+    "crash-owner", Subject.MACHINE, "xen/common/kexec.c, one_cpu_only (470f58c159)",
+    "one_cpu_only() let in another CPU than it recorded: two may walk the crash path at once", _crash_owner,
+)  # fmt: skip
+
+ON_ITS_WAY = Check(
+    "kexecing", Subject.MACHINE, "xen/common/kexec.c, kexec_crash; read by disable_local_APIC",
+    "the local APICs are not returned to the mode in which the firmware left them, as the crash kernel expects",
+    as_written(KEXECING, variable(KEXECING)), {False: "Xen behaves as on its way into a crash kernel, and it is not"},
+)  # fmt: skip
+
+
+def _shootdown_report(context: Context, _cpu: int) -> Outcome:
+    if not context.makes(REPORT):
+        return skip("this generation does not report the shootdown")
+    if not context.written(REPORT, MACHINE):
+        return skip("the wait is not over")
+    tail = context.console_tail
+    if isinstance(tail, Absent):
+        return from_absence(tail, "Shot down all CPUs")
+    lines = [line for line in tail.splitlines() if "hot down all CPUs" in line or "o shoot down CPUs" in line]
+    others = [cpu for cpu in sorted(context.position.online) if context.is_other(cpu)]
+    missing = [cpu for cpu in others if context.other(cpu).before(OtherStep.SIGNED_OFF)]
+    expected = f"Failed to shoot down CPUs {{{','.join(map(str, missing))}}}" if missing else "Shot down all CPUs"
+    if not lines:
+        return unknown("the end of Xen's console ring does not hold the report", expected)
+    verdict = Verdict.PASS if _reports(lines[-1], missing) else Verdict.FAIL
+    return Outcome(verdict, expected, lines[-1].strip(), (Evidence("Xen's console ring"),))
+
+
+def _reports(line: str, missing: Sequence[int]) -> bool:
+    """Whether Xen's report names just these CPUs, as a list of ranges: `{1,4-6}`."""
+    if "Shot down all CPUs" in line:
+        return not missing
+    named = re.search(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}", line)
+    if named is None:
+        return False
+    bounds = [[int(number) for number in one.split("-")] for one in named[1].split(",")]
+    size = sum(one[-1] - one[0] + 1 for one in bounds)
+    return size == len(missing) and all(any(one[0] <= cpu <= one[-1] for one in bounds) for cpu in missing)
+
+
+SHOOTDOWN_REPORT = Check(
+    "shootdown-report", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus (f12c1f0b09)",
+    "Xen itself said that it could not shoot down these CPUs: they were still waited for after a second",
+    _shootdown_report,
+)  # fmt: skip
+
+CHECKS = (OWNER, ON_ITS_WAY, SHOOTDOWN_REPORT)

@@ -1,0 +1,111 @@
+"""The crash notes: what each CPU saved in Xen's memory, what the dump's own notes make of it, and CRASH_INFO."""
+
+from collections.abc import Sequence
+
+from xen_symbols.absence import Absent, Kind
+from xen_symbols.crashpath.checks.model import (
+    Check,
+    Need,
+    Outcome,
+    Subject,
+    because,
+    expect,
+    from_absence,
+    skip,
+    unknown,
+)
+from xen_symbols.crashpath.context import MACHINE, Context
+from xen_symbols.crashpath.timeline import CRASH_INFO, NOTES
+from xen_symbols.symbols.table import TEXT
+from xen_symbols.xen.memory import HYPERVISOR_CS
+from xen_symbols.xen.reads import Read
+
+
+def _crash_notes(context: Context, cpu: int) -> Outcome:
+    read = context.state.of(cpu).notes
+    allowed = context.allowed(NOTES, cpu)
+    if isinstance(read.value, Absent) or isinstance(allowed, Absent):
+        return expect(read, allowed)
+    notes = read.value
+    observed = notes.progress
+    if observed == "saved" and not _plausible(context, notes.registers, notes.control):
+        observed = "not Xen's registers"
+    if len(allowed) > 1:  # it may be writing them right now
+        allowed = (*allowed, "half written", "not Xen's registers")
+    outcome = expect(Read(observed, read.evidence), allowed)
+    return because(outcome, "saved-cpus") if observed == "empty" else outcome
+
+
+def _plausible(context: Context, registers: dict[str, int], control: dict[str, int]) -> bool:
+    """Xen's own registers inside kexec_crash_save_cpu: code of Xen's, its code segment, and page tables."""
+    found = context.symbols.lookup(registers["rip"])
+    in_text = found is not None and found[0].kind in TEXT
+    return in_text and registers["cs"] == HYPERVISOR_CS and control["cr3"] != 0
+
+
+CRASH_NOTES = Check(
+    "crash-notes", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
+    "its registers are missing from the dump, or are not its own", _crash_notes,
+    {"empty": "the dump shows registers of this CPU that this crash did not save"},
+)  # fmt: skip
+
+_AS_SAVED = "what Xen's memory holds"
+
+
+def _dump_notes(context: Context, cpu: int) -> Outcome:
+    state = context.state.of(cpu)
+    physical = state.physical
+    if isinstance(physical, Absent):
+        return from_absence(physical)
+    if physical.current:
+        return skip("its registers are not of the notes that Xen saved")
+    notes = state.notes.value
+    if isinstance(notes, Absent):
+        return from_absence(notes, _AS_SAVED)
+    if notes.damaged:
+        return unknown(f"in Xen's memory {notes.registers}", _AS_SAVED)
+    held = notes.saved
+    theirs = physical.registers
+    observed = _AS_SAVED
+    if theirs != held:
+        lost = [f"no {name}" for name in held if name not in theirs]
+        other = [f"other {name}" for name in theirs if theirs[name] != held.get(name)]
+        observed = _few([*other, *lost]) if theirs else "empty"
+    return expect(Read(observed, state.notes.evidence), (_AS_SAVED,))
+
+
+def _few(words: Sequence[str]) -> str:
+    shown, more = words[:4], len(words) - 4
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+DUMP_NOTES = Check(
+    "dump-notes", Subject.ONLINE, "xen/common/kexec.c, kexec_crash_save_cpu; the dump's own ELF notes",
+    "the registers that gdb or crash(8) show for this CPU are not those that Xen saved", _dump_notes,
+    needs=Need.NOTES,
+)  # fmt: skip
+
+
+def _crash_info_note(context: Context, _cpu: int) -> Outcome:
+    read = context.state.of(0).notes
+    if isinstance(read.value, Absent):  # it has one on every Xen that has crash notes
+        return unknown(read.value.reason)
+    info = read.value.info
+    if read.value.damaged:
+        return unknown(info.reason)
+    if isinstance(info, Absent) and info.kind is Kind.NOT_APPLICABLE:
+        return unknown("CPU 0's buffer of crash notes holds no CRASH_INFO")
+    value = None if isinstance(info, Absent) else info.xen_phys_start
+    return expect(
+        Read(value, read.evidence),
+        context.allowed(CRASH_INFO, MACHINE),
+        lambda start: "empty" if start is None else {"xen_phys_start": hex(start)},
+    )
+
+
+CRASH_INFO_NOTE = Check(
+    "crash-info-note", Subject.MACHINE, "xen/common/kexec.c, kexec_crash_save_info",
+    "tools cannot tell where Xen lies in the dump", _crash_info_note,
+)  # fmt: skip
+
+CHECKS = (CRASH_NOTES, DUMP_NOTES, CRASH_INFO_NOTE)
