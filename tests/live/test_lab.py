@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.machines import booted
+from tests.live.machines import booted, ready
 from xencrash.lab import boot
 from xencrash.lab.errors import LabError
 from xencrash.lab.images import xen_images
@@ -82,7 +82,7 @@ def test_a_boot_that_says_nothing_is_tried_twice(monkeypatch: pytest.MonkeyPatch
 
 
 def test_dom0s_panic_crashes_the_chosen_cpu(tmp_path: Path) -> None:
-    with booted(dom0_vcpus=4) as lab:
+    with ready(dom0_vcpus=4) as lab:
         lab.crash("panic", cpu=2)
         lab.dumps.vmcore(tmp_path / "vmcore")
         assert b"Executing kexec image on cpu2" in lab.serial_log.read_bytes()
@@ -201,8 +201,8 @@ def children(pid: int) -> dict[int, tuple[int, str]]:
 @pytest.mark.parametrize(
     ("words", "machines", "sign", "status"),
     [
-        (("matrix", "--jobs", "2", "--xen", DEFAULT_XEN, "--qemu", DEFAULT_QEMU), 2, signal.SIGINT, 130),
-        (("run",), 1, signal.SIGTERM, 143),
+        (("matrix", "--fresh", "--jobs", "2", "--xen", DEFAULT_XEN, "--qemu", DEFAULT_QEMU), 2, signal.SIGINT, 130),
+        (("run", "--fresh"), 1, signal.SIGTERM, 143),
     ],
 )
 def test_who_ends_the_command_leaves_nothing_of_it(
@@ -236,7 +236,7 @@ def test_who_ends_the_command_leaves_nothing_of_it(
 def test_ctrl_c_while_booting_in_the_background_leaves_no_machine(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     # A shell that runs the tests in the background may have them ignore SIGINT, and what they start would inherit that.
-    words = ["env", "--default-signal=INT", *COMMAND, "lab", "up", "--run-dir", run_dir]
+    words = ["env", "--default-signal=INT", *COMMAND, "lab", "up", "--fresh", "--run-dir", run_dir]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as command:
         deadline = time.monotonic() + 60
         while not (run_dir / "state.json").exists() and time.monotonic() < deadline:
