@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import multiprocessing
@@ -322,3 +323,91 @@ def test_the_key_is_not_of_the_run_or_of_how_it_will_crash(recipe: boot.Recipe, 
     panics = replace(recipe.specification, crash=Crash("panic"))
     assert replace(recipe, specification=panics).key() == recipe.key()
     assert str(tmp_path / "run") not in json.dumps(recipe.command(qemu.Paths(Path("/run")), qemu.Ram(Path("/ram"))))
+
+
+class Started:
+    """What stands for a machine, and how it was started."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+
+@pytest.fixture
+def starting(tmp_path: Path, recipe: boot.Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`up` without a QEMU: returns how the machine was started, and what was said."""
+    ran: dict[str, Any] = {"save": saving(), "load": None}
+
+    def booted(run: boot.Run, then: Any = None) -> Started:
+        assert not any(log.exists() for log in run.paths.logs)
+        if then:
+            then(argparse.Namespace(progress=run.progress, qmp=lambda command: {"status": "running"}))
+        return Started("booted" + " and kept" * bool(then))
+
+    def loaded(run: boot.Run, snapshot: Snapshot, shared_ram: bool) -> Started:
+        if ran["load"]:
+            run.paths.serial_log.touch()
+            raise ran["load"]
+        return Started("loaded" + ", shared" * shared_ram)
+
+    monkeypatch.setenv("XENCRASH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(boot.Run, "booted", booted)
+    monkeypatch.setattr(boot.Run, "loaded", loaded)
+    monkeypatch.setattr(boot.saved, "save", lambda machine, folder: ran["save"](folder))
+    monkeypatch.setattr(boot, "recipe_of", lambda spec, cache: replace(recipe, specification=spec))
+
+    def start(spec: Specification | None = None, **options: Any) -> tuple[str, list[str]]:
+        told: list[str] = []
+        machine: Any = boot.up(spec or Specification(), tmp_path / "run", progress=told.append, **options)
+        return machine.how, told
+
+    start.ran = ran  # type: ignore[attr-defined]
+    return start
+
+
+def test_the_first_boots_and_the_others_start_from_its_snapshot(starting: Any) -> None:
+    assert [starting()[0], starting()[0], starting(shared_ram=True)[0]] == [
+        "booted and kept", "loaded", "loaded, shared"
+    ]  # fmt: skip
+    assert starting(Specification(cpus=2))[0] == "booted and kept"
+
+
+@pytest.mark.parametrize("fields", [{"paused": True}, {"wait": "xen"}, {"wait": "none"}, {"guest": "rfc-v1"}])
+def test_what_is_about_booting_boots(fields: dict[str, Any], starting: Any) -> None:
+    assert [starting(Specification(**fields))[0] for _ in range(2)] == ["booted", "booted"]
+
+
+def test_what_is_asked_to_be_fresh_boots(starting: Any) -> None:
+    assert starting(fresh=True)[0] == "booted"
+    assert starting()[0] == "booted and kept"
+    assert starting(fresh=True)[0] == "booted"
+
+
+def test_one_that_does_not_start_is_dropped_and_booted(starting: Any) -> None:
+    starting()
+    starting.ran["load"] = LabError("loading the machine: QEMU ended")
+    how, told = starting()
+    assert how == "booted and kept"
+    assert len(told) == 1 and told[0].endswith("does not start, and is dropped: loading the machine: QEMU ended")
+    starting.ran["load"] = None
+    assert starting() == ("loaded", [])
+
+
+@pytest.mark.parametrize("limit", ["0", "0.0001"])
+def test_where_there_is_no_room_it_boots_each_time(
+    limit: str, starting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XENCRASH_SNAPSHOTS", limit)
+    for _ in range(2):
+        how, told = starting()
+        assert how == ("booted" if limit == "0" else "booted and kept")
+        assert [text.partition(":")[0] for text in told] == ["no snapshot is kept of this machine"] * (limit != "0")
+
+
+def test_a_full_disk_costs_the_snapshot_alone(starting: Any) -> None:
+    def full(folder: Path) -> Any:
+        raise OSError(28, "No space left on device")
+
+    starting.ran["save"] = full
+    how, told = starting()
+    assert how == "booted and kept"
+    assert told == ["no snapshot is kept of this machine: [Errno 28] No space left on device"]

@@ -14,6 +14,7 @@ from xencrash.lab.serial import Line
 READY = rb"^@dom0 ready\r?\n"
 LOADED = rb"^@crash-kernel-loaded 0\r?$"
 BUSY_ANSWERS = 600.0  # seconds for a word of a dom0 that shares each CPU with loops and a domU, on a busy host
+_LOADS_IN = 300.0  # seconds for kexec to load the crash kernel, on a busy host
 KEXEC = (
     "kexec -p /boot/vmlinuz --initrd=/boot/crash.cpio.gz "
     '--append="console=ttyS0 irqpoll nr_cpus=1 reset_devices loglevel=5"'
@@ -58,7 +59,7 @@ class Dom0:
 
     def load_crash_kernel(self) -> None:
         """Give Xen a crash kernel: without one its crash path returns at once."""
-        status, output = self.status(f"{KEXEC}; status=$?; echo @crash-kernel-loaded $status; exit $status", 60)
+        status, output = self.status(f"{KEXEC}; status=$?; echo @crash-kernel-loaded $status; exit $status", _LOADS_IN)
         if status:
             said = output.strip().splitlines()[0]
             raise LabError(f"loading the crash kernel: kexec failed: {said}: {self._process.where_to_look()}")
