@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gdbplugin.declare import Command, Session, cell
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.missing import missing
-from xen_symbols.describe.machine import describe_symbols, describe_target
+from xen_symbols.describe.machine import describe_generation, describe_symbols, describe_target
 from xen_symbols.describe.notes import describe_crash_notes
 from xen_symbols.report.blocks import Block, Cell, Lines, Table, info_note_lines, missing_lines, note_lines
 from xen_symbols.xen.console import printable, read_console
@@ -31,13 +31,11 @@ def _symbols(session: Session) -> Json:
             lacks = [row.to_json() for row in missing(memory.symbols, None)]
             return out | {"missing": lacks, "generation": None, "absent": str(error)}
         generation = found.generation
+        described = describe_generation(generation.id, generation.introduced, found.evidence)
         return out | {
             "missing": [row.to_json() for row in missing(memory.symbols, generation)],
-            "generation": {
-                "id": generation.id, "introduced": generation.introduced, "releases": generation.releases,
-                "evidence": list(found.evidence),
-            }
-        }  # fmt: skip
+            "generation": {**described, "releases": generation.releases},
+        }
 
 
 def _show_symbols(answer: Json) -> Sequence[Block]:

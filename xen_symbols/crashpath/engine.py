@@ -11,7 +11,7 @@ from xen_symbols.crashpath.follows import Failure, explain
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING
-from xen_symbols.describe.machine import describe_cpus, describe_symbols, describe_target
+from xen_symbols.describe.machine import describe_cpus, describe_generation, describe_symbols, describe_target
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.version import VERSION
 from xen_symbols.xen.memory import XenMemory
@@ -73,11 +73,8 @@ def new_report(memory: XenMemory, identification: Identification | None = None) 
     """A report with its context and no findings."""
     report = Report(tool=TOOL, target=describe_target(memory), symbols=describe_symbols(memory))
     if identification is not None:
-        report.generation = {
-            "id": identification.generation.id,
-            "introduced": identification.generation.introduced,
-            "evidence": list(identification.evidence),
-        }
+        generation = identification.generation
+        report.generation = describe_generation(generation.id, generation.introduced, identification.evidence)
     return report
 
 

@@ -49,6 +49,11 @@ def describe_symbols(memory: XenMemory) -> contract.Symbols:
     }
 
 
+def describe_generation(id: str, introduced: str, evidence: Iterable[str]) -> contract.Generation:
+    """A generation of the crash path, the commit that brought it, and what showed that Xen's is of it."""
+    return {"id": id, "introduced": introduced, "evidence": list(evidence)}
+
+
 def describe_gate(symbols: SymbolTable, gate: Gate) -> contract.Gate:
     """A gate, with its handler's name."""
     return {
