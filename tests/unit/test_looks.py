@@ -57,9 +57,9 @@ def look(name: str) -> tuple[Stub, XenMemory]:
 # (packets, bytes) of a look with crash notes, as at a stage, and without, as by xen crash status; 4 CPUs. Of 4.17 the
 # recorded machines lack most of the page tables.
 LOOKS = {
-    "4.14-shootdown": ((38, 5374), (31, 3302)),
-    "4.20-shootdown": ((37, 6174), (31, 4094)),
-    "4.20-handover": ((37, 6174), (31, 4094)),
+    "4.14-shootdown": ((37, 7806), (31, 4454)),
+    "4.20-shootdown": ((34, 8606), (29, 6526)),
+    "4.20-handover": ((34, 8606), (29, 6526)),
 }
 
 

@@ -11,7 +11,7 @@ from xen_symbols.x86 import paging
 
 # Page-table entries are read so many bytes at a time: a few neighbours are mostly wanted too. More of them would cost
 # a live machine more than they save: gdb takes an answer byte by byte.
-BLOCK = 128
+BLOCK = 256
 # xen/include/asm-x86/config.h: the image lies in a region of 1 GiB that is aligned to its size, in every release.
 IMAGE_REGION = 1 << 30
 # The same of 4.2 to 4.22: every XEN_VIRT_START so far.
