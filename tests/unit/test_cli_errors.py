@@ -11,7 +11,7 @@ from typing import IO
 import pytest
 
 from tests.machines.recorded import load, write_files
-from xen_symbols.absence import Undecidable
+from xen_symbols.absence import Undecidable, Unreadable
 from xencrash import judging
 from xencrash.cli import main
 from xencrash.gdbmi import open_session
@@ -76,6 +76,17 @@ def test_an_error_of_its_own_is_no_failed_check(
     assert capsys.readouterr().err.endswith(
         "TypeError: planted\nxencrash: internal error (traceback above); no verdict\n"
     )
+
+
+def test_what_cannot_be_read_is_no_internal_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unread(*_: object) -> None:
+        raise Unreadable("physical 0x1000 is not in the dump")
+
+    monkeypatch.setattr(judging, "judge_dump", unread)
+    assert main(["check", "vmcore"]) == 3
+    assert capsys.readouterr().err == "xencrash: physical 0x1000 is not in the dump\n"
 
 
 def test_symbols_that_are_not_there_are_told_before_gdb_starts(capsys: pytest.CaptureFixture[str]) -> None:

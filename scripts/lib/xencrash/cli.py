@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from xen_symbols.absence import Undecidable
+from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.report.model import ExitStatus
 from xencrash import commands
 from xencrash.errors import UsageError, complain, internal_error
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         complain(error)
         return ExitStatus.USAGE
-    except Undecidable as error:
+    except (Undecidable, Unreadable) as error:
         complain(error)
         return ExitStatus.UNDECIDED
     except BrokenPipeError:

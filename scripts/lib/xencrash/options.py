@@ -1,7 +1,5 @@
 """Options that several sub-commands have, and what they are taken for."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from typing import NamedTuple
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import IO, TYPE_CHECKING, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, cast
 
 from xen_symbols.report.model import Report, Verdict, exit_status
 from xencrash.errors import UsageError, complain
@@ -13,22 +13,11 @@ from xencrash.lazy import load
 if TYPE_CHECKING:
     from xen_symbols.report import contract
 
-
-
 _WHY = "xen_symbols.report.blocks:why_not_pass"
-
-
-class Format(NamedTuple):
-    """A format of reports: the suffix of a file's name, and the module that writes it."""
-
-    suffix: str
-    module: str
-
-
 FORMATS = {
-    "table": Format(".txt", "xencrash.renderers.table"),
-    "json": Format(".json", "xencrash.renderers.json"),
-    "junit": Format(".xml", "xencrash.renderers.junit"),
+    "table": "xencrash.renderers.table",
+    "json": "xencrash.renderers.json",
+    "junit": "xencrash.renderers.junit",
 }
 
 
@@ -43,12 +32,12 @@ def finish(report: Report | contract.Report, format: str = "table", output: str 
 
 def write(report: Report | contract.Report, format: str = "table", output: str | None = None) -> None:
     """Write a report to a file, or to standard output. Raises UsageError for a file that cannot be written."""
-    to(output, lambda stream: load(FORMATS[format].module).write(report, stream))
+    to(output, lambda stream: load(FORMATS[format]).write(report, stream))
 
 
 def write_several(reports: Sequence[contract.Report], format: str) -> None:
     """Write several reports to standard output."""
-    to(None, lambda stream: load(FORMATS[format].module).write_several(reports, stream))
+    to(None, lambda stream: load(FORMATS[format]).write_several(reports, stream))
 
 
 def to(output: str | None, write: Callable[[IO[str]], object]) -> None:

@@ -11,6 +11,7 @@ from xen_symbols.crashpath.engine import TOOL
 from xen_symbols.report.model import Report, exit_status
 from xencrash.errors import UsageError, complain, internal_error
 from xencrash.judging import judge_dump
+from xencrash.lazy import load
 from xencrash.options import Request
 from xencrash.output import FORMATS, verdict_in, write, write_several
 
@@ -32,7 +33,7 @@ def judge(asked: Sequence[Request], format: str, folder: str | None) -> int:
     reports = [_report(one) for one in asked]
     if folder:
         for number, (one, report) in enumerate(zip(asked, reports, strict=True)):
-            name = f"{number}-{Path(one.target).name}{FORMATS[format].suffix}"
+            name = f"{number}-{Path(one.target).name}{load(FORMATS[format]).SUFFIX}"
             write(report, format, str(Path(folder) / name))
     write_several(reports, "table" if folder else format)
     return exit_status(*map(verdict_in, reports))

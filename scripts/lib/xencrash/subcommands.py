@@ -5,8 +5,6 @@ and returns the exit status. One that has sub-commands itself has their table, `
 have `around(run, args)`, by which each of them is run.
 """
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial

@@ -11,6 +11,7 @@ from xen_symbols.report.model import Report
 if TYPE_CHECKING:
     from xen_symbols.report import contract
 
+SUFFIX = ".json"
 
 
 def write(report: Report | contract.Report, stream: IO[str]) -> None:

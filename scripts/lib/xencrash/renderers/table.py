@@ -13,6 +13,7 @@ from xen_symbols.report.model import Report
 if TYPE_CHECKING:
     from xen_symbols.report import contract
 
+SUFFIX = ".txt"
 
 
 def write(report: Report | contract.Report, stream: IO[str]) -> None:
