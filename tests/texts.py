@@ -25,7 +25,6 @@ from xen_symbols.report.blocks import (
     Cell,
     Lines,
     Table,
-    buffer_lines,
     dumps_table,
     report_blocks,
     stage_line,
@@ -34,6 +33,7 @@ from xen_symbols.report.blocks import (
 from xen_symbols.report.console import plain
 from xen_symbols.report.junit import to_junit
 from xen_symbols.report.model import Verdict, worst
+from xen_symbols.report.notelines import buffer_lines
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import Lapic, PhysicalCpu
 from xen_symbols.xen.locate import locate

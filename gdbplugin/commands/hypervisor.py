@@ -10,7 +10,8 @@ from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.describe.machine import describe_generation, describe_symbols, describe_target
 from xen_symbols.describe.notes import describe_crash_notes
-from xen_symbols.report.blocks import Block, Cell, Lines, Table, info_note_lines, missing_lines, note_lines
+from xen_symbols.report.blocks import Block, Cell, Lines, Table, missing_lines
+from xen_symbols.report.notelines import info_note_lines, note_lines
 from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.state import read_state
 

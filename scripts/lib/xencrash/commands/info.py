@@ -18,14 +18,12 @@ from xen_symbols.report.blocks import (
     Block,
     Cell,
     Lines,
-    buffer_lines,
-    info_note_lines,
     missing_lines,
-    note_lines,
     target_line,
 )
 from xen_symbols.report.console import print_blocks
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus
+from xen_symbols.report.notelines import buffer_lines, info_note_lines, note_lines
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets.dump import open_dump
 from xen_symbols.xen.locate import carried_symbols, locate
