@@ -85,7 +85,7 @@ def _physical_cells(cpu: Json) -> list[Cell]:
         cell(cpu.get("online")),
         where,
         cell(cpu.get("halted")),
-        cell(None if blocked is None else "blocked" if blocked else "open"),
+        cell(None if blocked is None else "blocked" if blocked else "unblocked"),
         cell(cpu.get("nmi_pending")),
         cell(cpu.get("lapic_mode")),
     ]

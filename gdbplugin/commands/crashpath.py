@@ -12,7 +12,7 @@ from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.crashpath.follow import crash_image_loaded
 from xen_symbols.crashpath.position import crashing_cpu, infer
 from xen_symbols.describe.machine import describe_cpus
-from xen_symbols.report.blocks import Block, Cell, Lines, cpus_table, report_blocks, show
+from xen_symbols.report.blocks import Block, Cell, Lines, cpus_table, crash_path, report_blocks, show
 from xen_symbols.xen.state import read_state
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def _status(session: Session) -> Json:
         flags = state.system["kexec_flags"]
         out: Json = {
             "generation": generation.id,
+            "introduced": generation.introduced,
+            "releases": generation.releases,
             "stage": position.stage.id,
             "says": position.stage.says,
             "subject": position.subject,
@@ -49,7 +51,7 @@ def _show_status(answer: Json) -> Sequence[Block]:
     lines = [
         ("stage", f"{answer['stage']}: {answer['says']}"
          + ("" if answer["subject"] is None else f" (CPU {answer['subject']})")),
-        ("generation", answer["generation"]),
+        ("crash path", crash_path(answer)),
         ("crashing CPU", "none" if crashing is None else f"{crashing} ({'; '.join(answer['crashing_cpu_by'])})"),
         ("crash kernel", {True: "loaded", False: "NOT loaded", None: "not known"}[answer["crash_kernel_loaded"]]),
     ]  # fmt: skip

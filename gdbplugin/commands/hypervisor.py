@@ -10,7 +10,7 @@ from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.describe.machine import describe_generation, describe_symbols, describe_target
 from xen_symbols.describe.notes import describe_crash_notes
-from xen_symbols.report.blocks import Block, Cell, Lines, Table, missing_lines
+from xen_symbols.report.blocks import Block, Cell, Lines, Table, crash_path, missing_lines
 from xen_symbols.report.notelines import info_note_lines, note_lines
 from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.state import read_state
@@ -32,10 +32,10 @@ def _symbols(session: Session) -> Json:
             lacks = [row.to_json() for row in missing(memory.symbols, None)]
             return out | {"missing": lacks, "generation": None, "absent": str(error)}
         generation = found.generation
-        described = describe_generation(generation.id, generation.introduced, found.evidence)
+        described = describe_generation(generation.id, generation.introduced, generation.releases, found.evidence)
         return out | {
             "missing": [row.to_json() for row in missing(memory.symbols, generation)],
-            "generation": {**described, "releases": generation.releases},
+            "generation": described,
         }
 
 
@@ -54,7 +54,7 @@ def _show_symbols(answer: Json) -> Sequence[Block]:
         if generation is None:
             lines.append(("crash path", answer["absent"]))
         else:
-            lines.append(("crash path", f"{generation['id']} ({generation['introduced']}; {generation['releases']})"))
+            lines.append(("crash path", crash_path(generation)))
             lines += [("", says) for says in generation["evidence"]]
     return [Lines([[Cell(f"{name:12}", "dim"), Cell(text)] for name, text in lines])]
 

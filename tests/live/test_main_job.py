@@ -127,7 +127,7 @@ def assert_every_stage(report: Json, crashing: int, row: Row = MAIN) -> None:
             assert all(observed(report, stop, "lapic-enabled", cpu) is False for cpu in others)
         assert_lapic_modes(report, stop, crashing, row)
         if name == "handover":
-            assert observed(report, stop, "nmi-latch", crashing) == "open"
+            assert observed(report, stop, "nmi-latch", crashing) == "unblocked"
             for cpu in others:
                 assert observed(report, stop, "nmi-latch", cpu) == "blocked"
                 assert observed(report, stop, "nmi-pending", cpu) is True

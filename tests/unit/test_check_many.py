@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -41,9 +42,10 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> Dumps:
 def test_a_line_for_each(dumps: Dumps, capsys: pytest.CaptureFixture[str]) -> None:
     assert dumps.check(dumps.good, dumps.bad, dumps.none) == 1
     said = capsys.readouterr()
-    lines = [line.split(maxsplit=4) for line in said.out.splitlines()[4:7]]
-    assert lines[0] == ["pass", dumps.good, "4.17.0", "0"]
-    assert lines[1] == ["fail", dumps.bad, "4.17.0", "0", "fail: mc-gate-ist on CPU 2 at crashed"]
+    lines = [re.split("  +", line.strip(), maxsplit=4) for line in said.out.splitlines()[4:7]]
+    path = "as in Xen 4.17 - 4.20 (e7f147bf4a)"
+    assert lines[0] == ["pass", dumps.good, path, "0"]
+    assert lines[1] == ["fail", dumps.bad, path, "0", "fail: mc-gate-ist on CPU 2 at crashed"]
     assert lines[2] == ["unknown", dumps.none, "-", "-", "No such file or directory"]
     assert said.err == f"xencrash: {dumps.none}: No such file or directory\n"
 

@@ -79,7 +79,7 @@ def test_a_cpu_that_is_not_among_xens_is_named() -> None:
     found = cpus_found(machine)
     assert (found.expected, found.observed) == ("CPUs 0-3", "CPUs 0-1,3")
     assert found.reason == (
-        "CPU 2 known to have been online, without a per-CPU area; QEMU device state: its CPU 2 runs Xen "
+        "online, but without a per-CPU area: CPU 2; QEMU device state: its CPU 2 runs Xen "
         "(do_nmi_crash+0x51), and is none of the CPUs found in Xen's memory"
     )
     machine = Machine("4.17-crashed-vmcore")
@@ -123,7 +123,7 @@ def test_cpus_outside_xen_that_cannot_be_matched_are_no_alarm() -> None:
         machine.physical(cpu, lambda p: p._replace(apic_id=p.apic_id + 16, registers={"rip": 0xFFFFFFFF81000000}))
     found = cpus_found(machine)
     assert (found.verdict, found.expected, found.observed) == (Verdict.PASS, "CPUs 0-3", "CPUs 0-3")
-    assert found.reason == "2 of the machine's CPUs are none of Xen's, and run no Xen"
+    assert found.reason == "2 of the machine's CPUs are not used by Xen"
     assert {check for check, cpu, verdict in bad(machine.report())} == OF_ITS_OWN - {"crash-save-done", "crash-notes"}
 
 
@@ -424,7 +424,7 @@ def test_of_memory_alone_no_change_is_taken_for_good(what: str) -> None:
 def test_of_memory_alone_a_crash_on_its_way_is_unknown(name: str) -> None:
     report = memory_alone(name).report()
     assert (report.verdict, bad(report), [s.stage for s in report.stages]) == (Verdict.UNKNOWN, set(), ["crashing"])
-    assert "how far it came cannot be told" in str(report.undecided)
+    assert "how far it came cannot be determined" in str(report.undecided)
 
 
 def test_a_crash_between_two_stages_or_stuck_there_is_no_pass() -> None:
@@ -622,7 +622,7 @@ def test_a_failure_says_what_it_does_by_what_should_have_been_there() -> None:
         change(machine)
         return next(f.reason for f in machine.report().findings if f.verdict is Verdict.FAIL)
 
-    assert "its return goes wild" in str(reason(lambda m: m.gate(0, NMI, 4, b"\x02")))
+    assert "its IRET returns to garbage" in str(reason(lambda m: m.gate(0, NMI, 4, b"\x02")))
     assert "the stack that happens to be current" in str(reason(lambda m: m.gate(2, NMI, 4, b"\x00")))
     assert "instead of being ignored" in str(reason(lambda m: handler(m, 1, MC, "machine_check")))
     assert "counts as done already" in str(reason(lambda m: m.per_cpu("crash_save_done", 0, b"\1")))

@@ -122,8 +122,8 @@ def test_without_cs_a_pv_guest_is_not_told_from_xen() -> None:
     assert bad(report) == {("nmi-gate-ist", 1, "unknown"), ("mc-gate-ist", 1, "unknown")}
     reasons = {f.reason for f in report.findings if f.verdict is Verdict.UNKNOWN}
     assert reasons == {
-        "IST of #DF is 0 too, as while an AMD CPU holds an HVM guest's state, but TR is Xen's own: its CS, which tells "
-        "a PV guest from that, could not be read"
+        "IST of #DF is 0 too, as while an AMD CPU holds an HVM guest's state, but TR is Xen's own: its CS, which "
+        "would show a PV guest, could not be read"
     }
 
 

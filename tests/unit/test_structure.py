@@ -306,6 +306,7 @@ OTHER_VERSIONS = {
     ("xen_symbols/targets/notes.py", "version != 1"): "of QEMU's note",
     ("xen_symbols/targets/flattened.py", "(kind, version) != (1, 1)"): "of the flattened format",
     ("xen_symbols/report/notelines.py", "'version' not in info"): "whether the note says one, to be shown",
+    ("xen_symbols/report/blocks.py", "releases is None"): "whether the report names them",
     (f"{XENCRASH}/guests/build.py", "generation not in generations()"): "whether the reference guest has it at all",
     (f"{XENCRASH}/gdbprogram.py", "version is None"): "of gdb",
     (f"{XENCRASH}/gdbprogram.py", "version < OLDEST_GDB"): "gdb is asked before it is started with what others lack",

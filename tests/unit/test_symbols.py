@@ -315,8 +315,8 @@ def test_a_map_of_text_only_cannot_deny_a_variable(tmp_path: Path) -> None:
 
 
 def test_gzip_is_undone(tmp_path: Path) -> None:
-    assert loaded(tmp_path, gzip.compress(MAP.encode())).address("do_nmi_crash") == TEXT + 0x1A0
-    table = loaded(tmp_path, gzip.compress(xen_syms(SYMBOLS)))
+    assert loaded(tmp_path, gzip.compress(MAP.encode(), mtime=0)).address("do_nmi_crash") == TEXT + 0x1A0
+    table = loaded(tmp_path, gzip.compress(xen_syms(SYMBOLS), mtime=0))
     assert table.build_id == BUILD_ID
     assert table.image is not None
     assert table.image.read(TEXT, 1) == b"\0"
@@ -339,15 +339,15 @@ NO_MAP = f"is not `address kind name`, so this is neither an ELF file nor a .map
         (bytes(100), f"neither an ELF file nor a .map; {WANTED}"),
         (b"KDUMP   " + bytes(100), f"a kdump; {WANTED}"),
         (b"\xfd7zXZ\0", f"compressed by xz; {WANTED}"),
-        (gzip.compress(b"\xfd7zXZ\0"), f"compressed by xz; {WANTED}"),
+        (gzip.compress(b"\xfd7zXZ\0", mtime=0), f"compressed by xz; {WANTED}"),
         (b"MZ\x90\0", "an EFI binary; give xen-syms, its .map, or the ELF image instead"),
         (b"\x7fELF", "ELF header: the file ends at 0x4, 16 bytes are wanted at offset 0x0; "
                     "the file is truncated or damaged"),
         (b"\x7fELF\x02\x02" + bytes(80), "not a little-endian ELF file; Xen on x86 is one"),
         (b"\x1f\x8b" + bytes(20), "bad gzip data (Error -3 while decompressing data: unknown compression method); "
                                  "fetch the file again"),
-        (gzip.compress(MAP.encode())[:-9], "truncated gzip data; fetch the file again"),
-        (gzip.compress(b""), "empty when decompressed; fetch the file again"),
+        (gzip.compress(MAP.encode(), mtime=0)[:-9], "truncated gzip data; fetch the file again"),
+        (gzip.compress(b"", mtime=0), "empty when decompressed; fetch the file again"),
         (xen_syms(SYMBOLS, machine=183), "for ELF machine 183, not x86-64; give the symbols of an x86 Xen"),
         (xen_syms(SYMBOLS, kind=4), "a core file, not symbols: name it as the target"),
         (xen_syms(SYMBOLS, kind=1), "an object file; give xen-syms, its .map, or Xen's image"),
@@ -370,7 +370,7 @@ def test_missing_unreadable_and_no_file(tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path, gzip.compress(bytes(129 << 20), 1)) == (
+    assert refusal(tmp_path, gzip.compress(bytes(129 << 20), 1, mtime=0)) == (
         "more than 128 MB when decompressed; fetch the file again"
     )
 

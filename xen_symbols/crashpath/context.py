@@ -218,7 +218,7 @@ class Context:
         allowed: list[Any] = []
         for value in values:
             found = known[value]
-            if not isinstance(found, Absent):  # as what is no step may be
+            if not isinstance(found, Absent):  # as what is not a step may be
                 allowed += found if isinstance(found, tuple) else (found,)
         return tuple(dict.fromkeys(allowed))
 
@@ -267,7 +267,7 @@ class Context:
 
     def guest_state_loaded(self, cpu: CpuState) -> bool | Absent:
         """Whether an HVM guest's state is loaded there on AMD: svm_ctxt_switch_to clears IST of #DF, NMI and #MC
-        together. Absent when that cannot be told from an AP that came up without (XSA-244).
+        together. Absent when that cannot be distinguished from an AP that came up without (XSA-244).
 
         The guest's TR is loaded only when it is entered, and the CPU may do much else before (svm_vmenter_helper;
         seen in do_softirq). With TR Xen's own it is another guest's state where a PV guest runs, and with XSA-244.
@@ -280,7 +280,7 @@ class Context:
         if physical.tr_base not in (cpu.tss, cpu.tss + IST_SSP_SIZE):
             return True
         if "cs" not in physical.registers:
-            return Absent(f"{_IST_0_TOO}: its CS, which tells a PV guest from that, could not be read")
+            return Absent(f"{_IST_0_TOO}: its CS, which would show a PV guest, could not be read")
         if physical.registers["cs"] & 3:
             return False
         if self.symbols.get(_SINCE_XSA_244) is not None:

@@ -74,12 +74,14 @@ def new_report(memory: XenMemory, identification: Identification | None = None) 
     report = Report(tool=TOOL, target=describe_target(memory), symbols=describe_symbols(memory))
     if identification is not None:
         generation = identification.generation
-        report.generation = describe_generation(generation.id, generation.introduced, identification.evidence)
+        report.generation = describe_generation(
+            generation.id, generation.introduced, generation.releases, identification.evidence
+        )
     return report
 
 
 def evaluate(memory: XenMemory, identification: Identification | None = None) -> Report:
-    """Judge what is there now. Raises Undecidable when it cannot be told which Xen this is or where it stands."""
+    """Judge what is there now. Raises Undecidable when which Xen this is, or where it stands, cannot be determined."""
     identification = identification or identify(memory)
     report = new_report(memory, identification)
     try:
@@ -94,7 +96,7 @@ def evaluate(memory: XenMemory, identification: Identification | None = None) ->
             why = "the dump holds no registers of any CPU, and memory does not show that Xen handed over"
         report.undecided = (
             f"{memory.target.location}: Xen is on its way through the crash path, or stuck there, and how far it came "
-            f"cannot be told: {why}; every step was allowed for"
+            f"cannot be determined: {why}; every step was allowed for"
         )
     if position.crashing_cpu is not None:
         report.target = {**report.target, "crashing_cpu_by": list(crashing_cpu(state, identification.generation)[1])}

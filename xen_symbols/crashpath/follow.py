@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _KEXEC_IMAGE_CRASH_BASE = 2
 _KEXEC_FLAG_CRASH_POS = 5
 
-# Between two stages Xen waits a second of its own time at most; QEMU's emulation of many CPUs may take ten times that.
+# Between two stages Xen waits at most a second of guest time; QEMU's emulation of many CPUs may take ten times that.
 STALL_SECONDS = 30.0
 # After so long without a stage the machine is looked at, whether it still has the Xen that crashes: there is no slot
 # for a breakpoint that a reset would hit, and an ear on QMP would keep everybody else from it.
@@ -76,7 +76,7 @@ def crash_image_loaded(kexec_flags: int) -> bool:
 
 
 class StopResult(NamedTuple):
-    """What a stop meant. `stage` is None for one that is none of ours: continue. `finished` ends the trace."""
+    """What a stop meant. `stage` is None for a stop that is not a stage: continue. `finished` ends the trace."""
 
     stage: StageSeen | None
     findings: tuple[Finding, ...] = ()
@@ -98,10 +98,10 @@ class Follower:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`gates` also lists every change of an NMI or #MC gate in the report. `timeout` bounds the wait for the crash
-        to begin (None: for ever), `stall` the time between two stages, in seconds of `clock`. `settable` tries how many
+        to begin (None: forever), `stall` the time between two stages, in seconds of `clock`. `settable` tries how many
         of some addresses can have hardware breakpoints at the same time.
 
-        Raises Undecidable for a Xen that has crashed already, or that cannot be told.
+        Raises Undecidable for a Xen that has crashed already, or that cannot be identified.
         """
         self.memory = memory
         self.identification = identification or identify(memory)
@@ -110,7 +110,7 @@ class Follower:
         self._anchors = Anchors(memory.symbols)
         self._anchors.slots = min(SLOTS, settable(self._anchors.all()))
         self._timeout, self._stall, self._clock = timeout, stall, clock
-        self._since = clock()  # the last stage: stops that are none do not count as going on
+        self._since = clock()  # the last stage: stops that are not stages do not count as progress
         self._crashing: int | None = None
         self._online: frozenset[int] = frozenset()
         self._step = CrashStep.NOTHING
@@ -172,7 +172,7 @@ class Follower:
         return self._anchors.wanted(self._step, entered=self._entered, owned=self._crashing is not None)
 
     def wait(self) -> float | None:
-        """For how many seconds the machine may run before it is stopped, whatever happened; None: for ever."""
+        """For how many seconds the machine may run before it is stopped, whatever happened; None: forever."""
         patience = self._stall if self.begun else self._timeout
         left = None if patience is None else max(0.0, self._since + patience - self._clock())
         return min(left, LOOK_SECONDS) if left is not None and self.begun else left
@@ -233,7 +233,7 @@ class Follower:
             None,
         )
         if cpu is None:
-            raise Undecidable(f"the machine's CPU {index} stopped on the crash path, and is none of Xen's CPUs")
+            raise Undecidable(f"the machine's CPU {index} stopped on the crash path, and is not one of Xen's CPUs")
         stage = self._stage(cpu, pc)
         if stage is None:
             self.writes.look(state)

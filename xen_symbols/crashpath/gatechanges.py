@@ -125,7 +125,7 @@ class GateChange(NamedTuple):
         """The writes that none of the rows is made by which may have been made, and perhaps undone.
 
         Before the crash they are not judged, nor on a CPU that was not online: such a CPU's table may be given back
-        (cpu_smpboot_free), and what writes to its memory then is no writer of gates.
+        (cpu_smpboot_free), and what writes to that memory later does not write gates.
         """
         before, after = self.since.position, self.now.position
         if before.stage is stages.NORMAL or self.cpu not in before.online & after.online:
@@ -165,7 +165,7 @@ class GateChange(NamedTuple):
 class Writes:
     """The writes that watchpoints have caught and nobody has asked for yet.
 
-    QEMU tells one hit of those that come at the same time. It takes another one for news when that CPU stops next,
+    QEMU reports one of several simultaneous hits. It reports another one when that CPU stops next,
     wherever that is; gdb then finds a value that is not the one it knew. Nobody has just written there: the value was
     there when the gates were looked at before, or the CPU is at a breakpoint, which is a function's beginning. Nor is
     anybody named for a hit outside Xen's image: a guest may have something else at that address.
@@ -183,7 +183,7 @@ class Writes:
         self._contents |= contents
 
     def look(self, state: State) -> None:
-        """What the gates hold is known now, whoever wrote it."""
+        """What the gates hold is known now, whatever wrote it."""
         self._contents |= {key: read.value.raw for key, read in _read_gates(state).items()}
 
     def take(self, state: State) -> dict[Key, list[CaughtWrite]]:

@@ -117,7 +117,7 @@ class Generation(NamedTuple):
     evidence: tuple[Evidence, ...]
     bookkeeping: Bookkeeping
     own_nmi_gate: bool = True  # the crashing CPU's NMI gate becomes trap_nop
-    swaps_mc: bool = True  # the #MC handlers become trap_nop in machine_kexec, and NMIs are opened
+    swaps_mc: bool = True  # the #MC handlers become trap_nop in machine_kexec, and NMIs are unblocked
     clears_remote_ist: bool = False  # the RFC: the crashing CPU clears the others' IST, and the NMI gate's too
     has_save_done: bool = True  # crash_save_done and the self-NMI
     announces: bool = True  # "Shot down all CPUs" on the console

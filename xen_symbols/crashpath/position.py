@@ -1,4 +1,4 @@
-"""Where on its crash path a Xen is, told from its state alone: for a dump, or a machine that was not followed."""
+"""Where on its crash path a Xen is, inferred from its state alone: for a dump, or a machine that was not followed."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -105,7 +105,7 @@ def crashing_cpu(state: State, generation: Generation) -> tuple[int, tuple[str, 
     """The crashing CPU and the evidence for it. Raises Undecidable without evidence, or when it is divided."""
     found = votes(state, generation)
     if not found:
-        raise Undecidable("which CPU crashed could not be told: neither memory nor registers name exactly one")
+        raise Undecidable("which CPU crashed could not be determined: neither memory nor registers name exactly one")
     (cpu, most), *rest = Counter(vote.cpu for vote in found).most_common()
     if rest and rest[0][1] == most:
         listed = ", ".join(f"{vote.says}: CPU {vote.cpu}" for vote in found)
@@ -114,7 +114,7 @@ def crashing_cpu(state: State, generation: Generation) -> tuple[int, tuple[str, 
 
 
 def online_at_crash(state: State, generation: Generation | None, crashing: int | None) -> frozenset[int]:
-    """Every CPU that was online when the crash began: cpu_online_map is being emptied, the others tell the rest."""
+    """Every CPU that was online when the crash began: cpu_online_map is emptied on the way."""
     found = set() if crashing is None else {crashing}
     for name in ("online", "saved", "waiting_mask"):
         read = state.system[name]

@@ -1,6 +1,6 @@
 """The boundaries of the crash path: where each begins, on which CPU, and how far each CPU has come there.
 
-The crashing CPU and each other CPU go through steps of their own. A stage is a place in Xen's text (its anchor) at
+The crashing CPU and the other CPUs go through different steps. A stage is a place in Xen's text (its anchor) at
 which the step of the CPU that reached it is exact; the others are within bounds.
 """
 
@@ -22,7 +22,7 @@ class CrashStep(enum.IntEnum):
     WAITED = 3  # the wait is over: everybody answered, or a second passed
     STOPPED = 4  # own LAPIC, online bit, IO-APIC
     INFO_SAVED = 5  # the crash info note
-    NEUTRALISED = 6  # #MC handlers made no-ops and NMIs opened
+    NEUTRALISED = 6  # #MC handlers made no-ops and NMIs unblocked
 
 
 class OtherStep(enum.IntEnum):

@@ -95,7 +95,7 @@ class Whose(enum.Enum):
 
 class Writer(NamedTuple):
     """Who makes a write: code of one of these functions (gcc may have put one into the other), on the object's own CPU
-    or, not `itself`, on the crashing one. Of a helper that is a function of its own the caller is not seen."""
+    or, not `itself`, on the crashing one. Of a helper that was not inlined the caller is not seen."""
 
     source: str
     functions: tuple[str, ...]
@@ -271,7 +271,7 @@ PATH: tuple[Write, ...] = (
     Write(SELF_NMI, Whose.OTHER, OtherStep.SELF_NMI, "an NMI to itself", _ANSWER, _DONE),
 
     # nmi_shootdown_cpus() after its wait. disable_IO_APIC() leaves the crashing CPU's LAPIC, software-enabled and
-    # unmasked, in virtual-wire mode: its enable bit and LVT are no rows.
+    # unmasked, in virtual-wire mode: its enable bit and LVT have no rows.
     Write(REPORT, Whose.MACHINE, CrashStep.WAITED, "Shot down all CPUs, or which not", _SAY, {"announces": True}),
     Write(LAPIC_MODE, Whose.CRASHING, CrashStep.STOPPED, Value.BOOT_MODE, _LAPIC_OFF),
     Write(ONLINE, Whose.CRASHING, CrashStep.STOPPED, False, _STOP),
@@ -281,7 +281,7 @@ PATH: tuple[Write, ...] = (
     # machine_kexec()
     Write(MC_HANDLER, Whose.EVERY, CrashStep.NEUTRALISED, Code("trap_nop"), _SWAP, _HARDENED),
     Write(MC_IST, Whose.EVERY, CrashStep.NEUTRALISED, 0, _REWRITE, _REMOTE),
-    Write(NMI_LATCH, Whose.CRASHING, CrashStep.NEUTRALISED, "open", _UNBLOCK, _HARDENED),
+    Write(NMI_LATCH, Whose.CRASHING, CrashStep.NEUTRALISED, "unblocked", _UNBLOCK, _HARDENED),
 )  # fmt: skip
 
 _LEAVING = (CrashStep.NEUTRALISED, CrashStep.NEUTRALISED)
@@ -327,7 +327,7 @@ def at_stops(written: Object, generation: Generation, role: Whose) -> list[Write
 def values(of: Object, writes: Sequence[Write], role: Whose, crash: Span, other: Span) -> tuple[Any, ...]:
     """What an object may be by its writes, given how far the crashing CPU has come, and the CPU whose it is.
 
-    Where a CPU may be on either side of a step both values are allowed: a race window is no alarm.
+    Where a CPU may be on either side of a step both values are allowed: a race window is not a failure.
     """
     found: tuple[Any, ...] = (of.offline if role is Whose.OFFLINE else of.before,)
     for write in writes:

@@ -49,9 +49,9 @@ def describe_symbols(memory: XenMemory) -> contract.Symbols:
     }
 
 
-def describe_generation(id: str, introduced: str, evidence: Iterable[str]) -> contract.Generation:
-    """A generation of the crash path, the commit that brought it, and what showed that Xen's is of it."""
-    return {"id": id, "introduced": introduced, "evidence": list(evidence)}
+def describe_generation(id: str, introduced: str, releases: str, evidence: Iterable[str]) -> contract.Generation:
+    """A generation of the crash path: the commit that brought it, the releases that have it, the evidence for it."""
+    return {"id": id, "introduced": introduced, "releases": releases, "evidence": list(evidence)}
 
 
 def describe_gate(symbols: SymbolTable, gate: Gate) -> contract.Gate:

@@ -84,12 +84,22 @@ def header(report: contract.Report) -> Lines:
     ]
     if generation:
         evidence = "; ".join(generation["evidence"])
-        lines.append([Cell("generation  ", "dim"), Cell(generation["id"], "strong"), Cell(f" ({evidence})")])
+        lines.append([Cell("crash path  ", "dim"), Cell(crash_path(generation), "strong"), Cell(f": {evidence}")])
     if has_not_crashed(report):
         lines.append([Cell("crashed     ", "dim"), Cell("no", "strong"), Cell(": Xen runs; judged as a running one")])
     elif report["crashing_cpu"] is not None:
         lines.append([Cell("crashed on  ", "dim"), Cell(f"CPU {report['crashing_cpu']}", "strong")])
     return Lines(lines)
+
+
+def crash_path(generation: Mapping[str, Any]) -> str:
+    """A generation, by what people know: the releases that have it, and the commit that brought it."""
+    releases = generation.get("releases")
+    if releases is None:  # a report of before they stood in it
+        return f"generation {generation['id']}"
+    if releases[0].isdecimal():
+        return f"as in Xen {releases} ({generation['introduced']})"
+    return f"{generation['introduced']} ({releases})"
 
 
 def target_line(target: contract.Target) -> str:
@@ -252,10 +262,10 @@ def dumps_table(reports: Sequence[contract.Report]) -> Table:
         location, crashed_on = report["target"]["location"], report["crashing_cpu"]
         crashed = "not crashed" if has_not_crashed(report) else "-" if crashed_on is None else str(crashed_on)
         problem = why_not_pass(report).removeprefix(f"{location}: ")
-        generation = report["generation"]["id"] if report["generation"] else "-"
+        generation = crash_path(report["generation"]) if report["generation"] else "-"
         cells = [escaped(location), generation, crashed, escaped(problem)]
         rows.append([Cell(report["verdict"], report["verdict"]), *map(Cell, cells)])
-    return Table("Dumps", ["verdict", "dump", "generation", "crashed on CPU", "first problem"], rows)
+    return Table("Dumps", ["verdict", "dump", "crash path", "crashed on CPU", "first problem"], rows)
 
 
 _SAID = ("check", "verdict", "expected", "observed", "reason", "follows", "source")

@@ -54,6 +54,7 @@ class _Generation(TypedDict):
 
 class Generation(_Generation, total=False):
     introduced: str  # commit
+    releases: str  # that have it
 
 
 class Place(TypedDict):

@@ -6,7 +6,7 @@ A row's `judge` says which values are allowed, given how far each CPU has come, 
 from xen_symbols.crashpath.checks import cpus, gates, lapic, machine, notes, shootdown
 from xen_symbols.crashpath.checks.model import Check
 
-# In the order in which reports tell them.
+# In the order of reports.
 CHECKS: tuple[Check, ...] = (
     *cpus.FOUND,
     *gates.CHECKS,

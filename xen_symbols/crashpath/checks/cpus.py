@@ -50,7 +50,7 @@ def _cpus_found(context: Context, _cpu: int) -> Outcome:
             lost.append(f"{_named(numbers)} in {read.symbol}, and nr_cpu_ids is {len(state.cpus)}")
     known |= {cpu for name in _MASKS if (read := state.system[name]).present for cpu in read.value - online}
     if absentees := {cpu for cpu in known if cpu in state.cpus and not state.cpus[cpu].exists}:
-        lost.append(f"{_named(absentees)} known to have been online, without a per-CPU area")
+        lost.append(f"online, but without a per-CPU area: {_named(absentees)}")
     unmatched: list[tuple[int | None, PhysicalCpu | Absent]] = [(None, one) for one in state.unmatched]
     offline = [(cpu.cpu, cpu.physical) for cpu in state.cpus.values() if cpu.exists and cpu.cpu not in online]
     strays = []
@@ -66,7 +66,7 @@ def _cpus_found(context: Context, _cpu: int) -> Outcome:
     found = {cpu for cpu in known if cpu in state.cpus and state.cpus[cpu].exists}
     if lost:
         return Outcome(Verdict.UNKNOWN, _named(known), _named(found), evidence, "; ".join(lost))
-    reason = f"{len(unmatched)} of the machine's CPUs are none of Xen's, and run no Xen" if unmatched else None
+    reason = f"{len(unmatched)} of the machine's CPUs are not used by Xen" if unmatched else None
     return Outcome(Verdict.PASS, _named(known), _named(found), evidence, reason)
 
 
@@ -169,20 +169,20 @@ def _nmi_latch(context: Context, cpu: int) -> Outcome:
     read = _physical_read(context, cpu, lambda physical: physical.nmi_blocked)
     if not context.written(NMI_LATCH, cpu):
         crashing = context.is_crashing(cpu)
-        return skip("NMIs are opened in machine_kexec" if crashing else "it has not surely taken the NMI")
+        return skip("NMIs are unblocked in machine_kexec" if crashing else "it may not have taken the NMI yet")
     return expect(read, context.allowed(NMI_LATCH, cpu), of=_latch)
 
 
 def _latch(blocked: bool) -> str:
-    return "blocked" if blocked else "open"
+    return "blocked" if blocked else "unblocked"
 
 
 LATCH = Check(
     "nmi-latch", Subject.ONLINE, "xen/arch/x86/machine_kexec.c, enable_nmis (77ad1faa6b)",
     "the crash kernel starts with NMIs blocked and its watchdog is dead, or a parked CPU can be woken", _nmi_latch,
-    {"open": "the crash kernel starts with NMIs blocked: its watchdog and its own crash NMIs are dead",
-     "blocked": "NMIs are open on this CPU while it runs its NMI handler, or is parked in it: the next one starts it "
-     "again"},
+    {"unblocked": "the crash kernel starts with NMIs blocked: its watchdog and its own crash NMIs are dead",
+     "blocked": "NMIs are unblocked on this CPU while it runs its NMI handler, or is parked in it: the next one starts "
+     "it again"},
     Need.DEVICE_STATE,
 )  # fmt: skip
 
@@ -198,7 +198,7 @@ def _nmi_pending(context: Context, cpu: int) -> Outcome:
 NO_SELF_NMI = "this generation queues no NMI to itself"
 PENDING = Check(
     "nmi-pending", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
-    "nothing waits behind the NMI latch of the parked CPU: an iret there (from a machine check) lets it run on",
+    "no NMI is pending on the parked CPU: an IRET there (from a machine check) lets it run on",
     _nmi_pending, needs=Need.DEVICE_STATE,
 )  # fmt: skip
 
@@ -211,8 +211,8 @@ def _cpu_parked(context: Context, cpu: int) -> Outcome:
         return early
     function = context.generation.parks_in
     known = context.physical(cpu)
-    told = isinstance(known, Absent) or not isinstance(known.halted, Absent)
-    parked = f"{_HALTED if told else _AFTER_HLT} {function}, interrupts off"
+    known_halted = isinstance(known, Absent) or not isinstance(known.halted, Absent)
+    parked = f"{_HALTED if known_halted else _AFTER_HLT} {function}, interrupts off"
 
     def where(physical: PhysicalCpu) -> str | Absent:
         if not physical.current:
@@ -223,7 +223,7 @@ def _cpu_parked(context: Context, cpu: int) -> Outcome:
         inside = _in_function(context, physical, function)
         if isinstance(inside, Absent):
             return inside
-        stands = _stands(context, physical) if inside or told else ""
+        stands = _stands(context, physical) if inside or known_halted else ""
         if isinstance(stands, Absent):
             return stands
         if inside and stands != _AWAKE and interrupts == "off":
@@ -268,7 +268,7 @@ def _idtr(context: Context, cpu: int) -> Outcome:
 
 IDTR = Check(
     "idtr", Subject.ONLINE, "xen/arch/x86/cpu/common.c, load_system_tables",
-    "the CPU does not use the IDT that Xen writes to: whatever the gates say, it takes other handlers", _idtr,
+    "the CPU does not use the IDT that Xen writes to: it takes other handlers than the gates show", _idtr,
     needs=Need.REGISTERS,
 )  # fmt: skip
 

@@ -62,7 +62,7 @@ def _ist(written: GateProperty) -> Judge:
             outcome = expect(read, (0,), of=lambda gate: gate.ist)
             return outcome._replace(reason=_IN_GUEST) if outcome.verdict is Verdict.FAIL else outcome
         cleared = read.present and read.value.ist == 0
-        if isinstance(allowed, Absent):  # as when every CPU holds a guest's state: no #DF gate tells the numbers
+        if isinstance(allowed, Absent):  # as when every CPU holds a guest's state: no #DF gate shows the numbers
             if cleared and context.guest_state_loaded(context.state.of(cpu)) is True:
                 return expect(read, (0,), of=lambda gate: gate.ist)
             return from_absence(allowed)
@@ -107,7 +107,7 @@ _INSTEAD_OF_HANDLER = {
 }  # fmt: skip
 _INSTEAD_OF_IST_0 = (
     "{event} there switches to an IST stack: if the handler of an earlier one is still on it, that one's frame is "
-    "overwritten and its return goes wild"
+    "overwritten, and its IRET returns to garbage"
 )
 
 
@@ -145,10 +145,10 @@ def _checks_of(prefix: str, handler: GateProperty, ist: GateProperty, event: str
 # -- Since the last stop ----------------------------------------------------------------------
 
 _STRANGER = (
-    "a gate was written by code, or by a CPU, that has no part in it at this point of the crash path: what else it "
+    "a gate was written by code, or by a CPU, that has no business there at this point of the crash path: what else it "
     "writes to, and when, is not known"
 )
-_WRITER_UNSEEN = "what changed is judged; who changed it was not seen, so that is not"
+_WRITER_UNSEEN = "what changed is judged; the writer was not seen, and is not judged"
 # A gate's properties as people read them.
 _SHOWN: Mapping[str, Callable[[Any], Any]] = {
     "selector": hex,
@@ -194,7 +194,7 @@ def _gate_change(context: Context, cpu: int) -> Outcome:
         ]
         unseen |= bool(change.changed and not change.writes)
         evidence += read.evidence if change.changed else ()
-    if writers:  # of whom no other check tells
+    if writers:  # no other check judges them
         return Outcome(Verdict.FAIL, list(may), observed + writers, evidence, reason=_STRANGER)
     if undecided and not wrong:
         return from_absence(undecided[0], list(may))
@@ -205,7 +205,7 @@ def _gate_change(context: Context, cpu: int) -> Outcome:
 
 CHANGE = Check(
     "gate-change", Subject.FOLLOWED, "xen/arch/x86/crash.c and machine_kexec.c (77ad1faa6b); docs/reference.md",
-    "something changed a gate as, or when, this crash path never does: an NMI or a machine check that came in between "
+    "a gate was changed in a way, or at a time, that this crash path never does: an NMI or a machine check in between "
     "went elsewhere, whatever the gate is now", _gate_change, needs=Need.TRACE,
 )  # fmt: skip
 

@@ -51,7 +51,7 @@ Judge = Callable[[Context, int], Outcome]
 
 class Check(NamedTuple):
     """One invariant. `source` says where to look, `consequence` what its failure would do to a real crash; where that
-    hangs on what should have been there, `instead_of` says it by the expected value, a handler's by its name."""
+    depends on what should have been there, `instead_of` says it by the expected value, a handler's by its name."""
 
     id: str
     subject: Subject

@@ -58,7 +58,7 @@ def _dump_notes(context: Context, cpu: int) -> Outcome:
     if isinstance(physical, Absent):
         return from_absence(physical)
     if physical.current:
-        return skip("its registers are not of the notes that Xen saved")
+        return skip("its registers do not come from the notes that Xen saved")
     notes = state.notes.value
     if isinstance(notes, Absent):
         return from_absence(notes, _AS_SAVED)
@@ -105,7 +105,7 @@ def _crash_info_note(context: Context, _cpu: int) -> Outcome:
 
 CRASH_INFO_NOTE = Check(
     "crash-info-note", Subject.MACHINE, "xen/common/kexec.c, kexec_crash_save_info",
-    "tools cannot tell where Xen lies in the dump", _crash_info_note,
+    "tools cannot find Xen in the dump", _crash_info_note,
 )  # fmt: skip
 
 CHECKS = (CRASH_NOTES, DUMP_NOTES, CRASH_INFO_NOTE)

@@ -126,8 +126,8 @@ def _entries(context: Context, cpu: int) -> Outcome:
 
 ENTRIES = Check(
     "nmi-entries", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
-    "it did not enter the handler just once: more means that an iret opened NMIs there and a second one came in, none "
-    "that the NMI never reached it",
+    "it did not enter the handler exactly once: more often means that an IRET unblocked NMIs there and a second one "
+    "came in; never, that the NMI did not reach it",
     _entries, needs=Need.TRACE,
 )  # fmt: skip
 

@@ -14,13 +14,7 @@ from xen_symbols.crashpath.position import infer
 from xen_symbols.crashpath.stages import CRASHING
 from xen_symbols.describe.machine import describe_symbols, describe_target
 from xen_symbols.describe.notes import describe_crash_notes, describe_notes
-from xen_symbols.report.blocks import (
-    Block,
-    Cell,
-    Lines,
-    missing_lines,
-    target_line,
-)
+from xen_symbols.report.blocks import Block, Cell, Lines, crash_path, missing_lines, target_line
 from xen_symbols.report.console import print_blocks
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus
 from xen_symbols.report.notelines import buffer_lines, info_note_lines, note_lines
@@ -135,7 +129,7 @@ def blocks(data: Json) -> list[Block]:
         lines += [line("crash notes", text) for text in buffer_lines(data["crash_notes"]["buffers"])]
         lines += [line("crash info", text) for text in info_note_lines(data["crash_notes"]["info"])]
     if generation:
-        lines.append(line("generation", f"{generation['id']} ({generation['introduced']})"))
+        lines.append(line("crash path", crash_path(generation)))
         lines += [line("", f"evidence: {evidence}") for evidence in generation["evidence"]]
     if "stage" in data:
         crashed = "nobody" if data["crashing_cpu"] is None else f"CPU {data['crashing_cpu']}"

@@ -187,7 +187,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("mc-rewritten", "The #MC gates are rewritten whole, as the RFC did, where the handler alone should change.",
           ("HARDENED", "!REWRITES_GATES"),
           invisible="IST is off already on every CPU that answered, so the gates end the same; only a machine check "
-          "in the instant in which one is not present would tell"),
+          "at the instant when one is not present would show it"),
     # Notes
     Fault("notes-missing", "A CPU stops without saving its registers.",
           (), (Expected("saved-cpus", "F", "cpu-stop"),)),
