@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator
 from pathlib import Path
 
 from xen_symbols.crashpath.checks import CHECKS
+from xen_symbols.crashpath.checks.model import Need
 from xen_symbols.crashpath.follow import COMPLETE
 from xen_symbols.crashpath.gatechanges import GATE_WRITES
 from xen_symbols.crashpath.generations import GENERATIONS
-from xen_symbols.crashpath.stages import BY_ID, CrashStep, Role
-from xen_symbols.crashpath.timeline import HELPERS, Value, Whose, Write
+from xen_symbols.crashpath.stages import BY_ID, CrashStep, OtherStep, Role
+from xen_symbols.crashpath.timeline import HELPERS, PATH, Value, Whose, Write
 from xen_symbols.x86.gate import VECTOR_NAMES
 from xencrash.guests import FAULTS
 
@@ -52,6 +54,28 @@ def _lines() -> Iterator[str]:
         yield f"| {check.id} | {check.subject.value} | {check.consequence} | {check.source} |"
     places = "; ".join(dict.fromkeys(COMPLETE.sources.values()))
     yield f"| {COMPLETE.id} | {COMPLETE.subject} | {COMPLETE.consequence} | from where it came to: {places} |"
+    yield ""
+    yield "What they need of a target; where it is not there they are skipped, or unknown:"
+    yield ""
+    yield "| need | checks |"
+    yield "|---|---|"
+    for need in Need:
+        checks = "every other" if need is Need.MEMORY else ", ".join(c.id for c in CHECKS if c.needs is need)
+        yield f"| {need.value} | {checks} |"
+    yield ""
+    yield "## The crash path"
+    yield ""
+    yield "Its writes in order (`xen_symbols/crashpath/timeline.py`): of a CPU that has completed the step, the object"
+    yield "is what it became. Another CPU takes its steps while the crashing one waits, or later, if it answers late."
+    yield ""
+    yield "| step | of | object | becomes | generations | source |"
+    yield "|---|---|---|---|---|---|"
+    for write in PATH:
+        assert isinstance(write.when, enum.Enum)
+        cpu = "another CPU" if isinstance(write.when, OtherStep) else "the crashing CPU"
+        step = f"{write.when.name.lower().replace('_', ' ')}, {cpu}"
+        row = (step, write.whose.value, write.object.name, _value(write), _generations(write), write.by.source)
+        yield f"| {' | '.join(row)} |"
     yield ""
     yield "## Changes of gates"
     yield ""

@@ -18,9 +18,13 @@ import pytest
 
 from tests.contract.promises import QEMUS_NOTES, XENS_NOTES, Subject, broken, ram
 from tests.live.machines import booted, build_id, ready
+from tests.machines.changed import needing
 from xen_symbols import evaluate
 from xen_symbols import open_dump as open_xen
 from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.crashpath.checks import CHECKS, model
+from xen_symbols.crashpath.checks.model import Need
+from xen_symbols.crashpath.follow import COMPLETE
 from xen_symbols.formats.content import File
 from xen_symbols.symbols.embedded import SOURCE
 from xen_symbols.symbols.load import load_symbols
@@ -82,12 +86,12 @@ MAY_DIFFER: dict[str, dict[str, str]] = {
     "at": {"Linux": _AS_SAVED, "nobody": _NO_REGISTERS},
 }
 
-OF_A_TRACE = ("trace-complete", "gate-change")  # checks of what a crash did from stop to stop
+# Checks of what a crash did from stop to stop.
+OF_A_TRACE = {COMPLETE.id, *(check.id for check in CHECKS if check.subject is model.Subject.FOLLOWED)}
 # What passes at the handover and is skipped in a dump, by who wrote it: for want of the device state, of what a trace
 # counts, and, where nobody wrote registers or Xen did, of where a CPU is and of its IDTR.
-_NO_DEVICE_STATE = {"lapic-mode", "lapic-enabled", "lapic-lvt", "lapic-self-nmi", "nmi-latch", "nmi-pending",
-                    "nmi-entries"}  # fmt: skip
-_NO_CPU = {"cpu-parked", "idtr"}
+_NO_DEVICE_STATE = needing(Need.LAPIC, Need.DEVICE_STATE, Need.TRACE) - OF_A_TRACE
+_NO_CPU = needing(Need.REGISTERS)
 SKIPPED = {"QEMU": _NO_DEVICE_STATE, "Linux": _NO_DEVICE_STATE | _NO_CPU, "nobody": _NO_DEVICE_STATE | _NO_CPU}
 
 

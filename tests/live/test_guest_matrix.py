@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from tests.live.machines import guest, target
+from tests.machines.changed import needing
 from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Undecidable
+from xen_symbols.crashpath.checks.model import Need
 from xencrash.gdbmi import GdbSession
 from xencrash.guests import BY_ID, FAULTS, Fault, command_line, generations
 from xencrash.guests.faults import clean
@@ -68,10 +70,7 @@ STALL, STALL_STUCK = 12, 3
 # QEMU's dumps, dealt to the runs in turn: dump-guest-memory's arguments.
 DUMPS: tuple[dict[str, Any], ...] = ({}, {"format": "kdump-zlib"}, {"paging": True})
 # What QEMU's notes do not hold, and what only a trace counts.
-NOT_IN_A_DUMP = {
-    "lapic-mode", "lapic-enabled", "lapic-lvt", "lapic-self-nmi", "nmi-latch", "nmi-pending", "nmi-entries",
-    "gate-change",
-}  # fmt: skip
+NOT_IN_A_DUMP = needing(Need.LAPIC, Need.DEVICE_STATE, Need.TRACE)
 # What a fault does only for a moment: a stop of another CPU may fall into it.
 MAY_BE_SEEN: dict[str | None, tuple[str, ...]] = {"second-entry": ("nmi-latch",)}
 

@@ -18,9 +18,10 @@ import jsonschema
 import pytest
 
 from tests.live.machines import booted, ready
-from tests.machines.changed import CHANGES, LOST, RENAMED
+from tests.machines.changed import CHANGES, LOST, RENAMED, needing
 from tests.machines.realxen import EVERY_ROW, MAIN, ROWS, LiveMachine, Row, follow
 from tests.schema import SCHEMA
+from xen_symbols.crashpath.checks.model import Need
 from xen_symbols.targets.qemu_state import parse_cpus
 from xen_symbols.targets.qmp import Qmp
 from xencrash.gdbmi import GdbSession, open_session
@@ -195,9 +196,7 @@ def test_dom0s_panic_on_another_cpu_and_the_machine_after_it(tmp_path: Path) -> 
 
 
 # Changes of memory; what lies in a CPU or its LAPIC cannot be changed from outside.
-NOT_IN_MEMORY = {
-    "lapic-mode", "lapic-enabled", "lapic-lvt", "lapic-self-nmi", "nmi-latch", "nmi-pending", "cpu-parked", "idtr",
-}  # fmt: skip
+NOT_IN_MEMORY = needing(Need.REGISTERS, Need.LAPIC, Need.DEVICE_STATE)
 
 
 def wrong(report: Json) -> set[tuple[str, int | None, str, str]]:

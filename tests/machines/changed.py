@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tests.machines.recorded import Example, load
 from xen_symbols.crashpath.checks import CHECKS
+from xen_symbols.crashpath.checks.model import Need
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.report.model import Report, Verdict
 from xen_symbols.targets import Lapic, PhysicalCpu
@@ -157,9 +158,14 @@ def no_area(machine: Machine, cpu: int) -> None:
     machine.poke(machine.symbols.address("__per_cpu_offset") + 8 * cpu, invalid.to_bytes(8, "little"))
 
 
+def needing(*needs: Need) -> set[str]:
+    """The checks that need one of these of a target."""
+    return {check.id for check in CHECKS if check.needs in needs}
+
+
+BEYOND_MEMORY = needing(Need.REGISTERS, Need.NOTES, Need.LAPIC, Need.DEVICE_STATE)
 GATE_CHECKS = {check.id for check in CHECKS if "-gate-" in check.id}
-OF_ITS_OWN = {"crash-save-done", "crash-notes", "idtr", "lapic-mode", "lapic-enabled", "lapic-lvt", "lapic-self-nmi",
-              "nmi-latch", "nmi-pending", "cpu-parked", "dump-notes"}  # fmt: skip
+OF_ITS_OWN = {"crash-save-done", "crash-notes"} | BEYOND_MEMORY
 # What of a CPU that was online is lost at the handover (CPU 0 crashed) -> what is unknown then, by CPU.
 LOST: dict[str, tuple[Callable[[Machine], object], dict[int | None, set[str]]]] = {
     "a CPU's IDT": (lambda m: no_idt(m, 2), {2: GATE_CHECKS | {"idtr"}}),

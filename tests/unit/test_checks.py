@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.machines.changed import (
+    BEYOND_MEMORY,
     CHANGES,
     LOST,
     MC,
@@ -17,6 +18,7 @@ from tests.machines.changed import (
     bad,
     handler,
     memory_alone,
+    needing,
     no_area,
     no_buffer,
     no_idt,
@@ -29,7 +31,7 @@ from tests.machines.recorded import crashed, names
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
 from xen_symbols.crashpath import generations
 from xen_symbols.crashpath.checks import CHECKS
-from xen_symbols.crashpath.checks.model import Outcome
+from xen_symbols.crashpath.checks.model import Need, Outcome
 from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import judge
 from xen_symbols.crashpath.generations import Bookkeeping, Generation, identify
@@ -370,9 +372,7 @@ def test_what_was_not_read_is_unknown_and_never_a_pass() -> None:
     report = machine.report()
     assert report.verdict is Verdict.UNKNOWN
     unknown = {f.check for f in report.findings if f.verdict is Verdict.UNKNOWN}
-    assert unknown == {
-        "lapic-mode", "lapic-enabled", "lapic-lvt", "lapic-self-nmi", "nmi-latch", "nmi-pending", "idtr",
-    }  # fmt: skip
+    assert unknown == needing(Need.LAPIC, Need.DEVICE_STATE) | {"idtr"}
     assert all(f.reason == "no QMP socket" for f in report.findings if f.verdict is Verdict.UNKNOWN)
 
 
@@ -384,10 +384,6 @@ def test_what_a_target_cannot_hold_is_skipped_with_the_reason() -> None:
     ]
 
 
-NEED_REGISTERS = {"lapic-mode", "lapic-enabled", "lapic-lvt", "lapic-self-nmi", "nmi-latch", "nmi-pending",
-                  "cpu-parked", "idtr", "dump-notes"}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", [name for name in names() if name.endswith(("-handover", "-vmcore"))])
 def test_of_memory_alone_everything_that_it_decides_passes(name: str) -> None:
     report = memory_alone(name).report()
@@ -395,7 +391,7 @@ def test_of_memory_alone_everything_that_it_decides_passes(name: str) -> None:
     assert [(s.stage, s.cpu) for s in report.stages] == [("handover", None)]
     assert report.crashing_cpu == crashed(name)
     reason = "the dump holds no registers of any CPU"
-    assert {f.check for f in report.findings if f.verdict is Verdict.SKIP and f.reason == reason} == NEED_REGISTERS
+    assert {f.check for f in report.findings if f.verdict is Verdict.SKIP and f.reason == reason} == BEYOND_MEMORY
 
 
 def test_of_memory_alone_a_xen_that_runs_passes() -> None:
@@ -404,10 +400,10 @@ def test_of_memory_alone_a_xen_that_runs_passes() -> None:
     assert ([(s.stage, s.cpu) for s in report.stages], report.crashing_cpu) == ([("normal", None)], None)
     reason = "the dump holds no registers of any CPU"
     skipped = {f.check for f in report.findings if f.verdict is Verdict.SKIP and f.reason == reason}
-    assert skipped == NEED_REGISTERS & {"idtr", "lapic-mode", "lapic-enabled", "dump-notes"}
+    assert skipped == BEYOND_MEMORY & {"idtr", "lapic-mode", "lapic-enabled", "dump-notes"}
 
 
-@pytest.mark.parametrize("what", [what for what, (_, check, _) in CHANGES.items() if check not in NEED_REGISTERS])
+@pytest.mark.parametrize("what", [what for what, (_, check, _) in CHANGES.items() if check not in BEYOND_MEMORY])
 def test_of_memory_alone_no_change_is_taken_for_good(what: str) -> None:
     change, check, cpu = CHANGES[what]
     machine = memory_alone("4.17-handover")
