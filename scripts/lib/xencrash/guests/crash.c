@@ -59,12 +59,16 @@ noinline void do_nmi_crash(struct cpu_user_regs *regs)
 #endif
 {
     unsigned int cpu = smp_processor_id();
-    bool again = this_cpu(crash_save_done);     /* a machine check has returned, and opened NMIs */
+    bool again = false;
 
 #if !OWN_GATE_TRAP_NOP
-    if ( cpu == crashing_cpu )
-        return 1;
+    step ( IGNORE_OWN_NMI, cpu )
+        if ( cpu == crashing_cpu )
+            return 1;
 #endif
+
+    step ( SEE_SAVE_DONE, cpu )
+        again = this_cpu(crash_save_done);      /* a machine check has returned, and opened NMIs */
 
     reached(NMI_TAKEN, cpu);
     if ( !REWRITES_GATES )
@@ -92,8 +96,9 @@ noinline void do_nmi_crash(struct cpu_user_regs *regs)
 
 static noinline int crash_nmi_callback(const struct cpu_user_regs *regs, int cpu)
 {
-    if ( cpu == crashing_cpu )
-        return 1;
+    step ( IGNORE_OWN_NMI, cpu )
+        if ( cpu == crashing_cpu )
+            return 1;
 
     reached(NMI_TAKEN, cpu);
     local_irq_disable();

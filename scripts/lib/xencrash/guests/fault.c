@@ -308,6 +308,83 @@ static bool rewrite_mc_gate(unsigned int cpu)
 
 #endif
 
+/* What a storm shows alone. */
+
+static bool wait_over, signed_off_in_time;
+
+static bool end_wait(unsigned int cpu)
+{
+    wait_over = true;
+    return false;
+}
+
+static bool see_wait(unsigned int cpu)
+{
+    signed_off_in_time = !wait_over;
+    return false;
+}
+
+static bool never_halt_if_late(unsigned int cpu)
+{
+    if ( !signed_off_in_time )
+        spin();
+    return false;
+}
+
+#if HARDENED
+
+/* A jump to itself, which is as long as the IRET that it replaces. */
+static bool replace_iret(unsigned int cpu)
+{
+    uint8_t *code = (uint8_t *)trap_nop + 4 * HAS_ENDBR;
+
+    code[0] = 0xeb;
+    code[1] = 0xfe;
+    return false;
+}
+
+/*
+ * NMIs are blocked again by one that does not return by an IRET: its handler goes back to what was interrupted by
+ * itself. In a trace, which sends none, all is as it was.
+ */
+void back_without_iret(void);
+static volatile bool blocked_again __attribute__((used));
+static unsigned long saved_rsp __attribute__((used));
+asm ( ".pushsection .text                       \n"
+      ".globl back_without_iret                 \n"
+      "back_without_iret:                       \n"
+      "        push    %rax                     \n"
+      "        push    %rbx                     \n"
+      "        mov     40(%rsp), %rax           \n"    /* RSP, behind RIP, CS and RFLAGS */
+      "        mov     16(%rsp), %rbx           \n"    /* RIP */
+      "        sub     $8, %rax                 \n"
+      "        mov     %rax, saved_rsp(%rip)    \n"
+      "        mov     %rbx, (%rax)             \n"
+      "        movb    $1, blocked_again(%rip)  \n"
+      "        pushq   32(%rsp)                 \n"
+      "        popfq                            \n"
+      "        mov     (%rsp), %rbx             \n"
+      "        mov     8(%rsp), %rax            \n"
+      "        mov     saved_rsp(%rip), %rsp    \n"
+      "        ret                              \n"
+      ".popsection                              \n" );
+
+static bool unblock_nmis_for_a_moment(unsigned int cpu)
+{
+    idt_entry_t *gate = &idt_of(cpu)[VECTOR_NMI];
+    uint64_t lower = gate->a;
+
+    enable_nmis();                              /* here one that is pending comes in */
+    _set_gate_lower(gate, INTERRUPT_GATE, 0, back_without_iret);
+    send_self_nmi(0);
+    while ( !blocked_again )
+        barrier();
+    *(volatile uint64_t *)&gate->a = lower;
+    return false;
+}
+
+#endif
+
 /* -- Which fault does what, at which step ----------------------------------------------------------- */
 
 /* The CPU that a step is taken on, or to: any; the faulty one; the one after that; the crashing one. */
@@ -402,13 +479,25 @@ static const struct row {
     ONE(ENABLE_NMIS_SKIPPED,    UNBLOCK_NMIS,           ANY,        leave_out),
     ONE(OWN_STOP_SKIPPED,       STOP_SELF,              ANY,        leave_out),
     ONE(NO_JUMP,                JUMP,                   ANY,        leave_out),
+    /* Harmless, but for what comes at the wrong moment */
+    ONE(OWN_NMI_NOT_IGNORED,    IGNORE_OWN_NMI,         CRASHING,   leave_out),
+    ONE(SAVE_DONE_IGNORED,      SEE_SAVE_DONE,          FAULTY,     leave_out),
+    ONE(SAVE_DONE_IGNORED,      SEE_SAVED,              FAULTY,     leave_out),
+    ONE(IST_LOST_UPDATE,        SET_IST_AS_BYTE,        FAULTY,     leave_out),
+    ONE(LATE_NEVER_HALTS,       STOP_SELF,              ANY,        end_wait),
+    ONE(LATE_NEVER_HALTS,       SIGN_OFF,               FAULTY,     see_wait),
+    ONE(LATE_NEVER_HALTS,       PARK,                   FAULTY,     never_halt_if_late),
+#if HARDENED
+    ONE(TRAP_NOP_STAYS,         HOOKED,                 ANY,        replace_iret),
+    ONE(NMIS_UNBLOCKED_EARLY,   WRITE_NOTES,            FAULTY,     unblock_nmis_for_a_moment),
+#endif
 #undef ONE
 #undef EACH
 };
 
 bool replaced(enum step which, unsigned int cpu)
 {
-    for ( const struct row *row = rows; row < rows + ARRAY_SIZE(rows); row++ )
+    for ( const struct row *row = rows; fault && row < rows + ARRAY_SIZE(rows); row++ )
         if ( row->first <= fault && fault <= row->last && row->step == which && is(cpu, row->whose) )
             return row->does(cpu);
     return false;

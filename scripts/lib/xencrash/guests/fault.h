@@ -80,7 +80,14 @@
     F(NMIS_LATCHED,             "nmis-latched")                 \
     F(ENABLE_NMIS_SKIPPED,      "enable-nmis-skipped")          \
     F(OWN_STOP_SKIPPED,         "own-stop-skipped")             \
-    F(NO_JUMP,                  "no-jump")
+    F(NO_JUMP,                  "no-jump")                      \
+    /* Harmless, but for what comes at the wrong moment */      \
+    F(OWN_NMI_NOT_IGNORED,      "own-nmi-not-ignored")          \
+    F(SAVE_DONE_IGNORED,        "save-done-ignored")            \
+    F(IST_LOST_UPDATE,          "ist-lost-update")              \
+    F(TRAP_NOP_STAYS,           "trap-nop-stays")               \
+    F(NMIS_UNBLOCKED_EARLY,     "nmis-unblocked-early")         \
+    F(LATE_NEVER_HALTS,         "late-never-halts")
 
 enum fault {
     NO_FAULT,
@@ -97,9 +104,11 @@ enum fault fault_by_name(const char *name);     /* NO_FAULT for an unknown name 
 /* In the order of the path; by the file that has them. */
 enum step {
     TABLES_LOADED,                              /* traps.c: the CPU uses its own IDT */
+    SET_IST_AS_BYTE,
     SETTLE,                                     /* domain.c: the CPU is as it will be before the crash */
     EARLIER_NMI,                                /* an NMI before the crash */
     SET_KEXECING,                               /* kexec.c */
+    SEE_SAVED,                                  /* whether it has saved its registers already */
     WRITE_NOTES,
     INFO_NOTE,                                  /* and crash.c */
     /* crash.c: the crashing CPU */
@@ -113,6 +122,8 @@ enum step {
     STOP_SELF,
     SET_X2APIC_ENABLED,
     /* crash.c: each other CPU */
+    IGNORE_OWN_NMI,                             /* and on the crashing one */
+    SEE_SAVE_DONE,
     NMI_TAKEN,
     SAVE_REGISTERS,
     STOP,

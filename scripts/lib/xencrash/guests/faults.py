@@ -37,6 +37,14 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Storm:
+    """Experiments of a kind that fail so (`xencrash.lab.storm.explore.KINDS`, `judge.Outcome.what`)."""
+
+    kind: str
+    what: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Fault:
     """One way to go wrong. `does` is one sentence; `words` is what the command line says for it.
 
@@ -45,6 +53,7 @@ class Fault:
     the end does not show it any more; "" for one that it does. `mended_with` is the feature of generations in which
     machine_kexec() mends it on its way. `gates`: only a trace that watches who writes to gates (`--gates`) shows it.
     `nobody_signs_off`: every other CPU is still waited for, which explains all that the RFC as posted counts.
+    `storm`: the experiments of `lab storm` that show it, and which nothing else shows.
     """
 
     id: str
@@ -60,6 +69,7 @@ class Fault:
     mended_with: str = ""
     gates: bool = False
     nobody_signs_off: bool = False
+    storm: Storm | None = None
 
     def __post_init__(self) -> None:
         if not self.words:
@@ -95,6 +105,7 @@ _LOST = Expected("trace-complete", "C", "handover")
 _IN_DEVICES = "QEMU's dumps hold neither the local APICs nor the NMI latches"
 _OVER = "by then the CPU has done all of it, in the wrong order"
 _ON_ITS_WAY = "it shows a machine on the crash path, and not that it stays there"
+_IN_A_STORM = "it does no harm, but for an NMI, a machine check or a delay at the wrong moment: `xencrash lab storm`"
 _COUNT, _MASK = ("WAITS_FOR_COUNTER",), ("!WAITS_FOR_COUNTER",)
 
 # What one wrong property of a gate is: the word for it, what the fault does, and what else follows for a CPU that
@@ -234,6 +245,23 @@ FAULTS: tuple[Fault, ...] = (
           (*(Expected(check, "O", "shootdown-done") for check in ("lapic-mode", "online-cpus")), _LOST),
           nobody_signs_off=True,
           most_cpus=2, x2apic="x2apic=firmware", words="x2apic=firmware", not_in_a_dump=_ON_ITS_WAY),
+    # Harmless, but for what comes at the wrong moment
+    Fault("own-nmi-not-ignored", "The handler of the shootdown's NMI does not ask whether it runs on the crashing CPU, "
+          "whose gate leads there, too.",
+          ("!OWN_GATE_TRAP_NOP",), cpus=1, invisible=_IN_A_STORM, storm=Storm("injection", ("hang", "no-kernel"))),
+    Fault("save-done-ignored", "A CPU that is entered again does it all again, and signs off twice.",
+          ("HARDENED", "WAITS_FOR_COUNTER", "SIGNS_OFF"), invisible=_IN_A_STORM,
+          storm=Storm("injection", ("check", "notes-changed"))),
+    Fault("ist-lost-update", "A CPU reads and writes half its #MC gate to take the IST off, as until 4.10: what the "
+          "crashing CPU writes in between is lost.",
+          ("SETS_IST_AS_BYTE",), invisible=_IN_A_STORM, storm=Storm("delay", ("check",))),
+    Fault("trap-nop-stays", "trap_nop does not return.",
+          ("HARDENED",), cpus=1, invisible=_IN_A_STORM,
+          storm=Storm("injection", ("hang", "no-kernel", "check"))),
+    Fault("nmis-unblocked-early", "A CPU unblocks NMIs for a moment when it counts as saved, and has not saved yet.",
+          ("HARDENED",), invisible=_IN_A_STORM, most_cpus=2, storm=Storm("injection", ("check",))),
+    Fault("late-never-halts", "A CPU that signs off when the wait is over waits for the crashing CPU to see it.",
+          invisible=_IN_A_STORM, storm=Storm("delay", ("check", "not-parked"))),
 )  # fmt: skip
 
 BY_ID = {fault.id: fault for fault in FAULTS}

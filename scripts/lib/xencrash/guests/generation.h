@@ -49,6 +49,9 @@
 /* machine_kexec() reads per_cpu(idt) of absent CPUs too (9c20d3c591; mended by 2c9829a261). */
 #define READS_ABSENT_IDTS         ROW(    0,     0,           0,    0,    0,    0,     0,     1,     0)
 
+/* set_ist() stores the one byte (5b8d8a1922, 4.11); before, it reads and writes half a gate. */
+#define SETS_IST_AS_BYTE          ROW(    0,     0,           0,    0,    0,    0,     1,     1,     1)
+
 /* -- Bookkeeping ----------------------------------------------------------------------------------- */
 /* waiting_for_crash_ipi, a counter; otherwise waiting_to_crash, a mask (f12c1f0b09). */
 #define WAITS_FOR_COUNTER         ROW(    1,     1,           1,    1,    0,    0,     0,     0,     0)

@@ -19,6 +19,7 @@
 #define CR0_WP          0x00010000
 #define CR0_PG          0x80000000
 #define CR4_PAE         0x00000020
+#define CR4_MCE         0x00000040              /* else a machine check ends the machine, whatever its gate says */
 #define MSR_EFER        0xc0000080
 #define EFER_LME        0x00000100
 
@@ -51,7 +52,7 @@ start:
         xor     %edi, %edi                      /* 0: the boot CPU */
 
 to_long_mode:
-        mov     $CR4_PAE, %eax
+        mov     $(CR4_PAE | CR4_MCE), %eax
         mov     %eax, %cr4
         mov     $PHYS(boot_pg_table), %eax
         mov     %eax, %cr3

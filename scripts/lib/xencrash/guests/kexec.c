@@ -115,8 +115,9 @@ noinline void kexec_crash_save_cpu(void)
     unsigned int cpu = smp_processor_id();
     struct cpu_notes *notes = crash_notes[cpu].start;
 
-    if ( cpumask_test_cpu(cpu, &crash_saved_cpus) )
-        return;
+    step ( SEE_SAVED, cpu )
+        if ( cpumask_test_cpu(cpu, &crash_saved_cpus) )
+            return;
     cpumask_set_cpu(cpu, &crash_saved_cpus);
 
     step ( WRITE_NOTES, cpu )

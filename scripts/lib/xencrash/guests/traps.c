@@ -40,6 +40,13 @@ void _update_gate_addr_lower(idt_entry_t *gate, void (*handler)(void))
 
 void set_ist(idt_entry_t *gate, unsigned int ist)
 {
+#if SETS_IST_AS_BYTE
+    step ( SET_IST_AS_BYTE, smp_processor_id() )
+    {
+        ((volatile uint8_t *)gate)[GATE_IST_SHIFT / 8] = ist;
+        return;
+    }
+#endif
     _write_gate_lower(gate, (gate->a & ~GATE_IST_MASK) | (uint64_t)ist << GATE_IST_SHIFT);
 }
 
