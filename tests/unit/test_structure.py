@@ -30,6 +30,7 @@ LAYERS = ("absence", "x86", "formats", "report", "symbols", "targets", "xen", "d
 HOMES = {
     "gdb": ("gdbplugin/",),
     "pygdbmi": ("scripts/",),
+    "capstone": ("scripts/lib/xencrash/lab/storm/decode.py",),
     "rich": ("xen_symbols/report/console.py", "scripts/"),
     "cramjam": ("xen_symbols/formats/compression.py",),
     "lzallright": ("xen_symbols/formats/compression.py",),

@@ -148,6 +148,7 @@ def _cpu(index: int, cpu: bytes, common: bytes, apic_id: int, apic: bytes) -> Ph
     registers = dict(zip(_REGISTERS, fields["registers"], strict=True))
     registers |= {name: segments[name][0] for name in ("cs", "ss", "tr")}
     registers |= {"fs_base": segments["fs"][1], "gs_base": segments["gs"][1], "efer": fields["efer"][0]}
+    registers |= {"gdt_base": segments["gdt"][1], "gdt_limit": segments["gdt"][2]}
     registers |= dict(zip(("cr0", "cr2", "cr3", "cr4"), fields["control"], strict=True))
     return PhysicalCpu(
         index=index,

@@ -86,6 +86,17 @@ class Qmp:
                 raise QmpError(f"QEMU did not understand {command}: {message['error'].get('desc')}")
             # Else the late answer to a command that timed out: nobody waits for it any more.
 
+    def last_events(self, timeout: float = 1.0) -> list[dict[str, Any]]:
+        """Every event so far, with those that a QEMU which has ended left in the socket."""
+        deadline = time.monotonic() + timeout
+        try:
+            while True:
+                message = self._message(deadline, "its end")
+                if "event" in message:
+                    self.events.append(message)
+        except QmpError:
+            return self.events
+
     def _message(self, deadline: float, awaited: str) -> dict[str, Any]:
         """The next JSON object: QMP sends one a line."""
         while b"\n" not in self._pending:

@@ -12,6 +12,7 @@
   xencrash lab run                     all of that at once
   xencrash lab matrix                  the same for several Xens, QEMUs, gdbs and LAPIC modes
   xencrash lab repeat -n 50            and many times, at random moments
+  xencrash lab storm                   an NMI or a machine check at every instruction of it
 
 A machine whose dom0 is up is kept as a snapshot, from which it starts the next time in a fraction of a second; --fresh
 boots it. Snapshots are in the cache ($XENCRASH_CACHE, else ~/.cache/xencrash), about 130 MB each. They take 8 GiB at
@@ -39,6 +40,9 @@ COMMANDS = {
         "xencrash.lab.commands.matrix", "crash every Xen on every QEMU, with every gdb, in every LAPIC mode"
     ),
     "repeat": Command("xencrash.lab.commands.repeat", "crash Xen many times in a row, at random moments"),
+    "storm": Command(
+        "xencrash.lab.commands.storm", "an NMI or #MC at every instruction of the crash path, CPUs in every order"
+    ),
     "dump": Command("xencrash.lab.commands.dump", "take a dump of the machine"),
     "status": Command(
         "xencrash.lab.commands.status", "what runs, how far it came, and where its sockets and logs are"

@@ -1,0 +1,166 @@
+"""Crash one machine again and again from a snapshot, each time with something else in
+its way: an NMI or a machine check before an instruction, a CPU that is late or never
+comes, CPUs in another order. Every time a crash kernel must start.
+
+It judges what the crash path does, not what gates and flags are, and needs no table of
+generations. An ID is the whole experiment, and does it again:
+
+  nmi@0:kexec_crash+0x12        an NMI on CPU 0, before it executes that instruction
+  mc>2@0:kexec_reloc+0x5        a machine check on CPU 2, when CPU 0 is there
+  yield@1:do_nmi_crash+0x6a~2   CPU 1, there for the second time, lets all others go first
+  stop@1:do_nmi_crash           CPU 1 stands still there for good
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import IO, Any
+
+from xen_symbols.report.console import print_blocks
+from xen_symbols.report.junit import to_junit
+from xen_symbols.report.model import ExitStatus
+from xencrash.errors import UsageError, complain
+from xencrash.lab import progress
+from xencrash.lab.options import add_crash, add_machine, specification
+from xencrash.lab.storm.begin import Scenery, begin
+from xencrash.lab.storm.drive import Driver
+from xencrash.lab.storm.experiment import Experiment, parse
+from xencrash.lab.storm.explore import DEFAULT_KINDS, KINDS, plan
+from xencrash.lab.storm.judge import Verdict
+from xencrash.lab.storm.report import as_findings, blocks, to_json, verdict_of
+from xencrash.lab.storm.run import Budget, Result, Storm, plain_crash, run_one
+from xencrash.lab.storm.snapshot import folder_for_snapshot
+from xencrash.options import count
+from xencrash.output import to
+
+EPILOG = """\
+exit status: 0 no experiment failed, 1 at least one failed, 2 bad usage, 3 none could be
+made, or one could not be decided"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add_machine(parser)
+    add_crash(parser)
+    parser.add_argument("--minutes", type=float, metavar="N", help="end after so long, and report what was done")
+    parser.add_argument("--experiments", type=count, metavar="N", help="make so many; default: all")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order, and of what is random")
+    parser.add_argument("--jobs", type=count, default=2, metavar="N", help="machines to run in parallel; default: 2")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="only these; default: all but random")
+    parser.add_argument(
+        "--switches", type=count, default=1, metavar="N", help="the most forced switches in an order; default: 1"
+    )
+    parser.add_argument("--replay", metavar="ID", help="make this experiment alone")
+    parser.add_argument("--repeat", type=count, default=1, metavar="N", help="with --replay: so many times")
+    parser.add_argument(
+        "--stop-at", type=int, metavar="N", help="with --replay: stop after N of its events, for gdb to attach"
+    )
+    parser.add_argument(
+        "--picture", action="append", default=[], metavar="FUNCTION",
+        help="show this function's instructions with the outcomes beside them",
+    )  # fmt: skip
+    parser.add_argument("--format", choices=("table", "json", "junit"), default="table", help="default: %(default)s")
+    parser.add_argument("--output", metavar="FILE", help="write the report there instead of standard output")
+
+
+def run(args: Namespace) -> int:
+    if why := problem(args):
+        raise UsageError(why)
+    begun, tell, wanted = time.monotonic(), progress.on_stderr(), specification(args)
+    with folder_for_snapshot() as folder:
+        scenery = begin(wanted, folder, tell)
+        if args.stop_at is not None:
+            return _stop_at(scenery, _named(args.replay, scenery), args.stop_at)
+        storm = Storm(scenery, Budget(args.minutes and args.minutes * 60, args.experiments, args.jobs), tell)
+        planned = _replay(args, storm) if args.replay is not None else _all(args, storm)
+        about = {
+            "machine": wanted.name + (f", fault {wanted.fault}" if wanted.fault else ""),
+            "qemu": wanted.qemu,
+            "seed": args.seed,
+            "seconds": round(time.monotonic() - begun, 1),
+            "interrupted": storm.interrupted,
+        }
+        report = to_json(storm.results, scenery, about, planned)
+    to(args.output, lambda stream: _render(args, report, stream))
+    return status(storm.results)
+
+
+def problem(args: Namespace) -> str | None:
+    """What is wrong with the options together."""
+    if args.replay is None and (args.repeat > 1 or args.stop_at is not None):
+        return "--repeat and --stop-at are for --replay ID: give one"
+    if args.stop_at is not None and args.repeat > 1:
+        return "--stop-at stops once: leave --repeat out"
+    if args.stop_at is not None and args.stop_at < 0:
+        return "--stop-at: events are counted from 0, before the first"
+    if args.minutes is not None and not 0 < args.minutes < float("inf"):
+        return f"--minutes {args.minutes}: give a number above 0"
+    return None
+
+
+def _named(text: str, scenery: Scenery) -> Experiment:
+    return parse(text, scenery.scene.symbols, scenery.scene.cpus)
+
+
+def _replay(args: Namespace, storm: Storm) -> int:
+    """One experiment, again and again; each result says whether it is as the first. Returns how many."""
+    chosen = _named(args.replay, storm.scenery)
+    results = [run_one(storm.scenery, number, chosen) for number in range(args.repeat)]
+    same = None if args.repeat == 1 else len({result.outcome for result in results}) == 1
+    storm.results = [replace(result, exact=same) for result in results]
+    return len(results)
+
+
+def _all(args: Namespace, storm: Storm) -> int | None:
+    """Everything that is planned. Returns how many experiments that is; None for no end of them."""
+    plain_crash(storm.scenery)
+    bounded = args.minutes is not None or args.experiments is not None
+    experiments, planned = plan(storm.scenery, args.kind or DEFAULT_KINDS, args.switches, args.seed, bounded)
+    storm.progress(f"{'no end of' if planned is None else planned} experiments are planned")
+    storm.run(experiments, planned)
+    if not storm.interrupted:
+        storm.look_again()
+    return planned
+
+
+def _stop_at(scenery: Scenery, experiment: Experiment, events: int) -> int:
+    """Leave the machine standing there until Enter is pressed, or the input ends."""
+    with scenery.snapshot.machine() as live:
+        driver = Driver(live, scenery.scene, experiment)
+        driver.until(events)
+        happened = len(experiment.events) - len(driver.left)
+        live.rsp.close()
+        symbols = scenery.snapshot.recipe.boot.symbols
+        print(f"{happened} of {len(experiment.events)} events have happened; the machine stands still:")
+        print(f"  xencrash gdb gdb:{live.paths.gdb} --qmp {live.paths.qmp} --symbols {symbols}")
+        print("Enter ends it.", flush=True)
+        sys.stdin.readline()
+    return ExitStatus.PASSED
+
+
+def _render(args: Namespace, report: dict[str, Any], stream: IO[str]) -> None:
+    if args.format == "json":
+        json.dump(report, stream, indent=1)
+        stream.write("\n")
+    elif args.format == "junit":
+        stream.write(to_junit(as_findings(report)))
+    else:
+        print_blocks(blocks(report, args.picture), stream)
+
+
+def status(results: Sequence[Result]) -> ExitStatus:
+    """The exit status; what is not as it should be is said on standard error."""
+    verdict = verdict_of(results)
+    if verdict is Verdict.PASS:
+        return ExitStatus.PASSED
+    if not results:
+        complain("storm: no experiment was made")
+        return ExitStatus.UNDECIDED
+    first = next(result for result in results if result.outcome.verdict is verdict)
+    count = sum(result.outcome.verdict is verdict for result in results)
+    complain(f"storm: {count} of {len(results)} {verdict}; first: {first.id}: {first.outcome.says}")
+    return ExitStatus.FAILED if verdict is Verdict.FAIL else ExitStatus.UNDECIDED

@@ -1,0 +1,372 @@
+"""One experiment on one machine: the CPUs run one at a time, in an order that its events alone decide.
+
+Without events the order is the plainest: the crashing CPU until it has sent the NMIs, each other CPU until it halts,
+the crashing one to its end. Nothing depends on how fast the host is, but for what Xen itself measures with a clock.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.report.model import Finding, Verdict
+from xen_symbols.targets import PhysicalCpu
+from xencrash.lab.errors import LabError
+from xencrash.lab.storm import inject
+from xencrash.lab.storm.delivery import VECTORS, Delivery, foresee
+from xencrash.lab.storm.experiment import Action, Event, Experiment, Place
+from xencrash.lab.storm.rsp import SSTEP_ENABLE, SSTEP_MASKED, Gone
+from xencrash.lab.storm.scene import Scene
+from xencrash.lab.storm.snapshot import Live
+
+# Seconds. Xen waits for one second of its own for the other CPUs, which on a busy host are many more.
+HANG = 60.0
+SPIN = 0.4  # for another CPU that neither halts nor comes to a place: the rest may be what it waits for
+_PIECE = 0.2
+_SAMPLES = 9  # of the registers: where a third of them are different at most, it goes round in circles for good
+_PATIENCE = 3  # so many times it is let run again
+_HALTS = 0.003  # for a HLT, behind which there is nothing to come
+_STEP = 0.2
+_TRIES = 5  # once in about a hundred times, on a busy host, QEMU says that a CPU has stepped which has not
+_IF = 0x200  # RFLAGS: interrupts are taken
+
+
+class End(enum.Enum):
+    """How a crash ended."""
+
+    HANDOVER = "handed over"
+    HANG = "hangs"
+    PANIC = "panics"
+    RESET = "reset"  # the machine's end, or QEMU's own
+
+
+@dataclass
+class Injected:
+    """What was seen of one injection."""
+
+    event: Event
+    pc: int  # of its target
+    foreseen: Delivery
+    nmi_blocked: bool
+    after_handover: bool
+    taken: bool = False
+    frame: int | None = None  # where RSP was when the handler began
+    returned: bool = False
+    said: str = ""  # by QEMU
+
+
+@dataclass
+class Course:
+    """All that was seen of one experiment."""
+
+    end: End = End.HANG
+    how: str = ""
+    injected: list[Injected] = field(default_factory=list)
+    unfired: tuple[Event, ...] = ()  # places that were not come to
+    late: frozenset[int] = frozenset()  # other CPUs that were not done at the handover
+    stopped: frozenset[int] = frozenset()  # for good
+    spinning: frozenset[int] = frozenset()  # at the end
+    at_handover: tuple[Finding, ...] = ()  # failures
+    at_end: tuple[Finding, ...] = ()
+    notes_changed: frozenset[int] = frozenset()  # CPUs whose notes were complete, and then written again
+    running: dict[int, str] = field(default_factory=dict)  # other CPUs that are not parked at the end, and why not
+    kernel: bool | None = None  # whether the crash kernel began; None where it was not waited for
+    where: dict[int, str] = field(default_factory=dict)
+    console: str = ""
+
+
+class Driver:
+    def __init__(self, live: Live, scene: Scene, experiment: Experiment) -> None:
+        self.live, self.rsp, self.scene = live, live.rsp, scene
+        self.course = Course()
+        self.left = list(experiment.events)
+        self.queue = deque([scene.crashing])
+        self._hits: Counter[tuple[int, int]] = Counter()
+        self._breakpoints: set[int] = set()
+        self._returns: dict[int, list[tuple[int, int, Injected]]] = {cpu: [] for cpu in range(scene.cpus)}
+        self._sent = self._let_go = self._handed_over = False
+        self._stands = dict.fromkeys(range(scene.cpus), False)  # its place was dealt with, and it has not gone on
+        self._patience: Counter[int] = Counter()
+        self._notes: dict[int, bytes] = {}
+        self._done: set[int] = set()
+        self._stopped: set[int] = set()
+        self._over = False
+
+    def run(self) -> Course:
+        """Raises LabError where the lab, not the machine, failed."""
+        try:
+            while self.queue and not self._over:
+                self._turn(self.queue.popleft())
+            self._look_at_the_end()
+        except Gone:
+            self.course.end, self.course.how = End.RESET, self.live.ended()
+        course = self.course
+        course.unfired = tuple(self.left)
+        course.stopped = frozenset(self._stopped)
+        course.console = _last_line(self.live.console())
+        return course
+
+    def until(self, count: int) -> None:
+        """Only until so many events have happened (for a debugger to look); all of them if there are fewer."""
+        wanted = max(0, len(self.left) - count)
+        while self.queue and not self._over and len(self.left) > wanted:
+            self._turn(self.queue.popleft(), wanted)
+        self._set_breakpoints(set())
+
+    # One CPU's turn.
+
+    def _turn(self, cpu: int, wanted: int = -1) -> None:
+        """Let one CPU run until it gives way to others."""
+        while not self._over:
+            registers = self.rsp.registers(cpu)
+            pc, rsp = registers["rip"], registers["rsp"]
+            if not self._stands[cpu]:
+                self._arrive(cpu, pc, rsp)
+                self._stands[cpu] = True
+            fired = self._event_at(cpu, pc)
+            if fired is not None:
+                self.left.remove(fired)
+                if self._happens(fired, cpu) or len(self.left) == wanted:
+                    return
+                continue
+            if self._gives_way(cpu, pc) or not self._go_on(cpu, pc):
+                return
+
+    def _arrive(self, cpu: int, pc: int, rsp: int) -> None:
+        for back in self._returns[cpu]:
+            if back[:2] == (pc, rsp):
+                back[2].returned = True
+                self._returns[cpu].remove(back)
+                return  # the same instruction, which the event came before
+        self._hits[cpu, pc] += 1
+
+    def _event_at(self, cpu: int, pc: int) -> Event | None:
+        here = Place(cpu, pc, self._hits[cpu, pc])
+        return next((event for event in self.left if event.place == here), None)
+
+    def _happens(self, event: Event, cpu: int) -> bool:
+        """Whether the CPU gives way by that."""
+        if event.action is Action.YIELD:
+            self.queue.append(cpu)
+            return True
+        if event.action is Action.STOP:
+            self._stopped.add(cpu)
+            return True
+        self._inject(event)
+        if event.target == cpu:
+            self._stands[cpu] = False
+            return False
+        self._stands[event.target] = False
+        self.queue.extendleft((cpu, event.target))
+        return True
+
+    def _gives_way(self, cpu: int, pc: int) -> bool:
+        scene = self.scene
+        if pc in scene.ends:
+            self.course.end, self.course.how, self._over = End.PANIC, scene.ends[pc], True
+            return True
+        if cpu != scene.crashing:
+            return False
+        if pc == scene.sent:
+            self._sent = True
+        if self._sent and not self._let_go and not self._waits_for_place():
+            self._let_go = True
+            self.queue.extend((*scene.others, cpu))
+            return True
+        if pc == scene.handover and not self._handed_over:
+            self._hand_over()
+            self.queue.append(cpu)
+            return True
+        return False
+
+    def _waits_for_place(self) -> bool:
+        """Whether something is still to happen to the crashing CPU while it waits for the others."""
+        crashing = self.scene.crashing
+        return bool(self._returns[crashing]) or any(
+            event.place.cpu == crashing and event.place.pc in self.scene.waiting for event in self.left
+        )
+
+    def _go_on(self, cpu: int, pc: int) -> bool:
+        """Run the CPU to the next of its places; False if it gives way, because it halts or seems to spin."""
+        self._set_breakpoints(self._places_of(cpu))
+        self._stands[cpu] = False
+        if pc == self.scene.parks.get(cpu):
+            self._set_breakpoints(self._breakpoints - {pc})
+            if self.rsp.run([cpu], _HALTS) is None and self.rsp.is_halted(cpu):
+                self._halted(cpu)
+                return False
+            return True
+        if pc in self._breakpoints and not self._step_off(cpu, pc):
+            return False
+        if self.rsp.registers(cpu)["rip"] in self._breakpoints:
+            return True
+        return self._runs(cpu)
+
+    def _step_off(self, cpu: int, pc: int) -> bool:
+        """Go on from a breakpoint; False where the CPU halts by that."""
+        self.rsp.masking(SSTEP_MASKED)
+        for _ in range(_TRIES):
+            if self.rsp.step(cpu, _STEP) is None and self.rsp.is_halted(cpu):
+                self._halted(cpu)
+                return False
+            if self.rsp.registers(cpu)["rip"] != pc:
+                return True
+        # It loops on the spot: its breakpoint must not stop it there for ever.
+        self._set_breakpoints(self._breakpoints - {pc})
+        return True
+
+    def _runs(self, cpu: int) -> bool:
+        crashing = cpu == self.scene.crashing
+        begun, patience, piece = time.monotonic(), HANG if crashing else SPIN, 0.01
+        states: list[tuple[int, ...]] = []
+        while time.monotonic() - begun < patience:
+            if self.rsp.run([cpu], piece) is not None:
+                return True
+            if self.rsp.is_halted(cpu) and not self._wakes(cpu):
+                self._halted(cpu)
+                return False
+            if crashing and self._handed_over and self._kernel_has_begun():
+                return False
+            states.append(tuple(self.rsp.registers(cpu).values()))
+            if len(states) >= _SAMPLES and len(set(states[-_SAMPLES:])) <= _SAMPLES // 3:
+                break
+            piece = min(2 * piece, _PIECE)
+        if crashing:
+            self._over = not self._handed_over
+        elif (self._patience.update((cpu,)) or self._patience[cpu]) < _PATIENCE:
+            self.queue.append(cpu)
+        return False
+
+    def _wakes(self, cpu: int) -> bool:
+        """Whether an NMI is about to wake a CPU that halts, to which the host has not given time yet."""
+        physical = self._physical()[cpu]
+        return physical.nmi_pending is True and physical.nmi_blocked is not True
+
+    def _kernel_has_begun(self) -> bool:
+        return self.scene.kernel_sign in self.live.console()
+
+    def _places_of(self, cpu: int) -> set[int]:
+        scene = self.scene
+        places = {event.place.pc for event in self.left if event.place.cpu == cpu}
+        places |= {pc for pc, _, _ in self._returns[cpu]} | set(scene.ends)
+        if cpu in scene.parks:
+            places.add(scene.parks[cpu])
+        if cpu == scene.crashing:
+            places |= {scene.sent} if not self._sent else set()
+            places |= {scene.handover} if not self._handed_over else set()
+        return places
+
+    def _set_breakpoints(self, wanted: set[int]) -> None:
+        self.rsp.break_at(self._breakpoints - wanted, on=False)
+        self.rsp.break_at(wanted - self._breakpoints)
+        self._breakpoints = wanted
+
+    def _halted(self, cpu: int) -> None:
+        """Its notes are complete when it halts for good, which an idle CPU does not: it takes interrupts."""
+        for_good = not self.rsp.registers(cpu)["eflags"] & _IF
+        if for_good:
+            self._done.add(cpu)
+        if for_good and cpu not in self._notes and cpu != self.scene.crashing:
+            self._notes[cpu] = self._note(cpu)
+
+    # Injection.
+
+    def _inject(self, event: Event) -> None:
+        cpu, name = event.target, event.action.value
+        physical = self._physical()[cpu]
+        blocked = physical.nmi_blocked is True
+        before = self.rsp.registers(cpu)
+        seen = Injected(
+            event, before["rip"], foresee(self.live.target, physical, VECTORS[name]), blocked, self._handed_over
+        )
+        self.course.injected.append(seen)
+        if event.action is Action.NMI:
+            inject.nmi(self.rsp, self.scene.apic_ids[cpu])
+            if blocked:
+                return  # it stays pending, and is taken when NMIs are unblocked
+        else:
+            seen.said = inject.machine_check(self.live.qmp, cpu)
+        self.rsp.masking(SSTEP_ENABLE)
+        for _ in range(_TRIES):
+            self.rsp.step(cpu, _STEP)
+            after = self.rsp.registers(cpu)
+            if after["rip"] != before["rip"]:
+                break
+        self._done.discard(cpu)
+        seen.taken = after["rip"] == seen.foreseen.handler
+        if seen.taken:
+            seen.frame = after["rsp"]
+            self._returns[cpu].append((before["rip"], before["rsp"], seen))
+
+    # Looking.
+
+    def _physical(self) -> Sequence[PhysicalCpu]:
+        self.live.target.forget()
+        try:
+            return self.live.target.cpus()
+        except Unreadable as error:
+            raise LabError(f"storm: QEMU's device state could not be read: {error}") from error
+
+    def _note(self, cpu: int) -> bytes:
+        memory = self.scene.memory(self.live.target)
+        try:
+            return memory.read(self.scene.notes[cpu], self.scene.note_size())
+        except Unreadable:
+            return b""
+
+    def _failures(self) -> tuple[Finding, ...]:
+        self.live.target.forget()
+        try:
+            report = evaluate(self.scene.memory(self.live.target), self.scene.identification)
+        except Undecidable as error:
+            return (Finding("judged", "handover", None, Verdict.FAIL, None, None, "", reason=str(error)),)
+        return tuple(finding for finding in report.findings if finding.verdict is Verdict.FAIL)
+
+    def _hand_over(self) -> None:
+        self._handed_over = True
+        self.course.end = End.HANDOVER
+        self.course.late = frozenset(self.scene.others) - self._done
+        self.course.at_handover = self._failures()
+
+    def _look_at_the_end(self) -> None:
+        course = self.course
+        for cpu in range(self.scene.cpus):
+            course.where[cpu] = self._whereabouts(cpu)
+        if course.end is not End.HANDOVER:
+            return
+        course.kernel = self._kernel_has_begun()
+        course.notes_changed = frozenset(cpu for cpu, note in self._notes.items() if note != self._note(cpu))
+        physical = self._physical()
+        course.running = {
+            cpu: why
+            for cpu in self.scene.others
+            if cpu not in self._stopped and (why := self._not_parked(physical[cpu]))
+        }
+        late_or_disturbed = course.late or any(seen.after_handover for seen in course.injected)
+        if late_or_disturbed:
+            course.at_end = self._failures()
+
+    def _not_parked(self, physical: PhysicalCpu) -> str | None:
+        """Why another CPU is not parked: halted, interrupts off, in Xen."""
+        if not self.scene.is_xen(physical.registers["rip"]):
+            return "it is outside of Xen"
+        if physical.halted is not True:
+            return "it runs"
+        if physical.registers["rflags"] & _IF:
+            return "it takes interrupts"
+        return None
+
+    def _whereabouts(self, cpu: int) -> str:
+        pc = self.rsp.registers(cpu)["rip"]
+        halted = "halted in " if self.rsp.is_halted(cpu) else ""
+        return f"{halted}{self.scene.symbols.describe(pc)}"
+
+
+def _last_line(console: bytes) -> str:
+    lines = [line.strip() for line in console.decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""

@@ -1,0 +1,161 @@
+"""What an experiment showed: from what was seen of it alone, without a table of what each Xen should do."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from xen_symbols.report.blocks import show
+from xen_symbols.report.model import Finding
+from xencrash.lab.storm.drive import Course, End, Injected
+from xencrash.lab.storm.experiment import Action
+from xencrash.lab.storm.scene import Scene
+
+_OF_THE_WAIT = frozenset(("waiting-cpus", "shootdown-report"))  # what they count has the CPUs that were held in it
+_SAID_ONCE = "shootdown-report"  # of how things were when the wait was over
+_PRESENT = "not present"
+
+
+class Verdict(enum.IntEnum):
+    """`WINDOW`: the machine was lost, and by nothing that this crash path could do."""
+
+    PASS = 0
+    WINDOW = 1
+    UNDECIDED = 2
+    FAIL = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`what` is one of a few words to count by; `says` is the line for it."""
+
+    verdict: Verdict
+    what: str
+    says: str
+
+
+PASSED = Outcome(Verdict.PASS, "handed-over", "handed over, and the crash kernel began")
+
+
+def judge(course: Course, scene: Scene) -> Outcome:
+    window = _window(course, scene)
+    problem = _problem(course, scene)
+    if problem is None:
+        return PASSED
+    what, says = problem
+    if window is not None:
+        reason, why = window
+        return Outcome(Verdict.WINDOW, reason, f"{says}: {why}")
+    return Outcome(Verdict.FAIL, what, says)
+
+
+def _window(course: Course, scene: Scene) -> tuple[str, str] | None:
+    """Why the machine was lost whatever the crash path does."""
+    for seen in course.injected:
+        cpu, name = seen.event.target, "NMI" if seen.event.action is Action.NMI else "machine check"
+        obstacle = seen.foreseen.obstacle
+        if obstacle and _PRESENT not in obstacle:
+            return "unreachable", f"CPU {cpu} cannot take an {name}: {obstacle}".replace("an machine", "a machine")
+        if seen.event.action is not Action.MC:
+            continue
+        if seen.said:
+            return "ends-machine", f"CPU {cpu} cannot take a machine check: QEMU said {seen.said!r}"
+        if seen.taken and seen.foreseen.handler == scene.own_handlers["mc"]:
+            return "own-mc-handler", f"the machine check came to Xen's own handler, on CPU {cpu}"
+        if seen.taken and not scene.is_xen(seen.foreseen.handler or 0):
+            return "kernel-mc-handler", f"the machine check came to the crash kernel's own handler, on CPU {cpu}"
+    return None
+
+
+def _problem(course: Course, scene: Scene) -> tuple[str, str] | None:
+    """The first thing that is wrong."""
+    if course.end is End.RESET:
+        return ("reset" if "reset" in course.how else "qemu-died"), course.how
+    if course.end is End.PANIC:
+        return "panic", f"{course.how} within the crash{_said(course)}"
+    if course.end is End.HANG:
+        return "hang", f"no handover: {_places(course, scene)}{_said(course)}"
+    for seen in course.injected:
+        if (wrong := _badly_taken(seen, scene)) is not None:
+            return wrong
+    if failed := _unexcused(course.at_handover, course):
+        return "check", _of_findings(failed)
+    if course.kernel is False:
+        return "no-kernel", f"handed over, but the crash kernel does not begin: {_places(course, scene)}"
+    if failed := _unexcused_at_end(course.at_end, course):
+        return "check", _of_findings(failed)
+    if course.notes_changed:
+        return "notes-changed", f"{_cpus(course.notes_changed)}: its notes were written again after it had halted"
+    if course.running:
+        cpu, why = next(iter(course.running.items()))
+        return "not-parked", f"CPU {cpu} is not parked after the handover: {why} (at {course.where[cpu]})"
+    return None
+
+
+def _badly_taken(seen: Injected, scene: Scene) -> tuple[str, str] | None:
+    cpu, name = seen.event.target, seen.event.action.value
+    if not seen.taken:
+        blocked = seen.nmi_blocked and seen.event.action is Action.NMI
+        return None if blocked else ("not-taken", f"CPU {cpu} did not take the {name} that it was sent")
+    if seen.frame != seen.foreseen.frame:
+        return "wrong-stack", f"CPU {cpu} took the {name} on the stack at {seen.frame or 0:#x}, not as its gate says"
+    if cpu == scene.crashing and not seen.returned and scene.is_xen(seen.pc):
+        at = scene.symbols.describe(seen.pc)
+        return "no-return", f"the handler of the {name} did not come back to {at} on the crashing CPU"
+    return None
+
+
+def _unexcused(findings: Iterable[Finding], course: Course) -> list[Finding]:
+    """Without what follows from CPUs that the experiment itself held."""
+    held = course.late
+    return [
+        finding
+        for finding in findings
+        if finding.follows is None
+        and not (held and (finding.cpu in held or (finding.cpu is None and finding.check in _OF_THE_WAIT)))
+    ]
+
+
+def _unexcused_at_end(findings: Iterable[Finding], course: Course) -> list[Finding]:
+    """Once the held CPUs are done, all is as it should be, but for those that never were let go."""
+    return [
+        finding
+        for finding in findings
+        if finding.follows is None
+        and finding.cpu not in course.stopped
+        and not (course.late and finding.check == _SAID_ONCE)
+        and not (course.stopped and finding.cpu is None and finding.check in _OF_THE_WAIT)
+    ]
+
+
+def _of_findings(findings: Iterable[Finding]) -> str:
+    return "; ".join(dict.fromkeys(map(_of_finding, findings)))
+
+
+def _of_finding(finding: Finding) -> str:
+    whose = "" if finding.cpu is None else f" of CPU {finding.cpu}"
+    if finding.observed is None:
+        return f"{finding.check}{whose}: {finding.reason}"
+    return f"{finding.check}{whose}: {show(finding.observed)}, not {show(finding.expected)}"
+
+
+def _cpus(cpus: Iterable[int]) -> str:
+    return "CPUs " + ",".join(map(str, sorted(cpus))) if len(list(cpus)) != 1 else f"CPU {next(iter(cpus))}"
+
+
+def _places(course: Course, scene: Scene) -> str:
+    if scene.crashing not in course.where:
+        return "no CPU goes on"
+    return f"CPU {scene.crashing} is {_at(course.where[scene.crashing])}"
+
+
+def _at(where: str) -> str:
+    return where if where.startswith("halted") else f"at {where}"
+
+
+def _said(course: Course) -> str:
+    return f" (the console ends: {course.console!r})" if course.console else ""

@@ -1,0 +1,74 @@
+"""A storm writes to the machine: only the lab may, and to machines that it owns. The plugin stays read-only."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+STORM = ROOT / "scripts/lib/xencrash/lab/storm"
+MAY_IMPORT = {ROOT / "scripts/lib/xencrash/lab/commands/storm.py"}
+# Of the remote protocol, what reads or sets a breakpoint: memory, a query, a QEMU mode, a breakpoint on and off.
+READS = re.compile(r"m|q|Qqemu\.PhyMemMode|[Zz][01234]?")
+# GDB manual, appendix E: what changes registers or memory, runs a CPU, or ends the machine.
+WRITES = re.compile(r"(G|P|M|X|vCont|s|c|k|vKill|R|D|Qqemu\.sstep)\b")
+
+
+def modules(folder: str) -> Iterator[Path]:
+    return (ROOT / folder).rglob("*.py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_only_the_lab_s_command_uses_what_writes() -> None:
+    users = {
+        path
+        for folder in ("xen_symbols", "gdbplugin", "scripts")
+        for path in modules(folder)
+        if STORM not in path.parents and any(name.startswith("xencrash.lab.storm") for name in imported(path))
+    }
+    assert users == MAY_IMPORT
+
+
+def packets(path: Path) -> Iterator[str]:
+    """How what is sent by the remote protocol begins, up to the first value in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            if node.func.attr not in ("_send", "send_packet"):
+                continue
+            text = node.args[0]
+            if isinstance(text, ast.JoinedStr):
+                text = text.values[0]
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                yield text.value
+            elif not (isinstance(text, ast.Name) and text.id == "packet"):  # of _send itself
+                raise AssertionError(f"{path}:{node.lineno}: what is sent cannot be seen")
+
+
+def test_the_plugin_sends_no_packet_that_writes() -> None:
+    sent = {packet for path in modules("gdbplugin") for packet in packets(path)}
+    assert {"m", "Qqemu.PhyMemMode:"} <= sent  # they are seen
+    assert [packet for packet in sent if not READS.match(packet) or WRITES.match(packet)] == []
+
+
+def test_the_test_knows_a_packet_that_writes(tmp_path: Path) -> None:
+    planted = tmp_path / "planted.py"
+    planted.write_text("def f(self, a): self._send(f'M{a:x},4:00040000')")
+    assert [packet for packet in packets(planted) if not READS.match(packet)] == ["M"]
+
+
+def test_the_plugin_writes_no_memory_through_gdb() -> None:
+    """`set $rip` in rdmsr.py is asked for by name, and puts it back."""
+    for path in modules("gdbplugin"):
+        text = path.read_text()
+        assert "write_memory" not in text, path
+        assert re.search(r"human-monitor-command.{0,40}\b(mce|nmi|system_reset)\b", text) is None, path
+        assert "inject-nmi" not in text, path

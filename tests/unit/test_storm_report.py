@@ -1,0 +1,214 @@
+"""The report of a storm: its schema, its tables, JUnit; and the budget of a run, with machines that are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import jsonschema
+import pytest
+
+import xencrash.lab.storm
+from tests.machines.changed import Machine
+from xen_symbols.report.console import plain
+from xen_symbols.report.junit import to_junit
+from xencrash.lab.commands.storm import add_options, problem, status
+from xencrash.lab.errors import LabError
+from xencrash.lab.storm.begin import Scenery
+from xencrash.lab.storm.experiment import Action, Experiment, Place, event
+from xencrash.lab.storm.judge import PASSED, Outcome, Verdict
+from xencrash.lab.storm.record import Recording, Step
+from xencrash.lab.storm.report import as_findings, blocks, to_json, verdict_of
+from xencrash.lab.storm.run import Budget, Result, Storm
+from xencrash.lab.storm.scene import Scene
+
+MACHINE = Machine("4.17-handover")
+SYMBOLS = MACHINE.symbols
+CRASH, NMI_CRASH = (SYMBOLS.address(name, "tT") for name in ("kexec_crash", "do_nmi_crash"))
+ABOUT = {"machine": "Xen 4.17", "qemu": "7.2", "seed": 7, "seconds": 12.5, "interrupted": False}
+SCHEMA = json.loads((Path(xencrash.lab.storm.__file__).parent / "schema.json").read_text())
+
+
+def scene() -> Scene:
+    from xen_symbols.crashpath.generations import identify
+
+    return Scene(
+        symbols=SYMBOLS, memory_root=0, found_by="", build_id=b"", identification=identify(MACHINE.memory), crashing=0,
+        apic_ids=(0, 1), begins=CRASH, send=0, handover=0, ends={}, own_handlers={}, notes={}, kernel_sign=b"",
+    )  # fmt: skip
+
+
+def recording() -> Recording:
+    steps = [Step(Place(0, CRASH)), Step(Place(0, CRASH + 4)), Step(Place(0, CRASH + 4, 2)), Step(Place(1, NMI_CRASH))]
+    return Recording(steps, texts={CRASH: "push rbx"})
+
+
+def scenery(snapshot: Any = None) -> Scenery:
+    return Scenery(snapshot, scene(), recording())
+
+
+def result(number: int, verdict: Verdict, what: str = "", action: Action = Action.NMI, **more: Any) -> Result:
+    experiment = Experiment((event(action, Place(0, CRASH + 4 * number)),), "injection")
+    outcome = PASSED if verdict is Verdict.PASS else Outcome(verdict, what, f"{what} happened")
+    return Result(number, experiment, f"nmi@0:kexec_crash+{4 * number:#x}", outcome, 0.25, **more)
+
+
+RESULTS = [
+    result(0, Verdict.PASS),
+    result(1, Verdict.FAIL, "hang", exact=False, shrunk="nmi@0:kexec_crash+0x0", unfired=1),
+    result(1, Verdict.WINDOW, "own-mc-handler", Action.MC),
+]
+
+
+def report(results: list[Result] | None = None) -> dict[str, Any]:
+    made = to_json(RESULTS if results is None else results, scenery(), ABOUT, 10)
+    jsonschema.validate(made, SCHEMA)
+    return made
+
+
+def test_the_report_is_what_its_schema_says() -> None:
+    made = report()
+    assert made["counts"] == {"pass": 1, "window": 1, "undecided": 0, "fail": 1}
+    assert made["verdict"] == "fail"
+    first, other = made["functions"]
+    assert (first["function"], first["role"]) == ("kexec_crash", "crashing")
+    assert (first["instructions"], first["touched"]) == (2, 2)
+    assert first["experiments"] == {"nmi": 2, "mc": 1}
+    assert first["lines"] == [
+        {"at": "kexec_crash+0x0", "text": "push rbx", "outcomes": {"nmi": "pass"}},
+        {"at": "kexec_crash+0x4", "text": None, "outcomes": {"nmi": "fail", "mc": "window"}},
+    ]
+    assert (other["function"], other["role"], other["touched"]) == ("do_nmi_crash", "other", 0)
+    assert made["windows"] == [
+        {"event": "mc", "on": "crashing", "why": "own-mc-handler", "instructions": 1, "functions": {"kexec_crash": 1}}
+    ]
+
+
+def test_an_empty_run_is_no_pass() -> None:
+    assert report([])["verdict"] == "undecided"
+
+
+def test_windows_are_no_failures() -> None:
+    assert verdict_of([result(0, Verdict.PASS), result(1, Verdict.WINDOW)]) is Verdict.PASS
+    assert verdict_of([result(0, Verdict.UNDECIDED), result(1, Verdict.WINDOW)]) is Verdict.UNDECIDED
+
+
+def test_the_table_says_what_failed_and_how_to_do_it_again() -> None:
+    text = plain(blocks(report(), ["kexec_crash"]))
+    assert "3 of 10 in 12 s, seed 7" in text
+    line = next(line for line in text.splitlines() if line.startswith("nmi@0:kexec_crash+0x4"))
+    assert "hang" in line and "not the same again" in line and "enough: nmi@0:kexec_crash+0x0" in line
+    picture = text[text.index("kexec_crash, on the crashing CPU") :].splitlines()
+    assert picture[3].split() == ["kexec_crash+0x0", ".", "push", "rbx"]
+    assert picture[4].split() == ["kexec_crash+0x4", "F", "w"]
+
+
+def test_junit_has_a_case_for_each_experiment() -> None:
+    root = ET.fromstring(to_junit(as_findings(report())).partition("\n")[2])
+    (suite,) = root
+    assert (suite.get("name"), suite.get("tests"), suite.get("failures"), suite.get("skipped")) == (
+        "injection", "3", "1", "1",
+    )  # fmt: skip
+
+
+def test_a_replay_that_is_not_exact_says_why() -> None:
+    (failed,) = [one for one in report()["experiments"] if one["verdict"] == "fail"]
+    assert "clock" in failed["inexact_because"]
+
+
+# -- a run ------------------------------------------------------------------------------------
+
+
+class NoMachines:
+    """A snapshot whose machines fail to start, each after a while."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    @contextlib.contextmanager
+    def machine(self) -> Iterator[Any]:
+        time.sleep(self.seconds)
+        raise LabError("no QEMU")
+        yield
+
+
+def storm(budget: Budget, seconds: float = 0.0) -> Storm:
+    return Storm(scenery(NoMachines(seconds)), budget, lambda text: None)
+
+
+def plan(count: int) -> list[Experiment]:
+    return [Experiment((event(Action.NMI, Place(0, CRASH + number)),)) for number in range(count)]
+
+
+def test_what_the_lab_fails_to_do_is_undecided_and_the_run_goes_on() -> None:
+    results = storm(Budget()).run(plan(5), 5)
+    assert [each.number for each in results] == [0, 1, 2, 3, 4]
+    assert {each.outcome for each in results} == {Outcome(Verdict.UNDECIDED, "lab", "no QEMU")}
+
+
+def test_so_many_experiments_and_no_more() -> None:
+    assert len(storm(Budget(experiments=3)).run(plan(9), 9)) == 3
+
+
+def test_when_time_is_up_what_was_done_is_kept() -> None:
+    begun = time.monotonic()
+    results = storm(Budget(seconds=0.5), 0.05).run(plan(1000), 1000)
+    assert 0 < len(results) < 1000
+    assert time.monotonic() - begun < 5
+
+
+def test_ctrl_c_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = storm(Budget(), 0.02)
+    pauses = iter(range(3))
+    sleep = time.sleep
+
+    def interrupted(seconds: float) -> None:
+        sleep(seconds)
+        if seconds == 0.1 and next(pauses, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("xencrash.lab.storm.run.time.sleep", interrupted)
+    results = run.run(plan(1000), 1000)
+    assert run.interrupted
+    assert 0 < len(results) < 1000
+
+
+def test_progress_says_what_is_left() -> None:
+    run = storm(Budget(seconds=100.0))
+    run.results = [result(number, Verdict.PASS) for number in range(10)]
+    assert run._state(run._begun + 5, 40) == "10 of 40 experiments, 2.0 a second, 15 s left, 0 failed"
+    assert run._state(run._begun + 5, None) == "10 experiments, 2.0 a second, 95 s left, 0 failed"
+
+
+def test_the_exit_status_is_the_worst_outcome(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status([result(0, Verdict.PASS), result(1, Verdict.WINDOW)]) == 0
+    assert status([]) == 3
+    assert status([result(0, Verdict.UNDECIDED, "lab")]) == 3
+    assert status(RESULTS) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "xencrash: storm: 1 of 3 fail; first: nmi@0:kexec_crash+0x4: hang happened"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["--repeat", "3"], "give one"),
+        (["--stop-at", "0"], "give one"),
+        (["--replay", "none", "--stop-at", "1", "--repeat", "2"], "leave --repeat out"),
+        (["--replay", "none", "--stop-at", "-1"], "counted from 0"),
+        (["--minutes", "0"], "above 0"),
+        (["--replay", "none", "--repeat", "2"], None),
+    ],
+)
+def test_options_that_do_not_go_together(given: list[str], why: str | None) -> None:
+    parser = ArgumentParser()
+    add_options(parser)
+    said = problem(parser.parse_args(given))
+    assert (said is None) if why is None else why in (said or "")
