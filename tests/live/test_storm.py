@@ -198,7 +198,8 @@ def test_ctrl_c_gives_the_report_of_what_was_done() -> None:
         if "a second" in line:
             break
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=60)
+    assert out, errors
     report = json.loads(out)
     jsonschema.validate(report, SCHEMA)
     assert report["interrupted"]

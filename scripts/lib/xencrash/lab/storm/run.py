@@ -130,7 +130,8 @@ class Storm:
         try:
             self._make(numbered)
         except BaseException as error:
-            self._error = error
+            if not self.ended.is_set():  # of a machine that was killed under it, any error may come
+                self._error = error
             self.ended.set()
 
     def _make(self, numbered: Iterator[tuple[int, Experiment]]) -> None:
