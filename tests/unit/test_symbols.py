@@ -165,6 +165,31 @@ def test_an_exact_name_goes_before_a_numbered_one() -> None:
     assert [s.address for s in SymbolTable("m", ".map", rows, ()).candidates("a.c#x")] == [8, 24]
 
 
+@pytest.mark.parametrize(
+    ("names", "right"),
+    [
+        (["crashing_cpu.1"], [0]),  # gcc
+        (["one_cpu_only.crashing_cpu"], [0]),  # clang
+        (["one_cpu_only.crashing_cpu.2"], [0]),
+        (["set_crashing_cpu.crashing_cpu"], [0]),
+        (["one_cpu_only.crashing_cpu", "crashing_cpu.1", "kexec_crash.crashing_cpu"], [0, 1, 2]),
+        (["one_cpu_only.crashing_cpu", "crashing_cpu"], [1]),
+        (["__func__.crashing_cpu", "crashing_cpu.part.0", "crashing_cpu.cold", "one_cpu_only.crashing_cpu.cold"], []),
+        (["one_cpu_only.crashing_cpus", "a.b.crashing_cpu", "4.crashing_cpu", ".crashing_cpu", "crashing_cpu."], []),
+    ],
+)
+def test_a_static_of_a_function_by_either_compiler(names: list[str], right: list[int]) -> None:
+    rows = ListedRows(range(0, 8 * len(names), 8), "d" * len(names), [f"common/kexec.c#{name}" for name in names])
+    table = SymbolTable("m", ".map", rows, [(0, 64)])
+    assert [symbol.address // 8 for symbol in table.candidates("kexec.c#crashing_cpu")] == right
+    if len(right) > 1:
+        with pytest.raises(SymbolAmbiguous, match="ambiguous"):
+            table.address("kexec.c#crashing_cpu")
+    else:
+        assert table.get("kexec.c#crashing_cpu") == (right[0] * 8 if right else None)
+    assert table.get("other.c#crashing_cpu") is None
+
+
 def test_aliases_are_not_ambiguous(tmp_path: Path) -> None:
     table = loaded(tmp_path, xen_syms([file("a.c"), function("f", TEXT, 8, LOCAL), function("f", TEXT, 8)]))
     assert len(table.candidates("f")) == 2

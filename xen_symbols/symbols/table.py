@@ -18,6 +18,9 @@ DATA = "dDbBrRvV"
 # Linker-script symbols that mark an end: nothing lies between one of them and the next symbol.
 _END_MARKERS = frozenset({"_etext", "_einittext", "_erodata", "_end"})
 
+# These hold a function's own name (C11, 6.4.2.2, and gcc's): clang's `__func__.one_cpu_only` is not a variable of its.
+_OWN_NAME = frozenset({"__func__", "__FUNCTION__", "__PRETTY_FUNCTION__"})
+
 _PLACES = 1024
 _NAMES = 256
 
@@ -127,18 +130,17 @@ class SymbolTable:
         last = self._by_name.get(name)
         return [] if last is None else [*self._earlier.get(name, ()), last]
 
-    def _numbered(self, bare: str) -> list[int]:
-        """Rows of `bare.N`: gcc so renames a variable that is static inside a function."""
-        start = f"{bare}."
-        alike = [name for name in self._by_name if name.startswith(start)]
-        return [row for name in alike if name[len(start) :].isdecimal() for row in self._named(name)]
+    def _statics(self, bare: str) -> list[int]:
+        """Rows of a variable that is static inside a function, as compilers name it."""
+        alike = [name for name in self._by_name if bare in name]  # quickly, as there may be thousands
+        return [row for name in alike if _is_static(name, bare) for row in self._named(name)]
 
     def _rows_of(self, name: str) -> list[int]:
         file, _, bare = name.rpartition("#")
         rows = self._named(bare)
         if not file:
             return rows
-        return self._in_file(rows, file) or self._in_file(self._numbered(bare), file)
+        return self._in_file(rows, file) or self._in_file(self._statics(bare), file)
 
     def _in_file(self, rows: list[int], file: str) -> list[int]:
         return [row for row in rows if _same_file(self.rows.symbol(row).file, file)]
@@ -172,7 +174,7 @@ class SymbolTable:
         """Every symbol that `name` or `file#name` stands for.
 
         `file` may be any tail of the path that the build recorded, or longer than it. Where
-        `file#name` has no exact match, gcc's `name.N` of that file are the candidates.
+        `file#name` has no exact match, that file's variables which are static inside a function are the candidates.
         """
         return tuple(map(self.rows.symbol, self._rows_of(name)))
 
@@ -293,6 +295,16 @@ def _same_file(recorded: str | None, asked: str) -> bool:
     if recorded is None:
         return False
     return recorded == asked or recorded.endswith("/" + asked) or asked.endswith("/" + recorded)
+
+
+def _is_static(name: str, bare: str) -> bool:
+    """Whether it is gcc's `bare.N`, or clang's `function.bare`, of which a second one is `function.bare.N`."""
+    match name.split("."):
+        case [first, number] if number.isdecimal():
+            return first == bare
+        case [function, last, *number] if last == bare and (not number or (len(number) == 1 and number[0].isdecimal())):
+            return function.isidentifier() and function not in _OWN_NAME
+    return False
 
 
 def _plainness(symbol: Symbol) -> tuple[bool, bool, bool]:
