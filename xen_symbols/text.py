@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 def escaped(text: str, keep: str = "") -> str:
     """`text` with every character that a terminal might obey as an escape, those in `keep` excepted."""
+    if text.isprintable():
+        return text
     return "".join(c if c in keep or c.isprintable() else repr(c)[1:-1] for c in text)
 
 

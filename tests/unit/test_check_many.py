@@ -51,7 +51,7 @@ def test_a_line_for_each(dumps: Dumps, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_an_error_of_its_own_in_one_leaves_the_others(
-    dumps: Dumps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dumps: Dumps, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(asked: Request) -> Report:
         if asked.target == dumps.text:
@@ -60,7 +60,7 @@ def test_an_error_of_its_own_in_one_leaves_the_others(
 
     monkeypatch.setattr(several, "judge_dump", broken)
     assert dumps.check(dumps.good, dumps.text, dumps.bad) == 1
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     lines = [line.split(maxsplit=4) for line in said.out.splitlines()[4:7]]
     assert [line[:2] for line in lines] == [["pass", dumps.good], ["unknown", dumps.text], ["fail", dumps.bad]]
     why = "internal error (traceback above); no verdict"

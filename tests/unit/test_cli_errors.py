@@ -74,7 +74,7 @@ def test_an_error_of_its_own_is_no_failed_check(
     monkeypatch.setattr(judging, "judge_dump", broken)
     assert main(["check", "vmcore"]) == 3
     assert capsys.readouterr().err.endswith(
-        "TypeError: planted\nxencrash: internal error (traceback above); no verdict\n"
+        "TypeError: planted\nxencrash: vmcore: internal error (traceback above); no verdict\n"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.report.model import Verdict, worst
-from xen_symbols.text import escaped, ranges
+from xen_symbols.text import ranges
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_NAMES
 
@@ -74,14 +74,10 @@ def header(report: contract.Report) -> Lines:
     """What was looked at, and by which symbols and generation."""
     target, symbols, generation = report["target"], report["symbols"], report["generation"]
     match = {True: Cell("match", "pass"), False: Cell("DO NOT MATCH", "fail"), None: Cell("unverified", "unknown")}
-    lines = [
-        [Cell("target      ", "dim"), Cell(target_line(target))],
-        [
-            Cell("symbols     ", "dim"),
-            Cell(f"{symbols.get('path')} ({symbols.get('source')}), build-id {symbols.get('build_id') or 'none'}: "),
-            match[symbols.get("match")],
-        ],
-    ]
+    lines = [[Cell("target      ", "dim"), Cell(target_line(target))]]
+    if symbols["path"] is not None:  # nothing could be opened
+        used = f"{symbols['path']} ({symbols.get('source')}), build-id {symbols['build_id'] or 'none'}: "
+        lines.append([Cell("symbols     ", "dim"), Cell(used), match[symbols["match"]]])
     if generation:
         evidence = "; ".join(generation["evidence"])
         lines.append([Cell("crash path  ", "dim"), Cell(crash_path(generation), "strong"), Cell(f": {evidence}")])
@@ -255,7 +251,7 @@ def why_not_pass(report: contract.Report) -> str:
     return "" if report["verdict"] == "pass" else "nothing could be judged"
 
 
-def dumps_table(reports: Sequence[contract.Report]) -> Table:
+def dumps_table(reports: Iterable[contract.Report]) -> Table:
     """Several dumps, a line each: the verdict, and what is wrong first, failures before unknowns."""
     rows = []
     for report in reports:
@@ -263,7 +259,7 @@ def dumps_table(reports: Sequence[contract.Report]) -> Table:
         crashed = "not crashed" if has_not_crashed(report) else "-" if crashed_on is None else str(crashed_on)
         problem = why_not_pass(report).removeprefix(f"{location}: ")
         generation = crash_path(report["generation"]) if report["generation"] else "-"
-        cells = [escaped(location), generation, crashed, escaped(problem)]
+        cells = [location, generation, crashed, problem]
         rows.append([Cell(report["verdict"], report["verdict"]), *map(Cell, cells)])
     return Table("Dumps", ["verdict", "dump", "crash path", "crashed on CPU", "first problem"], rows)
 

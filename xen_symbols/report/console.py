@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from xen_symbols.report.blocks import Block, Cell, Lines
+from xen_symbols.text import escaped
 
 STYLES = {
     "pass": "green",
@@ -58,7 +59,7 @@ def draw(blocks: Sequence[Block], console: Any) -> None:
     from rich.text import Text
 
     def text(cells: Sequence[Cell]) -> Any:
-        return Text.assemble(*((cell.text, STYLES.get(cell.style, "")) for cell in cells))
+        return Text.assemble(*((_shown(cell), STYLES.get(cell.style, "")) for cell in cells))
 
     for block in blocks:
         if isinstance(block, Lines):
@@ -78,12 +79,17 @@ def plain(blocks: Sequence[Block]) -> str:
     out: list[str] = []
     for block in blocks:
         if isinstance(block, Lines):
-            out += ["".join(cell.text for cell in line).rstrip() for line in block.lines]
+            out += ["".join(map(_shown, line)).rstrip() for line in block.lines]
             continue
-        rows = [list(block.columns), *([cell.text for cell in row] for row in block.rows)]
+        rows = [list(block.columns), *(list(map(_shown, row)) for row in block.rows)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(block.columns))]
         rows.insert(1, ["-" * width for width in widths])
         out += ["", block.title]
         out += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         out.append("")
     return "\n".join(out) + "\n"
+
+
+def _shown(cell: Cell) -> str:
+    """A cell's text with nothing in it that a terminal would obey: a file's name may be anything."""
+    return escaped(cell.text, keep="\t")

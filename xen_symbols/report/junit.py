@@ -18,7 +18,9 @@ def to_junit(*reports: Mapping[str, Any]) -> str:
     for report in reports:
         _suites(root, report, f"{_legal(report['target']['location'])}: " if len(reports) > 1 else "")
     ET.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+    # ASCII, the rest as references: right in whatever encoding standard output has.
+    text: bytes = ET.tostring(root, encoding="us-ascii")
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + text.decode("ascii") + "\n"
 
 
 def _suites(root: ET.Element, report: Mapping[str, Any], prefix: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.report.model import ExitStatus
 from xencrash import commands
 from xencrash.errors import UsageError, complain, internal_error
+from xencrash.output import UNENCODABLE
 from xencrash.subcommands import find
 
 _INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
@@ -18,9 +20,7 @@ _INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit status; errors are one line on standard error."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us (>&-)
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the process's life
+    _open_streams()
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # what cannot be written is said here, not at exit
@@ -44,6 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         complain(internal_error())
         return ExitStatus.UNDECIDED  # Python's own status would say that a check failed
+
+
+def _open_streams() -> None:
+    """Whatever is printed can be: into nothing where a stream is closed, as an escape where its encoding has no such
+    character (a file's name may hold any byte)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us (>&-)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors=UNENCODABLE))  # noqa: SIM115 - kept open
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=UNENCODABLE)
 
 
 def _run(words: list[str]) -> int:

@@ -12,8 +12,8 @@ class UsageError(Exception):
 
 
 def complain(what: object) -> None:
-    """Say what went wrong, in one line whatever a file is called."""
-    print(f"xencrash: {escaped(str(what))}", file=sys.stderr)
+    """Say what went wrong, or is to be known meanwhile, in one line whatever a file is called."""
+    print(f"xencrash: {escaped(str(what))}", file=sys.stderr, flush=True)
 
 
 def internal_error() -> str:

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xen_symbols import api
+from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.crashpath.engine import TOOL
 from xen_symbols.report.model import Report
 from xen_symbols.xen.memory import XenMemory
+from xencrash.errors import complain, internal_error
 from xencrash.lazy import load
 from xencrash.options import Request
 
@@ -27,6 +30,27 @@ def judge(asked: Request) -> Report | contract.Report:
         report: contract.Report = load(_LIVE)(asked)
         return report
     return judge_dump(asked)
+
+
+def attempt(asked: Request, judge: Callable[[Request], Report | contract.Report]) -> Report | contract.Report:
+    """The report that `judge` makes; of what it could not judge, a report that says why."""
+    try:
+        return judge(asked)
+    except (Undecidable, Unreadable) as error:
+        return undecided(asked, str(error))
+    except OSError as error:
+        return undecided(asked, f"{asked.target}: {error.strerror or error}")
+    except Exception:
+        return undecided(asked, f"{asked.target}: {internal_error()}")
+
+
+def undecided(asked: Request, why: str) -> Report:
+    """The report on what could not be judged at all."""
+    nothing: contract.Symbols = {"path": None, "build_id": None, "match": None}
+    target: contract.Target = {
+        "kind": "live" if asked.live else "dump", "format": "unknown", "location": asked.target,
+    }  # fmt: skip
+    return Report(TOOL, target, nothing, undecided=why)
 
 
 def judge_dump(asked: Request) -> Report:
@@ -55,6 +79,6 @@ def searching(path: str) -> Callable[[int, int], None] | None:
         nonlocal said
         if time.monotonic() - said > _SAID_EVERY:
             said = time.monotonic()
-            print(f"xencrash: {path}: looking for Xen, {done >> 20} of {total >> 20} MiB so far", file=sys.stderr)
+            complain(f"{path}: looking for Xen, {done >> 20} of {total >> 20} MiB so far")
 
     return say

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, cast
 
 from xen_symbols.report.model import Report, Verdict, exit_status
@@ -13,12 +15,27 @@ from xencrash.lazy import load
 if TYPE_CHECKING:
     from xen_symbols.report import contract
 
+UNENCODABLE = "backslashreplace"  # what is written of a character that an output's encoding does not have
 _WHY = "xen_symbols.report.blocks:why_not_pass"
 FORMATS = {
     "table": "xencrash.renderers.table",
     "json": "xencrash.renderers.json",
     "junit": "xencrash.renderers.junit",
 }
+
+
+def begin(output: str | None, *inputs: str | None) -> None:
+    """What an earlier run left in the output's file goes: whatever becomes of this run, it is not this run's report.
+
+    Raises UsageError for a file that cannot be written, or that is one of the inputs.
+    """
+    if output is None:
+        return
+    mode, file = _identity(output)
+    if file is not None and file in [_identity(path)[1] for path in inputs if path]:
+        raise UsageError(f"--output {output} would overwrite what is to be read: give another file")
+    if mode is None or stat.S_ISREG(mode):  # a pipe's reader would take an empty report for the report
+        to(output, lambda stream: None)
 
 
 def finish(report: Report | contract.Report, format: str = "table", output: str | None = None) -> int:
@@ -30,13 +47,22 @@ def finish(report: Report | contract.Report, format: str = "table", output: str 
     return exit_status(verdict_in(report))
 
 
+def _identity(path: str) -> tuple[int | None, tuple[int, int] | None]:
+    """A file's mode, and what is the same for all its names; None where there is no such file (yet)."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - pathlib costs more to import than a CPU to judge
+    except (OSError, ValueError):
+        return None, None
+    return found.st_mode, (found.st_dev, found.st_ino)
+
+
 def write(report: Report | contract.Report, format: str = "table", output: str | None = None) -> None:
     """Write a report to a file, or to standard output. Raises UsageError for a file that cannot be written."""
     to(output, lambda stream: load(FORMATS[format]).write(report, stream))
 
 
-def write_several(reports: Sequence[contract.Report], format: str) -> None:
-    """Write several reports to standard output."""
+def write_several(reports: Iterable[contract.Report], format: str) -> None:
+    """Write several reports to standard output, each when it comes where the format allows that."""
     to(None, lambda stream: load(FORMATS[format]).write_several(reports, stream))
 
 
@@ -47,7 +73,7 @@ def to(output: str | None, write: Callable[[IO[str]], object]) -> None:
         sys.stdout.flush()
         return
     try:
-        with open(output, "w", encoding="utf-8") as file:
+        with open(output, "w", encoding="utf-8", errors=UNENCODABLE) as file:
             write(file)
     except OSError as error:
         raise UsageError(f"{output}: {error.strerror}") from None

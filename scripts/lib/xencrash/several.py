@@ -1,16 +1,24 @@
-"""Several dumps: each judged, whatever is wrong with the others."""
+"""Several dumps: each judged whatever is wrong with the others, as many at a time as there are CPUs. A dump's report is
+written when it is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from xen_symbols.absence import Undecidable
-from xen_symbols.crashpath.engine import TOOL
-from xen_symbols.report.model import Report, exit_status
-from xencrash.errors import UsageError, complain, internal_error
-from xencrash.judging import judge_dump
+from xen_symbols.report.model import Report, Verdict, exit_status
+from xencrash.errors import UsageError, complain
+from xencrash.judging import attempt, judge_dump, undecided
 from xencrash.lazy import load
 from xencrash.options import Request
 from xencrash.output import FORMATS, verdict_in, write, write_several
@@ -18,36 +26,146 @@ from xencrash.output import FORMATS, verdict_in, write, write_several
 if TYPE_CHECKING:
     from xen_symbols.report import contract
 
+_PROBLEMS = (Verdict.UNKNOWN, Verdict.FAIL)
 
 
 def judge(asked: Sequence[Request], format: str, folder: str | None) -> int:
-    """Write a line for each, and where a folder is given a report for each in it; returns the worst status."""
+    """Write a line for each, and where a folder is given a report for each in it; returns the worst status.
+
+    After Ctrl-C what has been judged by then is written all the same.
+    """
     for one in asked:
         if one.live:
             raise UsageError(f"{one.target} is a live machine: check it alone")
     if folder:
+        _prepare(Path(folder))
+    verdicts: list[Verdict] = []
+    interrupted = False
+
+    def reports() -> Iterator[contract.Report]:
+        nonlocal interrupted
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"{folder}: {error.strerror}; several dumps need a directory") from None
-    reports = [_report(one) for one in asked]
-    if folder:
-        for number, (one, report) in enumerate(zip(asked, reports, strict=True)):
-            name = f"{number}-{Path(one.target).name}{load(FORMATS[format]).SUFFIX}"
-            write(report, format, str(Path(folder) / name))
-    write_several(reports, "table" if folder else format)
-    return exit_status(*map(verdict_in, reports))
+            for report in _in_order(asked, format, folder):
+                verdicts.append(verdict_in(report))
+                if report.get("undecided"):
+                    complain(report["undecided"])
+                elif sys.stderr.isatty():
+                    complain(f"{len(verdicts)} of {len(asked)}: {report['target']['location']}: {report['verdict']}")
+                yield report
+        except KeyboardInterrupt:
+            interrupted = True
+
+    write_several(reports(), "table" if folder else format)
+    if interrupted:
+        raise KeyboardInterrupt
+    return exit_status(*verdicts)
 
 
-def _report(asked: Request) -> contract.Report:
-    """The report on one dump; what goes wrong with it does not stop the others."""
+def _prepare(folder: Path) -> None:
+    """Make the folder, and remove the reports that an earlier run left in it."""
+    ours = re.compile(r"\d+-.+(" + "|".join(re.escape(load(module).SUFFIX) for module in FORMATS.values()) + ")")
     try:
-        return judge_dump(asked).to_json()
-    except Undecidable as error:
-        why = str(error)
-    except Exception:
-        why = f"{asked.target}: {internal_error()}"
-    complain(why)
-    nothing: contract.Symbols = {"path": None, "build_id": None, "match": None}
-    target: contract.Target = {"kind": "dump", "format": "unknown", "location": asked.target}
-    return Report(TOOL, target, nothing, undecided=why).to_json()
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if ours.fullmatch(path.name) and path.is_file():
+                path.unlink()
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror}; several dumps need a directory") from None
+
+
+def _in_order(asked: Sequence[Request], format: str, folder: str | None) -> Iterator[contract.Report]:
+    """The reports in the order of the dumps, each as soon as it and those before it are made."""
+    digits = len(str(len(asked) - 1))  # so that names sort
+    names = [f"{number:0{digits}}-{Path(one.target).name}" for number, one in enumerate(asked)]
+    suffix = load(FORMATS[format]).SUFFIX
+    files = [str(Path(folder) / f"{name}{suffix}") if folder else None for name in names]
+    jobs = [_Job(one, judge_dump, format, file) for one, file in zip(asked, files, strict=True)]
+    made: dict[int, contract.Report] = {}
+    done = 0
+    for number, report in _by_workers(jobs):
+        made[number] = report
+        while done in made:
+            yield made.pop(done)
+            done += 1
+
+
+class _Job(NamedTuple):
+    asked: Request
+    judge: Callable[[Request], Report]
+    format: str
+    file: str | None  # for the report
+
+    def lost(self, process: BaseProcess) -> contract.Report:
+        """The report where the process that worked on it is gone."""
+        process.join()
+        status = process.exitcode or 0
+        how = f"was killed ({signal.Signals(-status).name})" if status < 0 else "ended"
+        return undecided(self.asked, f"{self.asked.target}: the process that judged it {how}; check it alone").to_json()
+
+
+def _by_workers(jobs: Sequence[_Job]) -> Iterator[tuple[int, contract.Report]]:
+    """The number of each job and what came of it, as they end. Raises UsageError where a report cannot be written."""
+    waiting = list(range(len(jobs)))
+    running: dict[Connection, tuple[BaseProcess, int]] = {}
+
+    def give(connection: Connection, process: BaseProcess) -> None:
+        number = waiting.pop(0) if waiting else None
+        connection.send(number)
+        if number is not None:
+            running[connection] = process, number
+
+    try:
+        for _ in range(min(len(jobs), len(os.sched_getaffinity(0)))):
+            give(*_worker(jobs))
+        while running:
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                process, number = running.pop(ready)
+                try:
+                    answer: contract.Report | UsageError = ready.recv()
+                except EOFError:
+                    answer = jobs[number].lost(process)
+                    ready, process = _worker(jobs)
+                give(ready, process)
+                if isinstance(answer, UsageError):
+                    raise answer
+                yield number, answer
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.join()
+
+
+def _worker(jobs: Sequence[_Job]) -> tuple[Connection, BaseProcess]:
+    """A process that does the jobs whose numbers it is sent, until None."""
+    context = multiprocessing.get_context("fork")  # what has been imported is imported once
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(jobs, ours, theirs))
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def _work(jobs: Sequence[_Job], parents: Connection, connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent to act on
+    parents.close()  # or its end would not be seen here
+    with contextlib.suppress(EOFError):
+        while (number := connection.recv()) is not None:
+            connection.send(_done(jobs[number]))
+
+
+def _done(job: _Job) -> contract.Report | UsageError:
+    """Judge one dump and write its report. Returns what is to be said of it, or why the report cannot be written."""
+    report = attempt(job.asked, job.judge)
+    assert isinstance(report, Report)
+    if job.file is None and job.format != "table":
+        return report.to_json()
+    if job.file is not None:
+        try:
+            write(report, job.format, job.file)
+        except UsageError as error:
+            return error
+    verdict = report.verdict.word
+    report.findings, report.cpus = [finding for finding in report.findings if finding.verdict in _PROBLEMS], ()
+    return {**report.to_json(), "verdict": verdict}  # all that a line is made of

@@ -11,10 +11,10 @@ from __future__ import annotations
 import gc
 from argparse import ArgumentParser, Namespace
 
-from xencrash.judging import judge
+from xencrash.judging import attempt, judge
 from xencrash.lazy import load
 from xencrash.options import ANY_TARGET, JUDGED, add_output, add_target, requests
-from xencrash.output import finish
+from xencrash.output import begin, finish
 
 _SEVERAL = "xencrash.several:judge"  # what several dumps take would slow one down
 
@@ -30,11 +30,12 @@ def run(args: Namespace) -> int:
     asked = requests(args)
     if len(asked) > 1:
         return int(load(_SEVERAL)(asked, args.format, args.output))
+    begin(args.output, asked[0].target, asked[0].symbols)
     # One report and the process ends: looking for cycles among its findings, now or when the interpreter ends, costs an
     # eighth of the time of a vmcore and finds none.
     gc.disable()
     try:
-        return finish(judge(asked[0]), args.format, args.output)
+        return finish(attempt(asked[0], judge), args.format, args.output)
     finally:
         gc.freeze()
         gc.enable()

@@ -24,9 +24,9 @@ from xen_symbols.xen.locate import carried_symbols, locate
 from xen_symbols.xen.state import read_state
 from xencrash import live
 from xencrash.errors import complain
-from xencrash.judging import searching
+from xencrash.judging import searching, undecided
 from xencrash.options import ANY_TARGET, Request, add_output, add_target, request
-from xencrash.output import to
+from xencrash.output import begin, to
 
 if TYPE_CHECKING:
     from xen_symbols.report.contract import Json
@@ -50,7 +50,8 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """What can be determined is said even where the rest cannot be; then the status is 3."""
     asked = request(args)
-    data = live.describe(asked) if asked.live else describe_dump(asked)
+    begin(args.output, asked.target, asked.symbols)
+    data = describe(asked)
     if data.get("stage") == CRASHING.id:
         data["undecided"] = (
             f"{asked.target}: Xen is {CRASHING.says}, or stuck there: how far it came cannot be determined"
@@ -63,6 +64,14 @@ def run(args: Namespace) -> int:
         complain(data["undecided"])
         return ExitStatus.UNDECIDED
     return ExitStatus.PASSED
+
+
+def describe(asked: Request) -> Json:
+    """What a target is; of one that cannot be opened why not."""
+    try:
+        return live.describe(asked) if asked.live else describe_dump(asked)
+    except (Undecidable, Unreadable) as error:
+        return {"schema": SCHEMA_VERSION, "target": undecided(asked, "").target, "undecided": str(error)}
 
 
 def describe_dump(asked: Request) -> Json:
@@ -109,6 +118,8 @@ def blocks(data: Json) -> list[Block]:
 
     target, symbols, generation = data["target"], data.get("symbols"), data.get("generation")
     lines = [line("target", target_line(target))]
+    if "undecided" in data and not {"memory", "symbols"} & data.keys():  # it could not be opened
+        return [Lines(lines)]
     memory = data.get("memory", [])
     shown = ", ".join(f"{start}-{end}" for start, end in memory[:4]) + (
         f" and {len(memory) - 4} more" * (len(memory) > 4)

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
-from xencrash.errors import UsageError
-from xencrash.options import JUDGED, LIVE_TARGET, add_output, add_target, request, seconds
-from xencrash.output import finish
+from xencrash.errors import UsageError, complain
+from xencrash.judging import attempt
+from xencrash.options import JUDGED, LIVE_TARGET, Request, add_output, add_target, request, seconds
+from xencrash.output import begin, finish
 from xencrash.renderers.table import show_stage
 from xencrash.trace import trace
+
+if TYPE_CHECKING:
+    from xen_symbols.report import contract
+
 
 EPILOG = f"TARGET is {LIVE_TARGET}.\n\n{JUDGED}"
 
@@ -30,29 +36,29 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Follow a crash, a line for each stage on standard error. Raises Undecidable when it could not begin."""
+    """Follow a crash, a line for each stage on standard error."""
     if not args.target.startswith("gdb:"):
         raise UsageError(
             f"{args.target} is not a live machine: trace takes gdb:HOST:PORT or gdb:SOCKET; a dump takes check"
         )
     asked = request(args)
-    report = trace(
-        asked.target,
-        asked.symbols,
-        asked.qmp,
-        timeout=args.timeout,
-        leave_stopped=args.leave_stopped,
-        gates=args.gates,
-        allow_mismatch=asked.allow_mismatch,
-        progress=show_stage,
-        notice=_say,
-        trigger=_say_waiting,
-    )
-    return finish(report, args.format, args.output)
+    begin(args.output, asked.symbols)
 
+    def follow(asked: Request) -> contract.Report:
+        return trace(
+            asked.target,
+            asked.symbols,
+            asked.qmp,
+            timeout=args.timeout,
+            leave_stopped=args.leave_stopped,
+            gates=args.gates,
+            allow_mismatch=asked.allow_mismatch,
+            progress=show_stage,
+            notice=complain,
+            trigger=_say_waiting,
+        )
 
-def _say(notice: str) -> None:
-    print(f"xencrash: {notice}", file=sys.stderr)
+    return finish(attempt(asked, follow), args.format, args.output)
 
 
 def _say_waiting() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING
 
 from xen_symbols.report.jsontext import json_text, json_texts
@@ -19,6 +19,6 @@ def write(report: Report | contract.Report, stream: IO[str]) -> None:
     stream.writelines(json_text(report.members() if isinstance(report, Report) else report))
 
 
-def write_several(reports: Sequence[contract.Report], stream: IO[str]) -> None:
+def write_several(reports: Iterable[contract.Report], stream: IO[str]) -> None:
     """A list."""
     stream.writelines(json_texts(reports))

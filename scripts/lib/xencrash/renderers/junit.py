@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING
 
 from xen_symbols.report.junit import to_junit
@@ -18,5 +18,5 @@ def write(report: Report | contract.Report, stream: IO[str]) -> None:
     stream.write(to_junit(report.to_json() if isinstance(report, Report) else report))
 
 
-def write_several(reports: Sequence[contract.Report], stream: IO[str]) -> None:
+def write_several(reports: Iterable[contract.Report], stream: IO[str]) -> None:
     stream.write(to_junit(*reports))

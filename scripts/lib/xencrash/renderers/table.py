@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING
 
 from xen_symbols.report.blocks import dumps_table, report_blocks, stage_line
@@ -20,7 +20,7 @@ def write(report: Report | contract.Report, stream: IO[str]) -> None:
     print_blocks(report_blocks(report.to_json() if isinstance(report, Report) else report), stream)
 
 
-def write_several(reports: Sequence[contract.Report], stream: IO[str]) -> None:
+def write_several(reports: Iterable[contract.Report], stream: IO[str]) -> None:
     """A line for each."""
     print_blocks([dumps_table(reports)], stream)
 
