@@ -1,7 +1,7 @@
-"""The guest's faults: ways in which the patch can be, or was, wrong, and what each shows.
+"""The guest's faults: ways in which the patch can be, or was, wrong, and what shows each.
 
 Each row names the features (rows of generation.h) that a generation must have, or with a "!" must not have, for the
-fault to make sense in it. fault.h has the same names, and fault.c says at which step of the path each does what.
+fault to apply to it. fault.h has the same names, and fault.c says what each does at which step of the path.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def _has(generation: str, features: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Expected:
-    """A failure to be found, and none other than those listed may be.
+    """A failure that must be found. No failure that is not listed may be.
 
     `cpu`: "C", the crashing CPU; "F", the faulty one (fault_cpu); "O", each CPU but C; None, the whole machine.
-    `stage`: the first at which it can be seen. Failures that the report says follow from another are not listed.
+    `stage`: the first at which it can be seen. Failures that follow from another, by the report, are not listed.
     """
 
     check: str
@@ -38,7 +38,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Storm:
-    """Experiments of a kind that fail so (`xencrash.lab.storm.explore.KINDS`, `judge.Outcome.what`)."""
+    """The kind of experiment that shows a fault (`xencrash.lab.storm.explore.KINDS`), and the outcomes (`what`)."""
 
     kind: str
     what: tuple[str, ...]
@@ -46,14 +46,14 @@ class Storm:
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to go wrong. `does` is one sentence; `words` is what the command line says for it.
+    """One way to go wrong. `does` is one sentence; `words` is what selects it on the guest's command line.
 
     `invisible` says why no state that can be read shows it; "" for a fault that can be seen. `x2apic` is what the
     guest must be booted with to show it: "", "x2apic" or "x2apic=firmware". `not_in_a_dump` says why a dump taken at
-    the end does not show it any more; "" for one that it does. `mended_with` is the feature of generations in which
-    machine_kexec() mends it on its way. `gates`: only a trace that watches who writes to gates (`--gates`) shows it.
-    `nobody_signs_off`: every other CPU is still waited for, which explains all that the RFC as posted counts.
-    `storm`: the experiments of `lab storm` that show it, and which nothing else shows.
+    the end no longer shows it; "" if it does. `mended_with` is the feature of generations in which machine_kexec()
+    undoes it. `gates`: only a trace that watches who writes to gates (`--gates`) shows it.
+    `nobody_signs_off`: every other CPU is still waited for, which explains the count that the RFC as posted leaves.
+    `storm`: the experiments of `lab storm` that show it; nothing else does.
     """
 
     id: str
@@ -81,7 +81,7 @@ class Fault:
 
     @property
     def generations(self) -> tuple[str, ...]:
-        """Those in which it makes sense."""
+        """Those to which it applies."""
         return tuple(generation for generation in generations() if _has(generation, self.needs))
 
     def gone_from_a_dump(self, generation: str) -> bool:
@@ -89,14 +89,14 @@ class Fault:
         return bool(self.not_in_a_dump or (self.mended_with and _has(generation, (self.mended_with,))))
 
     def expected(self, generation: str) -> tuple[Expected, ...]:
-        """All that is to be found in one generation, with 3 CPUs or more: in `rfc-v1` with what it does wrong by
-        itself (of 2, the one that a fault keeps from signing off explains that)."""
+        """All that should be found in one generation with 3 CPUs or more. In `rfc-v1` that includes its own defect
+        (with 2 CPUs, the one that a fault keeps from signing off explains it)."""
         found = tuple(finding for finding in self.findings if _has(generation, finding.needs))
         return found if self.nobody_signs_off else found + clean(generation)
 
 
 def clean(generation: str) -> tuple[Expected, ...]:
-    """What is found without any fault (with 2 CPUs or more): nothing, but for the RFC as posted."""
+    """What is found without any fault (with 2 CPUs or more): nothing, except in the RFC as posted."""
     return (Expected("waiting-cpus", None, "shootdown-done"),) if _has(generation, ("!SIGNS_OFF",)) else ()
 
 
@@ -104,12 +104,11 @@ _SILENT = Expected("nmi-answered", "F", "shootdown-done")
 _LOST = Expected("trace-complete", "C", "handover")
 _IN_DEVICES = "QEMU's dumps hold neither the local APICs nor the NMI latches"
 _OVER = "by then the CPU has done all of it, in the wrong order"
-_ON_ITS_WAY = "it shows a machine on the crash path, and not that it stays there"
-_IN_A_STORM = "it does no harm, but for an NMI, a machine check or a delay at the wrong moment: `xencrash lab storm`"
+_ON_ITS_WAY = "it shows a machine on the crash path, but not that it is stuck there"
+_IN_A_STORM = "it is harmless unless an NMI, a machine check or a delay comes at the wrong moment: `xencrash lab storm`"
 _COUNT, _MASK = ("WAITS_FOR_COUNTER",), ("!WAITS_FOR_COUNTER",)
 
-# What one wrong property of a gate is: the word for it, what the fault does, and what else follows for a CPU that
-# takes its NMI through such a gate.
+# A wrong property of a gate: its name, what the fault does, and what else fails on a CPU that takes its NMI through it.
 _GATE = (
     ("present", "is not present", None),
     ("handler", "leads a few bytes past the handler's beginning", None),
@@ -138,7 +137,7 @@ FAULTS: tuple[Fault, ...] = (
           (), (Expected("online-cpus", "F", "shootdown-done"),)),
     Fault("second-entry", "A CPU unblocks NMIs before it queues its own, and enters the handler a second time.",
           ("HARDENED",), (Expected("nmi-entries", "F", "shootdown-done"),),
-          not_in_a_dump="only who follows the crash can count how often the handler is entered"),
+          not_in_a_dump="only a trace of the crash can count how often the handler is entered"),
     Fault("wait-ends-early", "The crashing CPU goes on while a CPU has yet to save its registers.",
           ("SIGNS_OFF",), (_SILENT,)),
     Fault("owner-wrong", "one_cpu_only() records a CPU that did not crash.",
@@ -158,11 +157,11 @@ FAULTS: tuple[Fault, ...] = (
     Fault("nmi-not-sent", "One CPU is left out when the NMI is sent.", (), (_SILENT,)),
     Fault("nmi-by-vm-exit", "A CPU in VMX non-root mode takes the NMI as a VM exit, whose handler calls do_nmi() past "
           "the hooked gate, as until 4.5.0 on Intel.", ("HOOKS_GATES", "!REWRITES_GATES"), (_SILENT,)),
-    Fault("stuck", "A CPU never leaves another NMI's handler: the shootdown's NMI stays latched there.",
+    Fault("stuck", "A CPU never leaves another NMI's handler: the shootdown's NMI stays pending there.",
           (), (_SILENT,)),
-    Fault("late", "A CPU leaves another NMI's handler only when the crash image runs already, and answers then.",
+    Fault("late", "A CPU leaves another NMI's handler only after the crash image has started, and answers then.",
           (), (_SILENT,)),
-    Fault("idtr-elsewhere", "A CPU uses a copy of its IDT, so what is written to the table has no effect on it.",
+    Fault("idtr-elsewhere", "A CPU uses a copy of its IDT, so writes to the table have no effect on it.",
           (), (Expected("idtr", "F", "normal"),)),
     *(Fault(f"own-nmi-gate-{name}", f"The NMI gate of the crashing CPU {does}.",
             ("OWN_GATE_TRAP_NOP",), (Expected(f"nmi-gate-{name}", "C", "shootdown"),), cpus=1)
@@ -170,7 +169,7 @@ FAULTS: tuple[Fault, ...] = (
     *(Fault(f"nmi-gate-{name}", f"The NMI gate of another CPU {does}.",
             ("HOOKS_GATES",), (Expected(f"nmi-gate-{name}", "F", "shootdown"), *((follows,) if follows else ())))
       for name, does, follows in (
-          *_GATE, ("ist", "keeps the IST that the RFC takes away, or loses the one that the others keep", None))),
+          *_GATE, ("ist", "keeps the IST that the RFC clears, or loses the one that other generations keep", None))),
     # Machine checks
     *(Fault(f"mc-gate-{name}", f"The #MC gate of another CPU {does}, once it is rewritten.",
             ("HARDENED",), (Expected(f"mc-gate-{name}", "F", "handover"),))
@@ -182,85 +181,85 @@ FAULTS: tuple[Fault, ...] = (
           ("HARDENED",), (Expected("mc-gate-ist", "F", "cpu-save", ("!REWRITES_GATES",)),
                           Expected("mc-gate-ist", "F", "shootdown", ("REWRITES_GATES",))),
           mended_with="REWRITES_GATES"),
-    Fault("mc-gate-ist-restored", "A lost race in the rewriting of another CPU's #MC gate brings its IST back.",
+    Fault("mc-gate-ist-restored", "A race while another CPU's #MC gate is rewritten restores its IST.",
           ("HARDENED",), (Expected("mc-gate-ist", "F", "handover"),)),
-    Fault("mc-gate-ist-twice", "A CPU takes the IST off its own #MC gate, puts it back, and takes it off again.",
+    Fault("mc-gate-ist-twice", "A CPU clears the IST of its own #MC gate, restores it, and clears it again.",
           ("HARDENED", "!REWRITES_GATES"), (Expected("gate-change", "F", "cpu-stop"),), cpus=3, most_cpus=3,
           not_in_a_dump="by then the gate is as it should be"),
-    Fault("mc-gate-ist-remote", "The crashing CPU takes the IST off another CPU's #MC gate just before that CPU does.",
+    Fault("mc-gate-ist-remote", "The crashing CPU clears the IST of another CPU's #MC gate just before that CPU does.",
           ("HARDENED", "!REWRITES_GATES"), (Expected("gate-change", "F", "cpu-save"),), most_cpus=2, gates=True,
-          not_in_a_dump="the gate becomes what it should, when it should: only a watchpoint shows who wrote it"),
-    Fault("mc-not-swapped", "No #MC gate is led to trap_nop before the jump.",
+          not_in_a_dump="the gate gets the right value at the right time: only a watchpoint shows who wrote it"),
+    Fault("mc-not-swapped", "No #MC gate is redirected to trap_nop before the jump.",
           ("HARDENED",), (Expected("mc-gate-handler", "C", "handover"), Expected("mc-gate-handler", "O", "handover")),
           cpus=1),
-    Fault("mc-swapped-on-crasher-only", "Only the crashing CPU's own #MC gate is led to trap_nop.",
+    Fault("mc-swapped-on-crasher-only", "Only the crashing CPU's own #MC gate is redirected to trap_nop.",
           ("HARDENED",), (Expected("mc-gate-handler", "O", "handover"),)),
-    Fault("mc-rewritten", "The #MC gates are rewritten whole, as the RFC did, where the handler alone should change.",
+    Fault("mc-rewritten", "The #MC gates are rewritten whole, as by the RFC, where only the handler should change.",
           ("HARDENED", "!REWRITES_GATES"),
-          invisible="IST is off already on every CPU that answered, so the gates end the same; only a machine check "
-          "at the instant when one is not present would show it"),
+          invisible="the IST is already 0 on every CPU that answered, so the gates end up the same; only a machine "
+          "check at the instant when one is not present would show it"),
     # Notes
     Fault("notes-missing", "A CPU stops without saving its registers.",
           (), (Expected("saved-cpus", "F", "cpu-stop"),)),
-    Fault("notes-empty", "A CPU counts as saved, and has saved nothing.",
+    Fault("notes-empty", "A CPU is marked as saved, and has saved nothing.",
           (), (Expected("crash-notes", "F", "cpu-stop"),)),
-    Fault("info-note-missing", "The note about Xen itself is not written.",
+    Fault("info-note-missing", "The CRASH_INFO note is not written.",
           (), (Expected("crash-info-note", None, "exec-entry"),), cpus=1),
     # Local APIC
     Fault("lapic-not-stopped", "A CPU is parked with its local APIC running.",
           (), (Expected("lapic-enabled", "F", "shootdown-done"),), not_in_a_dump=_IN_DEVICES),
-    Fault("lvts-not-masked", "A CPU disables its local APIC by software and leaves the vector table unmasked "
-          "(hardware masks it then; QEMU shows what was written).",
+    Fault("lvts-not-masked", "A CPU disables its local APIC by software and leaves its LVT unmasked "
+          "(hardware then masks it; QEMU shows what was written).",
           (), (Expected("lapic-lvt", "F", "shootdown-done"),), not_in_a_dump=_IN_DEVICES),
     Fault("lapic-mode-kept", "A CPU is left in x2APIC mode where the machine booted in xAPIC mode.",
           (), (Expected("lapic-mode", "F", "shootdown-done"),), x2apic="x2apic", not_in_a_dump=_IN_DEVICES),
     Fault("own-lapic-mode-kept", "The crashing CPU is left in x2APIC mode where the machine booted in xAPIC mode.",
           (), (Expected("lapic-mode", "C", "crash-info"),), cpus=1, x2apic="x2apic"),
-    Fault("x2apic-enabled-stale", "x2apic_enabled is not looked at again after the stop: the next access to the local "
-          "APIC uses MSRs that are not there any more, and Xen panics within the crash.",
+    Fault("x2apic-enabled-stale", "x2apic_enabled is not updated after the stop: the next access to the local APIC "
+          "uses MSRs that no longer exist, and Xen panics during the crash.",
           (), (_LOST,), cpus=1, x2apic="x2apic", not_in_a_dump=_ON_ITS_WAY),
-    Fault("no-self-nmi", "A CPU parks without having queued an NMI to itself.",
+    Fault("no-self-nmi", "A CPU parks without queueing an NMI to itself.",
           ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"),), not_in_a_dump=_IN_DEVICES),
-    Fault("self-nmi-misdirected", "A CPU addresses its own NMI to an APIC id that nobody has.",
+    Fault("self-nmi-misdirected", "A CPU addresses its own NMI to an APIC ID that no CPU has.",
           ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"),), not_in_a_dump=_IN_DEVICES),
     # The end
     Fault("not-halted", "A CPU spins where it should halt.", (), (Expected("cpu-parked", "F", "handover"),)),
     Fault("interrupts-on", "A CPU halts with interrupts on.", (), (Expected("cpu-parked", "F", "handover"),)),
-    Fault("nmis-latched", "The crash comes from an NMI handler, and NMIs are not opened again before the jump.",
+    Fault("nmis-latched", "The crash starts in an NMI handler, and NMIs are not unblocked before the jump.",
           ("HARDENED",), (Expected("nmi-latch", "C", "handover"),), cpus=1, not_in_a_dump=_IN_DEVICES),
-    Fault("enable-nmis-skipped", "NMIs are not opened before the jump, in a crash that no NMI began.",
+    Fault("enable-nmis-skipped", "NMIs are not unblocked before the jump, in a crash outside any NMI handler.",
           ("HARDENED",), cpus=1,
-          invisible="they were open already; nmis-latched is the crash in which they are not"),
-    Fault("own-stop-skipped", "The crashing CPU does not stop itself once all others have answered, as in the "
+          invisible="they were unblocked already; nmis-latched is the crash in which they are not"),
+    Fault("own-stop-skipped", "The crashing CPU does not stop itself once all others have answered, as during the "
           "development of 4.13 (6ff560f7f1 to f56813f347).",
           ("HOOKS_EXCEPTION_TABLE",), (Expected("online-cpus", "C", "crash-info"),), cpus=1),
     Fault("no-jump", "machine_kexec() never jumps to the crash image.",
           (), (_LOST,), cpus=1, not_in_a_dump=_ON_ITS_WAY),
     # What a generation does wrong by itself
-    Fault("absent-cpus", "CPU numbers that no CPU has: 4.21.0's machine_kexec() reads through their per-CPU pointers.",
+    Fault("absent-cpus", "CPUs are possible but not present: 4.21.0's machine_kexec() uses their per-CPU pointers.",
           ("READS_ABSENT_IDTS",), (_LOST,), cpus=1, words="nr_cpu_ids=17", not_in_a_dump=_ON_ITS_WAY),
-    Fault("firmware-x2apic", "The firmware booted in x2APIC mode: until 4.4 a LAPIC goes there from disabled at once, "
-          "which is #GP, on each CPU that is stopped.",
+    Fault("firmware-x2apic", "The firmware booted in x2APIC mode: until 4.4 each CPU that is stopped switches its "
+          "LAPIC from disabled straight to x2APIC mode, which raises #GP.",
           ("ALWAYS_REVERTS_LAPIC",),
           (*(Expected(check, "O", "shootdown-done") for check in ("lapic-mode", "online-cpus")), _LOST),
           nobody_signs_off=True,
           most_cpus=2, x2apic="x2apic=firmware", words="x2apic=firmware", not_in_a_dump=_ON_ITS_WAY),
-    # Harmless, but for what comes at the wrong moment
-    Fault("own-nmi-not-ignored", "The handler of the shootdown's NMI does not ask whether it runs on the crashing CPU, "
-          "whose gate leads there, too.",
+    # Harmless, unless something comes at the wrong moment
+    Fault("own-nmi-not-ignored", "The handler of the shootdown's NMI does not check whether it runs on the crashing "
+          "CPU, whose gate also leads there.",
           ("!OWN_GATE_TRAP_NOP",), cpus=1, invisible=_IN_A_STORM, storm=Storm("injection", ("hang", "no-kernel"))),
-    Fault("save-done-ignored", "A CPU that is entered again does it all again, and signs off twice.",
+    Fault("save-done-ignored", "A CPU that enters the handler again repeats everything, and signs off twice.",
           ("HARDENED", "WAITS_FOR_COUNTER", "SIGNS_OFF"), invisible=_IN_A_STORM,
           storm=Storm("injection", ("check", "notes-changed"))),
-    Fault("ist-lost-update", "A CPU reads and writes half its #MC gate to take the IST off, as until 4.10: what the "
+    Fault("ist-lost-update", "A CPU reads and writes half its #MC gate to clear the IST, as until 4.10: what the "
           "crashing CPU writes in between is lost.",
           ("SETS_IST_AS_BYTE",), invisible=_IN_A_STORM, storm=Storm("delay", ("check",))),
     Fault("trap-nop-stays", "trap_nop does not return.",
           ("HARDENED",), cpus=1, invisible=_IN_A_STORM,
           storm=Storm("injection", ("hang", "no-kernel", "check"))),
-    Fault("nmis-unblocked-early", "A CPU unblocks NMIs for a moment when it counts as saved, and has not saved yet.",
+    Fault("nmis-unblocked-early", "A CPU unblocks NMIs for a moment when it is marked as saved, but has not saved yet.",
           ("HARDENED",), invisible=_IN_A_STORM, most_cpus=2, storm=Storm("injection", ("check",))),
-    Fault("late-never-halts", "A CPU that signs off when the wait is over waits for the crashing CPU to see it.",
+    Fault("late-never-halts", "A CPU that signs off after the wait has ended waits for the crashing CPU to notice.",
           invisible=_IN_A_STORM, storm=Storm("delay", ("check", "not-parked"))),
 )  # fmt: skip
 
