@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.machines import dumpwriter, elfwriter
+from tests.machines import dumpwriter, elfwriter, pewriter
 from tests.machines import dumpwriter as writer
 from xen_symbols.x86.gate import INTERRUPT_GATE, Gate
 
@@ -27,14 +27,15 @@ _PRESENT, _PS = 1, 1 << 7
 
 @dataclass
 class SyntheticXen:
-    """`variables` are symbols by name with their bytes; `content` is physical memory."""
+    """`variables` are symbols by name with their bytes; `content` is physical memory. `efi`: it booted xen.efi."""
 
     cpus: int
+    efi: bool = False
     content: dict[int, bytes] = field(default_factory=dict)
     symbols: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._next = VIRT_START + 0x400000
+        self._next = VIRT_START + (0x600000 if self.efi else 0x400000)
         self._text()
         self._tables()
         self._state()
@@ -47,8 +48,10 @@ class SyntheticXen:
         )
         for number, name in enumerate(names.split()):
             self.symbols[name] = (VIRT_START + 0x200000 + 0x1000 * number, "T")
-        note = dumpwriter.note("GNU", 3, BUILD_ID)
+        note = pewriter.build_id_record() if self.efi else dumpwriter.note("GNU", 3, BUILD_ID)
         self._place("__note_gnu_build_id_start", note, "R")
+        start = self._place("__base_relocs_start", bytes(0x100), "R")
+        self.symbols["__base_relocs_end"] = (start + (0x100 if self.efi else 0), "R")
 
     def _place(self, name: str, data: bytes, kind: str = "B") -> int:
         """A variable of the image."""
@@ -171,9 +174,9 @@ RANGES = [IMAGE, (HEAP, HEAP + (1 << 20))]
 class CrashedXen:
     """A crashed Xen that carries its symbols, its notes as in a vmcore, and its symbols in a file."""
 
-    def __init__(self, folder: Path, cpus: int = 2, table: int = 0x300000) -> None:
+    def __init__(self, folder: Path, cpus: int = 2, table: int = 0x300000, *, efi: bool = False) -> None:
         self.folder = folder
-        self.xen = SyntheticXen(cpus)
+        self.xen = SyntheticXen(cpus, efi)
         rows = sorted((address - VIRT_START, kind + name) for name, (address, kind) in self.xen.symbols.items())
         self.xen.content[PHYS_START + table] = elfwriter.embedded_table(rows)
         self.symbols = folder / "map"

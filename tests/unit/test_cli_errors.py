@@ -93,7 +93,8 @@ def test_symbols_that_are_not_there_are_told_before_gdb_starts(capsys: pytest.Ca
     assert main(["gdb", "gdb:localhost:1", "--symbols", "/nonexistent"]) == 3
     said = capsys.readouterr().err
     assert said == (
-        "xencrash: /nonexistent: No such file or directory; --symbols takes xen-syms, its .map, or Xen's image\n"
+        "xencrash: /nonexistent: No such file or directory; "
+        "--symbols takes xen-syms, xen.efi, the .map of either, or Xen's image\n"
     )
 
 

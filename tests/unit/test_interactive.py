@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cramjam import zstd
 
 from tests.machines.syntheticxen import PHYS_START, VIRT_START, CrashedXen
 from xen_symbols import open_dump
+from xen_symbols.symbols.elfwrite import symbol_file
+from xen_symbols.symbols.load import load_symbols
 from xencrash.cli import main
 from xencrash.serve import served
 
@@ -47,6 +55,35 @@ def test_gdb_on_a_dump_has_symbols(machine: CrashedXen, given: bool) -> None:
     else:
         path = Path(shown.removesuffix(" (ELF symbol table)"))
         assert path.name == "xen-syms" and not path.exists() and not path.parent.exists()
+
+
+NOT_UTF8 = os.fsdecode(b"xen-\xff\xe4")
+
+
+@pytest.mark.parametrize(
+    ("name", "pack", "source"),
+    [
+        ("xen-syms.gz", gzip.compress, "ELF symbol table"),
+        ("xen-syms.xz", lzma.compress, "ELF symbol table"),
+        ("xen-syms.zst", lambda data: bytes(zstd.compress(data)), "ELF symbol table"),
+        (NOT_UTF8, bytes, "ELF symbol table"),
+        (f"{NOT_UTF8}.bz2", bz2.compress, "ELF symbol table"),
+        (f"{NOT_UTF8}.map", None, ".map"),
+    ],
+    ids=["gz", "xz", "zst", "not UTF-8", "not UTF-8, bz2", "not UTF-8, map"],
+)
+def test_gdb_has_the_symbols_of_any_file(
+    machine: CrashedXen, tmp_path: Path, name: str, pack: Callable[[bytes], bytes] | None, source: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(machine.symbols.read_bytes() if pack is None else pack(symbol_file(load_symbols(machine.symbols))))
+    done = gdb(machine, "--symbols", path)
+    assert f"{machine.xen.symbols['idle_pg_table'][0]:#x}\n" in done.stdout.partition("$1 = ")[2]
+    assert " in kexec_crash_save_cpu ()\n" in done.stdout
+    (shown,) = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("symbols ")]
+    assert done.returncode == 0 and shown.endswith(f" ({source})")
+    assert (shown == f"{path} ({source})") is (name in ("xen-syms.gz", "xen-syms.xz"))
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr
 
 
 def test_a_dump_that_is_none_starts_no_gdb(machine: CrashedXen) -> None:

@@ -248,7 +248,8 @@ xen_symbols.report xen_symbols.report.jsontext xen_symbols.report.model
 xen_symbols.formats xen_symbols.formats.content xen_symbols.formats.elf
 xen_symbols.formats.elfnotes xen_symbols.formats.extents xen_symbols.formats.image xen_symbols.formats.magics
 xen_symbols.symbols xen_symbols.symbols.buildid xen_symbols.symbols.embedded
-xen_symbols.symbols.listed xen_symbols.symbols.load xen_symbols.symbols.mapfile xen_symbols.symbols.table
+xen_symbols.symbols.links xen_symbols.symbols.listed xen_symbols.symbols.load xen_symbols.symbols.mapfile
+xen_symbols.symbols.table
 xen_symbols.targets xen_symbols.targets.dump xen_symbols.targets.elfcore xen_symbols.targets.notes
 xen_symbols.targets.raw xen_symbols.targets.stretches
 xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.lapic

@@ -349,7 +349,7 @@ def test_gzip_is_undone(tmp_path: Path) -> None:
 
 # -- refusals ---------------------------------------------------------------------------------
 
-WANTED = "--symbols takes xen-syms, its .map, or Xen's image"
+WANTED = "--symbols takes xen-syms, xen.efi, the .map of either, or Xen's image"
 NO_MAP = f"is not `address kind name`, so this is neither an ELF file nor a .map; {WANTED}"
 
 
@@ -363,9 +363,8 @@ NO_MAP = f"is not `address kind name`, so this is neither an ELF file nor a .map
         (b"1" + b"0" * 16 + b" T a\n", f"line 1 {NO_MAP}"),
         (bytes(100), f"neither an ELF file nor a .map; {WANTED}"),
         (b"KDUMP   " + bytes(100), f"a kdump; {WANTED}"),
-        (b"\xfd7zXZ\0", f"compressed by xz; {WANTED}"),
-        (gzip.compress(b"\xfd7zXZ\0", mtime=0), f"compressed by xz; {WANTED}"),
-        (b"MZ\x90\0", "an EFI binary; give xen-syms, its .map, or the ELF image instead"),
+        (b"\x04\x22\x4d\x18", f"compressed by LZ4; unpack it first (unlz4); {WANTED}"),
+        (gzip.compress(b"\xfd7zXZ\0", mtime=0), f"compressed by xz; unpack it first (unxz); {WANTED}"),
         (b"\x7fELF", "ELF header: the file ends at 0x4, 16 bytes are wanted at offset 0x0; "
                     "the file is truncated or damaged"),
         (b"\x7fELF\x02\x02" + bytes(80), "not a little-endian ELF file; Xen on x86 is one"),

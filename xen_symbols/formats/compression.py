@@ -1,41 +1,78 @@
-"""Compressions, of whole files and of single pages. Only zlib is in the standard library; a package that another needs
-is imported when one is met, and named where it is not installed."""
+"""Compressions, of whole files and of single pages. A package that one needs is imported when it is met, and named
+where it is not installed: zstd, lzo and snappy are not in the standard library."""
 
 import zlib
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats.content import Content, Held
 
 FILE_MAX = 128 << 20  # of a decompressed file; xen-syms with DWARF is 30 MB
+_TOO_LONG = f"more than {FILE_MAX >> 20} MB when decompressed"
 
 
 # -- files ------------------------------------------------------------------------------------
 
 
+class _Decompressor(Protocol):
+    """What zlib, lzma, bz2 and compression.zstd (Python 3.14) have in common."""
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+    @property
+    def eof(self) -> bool: ...
+
+
 def unpacked(content: Content, packed: str) -> Content:
     """The content of a compressed file, undone in memory. Raises Undecidable."""
-    data = _FILES[packed](content.read(0, content.size))
-    if not data:
-        raise Undecidable("empty when decompressed; fetch the file again")
-    return Held(data)
-
-
-def _gunzip(data: bytes) -> bytes:
-    inflate = zlib.decompressobj(wbits=31)
+    data = content.read(0, content.size)
     try:
-        found = inflate.decompress(data, FILE_MAX)
-    except zlib.error as error:
-        raise Undecidable(f"bad gzip data ({error}); fetch the file again") from None
-    if not inflate.eof:
-        why = "more than 128 MB when decompressed" if len(found) == FILE_MAX else "truncated gzip data"
-        raise Undecidable(f"{why}; fetch the file again")
+        found = _zstd_file(data) if packed == "zstd" else _streamed(data, packed)
+    except Undecidable:
+        raise
+    except ImportError as error:
+        raise Undecidable(f"compressed with {packed}; install the Python package {error.name}") from None
+    except Exception as error:  # each library has its own error class, and bad data is all it can mean
+        raise Undecidable(f"bad {packed} data ({error}); fetch the file again") from None
+    if not found:
+        raise Undecidable("empty when decompressed; fetch the file again")
+    return Held(found)
+
+
+def _gzip() -> _Decompressor:
+    return zlib.decompressobj(wbits=31)
+
+
+def _xz() -> _Decompressor:
+    return import_module("lzma").LZMADecompressor()  # type: ignore[no-any-return]
+
+
+def _bzip2() -> _Decompressor:
+    return import_module("bz2").BZ2Decompressor()  # type: ignore[no-any-return]
+
+
+_STREAMS: dict[str, Callable[[], _Decompressor]] = {"gzip": _gzip, "xz": _xz, "lzma": _xz, "bzip2": _bzip2}
+
+STANDARD = frozenset(_STREAMS)  # what the standard library undoes
+
+
+def _streamed(data: bytes, packed: str) -> bytes:
+    stream = _STREAMS[packed]()
+    found = stream.decompress(data, FILE_MAX)
+    if not stream.eof:
+        raise Undecidable(
+            f"{_TOO_LONG if len(found) == FILE_MAX else f'truncated {packed} data'}; fetch the file again"
+        )
     return found
 
 
-_FILES: dict[str, Callable[[bytes], bytes]] = {"gzip": _gunzip}
+def _zstd_file(data: bytes) -> bytes:
+    from cramjam import zstd
+
+    found = bytearray(FILE_MAX)  # of which only what is written takes memory
+    return bytes(memoryview(found)[: zstd.decompress_into(data, found)])
 
 
 # -- pages ------------------------------------------------------------------------------------

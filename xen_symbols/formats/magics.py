@@ -26,6 +26,11 @@ class Magic(NamedTuple):
     source: str = ""
     weak: bool = False
 
+    @property
+    def unpacks(self) -> bool:
+        """Whether the advice is to unpack it, whatever it is taken for."""
+        return self.advice.startswith(_UNPACK)
+
 
 _UNPACK = "unpack it first"
 _DISK = "this is a disk, not memory; take a dump of the machine's memory"
@@ -92,9 +97,11 @@ MAGICS = (
           source="UEFI 2.10, 5.2.1"),
     # Compressed files
     Magic(b"\x1f\x8b", "compressed by gzip", packed="gzip", advice=f"{_UNPACK} (gunzip)", weak=True, source="RFC 1952"),
-    Magic(b"\xfd7zXZ\0", "compressed by xz", advice=f"{_UNPACK} (unxz)", source="the .xz file format, 2.1.1.1"),
-    Magic(b"\x28\xb5\x2f\xfd", "compressed by zstd", advice=f"{_UNPACK} (unzstd)", source="RFC 8878"),
-    Magic(b"BZh", "compressed by bzip2", advice=f"{_UNPACK} (bunzip2)", weak=True, source="bzip2 bzlib_private.h"),
+    Magic(b"\xfd7zXZ\0", "compressed by xz", packed="xz", advice=f"{_UNPACK} (unxz)",
+          source="the .xz file format, 2.1.1.1"),
+    Magic(b"\x28\xb5\x2f\xfd", "compressed by zstd", packed="zstd", advice=f"{_UNPACK} (unzstd)", source="RFC 8878"),
+    Magic(b"BZh", "compressed by bzip2", packed="bzip2", advice=f"{_UNPACK} (bunzip2)", weak=True,
+          source="bzip2 bzlib_private.h"),
     Magic(b"\x04\x22\x4d\x18", "compressed by LZ4", advice=f"{_UNPACK} (unlz4)", source="LZ4 frame format"),
     Magic(b"\x02\x21\x4c\x18", "compressed by LZ4 (legacy)", advice=f"{_UNPACK} (unlz4)", source="LZ4 frame format"),
     Magic(b"\x89LZO\0\r\n\x1a\n", "compressed by lzop", advice=f"{_UNPACK} (lzop -d)", source="lzop lzop.c"),
@@ -102,7 +109,8 @@ MAGICS = (
           source="snappy framing_format.txt"),
     Magic(b"LZIP", "compressed by lzip", advice=f"{_UNPACK} (lzip -d)", source="lzip manual, file format"),
     Magic(b"\x1f\x9d", "compressed by compress", advice=f"{_UNPACK} (uncompress)", weak=True, source="ncompress"),
-    Magic(b"\x5d\0\0", "compressed by lzma", advice=f"{_UNPACK} (unlzma)", weak=True, source="LZMA SDK lzma.txt"),
+    Magic(b"\x5d\0\0", "compressed by lzma", packed="lzma", advice=f"{_UNPACK} (unlzma)", weak=True,
+          source="LZMA SDK lzma.txt"),
     # Archives and others
     Magic(b"PK\3\4", "a zip archive", advice=_UNPACK, source="PKWARE APPNOTE, 4.3.7"),
     Magic(b"ustar", "a tar archive", advice=_UNPACK, offset=257, source="POSIX.1, pax"),
@@ -113,7 +121,7 @@ MAGICS = (
     Magic(b"\xed\xab\xee\xdb", "an RPM package", advice=_UNPACK, source="rpm lib/rpmlead"),
     Magic(b"version https://git-lfs", "a pointer of Git LFS", advice="fetch the file itself (git lfs pull)",
           source="Git LFS specification"),
-    Magic(b"MZ", "a PE image (xen.efi, perhaps)", advice="it is not a dump; name the vmcore", weak=True,
+    Magic(b"MZ", "a PE image (xen.efi, perhaps)", symbols="pe", advice="it is not a dump; name the vmcore", weak=True,
           source="PE format, MS-DOS stub"),
 )  # fmt: skip
 TEXT = Magic(b"", "a text file", advice="a log or a map is not a dump; name the vmcore", weak=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from xen_symbols.absence import Undecidable
+from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats import elf
 from xen_symbols.formats.content import Content
 from xen_symbols.formats.elf import ELF32, ELF64, PT_LOAD, PT_NOTE, SHT_NOTE, SHT_SYMTAB, Layout, Program, Section
@@ -194,7 +194,7 @@ def read_symbols(path: str, content: Content) -> SymbolTable:
     if not rows.in_bounds():
         raise Undecidable("corrupt: its ELF symbol table names strings beyond the string table")
     allocated = sorted((s.address, s.address + s.size) for s in headers.sections if s.flags & elf.SHF_ALLOC and s.size)
-    return SymbolTable(
+    table = SymbolTable(
         path,
         SOURCE,
         rows,
@@ -203,6 +203,20 @@ def read_symbols(path: str, content: Content) -> SymbolTable:
         note_address=_address_of(note[0], headers) if note else None,
         image=_image(content, headers),
     )
+    if note is None:
+        _note_of_efi(table)
+    return table
+
+
+def _note_of_efi(table: SymbolTable) -> None:
+    """The build-id of xen.efi as an ELF file (Debian's xen-….efi.elf): it is not in an ELF note."""
+    for symbol in table.candidates(buildid.SYMBOL):
+        try:
+            note = table.image.read(symbol.address, buildid.CODEVIEW_SIZE) if table.image else b""
+        except Unreadable:
+            continue
+        if buildid.is_of_efi(note):
+            table.build_id, table.note_address = buildid.parse_note(note), symbol.address
 
 
 def _load_embedded(path: str, content: Content, headers: _Headers) -> SymbolTable:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from xen_symbols.formats.image import Image
+from xen_symbols.symbols import buildid
 from xen_symbols.symbols.table import Symbol, SymbolTable
 
 
@@ -51,5 +52,5 @@ def listed_table(path: str, source: str, rows: ListedRows, image: Image | None =
     """A table of listed symbols: where the image lies, and its build-id note, they say themselves."""
     table = SymbolTable(path, source, rows, (), image=image, text_only=rows.text_only())
     table.ranges = (image_range(table),)
-    table.note_address = next((symbol.address for symbol in table.candidates("__note_gnu_build_id_start")), None)
+    table.note_address = next((symbol.address for symbol in table.candidates(buildid.SYMBOL)), None)
     return table

@@ -10,13 +10,13 @@ from xen_symbols.formats.content import Content, File, WrongFile
 from xen_symbols.formats.magics import recognised
 from xen_symbols.symbols.table import SymbolTable
 
-ACCEPTED = "--symbols takes xen-syms, its .map, or Xen's image"
+ACCEPTED = "--symbols takes xen-syms, xen.efi, the .map of either, or Xen's image"
 
 
 def load_symbols(path: str) -> SymbolTable:
-    """Symbols from xen-syms, a `.map`, or Xen's image; gzip-compressed or not.
+    """Symbols from xen-syms, xen.efi, a `.map`, or Xen's image; compressed or not.
 
-    An ELF file without a symbol table gives the table embedded in Xen. Raises Undecidable.
+    A program without a symbol table gives the table embedded in Xen. Raises Undecidable.
     """
     try:
         return _load(path, File(path))
@@ -30,13 +30,20 @@ def load_symbols(path: str) -> SymbolTable:
         raise Undecidable(f"{path}: {error}; the file is truncated or damaged") from None
 
 
-def _load(path: str, content: Content) -> SymbolTable:
+def unpacked(content: Content) -> Content:
+    """What is in a compressed file; another is what it is. Raises Undecidable."""
     kind = recognised(content)
-    if kind is not None and kind.packed:
-        content = import_module("xen_symbols.formats.compression").unpacked(content, kind.packed)
-        kind = recognised(content)
+    if kind is None or not kind.packed:
+        return content
+    undone: Content = import_module("xen_symbols.formats.compression").unpacked(content, kind.packed)
+    return undone
+
+
+def _load(path: str, content: Content) -> SymbolTable:
+    content = unpacked(content)
+    kind = recognised(content)
     if kind is not None and not kind.symbols and not kind.weak:
-        raise WrongFile(kind.what)
+        raise WrongFile(f"{kind.what}; {kind.advice}" if kind.unpacks else kind.what)
     module = kind.symbols if kind is not None and kind.symbols else "mapfile"  # which is text, and has no magic
     read: Callable[[str, Content], SymbolTable] = import_module(f"{__package__}.{module}").read_symbols
     return read(path, content)

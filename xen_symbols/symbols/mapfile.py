@@ -4,30 +4,30 @@ Since 4.15 Xen's own tools/symbols writes them, with all symbols and local ones 
 before, they are nm's output reduced to text symbols.
 """
 
-from xen_symbols.absence import Undecidable
 from xen_symbols.formats.content import Content, WrongFile, start_of
 from xen_symbols.symbols.listed import ListedRows, listed_table
 from xen_symbols.symbols.table import SymbolTable
 
 SOURCE = ".map"
 _LONGEST = 64 << 20
+_UTF8_MARK = b"\xef\xbb\xbf"  # as CRLF, what a Windows editor leaves
 
 
 def read_symbols(path: str, content: Content) -> SymbolTable:
-    """Raises Undecidable, if it is not such a file WrongFile."""
+    """Raises WrongFile."""
     head = start_of(content, 4096)
-    if head[:2] == b"MZ":
-        raise Undecidable("an EFI binary; give xen-syms, its .map, or the ELF image instead")
     if b"\0" in head or content.size > _LONGEST:
         raise WrongFile("neither an ELF file nor a .map")
     addresses: list[int] = []
     kinds: list[str] = []
     names: list[str] = []
-    for number, line in enumerate(content.read(0, content.size).decode("latin-1").split("\n"), 1):
-        if not line or line.isspace():
+    text = content.read(0, content.size).removeprefix(_UTF8_MARK).decode("latin-1")
+    for number, line in enumerate(text.split("\n"), 1):
+        words = line.strip().split(None, 2)
+        if not words:
             continue
         try:
-            address, kind, name = line.split(None, 2)
+            address, kind, name = words
             value = int(address, 16)
         except ValueError:
             value = -1

@@ -21,6 +21,10 @@ _END_MARKERS = frozenset({"_etext", "_einittext", "_erodata", "_end"})
 # These hold a function's own name (C11, 6.4.2.2, and gcc's): clang's `__func__.one_cpu_only` is not a variable of its.
 _OWN_NAME = frozenset({"__func__", "__FUNCTION__", "__PRETTY_FUNCTION__"})
 
+# GNU ld writes 14 characters of a path of 15 to 18 into a COFF symbol table (binutils bfd/coffgen.c; a longer one goes
+# into the string table): arch/x86/traps.c is `arch/x86/traps` in all that is made of xen.efi.
+_CUT_PATH, _CUT = 14, range(1, 5)
+
 _PLACES = 1024
 _NAMES = 256
 
@@ -294,7 +298,9 @@ def _same_file(recorded: str | None, asked: str) -> bool:
     """Whether one path is the tail of the other: builds record base names or paths."""
     if recorded is None:
         return False
-    return recorded == asked or recorded.endswith("/" + asked) or asked.endswith("/" + recorded)
+    if recorded == asked or recorded.endswith("/" + asked) or asked.endswith("/" + recorded):
+        return True
+    return len(recorded) == _CUT_PATH and any(_same_file(recorded + asked[-cut:], asked) for cut in _CUT)
 
 
 def _is_static(name: str, bare: str) -> bool:

@@ -8,6 +8,7 @@ from itertools import chain
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.formats.elfnotes import Note
 from xen_symbols.symbols import buildid, embedded
+from xen_symbols.symbols.links import Link, link_of
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu, Target
 from xen_symbols.targets.notes import XEN_CRASH_INFO, parse_address, parse_crash_info, parse_vmcoreinfo
@@ -59,7 +60,10 @@ def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False
     memory = _by_evidence(target, symbols, cpus, unread)
     theirs = _build_id_in(memory, symbols) if memory else None
     if memory is None or (symbols.build_id and theirs and theirs != symbols.build_id):
-        other = theirs or _foreign_build_id(target, cpus, unread)
+        other = theirs
+        if memory is None:
+            other, booted = _other_xen(target, cpus, unread)
+            _require_link(target, symbols, booted)
         if other and symbols.build_id and other != symbols.build_id:
             if not allow_mismatch or memory is None:
                 even = " (its page tables cannot be found with them: a mismatch cannot be allowed)"
@@ -211,34 +215,50 @@ def _build_id_in(memory: XenMemory, symbols: SymbolTable) -> bytes | None:
     """The build-id of the Xen in memory: where the symbols say, else wherever it is in the image."""
     if symbols.note_address is not None:
         try:
-            found = buildid.parse_note(memory.read(symbols.note_address, buildid.NOTE_SIZE))
+            build_id = buildid.parse_note(memory.read(symbols.note_address, buildid.NOTE_SIZE))
         except Unreadable:
-            found = None
-        if found:
-            return found
-    return _scan(memory, image_region(symbols.address(ROOT)))
+            build_id = None
+        if build_id:
+            return build_id
+    found = _scan(memory, image_region(symbols.address(ROOT)))
+    return found[0] if found else None
 
 
-def _scan(memory: AddressSpace, region: int) -> bytes | None:
+def _scan(memory: AddressSpace, region: int) -> tuple[bytes, Link] | None:
+    """The build-id in an image, and the link that has it in this form."""
     step = 64 << 10
     behind, previous = 0, b""
     for chunk in range(region + IMAGE_MIN_OFFSET, region + IMAGE_MAX, step):
         # The page behind .rodata is not mapped: a chunk need not be readable as a whole.
         for address, data in embedded.readable(memory.read, chunk, step):
-            found = buildid.scan(previous + data if address == behind else data)
+            whole = previous + data if address == behind else data
+            found = buildid.scan(whole)
             if found:
-                return found[1]
+                return found[1], Link.EFI if buildid.is_of_efi(whole[found[0] :][: buildid.NOTE_SIZE]) else Link.GZ
             behind, previous = address + len(data), data[-buildid.NOTE_SIZE :]
     return None
 
 
-def _foreign_build_id(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> bytes | None:
-    """The build-id of whatever Xen is there, without any symbols."""
+def _other_xen(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> tuple[bytes | None, Link | None]:
+    """(build-id, link) of whatever Xen is there, without any symbols."""
     for memory, region in chain(_images(target, cpus, unread), _images_in_memory(target)):
         found = _scan(memory, region)
         if found:
             return found
-    return None
+        table = _carried(memory, region, unread)
+        if table is not None and (link := link_of(table)):
+            return None, link
+    return None, None
+
+
+def _require_link(target: Target, symbols: SymbolTable, booted: Link | None) -> None:
+    """That the symbols are not of the build's other link than the one that the machine booted."""
+    mine = link_of(symbols)
+    if booted and mine is booted.other:
+        raise Undecidable(
+            f"{symbols.path} has the symbols of the other link, {mine.value}: the Xen in {target.location} was booted "
+            f"from {booted.value}, whose variables have other addresses; give {booted.symbols} with --symbols"
+        )
 
 
 def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolTable:

@@ -37,7 +37,7 @@ def add_target(parser: ArgumentParser, *, several: bool = False, dumps: bool = T
     else:
         parser.add_argument("target", metavar="TARGET", help="a dump, or gdb:…" if dumps else "gdb:…")
     parser.add_argument(
-        "--symbols", metavar="FILE", help="xen-syms, a .map, or an image; default: what Xen itself carries"
+        "--symbols", metavar="FILE", help="xen-syms, xen.efi, a .map, or an image; default: what Xen itself carries"
     )
     parser.add_argument(
         "--qmp", metavar="SOCKET", help="QEMU's QMP socket: a live machine's LAPIC modes, NMI latches, IDTRs"

@@ -13,9 +13,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+from xen_symbols.formats.compression import STANDARD
+from xen_symbols.formats.content import File
+from xen_symbols.formats.magics import recognised
 from xen_symbols.symbols.elf import SOURCE as ELF_TABLE
 from xen_symbols.symbols.elfwrite import symbol_file
-from xen_symbols.symbols.load import load_symbols
+from xen_symbols.symbols.load import load_symbols, unpacked
 from xen_symbols.symbols.table import SymbolTable
 from xencrash.gdbmi import parse_live
 from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
@@ -41,10 +44,10 @@ def run(args: Namespace) -> int:
     """gdb's own exit status. Raises Undecidable when there is no gdb, or the dump cannot be served."""
     asked = request(args, symbols_may_follow=True)
     command = [find_gdb(), *gdb_arguments()]
-    with _target(asked) as (place, settings, table), _symbol_file(asked.symbols, table) as symbols:
+    with _target(asked) as (place, settings, table), _symbol_files(asked.symbols, table) as (ours, gdbs):
         words = [f"source {plugin_script()}"]
-        if asked.symbols:
-            words.append(f"set xen symbols {Path(asked.symbols).absolute()}")
+        if ours:
+            words.append(f"set xen symbols {ours}")
         if asked.qmp:
             words.append(f"set xen qmp-socket {Path(asked.qmp).absolute()}")
         if asked.allow_mismatch:
@@ -53,8 +56,8 @@ def run(args: Namespace) -> int:
         for word in words:
             command += ["-ex", word]
         command += args.gdb_arguments
-        if symbols:
-            command.append(symbols)
+        if gdbs:
+            command.append(gdbs)
         return _wait(command)
 
 
@@ -71,19 +74,51 @@ def _target(asked: Request) -> Iterator[tuple[str, tuple[str, ...], SymbolTable 
 
 
 @contextlib.contextmanager
-def _symbol_file(path: str | None, table: SymbolTable | None) -> Iterator[str | None]:
-    """What gdb itself can load: xen-syms as it is, anything else as an ELF file of the same names while gdb runs."""
+def _symbol_files(path: str | None, table: SymbolTable | None) -> Iterator[tuple[str | None, str | None]]:
+    """(what the xen commands load, what gdb itself loads), as long as gdb runs.
+
+    The first is the file given, under a name that gdb can hand to Python. The second is xen-syms as it is or unpacked,
+    anything else as an ELF file of the same names.
+    """
     if table is None:
-        yield None
-    elif path and table.source == ELF_TABLE:
-        yield str(Path(path).absolute())
-    else:
+        yield None, None
+        return
+    with tempfile.TemporaryDirectory(prefix="xencrash-") as folder:
+        given = _given(path, Path(folder)) if path else (None, None)
+        if path and table.source == ELF_TABLE:
+            yield given
+            return
         whose = f"of {path}" if path else "that Xen carries in its image"
         print(f"xencrash: gdb has the symbols {whose}, and no types; xen bt knows Xen's stacks", file=sys.stderr)
-        with tempfile.TemporaryDirectory(prefix="xencrash-") as folder:
-            file = Path(folder) / "xen-syms"
-            file.write_bytes(symbol_file(table))
-            yield str(file)
+        made = Path(folder) / "xen-syms"
+        made.write_bytes(symbol_file(table))
+        yield given[0], str(made)
+
+
+def _given(path: str, folder: Path) -> tuple[str, str]:
+    """(the file, the same unpacked)."""
+    file = File(path)
+    kind = recognised(file)
+    content = unpacked(file)
+    plain = str(Path(path).absolute())
+    if not _is_utf8(plain):
+        link = folder / "symbols"
+        link.symlink_to(plain)
+        plain = str(link)
+    if content is file:
+        return plain, plain
+    made = folder / "unpacked"
+    made.write_bytes(content.read(0, content.size))
+    needs_package = kind is not None and kind.packed not in STANDARD  # which gdb's own Python may not have
+    return str(made) if needs_package else plain, str(made)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _wait(command: list[str]) -> int:
