@@ -203,12 +203,22 @@ class Context:
     def allowed(self, written: Object, cpu: int) -> tuple[Any, ...] | Absent:
         """What it may be on this machine. Absent where any value that it takes on the path is not known here."""
         standing = self._standing(cpu)
+        if standing.role is Whose.OFFLINE and self._masks_unread:
+            return self._masks_unread
         allowed = standing.allowed.get(written)
         if allowed is None:
             steps = [w.to for w in standing.writes(written, self.generation) if not isinstance(w.when, Window)]
             allowed = self._known(written, (written.before, *steps), self.values(written, cpu))
             standing.allowed[written] = allowed
         return allowed
+
+    @cached_property
+    def _masks_unread(self) -> Absent | None:
+        """Why it is not known that a CPU which no mask shows was not online when the crash began."""
+        for read in (self.state.system[name] for name in ("online", "saved", "waiting_mask")):
+            if isinstance(read.value, Absent) and read.value.kind is Kind.UNREAD:
+                return Absent(f"whether it was online could not be read: {read.value}")
+        return None
 
     def _known(self, written: Object, path: Sequence[Any], values: Sequence[Any]) -> tuple[Any, ...] | Absent:
         known = {value: self.resolve(written, value) for value in (*path, *values)}

@@ -29,6 +29,8 @@ def describe_target(memory: XenMemory) -> contract.Target:
         "xen_phys_start": hex(memory.xen_phys_start),
         "found_by": memory.found_by,
     }
+    if target.truncated:
+        out["warnings"] = [target.truncated]
     if isinstance(target.accelerator, Absent):
         return {**out, "accelerator_absent": target.accelerator.reason}
     return {**out, "accelerator": target.accelerator}

@@ -5,28 +5,34 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from xen_symbols.absence import Undecidable, Unreadable
+
+FILE_END = 1 << 63  # no file is longer: off_t has 64 bits with a sign
 
 
 class Content(Protocol):
     """Bytes by offset, whatever they are wrapped in."""
 
-    @property
-    def size(self) -> int: ...
+    size: int
+    truncated: str | None = None  # what shows, in the bytes that hold it, that it lost its end
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes; raises Unreadable where they are not all there."""
         ...
+
+    def held(self) -> Sequence[tuple[int, int]]:
+        """(start, end) of what there is below `size`, ascending; the rest was lost."""
+        return [(0, self.size)]
 
 
 class WrongFile(Undecidable):
     """Not a file of the kind that is asked for: one clause that says what it is. Who asked for it adds what to give."""
 
 
-class File:
+class File(Content):
     """A regular file, of which nothing is read but what is asked for.
 
     Not mapped: the kernel maps the neighbours of each page that is touched, 41 MB for a few words of each of 4096 CPUs,
@@ -74,7 +80,7 @@ class File:
                 yield end, self.size
 
 
-class Held:
+class Held(Content):
     """Content that is in memory: what a compressed file had."""
 
     def __init__(self, data: bytes) -> None:
@@ -93,6 +99,19 @@ def _beyond(end: int, offset: int, size: int) -> Unreadable:
 def start_of(content: Content, size: int) -> bytes:
     """The first bytes, at most `size`."""
     return content.read(0, min(size, content.size))
+
+
+def as_held(content: Content, offset: int, size: int) -> bytes:
+    """Of these bytes those from the first on that there are: fewer where the file lost its end."""
+    for start, end in content.held():
+        if start <= offset < end:
+            return content.read(offset, min(size, end - offset))
+    return b""
+
+
+def ends_early(content: Content, wanted: int, what: str) -> str:
+    """In words, that a file lost its end: `what` of it would end at offset `wanted`."""
+    return content.truncated or f"the file is truncated: it ends at offset {content.size:#x}, its {what} at {wanted:#x}"
 
 
 def require(content: Content, offset: int, size: int, what: str) -> bytes:

@@ -42,6 +42,11 @@ def _name(raw: bytes) -> str:
     return escaped(raw.split(b"\0", 1)[0].decode("ascii", "backslashreplace"))
 
 
+def pack_size(name_size: int, desc_size: int) -> int:
+    """The bytes of a note with a name and a content of these sizes."""
+    return _HEADER.size + (name_size + 3 & ~3) + desc_size
+
+
 def pack(name: bytes, kind: int, desc: bytes) -> bytes:
     """A note; `name` with its NUL."""
     return _HEADER.pack(len(name), len(desc), kind) + name + bytes(-len(name) % 4) + desc + bytes(-len(desc) % 4)

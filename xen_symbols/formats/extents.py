@@ -43,6 +43,17 @@ class Extents:
             last_end, last = position + self._ends[index] - start, index
         return None
 
+    def split(self, held: Sequence[tuple[int, int]]) -> tuple[Extents, Extents]:
+        """What of it lies in these stretches of the file (start, end), which ascend, and what does not."""
+        inside: list[Stretch] = []
+        outside: list[Stretch] = []
+        file = Extents((start, end, start) for start, end in held)
+        for start, end, position in zip(self._starts, self._ends, self._positions, strict=True):
+            for found, length in file.pieces(position, end - start):
+                (outside if found is None else inside).append((start, start + length, position))
+                start, position = start + length, position + length
+        return Extents(inside), Extents(outside)
+
     def position(self, address: int, size: int) -> int | None:
         """Where all of the range lies in the file in one piece; None where it does not."""
         index = bisect_right(self._starts, address) - 1

@@ -75,6 +75,7 @@ def header(report: contract.Report) -> Lines:
     target, symbols, generation = report["target"], report["symbols"], report["generation"]
     match = {True: Cell("match", "pass"), False: Cell("DO NOT MATCH", "fail"), None: Cell("unverified", "unknown")}
     lines = [[Cell("target      ", "dim"), Cell(target_line(target))]]
+    lines += [[Cell("warning     ", "dim"), Cell(warning, "unknown")] for warning in target.get("warnings", ())]
     if symbols["path"] is not None:  # nothing could be opened
         used = f"{symbols['path']} ({symbols.get('source')}), build-id {symbols['build_id'] or 'none'}: "
         lines.append([Cell("symbols     ", "dim"), Cell(used), match[symbols["match"]]])

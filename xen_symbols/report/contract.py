@@ -27,13 +27,15 @@ class _Target(TypedDict):
 
 
 class Target(_Target, total=False):
-    """`found_by`: what led to Xen's page tables; `crashing_cpu_by`: the evidence for crashing_cpu."""
+    """`found_by`: what led to Xen's page tables; `crashing_cpu_by`: the evidence for crashing_cpu; `warnings`: what is
+    wrong with the dump itself."""
 
     accelerator: Literal["tcg", "kvm"] | None
     accelerator_absent: str
     xen_phys_start: Address | None
     found_by: str
     crashing_cpu_by: list[str]
+    warnings: list[str]
 
 
 class _Symbols(TypedDict):

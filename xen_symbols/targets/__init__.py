@@ -71,6 +71,7 @@ class Target(Protocol):
     format: str  # what it is, e.g. "QEMU gdbstub", "ELF vmcore"
     location: str  # how the user named it
     base: int | None = None  # of a raw image: the physical address of its first byte, which the user gave
+    truncated: str | None = None  # of a dump: that its file lost its end, and where it ends
 
     @property
     def accelerator(self) -> Literal["kvm", "tcg"] | Absent:
@@ -135,11 +136,12 @@ class Memory(Protocol):
 
 
 class Opened(NamedTuple):
-    """What is in a dump. `format` is what reports call it."""
+    """What is in a dump. `format` is what reports call it; `truncated` says what of it the file has lost."""
 
     format: str
     memory: Memory
     notes: Sequence[Note] = ()
+    truncated: str | None = None
 
 
 class Wrapped(NamedTuple):

@@ -22,7 +22,7 @@ class Dump(Target):
     def __init__(self, location: str, opened: Opened, base: int | None = None) -> None:
         """`base` is that of a raw image."""
         self.location, self.opened, self.base = location, opened, base
-        self.format = opened.format
+        self.format, self.truncated = opened.format, opened.truncated
         self._cpus = cpus_of(opened.notes)
 
     def read_physical(self, address: int, size: int) -> bytes:

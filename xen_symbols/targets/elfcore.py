@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xen_symbols.absence import Undecidable
+from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats import elf
-from xen_symbols.formats.content import Content, require
-from xen_symbols.formats.elf import ELF64, PT_LOAD, PT_NOTE
+from xen_symbols.formats.content import FILE_END, Content, as_held, ends_early, require
+from xen_symbols.formats.elf import ELF64, PT_LOAD, PT_NOTE, Program
 from xen_symbols.formats.elfnotes import Note
 from xen_symbols.formats.extents import Extents, Stretch
 from xen_symbols.targets import PHYSICAL_END, Opened
@@ -22,6 +22,7 @@ _TYPES = {elf.ET_REL: "an object file", elf.ET_EXEC: "an executable", elf.ET_DYN
 
 # A dump by QEMU with paging has a header per mapping: 66,000 for a Xen with 1 GB.
 _MAX_HEADERS = 1 << 18
+_UNWRITTEN = Program(*bytes(8))
 _MAX_NOTE_BYTES = 16 << 20  # 16383 CPUs with QEMU's notes need 14 MB
 
 
@@ -29,9 +30,10 @@ def read_dump(content: Content) -> Opened:
     """Memory and notes of an ELF64 core of an x86-64 machine; raises Undecidable for any other ELF file."""
     table = _program_headers(content)
     notes = of_a_machine(_read_notes(content, table))  # a process's has all its memory at physical 0
-    held = disjoint(_loads(content, table), "program headers")
-    left_out = Extents(_left_out(table))
-    return Opened("ELF core", StretchMemory(content, held, left_out), notes)
+    held, lost = disjoint(_loads(table), "program headers").split(content.held())
+    truncated = _truncated(content, table)
+    memory = StretchMemory(content, held, Extents(_left_out(table)), lost, truncated)
+    return Opened("ELF core", memory, notes, truncated)
 
 
 def _program_headers(content: Content) -> bytes:
@@ -62,7 +64,31 @@ def _program_headers(content: Content) -> bytes:
         count = _extended_count(content, header.shoff)
     if count > _MAX_HEADERS:
         raise Undecidable(f"{count} program headers; more than {_MAX_HEADERS} are not believable")
-    return require(content, header.phoff, count * size, f"{count} program headers")
+    if header.phoff + count * size > content.size:
+        return require(content, header.phoff, count * size, f"{count} program headers")
+    try:
+        return content.read(header.phoff, count * size)
+    except Unreadable:
+        return b"".join(_program_header(content, header.phoff + at) for at in range(0, count * size, size))
+
+
+def _program_header(content: Content, at: int) -> bytes:
+    """One that its writer did not come to is zeros: makedumpfile writes them last, and a flattened file has a hole."""
+    try:
+        return content.read(at, ELF64.program.size)
+    except Unreadable:
+        return bytes(ELF64.program.size)
+
+
+def _truncated(content: Content, table: bytes) -> str | None:
+    """Why not all is there that the headers announce; None if it is."""
+    if content.truncated:
+        return content.truncated
+    segments = list(ELF64.programs(table))
+    if unwritten := sum(segment == _UNWRITTEN for segment in segments):
+        return f"the file is truncated: {unwritten} of its {len(segments)} program headers were never written"
+    end = max((segment.offset + segment.filesz for segment in segments if segment.filesz), default=0)
+    return ends_early(content, end, "memory") if end > content.size else None
 
 
 def _extended_count(content: Content, sections_at: int) -> int:
@@ -87,13 +113,15 @@ def _read_notes(content: Content, table: bytes) -> list[Note]:
         where = f"program header {number} (notes)"
         if total > _MAX_NOTE_BYTES:
             raise Undecidable(f"{where}: {total} bytes of notes; more than {_MAX_NOTE_BYTES} are not believable")
-        notes += parse_notes(require(content, segment.offset, segment.filesz, where), where)
+        if segment.offset + segment.filesz > FILE_END:
+            raise Undecidable(f"{where}: they end at offset {segment.offset + segment.filesz:#x}; the file is damaged")
+        notes += parse_notes(as_held(content, segment.offset, segment.filesz), where, segment.filesz)
         if len(notes) > MAX_NOTES:
             raise Undecidable(f"{where}: more than {MAX_NOTES} notes; the file is damaged")
     return notes
 
 
-def _loads(content: Content, table: bytes) -> Iterator[Stretch]:
+def _loads(table: bytes) -> Iterator[Stretch]:
     for number, (kind, _, offset, _, paddr, filesz, memsz, _) in enumerate(ELF64.programs(table)):
         if kind != PT_LOAD or not filesz:
             continue
@@ -102,10 +130,9 @@ def _loads(content: Content, table: bytes) -> Iterator[Stretch]:
                 f"program header {number}: {filesz:#x} bytes of file for {memsz:#x} bytes at physical {paddr:#x}; "
                 "the file is damaged"
             )
-        if offset + filesz > content.size:
+        if offset + filesz > FILE_END:
             raise Undecidable(
-                f"program header {number}: its memory ends at offset {offset + filesz:#x}, "
-                f"the file at {content.size:#x}; the file is truncated or damaged"
+                f"program header {number}: its memory ends at offset {offset + filesz:#x}; the file is damaged"
             )
         yield paddr, paddr + filesz, offset
 

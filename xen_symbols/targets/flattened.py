@@ -23,9 +23,10 @@ _PIECE = struct.Struct(">qq")  # offset, size
 
 # The writers gather some 64 KiB to 4 MiB per piece; this many are 64 GB at the worst of them.
 _MAX_PIECES = 1 << 21
+_MAX_PIECE = 64 << 20  # bytes: no writer gathers more, so that one which claims more is damaged and not cut off
 
 
-class FlattenedFile:
+class FlattenedFile(Content):
     """The file that the pieces make up, read in place; a later piece overwrites an earlier one."""
 
     def __init__(self, content: Content) -> None:
@@ -33,20 +34,25 @@ class FlattenedFile:
         if (kind, version) != (1, 1):
             raise Undecidable(f"a flattened dump of type {kind} and version {version}; type 1, version 1 is known")
         self._content = content
-        pieces = _pieces(content)
+        pieces, self.truncated = _pieces(content)
         try:
             self._pieces = Extents(pieces)
         except Conflict:
             self._pieces = Extents(_layered(pieces))
         self.size = self._pieces.end()
+        self._held = list(self._pieces.ranges())
 
     def read(self, offset: int, size: int) -> bytes:
         parts = []
         for position, length in self._pieces.pieces(offset, size):
             if position is None:
-                raise Unreadable(f"the flattened dump has nothing at offset {offset:#x} + {size:#x}")
+                why = f"; {self.truncated}" if self.truncated else ""
+                raise Unreadable(f"the flattened dump has nothing at offset {offset:#x} + {size:#x}{why}")
             parts.append(self._content.read(position, length))
         return b"".join(parts)
+
+    def held(self) -> Sequence[tuple[int, int]]:
+        return self._held
 
 
 def read_dump(content: Content) -> Wrapped:
@@ -54,26 +60,31 @@ def read_dump(content: Content) -> Wrapped:
     return Wrapped("flattened", FlattenedFile(content))
 
 
-def _pieces(content: Content) -> list[Stretch]:
-    """Every piece as (offset, end, position), in file order."""
+def _pieces(content: Content) -> tuple[list[Stretch], str | None]:
+    """Every piece as (offset, end, position), in file order, and whether the file ends before its end mark."""
     pieces: list[Stretch] = []
     at = _HEADER_SIZE
     while True:
         try:
             offset, size = _PIECE.unpack(content.read(at, _PIECE.size))
-        except Unreadable as error:
-            raise Undecidable(f"a flattened dump without its end mark: {error}; the file is truncated") from None
+        except Unreadable:
+            if not pieces:
+                why = f"a flattened dump that ends at offset {content.size:#x}, before its first record"
+                raise Undecidable(why) from None
+            return pieces, f"the file is truncated: it ends at offset {content.size:#x}, without its end mark"
         if offset == size == -1:
-            return pieces
+            return pieces, None
         at += _PIECE.size
-        if offset < 0 or size <= 0 or at + size > content.size:
+        rest = content.size - at
+        if offset < 0 or size <= 0 or (size > rest and size > _MAX_PIECE):
             raise Undecidable(
                 f"the flattened piece at {at - _PIECE.size:#x} claims {size} bytes for offset {offset}, "
                 f"the file ends at {content.size:#x}; the file is truncated or damaged"
             )
         if len(pieces) == _MAX_PIECES:
             raise Undecidable(f"more than {_MAX_PIECES} flattened pieces; rearrange it first with makedumpfile -R")
-        pieces.append((offset, offset + size, at))
+        if rest:
+            pieces.append((offset, offset + min(size, rest), at))
         at += size
 
 

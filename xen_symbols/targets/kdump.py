@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import struct
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats.compression import LZO, SNAPPY, ZLIB, ZSTD, decompress, missing
-from xen_symbols.formats.content import Content, require
+from xen_symbols.formats.content import FILE_END, Content, as_held, ends_early, require
 from xen_symbols.formats.elfnotes import Note
 from xen_symbols.formats.extents import Ranges
 from xen_symbols.targets import Memory, Opened, bounded
@@ -37,6 +38,12 @@ _MAX_NOTE_BYTES = 16 << 20
 _CHUNK = 4096  # bytes of bitmap for each entry of the rank table
 _CACHED_PAGES = 512
 _LAST_DESCRIPTORS = 1024
+_MAX_SUB_BLOCKS = 2 + _MAX_NOTE_BYTES // PAGE_SIZE  # the notes, and a page each for itself and for VMCOREINFO
+
+
+def _blocks(frames: int) -> int:
+    """Of both bitmaps, as makedumpfile and QEMU write them."""
+    return 2 * -(-frames // (8 * PAGE_SIZE))
 
 
 class KdumpMemory(Memory):
@@ -60,7 +67,8 @@ class KdumpMemory(Memory):
         if frames > _MAX_FRAMES:
             raise Undecidable(f"kdump header: {frames:#x} page frames; more than {_MAX_FRAMES:#x} are not believable")
         bitmaps_at, bitmaps_size = (1 + sub_blocks) * PAGE_SIZE, bitmap_blocks * PAGE_SIZE
-        if bitmaps_at + bitmaps_size > content.size:
+        believable = sub_blocks <= _MAX_SUB_BLOCKS and bitmap_blocks == _blocks(frames)
+        if bitmaps_at + bitmaps_size > content.size and not believable:
             raise Undecidable(
                 f"kdump header +0x1b4: the bitmaps end at offset {bitmaps_at + bitmaps_size:#x}, "
                 f"the file at {content.size:#x}; the file is truncated or damaged"
@@ -75,10 +83,9 @@ class KdumpMemory(Memory):
         self._descriptors_at = bitmaps_at + bitmaps_size
         self._notes_at = sub[7:9] if version >= 4 else (0, 0)
         self._pages: dict[int, bytes] = {}
-        self._rank = self._count()
+        self._rank, self._known = self._count()
         self.incomplete = bool(status & _INCOMPLETE)
-        if not self.incomplete:
-            self._check_end()
+        self.truncated = None if self.incomplete else self._truncated()
 
     def notes(self) -> list[Note]:
         """The ELF notes that the writer took over from its input."""
@@ -89,7 +96,12 @@ class KdumpMemory(Memory):
             )
         if not size:
             return []
-        return of_a_machine(parse_notes(require(self._content, offset, size, "kdump notes"), "kdump notes"))
+        if offset + size > max(self._content.size, self._memory_at):
+            raise Undecidable(
+                f"kdump sub header +0x30: the notes end at offset {offset + size:#x}, the file at "
+                f"{self._content.size:#x}; the file is damaged"
+            )
+        return of_a_machine(parse_notes(as_held(self._content, offset, size), "kdump notes", size))
 
     def read(self, address: int, size: int) -> bytes:
         first, start = divmod(address, PAGE_SIZE)
@@ -100,9 +112,9 @@ class KdumpMemory(Memory):
         return b"".join(self._page(frame) for frame in range(first, last + 1))[start : start + size]
 
     def ranges(self) -> Ranges:
-        """The pages of the second bitmap, a range per run of them."""
+        """The pages of the second bitmap, a range per run of them; without those that a truncated file has lost."""
         starts, ends = array("Q"), array("Q")
-        for start, end in self._runs():
+        for start, end in self._held_runs() if self.truncated else self._runs():
             starts.append(start * PAGE_SIZE)
             ends.append(end * PAGE_SIZE)
         return Ranges(starts, ends)
@@ -120,12 +132,18 @@ class KdumpMemory(Memory):
         return page
 
     def _load(self, frame: int) -> bytes:
-        if not 0 <= frame < self._frames or not self._bit(self._memory_at, frame):
+        if not 0 <= frame < self._frames:
+            raise Unreadable("the dump has no memory there")
+        if frame >= self._known:
+            raise Unreadable(f"whether the dump has it is not known: {self.truncated}")
+        if not self._bit(self._memory_at, frame):
             raise Unreadable("the dump has no memory there")
         if not self._bit(self._dumped_at, frame):
             raise Unreadable("the page was left out when the dump was written")
         at = self._descriptors_at + self._dumped_before(frame) * _DESCRIPTOR.size
         offset, size, compression, _ = _DESCRIPTOR.unpack(self._content.read(at, _DESCRIPTOR.size))
+        if not offset and not size:
+            raise Unreadable("its writer never wrote this page")
         if not 0 < size <= PAGE_SIZE or (not compression and size != PAGE_SIZE):
             raise Unreadable(f"bad page descriptor at offset {at:#x}: {size} bytes, compression {compression:#x}")
         data = self._content.read(offset, size)
@@ -138,16 +156,23 @@ class KdumpMemory(Memory):
     def _bit(self, bitmap: int, frame: int) -> int:
         return self._content.read(bitmap + frame // 8, 1)[0] >> frame % 8 & 1
 
-    def _count(self) -> array[int]:
-        """Dumped pages before each chunk of the second bitmap, and in all of it."""
-        rank, total = array("Q", [0]), 0
-        for chunk in self._chunks():
-            total += int.from_bytes(chunk, "little").bit_count()
-            rank.append(total)
-        return rank
+    def _count(self) -> tuple[array[int], int]:
+        """Dumped pages before each chunk of the second bitmap and in all of it, and for how many frames it is there:
+        behind a part that the file has lost no page can be found."""
+        rank, total, known = array("Q", [0]), 0, 0
+        self._known = self._frames
+        try:
+            for chunk in self._chunks():
+                total += int.from_bytes(chunk, "little").bit_count()
+                rank.append(total)
+                known += len(chunk) * 8
+        except Unreadable:
+            return rank, known
+        return rank, self._frames
 
     def _chunks(self) -> Iterator[bytes]:
-        size = -(-self._frames // 8)
+        """Of the second bitmap, as far as it is known."""
+        size = -(-self._known // 8)
         for at in range(0, size, _CHUNK):
             yield self._content.read(self._dumped_at + at, min(_CHUNK, size - at))
 
@@ -156,21 +181,54 @@ class KdumpMemory(Memory):
         part = self._content.read(self._dumped_at + index * _CHUNK, -(-bits // 8))
         return self._rank[index] + (int.from_bytes(part, "little") & (1 << bits) - 1).bit_count()
 
-    def _check_end(self) -> None:
-        """Refuse a file that lost its end: the last page's bytes are the last ones in the file."""
+    def _truncated(self) -> str | None:
+        """Whether the file lost its end, which is that of its last page, or its writer did not come to it."""
+        content = self._content
+        if content.truncated:
+            return content.truncated
+        if self._known < self._frames:
+            return ends_early(content, self._descriptors_at, "bitmaps")
         count = self._dumped_before(self._frames)
-        tail = min(count, _LAST_DESCRIPTORS)
         pages_at = self._descriptors_at + count * _DESCRIPTOR.size
-        what = f"the descriptors of {count} kdump pages"
-        table = require(self._content, pages_at - tail * _DESCRIPTOR.size, tail * _DESCRIPTOR.size, what)
+        tail = min(count, _LAST_DESCRIPTORS)
+        try:
+            table = content.read(pages_at - tail * _DESCRIPTOR.size, tail * _DESCRIPTOR.size)
+        except Unreadable:
+            return ends_early(content, pages_at, "page descriptors")
         for offset, size, _, _ in reversed(list(_DESCRIPTOR.iter_unpack(table))):
+            if not offset and not size:
+                return f"the file is truncated at offset {content.size:#x}: its last pages were never written"
+            if offset + size > FILE_END:
+                raise Undecidable(f"kdump: the last page ends at offset {offset + size:#x}; the file is damaged")
             if offset != pages_at:  # where the writers put the page of zeros that all such pages share
-                if offset + size > self._content.size:
-                    raise Undecidable(
-                        f"kdump: the last page ends at offset {offset + size:#x}, the file at {self._content.size:#x}; "
-                        "the file is truncated or damaged"
-                    )
-                return
+                return ends_early(content, offset + size, "last page") if offset + size > content.size else None
+        return None
+
+    def _held_runs(self) -> Iterator[tuple[int, int]]:
+        """The same as `_runs`, of those pages whose bytes are in the file."""
+        held = list(self._content.held())
+        starts = [start for start, _ in held]
+
+        def is_held(offset: int, size: int) -> bool:
+            index = bisect_right(starts, offset) - 1
+            return index >= 0 and size > 0 and offset + size <= held[index][1]
+
+        at = self._descriptors_at
+        for first, end in self._runs():
+            open_since = -1
+            for frame in range(first, end):
+                kept = False
+                if is_held(at, _DESCRIPTOR.size):
+                    offset, size, _, _ = _DESCRIPTOR.unpack(self._content.read(at, _DESCRIPTOR.size))
+                    kept = is_held(offset, size)
+                at += _DESCRIPTOR.size
+                if kept and open_since < 0:
+                    open_since = frame
+                elif not kept and open_since >= 0:
+                    yield open_since, frame
+                    open_since = -1
+            if open_since >= 0:
+                yield open_since, end
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """(first, end) of each run of set bits in the second bitmap, in frames."""
@@ -197,4 +255,5 @@ class KdumpMemory(Memory):
 def read_dump(content: Content) -> Opened:
     """Raises Undecidable."""
     memory = KdumpMemory(content)
-    return Opened("kdump" + ", which its writer could not complete" * memory.incomplete, memory, memory.notes())
+    format = "kdump" + ", which its writer could not complete" * memory.incomplete
+    return Opened(format, memory, memory.notes(), memory.truncated)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable
-from xen_symbols.formats.elfnotes import BadNote, Note, walk
+from xen_symbols.formats.elfnotes import BadNote, Note, pack_size, walk
 from xen_symbols.targets import PhysicalCpu
 
 NT_PRSTATUS = 1
@@ -58,11 +58,13 @@ class CrashInfo(NamedTuple):
     dom0_pfn_to_mfn_frame_list_list: int
 
 
-def parse_notes(data: bytes, where: str = "notes") -> list[Note]:
+def parse_notes(data: bytes, where: str = "notes", size: int | None = None) -> list[Note]:
     """All notes of one segment, in order. Zeros after the last (Linux pads to a page) end it.
 
-    `where` names the segment in the error: Undecidable for a size that points outside.
+    `where` names the segment in the error: Undecidable for a size that points outside. `size` is the segment's, of
+    which the file may have lost some: those that it holds whole are given.
     """
+    size = len(data) if size is None else size
     notes: list[Note] = []
     try:
         for _, note in walk(data):
@@ -71,9 +73,11 @@ def parse_notes(data: bytes, where: str = "notes") -> list[Note]:
             notes.append(note)
     except BadNote as bad:
         position, name_size, desc_size = bad.args
+        if len(data) < position + pack_size(name_size, desc_size) <= size:
+            return notes
         raise Undecidable(
             f"{where}: the note at +{position:#x} claims {name_size} bytes of name and {desc_size} of content, "
-            f"the segment has {len(data)}; the file is truncated or damaged"
+            f"the segment has {size}; the file is truncated or damaged"
         ) from None
     return notes
 

@@ -30,10 +30,14 @@ def disjoint(stretches: Iterable[Stretch], what: str) -> Extents:
 
 
 class StretchMemory(Memory):
-    """`held` is in the file; `left_out` is memory that its writer knew and did not write."""
+    """`held` is in the file; `left_out` is memory that its writer knew and did not write; `lost` is what a `truncated`
+    file no longer has."""
 
-    def __init__(self, content: Content, held: Extents, left_out: Extents | None = None) -> None:
-        self._content, self._held, self._left_out = content, held, left_out or Extents(())
+    def __init__(
+        self, content: Content, held: Extents, left_out: Extents, lost: Extents, truncated: str | None
+    ) -> None:
+        self._content, self._held, self._left_out = content, held, left_out
+        self._lost, self._truncated = lost, truncated
 
     def read(self, address: int, size: int) -> bytes:
         bounded(address, size)
@@ -43,12 +47,17 @@ class StretchMemory(Memory):
         parts = []
         for position, length in self._held.pieces(address, size):
             if position is None:
-                known, _ = next(self._left_out.pieces(address, 1))
-                why = "is not in the dump" if known is None else "was left out when the dump was written"
-                raise Unreadable(f"physical {address:#x} {why}")
+                raise Unreadable(f"physical {address:#x} {self._why_not(address)}")
             parts.append(self._content.read(position, length))
             address += length
         return b"".join(parts)
+
+    def _why_not(self, address: int) -> str:
+        if self._lost.position(address, 1) is not None:
+            return f"is lost: {self._truncated or 'the file has a hole there'}"
+        if self._left_out.position(address, 1) is not None:
+            return "was left out when the dump was written"
+        return "is not in the dump"
 
     def ranges(self) -> Ranges:
         return self._held.ranges()

@@ -107,8 +107,8 @@ def _why_not(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], 
     control = [(cpu.registers["cr0"]) for cpu in cpus if "cr0" in cpu.registers]
     if control and not any(value & paging.CR0_PG for value in control):
         return f"no CPU of {target.location} has paging on: Xen is not running there yet; continue it and try again"
-    if unread.why:
-        return f"no Xen of {symbols.path} was found in {target.location}: {unread.why}; take the dump again"
+    if why := unread.why or target.truncated:
+        return f"no Xen of {symbols.path} was found in {target.location}: {why}; take the dump again"
     return (
         f"no Xen of {symbols.path} was found in {target.location}: none of its page tables, nor its build-id; "
         f"is it Xen{_and_base(target)}, and are these its symbols?"
@@ -283,8 +283,8 @@ def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolT
     for memory in ran.values():
         return memory.symbols
     nothing = f"no symbol table of Xen's own was found in {target.location}"
-    if unread.why:
-        raise Undecidable(f"{nothing}: {unread.why}; give its xen-syms with --symbols, or take the dump again")
+    if why := unread.why or target.truncated:
+        raise Undecidable(f"{nothing}: {why}; give its xen-syms with --symbols, or take the dump again")
     raise Undecidable(f"{nothing}: is it Xen{_and_base(target)}? If so, give its xen-syms with --symbols")
 
 

@@ -190,6 +190,8 @@ def _missing_cpu(cpu: int, offset: int, apic_id: Read) -> CpuState:
 
 
 def _no_cpu(target: Target) -> Absent:
+    if target.truncated and not target.cpus():
+        return Absent(f"the dump holds no registers of any CPU: {target.truncated}")
     if target.kind == "dump" and not target.cpus():  # a raw image of memory
         return Absent("the dump holds no registers of any CPU", Kind.NOT_HELD)
     return Absent("no physical CPU could be matched to it")

@@ -87,6 +87,8 @@ def describe_dump(asked: Request) -> Json:
             for cpu in target.cpus()
         ],
     }
+    if target.truncated:
+        data["target"]["warnings"] = [target.truncated]
     try:
         if asked.symbols is None:
             table = carried_symbols(target, searching(asked.target))
@@ -118,6 +120,7 @@ def blocks(data: Json) -> list[Block]:
 
     target, symbols, generation = data["target"], data.get("symbols"), data.get("generation")
     lines = [line("target", target_line(target))]
+    lines += [line("warning", text) for text in target.get("warnings", [])]
     if "undecided" in data and not {"memory", "symbols"} & data.keys():  # it could not be opened
         return [Lines(lines)]
     memory = data.get("memory", [])
