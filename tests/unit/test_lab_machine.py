@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -249,14 +250,69 @@ def test_what_was_made_is_made_again_when_it_is_broken(tmp_path: Path) -> None:
 def test_a_crash_waits_for_a_machine_that_gdb_has_just_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no longer than that for one that is stopped."""
     statuses = iter(["paused", "paused", "running"])
-    lab = object.__new__(machine.Machine)
-    monkeypatch.setattr(lab, "qmp", lambda command: {"status": next(statuses)}, raising=False)
+    told: list[str] = []
+    stub = "disconnected:unix:/run/gdb.sock,server=on"
+    lab = lab_of("Xen 4.17", told.append)
+
+    def qmp(command: str) -> Any:
+        return {"status": next(statuses)} if command == "query-status" else [{"label": "gdb", "filename": stub}]
+
+    monkeypatch.setattr(lab, "qmp", qmp)
     crash._require_running(lab)
     assert list(statuses) == []
-    monkeypatch.setattr(lab, "qmp", lambda command: {"status": "paused"})
+    assert told == ["the machine is stopped (paused): waiting up to 5 s for it to run"]
+
+    stub, statuses = "unix:/run/gdb.sock,server=on", itertools.repeat("paused")
     monkeypatch.setattr(crash, "_RESUMES_IN", 0.05)
-    with pytest.raises(LabError, match=r"the machine is stopped \(paused\), by a debugger perhaps: let it run first"):
+    with pytest.raises(LabError, match=r"a debugger holds the machine \(paused\): let it run first"):
         crash._require_running(lab)
+
+
+def lab_of(
+    guest: str, progress: Callable[[str], None] = lambda text: None, folder: Path = Path("/run")
+) -> machine.Machine:
+    return machine.Machine(Paths(folder), State(0, 0, "", 1, 4, 4, guest, "7.2", True), False, progress)
+
+
+def test_the_reference_guest_crashes_by_a_bare_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = lab_of("4.17.0")
+    typed: list[bytes] = []
+    monkeypatch.setattr(lab, "qmp", lambda command: {"status": "running"})
+    monkeypatch.setattr(lab.serial, "send", typed.append)
+    lab.crash()
+    assert typed == [b"C"]
+    with pytest.raises(BadSpecification, match="--how and --cpu are for real Xen"):
+        lab.crash("panic")
+    assert typed == [b"C"]
+
+
+_XEN = b"(XEN) Brought up 4 CPUs\r\n[ 0.0] Kernel command line: panic=5\r\n"
+_GUEST = b"4 CPUs ready, CPU 0 crashes on 'C'\r\n"
+_LOADED = b"@dom0 ready\r\n@crash-kernel-loaded 0\r\n"
+
+
+@pytest.mark.parametrize(
+    ("serial", "line", "phase"),
+    [
+        (b"", b"", "started"),
+        (_XEN, b"", "Xen runs"),
+        (_XEN, _LOADED, "crash kernel loaded"),
+        (_XEN + b"(XEN) 'C' pressed -> triggering crashdump\r\n", _LOADED, "crashed"),
+        (_XEN + b"(XEN) Hardware Dom0 crashed: Executing kexec image on cpu2\r\n", _LOADED, "crashed"),
+        (_XEN + b"(XEN) Panic on CPU 1:\r\n(XEN) FATAL PAGE FAULT\r\n", b"", "crashed"),
+        (_XEN + b"(XEN) Panic on CPU 1:\r\n" + _XEN, b"@dom0 ready\r\n", "dom0 runs"),  # and a reset
+        (_XEN + b"(XEN) Executing kexec image on cpu0\r\n", _LOADED + b"@crash kernel\r\n", "crash kernel runs"),
+        (_XEN + b"(XEN) Executing kexec image on cpu0\r\n", _LOADED + b"@vmcore copied 9\r\n", "vmcore copied"),
+        (_GUEST, b"", "guest runs"),
+        (_GUEST + b"'C' pressed -> triggering crashdump\r\n", b"", "crashed"),
+        (_GUEST + b"Panic on CPU 1:\r\ncrash image: alive, local APIC in xAPIC mode\r\n", b"", "crash kernel runs"),
+    ],
+)
+def test_how_far_a_machine_came(serial: bytes, line: bytes, phase: str, tmp_path: Path) -> None:
+    lab = lab_of("Xen 4.17", folder=tmp_path)
+    lab.paths.serial_log.write_bytes(serial)
+    lab.paths.line_log.write_bytes(line)
+    assert lab.status()["phase"] == phase
 
 
 def busy_lab(monkeypatch: pytest.MonkeyPatch, said: dict[str, list[str]]) -> machine.Machine:

@@ -6,6 +6,7 @@ import re
 import time
 from dataclasses import dataclass
 
+from xencrash.guests import generations
 from xencrash.lab.dom0 import Dom0
 from xencrash.lab.errors import BadSpecification, LabError
 from xencrash.lab.process import Process
@@ -13,6 +14,11 @@ from xencrash.lab.serial import Serial
 
 WAYS = ("key", "panic")
 _RESUMES_IN = 5.0  # seconds from gdb's "running" to QEMU's, on a loaded host
+# What Xen, or the reference guest, prints when it begins to crash.
+CRASHED = re.compile(
+    rb"^(?:\(XEN\) )?(?:'C' pressed -> triggering crashdump|Panic on CPU \d+|(?:.* )?Executing kexec image on cpu)",
+    re.MULTILINE,
+)
 _SHOWN = re.compile(rb"triggering crashdump|crashing|kexec image|panic", re.IGNORECASE)
 
 
@@ -57,6 +63,11 @@ class Crash:
 def cause(crash: Crash, process: Process, serial: Serial, dom0: Dom0) -> None:
     """Crash Xen, and return at once."""
     _require_running(process)
+    if process.state.guest in generations():  # whose console has no shell, and whose CPU is chosen when it boots
+        if crash != Crash():
+            raise BadSpecification("--how and --cpu are for real Xen: the reference guest crashes as it was booted to")
+        serial.send(b"C")
+        return
     if crash.way == "key":
         serial.to_xen()
         serial.send(b"C")
@@ -78,7 +89,18 @@ def wait_until_seen(process: Process, since: int, timeout: float = 10.0) -> None
 def _require_running(process: Process) -> None:
     """A gdb that has just let the machine run says so before QEMU has heard of it: that moment is waited for."""
     deadline = time.monotonic() + _RESUMES_IN
+    told = False
     while (status := process.qmp("query-status")["status"]) != "running":
+        who = "a debugger holds the machine" if held_by_debugger(process) else "the machine is stopped"
         if time.monotonic() > deadline:
-            raise LabError(f"crashing Xen: the machine is stopped ({status}), by a debugger perhaps: let it run first")
+            raise LabError(f"crashing Xen: {who} ({status}): let it run first")
+        if not told:
+            process.progress(f"{who} ({status}): waiting up to {_RESUMES_IN:.0f} s for it to run")
+            told = True
         time.sleep(0.02)
+
+
+def held_by_debugger(process: Process) -> bool:
+    """Whether a debugger is attached to the gdbstub."""
+    stubs = [device["filename"] for device in process.qmp("query-chardev") if device["label"] == "gdb"]
+    return bool(stubs) and not stubs[0].startswith("disconnected:")

@@ -22,12 +22,16 @@ from xencrash.lab.runs import State, known_run, runs_folder
 from xencrash.lab.serial import Serial
 
 XEN_UP = rb"Brought up \d+ CPUs"
+GUEST_UP = rb"^\d+ CPUs ready"
 _PHASES = (  # the newest that a log shows is where the machine is
     ("vmcore copied", "line", rb"^@vmcore copied"),
     ("crash kernel runs", "line", rb"^@crash kernel"),
+    ("crash kernel runs", "crashed", rb"^crash image: alive"),  # the reference guest's
+    ("crashed", "crashed", crash.CRASHED.pattern),
     ("crash kernel loaded", "line", dom0.LOADED),
     ("dom0 runs", "line", dom0.READY),
     ("Xen runs", "serial", XEN_UP),
+    ("guest runs", "serial", GUEST_UP),
 )
 
 
@@ -105,6 +109,8 @@ class Machine(Process):
         """What runs, how far it came, and where everything is."""
         alive = self.alive()
         logs = {"line": self.read_log(self.paths.line_log), "serial": self.read_log(self.paths.serial_log)}
+        boots = list(re.finditer(XEN_UP + b"|" + GUEST_UP, logs["serial"], re.MULTILINE))
+        logs["crashed"] = logs["serial"][boots[-1].end() if boots else 0 :]  # not one before a reset
         phase = next((name for name, log, seen in _PHASES if re.search(seen, logs[log], re.MULTILINE)), "started")
         return {
             "run_dir": str(self.run_dir),
