@@ -20,6 +20,7 @@ from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
+from xen_symbols.targets.qmp import absolute
 from xen_symbols.xen.locate import carried_symbols, locate, still_there
 from xen_symbols.xen.memory import ROOT, XenMemory
 
@@ -90,7 +91,7 @@ class Session:
             raise Undecidable("the machine is running: stop it first (interrupt, or Ctrl-C)")
         connection = gdb.selected_inferior().connection
         qmp = self.settings["qmp-socket"].value
-        qmp = str(Path(qmp).expanduser().absolute()) if qmp else None
+        qmp = absolute(qmp) if qmp else None
         if self._target is None or self._target.connection is not connection:
             self._target = open_target(connection)
         self._target.qmp_socket = qmp

@@ -8,7 +8,7 @@ SETTINGS = (
     Setting("symbols", "PARAM_OPTIONAL_FILENAME", "the file with Xen's symbols",
             "Its xen-syms, a .map, or the image. Empty: the first file loaded into gdb that is Xen's, else the table\n"
             "that Xen carries in its own image."),
-    Setting("qmp-socket", "PARAM_OPTIONAL_FILENAME", "QEMU's QMP socket (a unix socket's path)",
+    Setting("qmp-socket", "PARAM_OPTIONAL_FILENAME", "QEMU's QMP socket (a unix socket's path, or HOST:PORT)",
             "Through it come the LAPIC mode, the NMI latch and pending NMIs of every CPU, also of halted ones.\n"
             "Empty: QEMU's monitor is asked through gdb, which has no answer for those."),
     Setting("allow-build-id-mismatch", "PARAM_BOOLEAN", "whether symbols of another build are used",

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from xen_symbols.absence import Undecidable
-from xencrash.gdbmi import GdbDied, GdbSession, MiError, Timeout, open_session, parse_live
+from xencrash import gdbmi
+from xencrash.gdbmi import GdbDied, GdbSession, MiError, Timeout, open_session
 from xencrash.gdbprogram import find_gdb, parse_version, plugin_script
+from xencrash.options import parse_live
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,12 @@ def test_a_gdb_that_is_too_old(fake_gdb: Path) -> None:
         find_gdb()
 
 
+def test_nobodys_settings_are_run_to_ask_for_the_version(fake_gdb: Path) -> None:
+    """gdb runs an early init file even then (gdb 11 and later)."""
+    _script(fake_gdb, "[ \"$*\" = '-nx --version' ] && echo 'GNU gdb (GDB) 13.1'")
+    assert find_gdb() == str(fake_gdb)
+
+
 def test_a_gdb_that_does_not_start(fake_gdb: Path) -> None:
     _script(fake_gdb, "exit 1")
     with pytest.raises(Undecidable, match=r"--version failed"):
@@ -81,7 +89,7 @@ def test_a_gdb_that_does_not_start(fake_gdb: Path) -> None:
 
 
 def test_a_gdb_that_ends_at_once(fake_gdb: Path) -> None:
-    _script(fake_gdb, "[ \"$1\" = --version ] && echo 'GNU gdb (GDB) 13.1' || echo 'no python here' >&2")
+    _script(fake_gdb, "[ \"$1\" = -nx ] && echo 'GNU gdb (GDB) 13.1' || echo 'no python here' >&2")
     with pytest.raises(GdbDied, match="no python here|gdb ended"):
         GdbSession()
 
@@ -117,6 +125,18 @@ def test_results_belong_to_their_commands() -> None:
 def test_a_command_takes_any_text() -> None:
     with GdbSession() as session:
         assert session.cli('echo a "quoted" \\\\ word') == 'a "quoted" \\ word'
+
+
+def test_what_takes_long_is_told_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(gdbmi, "_SAID_EVERY", 0.2)
+    with GdbSession(notice=told.append) as session:
+        session.location = "gdb:localhost:1234"
+        told.clear()
+        session.cli("python import time; time.sleep(1.1)")
+    assert told[:2] == ["gdb:localhost:1234 answers slowly: reading for 0 s so far"] * 2
+    assert told[-1] == "gdb:localhost:1234 answers slowly: reading for 1 s so far"
+    assert len(told) <= 5
 
 
 def test_without_a_machine_every_command_says_so() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from xen_symbols.targets.qmp import Qmp, QmpError
+from xen_symbols.targets.qmp import Qmp, QmpError, absolute
 
 Answer = Callable[[dict[str, Any]], list[Any]]
 Serve = Callable[[Answer], Path]
@@ -129,3 +129,41 @@ def test_a_second_client_is_told_why_it_waits(tmp_path: Path) -> None:
         listener.listen(1)
         with pytest.raises(QmpError, match="another client may be connected"):
             Qmp(tmp_path / "busy", timeout=0.2)
+
+
+def test_qmp_over_tcp() -> None:
+    with socket.create_server(("localhost", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def greet() -> None:
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rb") as requests:
+                connection.sendall(json.dumps(GREETING).encode() + b"\r\n")
+                for line in requests:
+                    connection.sendall(json.dumps({"return": {}, "id": json.loads(line)["id"]}).encode() + b"\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        with Qmp(f"localhost:{port}") as client:
+            assert client.execute("query-status") == {}
+
+
+def test_what_cannot_be_connected_to_is_named(tmp_path: Path) -> None:
+    with pytest.raises(QmpError, match=r"cannot connect to QMP at nowhere\.invalid:4444: unknown host nowhere"):
+        Qmp("nowhere.invalid:4444")
+    with socket.create_server(("localhost", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(QmpError, match=rf"cannot connect to QMP at localhost:{port}: Connection refused; QEMU's"):
+        Qmp(f"localhost:{port}")
+    with pytest.raises(QmpError, match=r"/none:4444: No such file or directory; QEMU's option -qmp says where it is"):
+        Qmp(f"{tmp_path}/none:4444")
+    with pytest.raises(QmpError, match=r"cannot connect to QMP at localhost:99999999: "):
+        Qmp("localhost:99999999")
+
+
+def test_an_address_for_another_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute("localhost:4444") == "localhost:4444"
+    assert absolute(":4444") == "localhost:4444"
+    assert absolute("qmp.sock") == f"{tmp_path}/qmp.sock"
+    (tmp_path / "a:1").touch()
+    assert absolute("a:1") == f"{tmp_path}/a:1"

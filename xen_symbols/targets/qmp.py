@@ -1,4 +1,4 @@
-"""A small synchronous client of QEMU's machine protocol (QMP) over a unix socket.
+"""A small synchronous client of QEMU's machine protocol (QMP) over a unix socket or TCP.
 
 It runs anywhere, gdb's own Python included. QEMU serves one client of a QMP socket at a time:
 a second one connects and is never greeted, which shows here as a QmpError after the timeout.
@@ -19,8 +19,43 @@ class QmpError(Exception):
     """QEMU refused a command, answered nothing in time, or is gone. The message is one line."""
 
 
+def place(address: str) -> str | tuple[str, int]:
+    """Where to connect to: HOST and PORT of `HOST:PORT`, or else the absolute path of a socket."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in address and port.isdecimal() and not Path(address).exists():
+        return host.strip("[]") or "localhost", int(port)
+    return str(Path(address).expanduser().absolute())
+
+
+def absolute(address: str) -> str:
+    """The same address for a process in another folder."""
+    where = place(address)
+    return where if isinstance(where, str) else f"{where[0]}:{where[1]}"
+
+
+def _connected(address: str, timeout: float) -> socket.socket:
+    """Raises QmpError."""
+    where = place(address)
+    try:
+        if not isinstance(where, str):
+            return socket.create_connection(where, timeout)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(where)
+        except BaseException:
+            connection.close()
+            raise
+    except socket.gaierror as error:
+        raise QmpError(f"cannot connect to QMP at {address}: unknown host {where[0]} ({error.strerror})") from error
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise QmpError(f"cannot connect to QMP at {address}: {why}; QEMU's option -qmp says where it is") from error
+    return connection
+
+
 class Qmp:
-    """One connection, negotiated when the constructor returns.
+    """One connection, negotiated when the constructor returns. `path` is a unix socket's, or HOST:PORT.
 
     `timeout` is in seconds and bounds the connection, and each command unless it brings its own.
     Events that arrive meanwhile are kept in `events`, oldest first, as QEMU sent them.
@@ -32,17 +67,12 @@ class Qmp:
         self.events: list[dict[str, Any]] = []
         self._pending = b""
         self._sent = 0
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = _connected(self.path, timeout)
         try:
-            self._socket.settimeout(timeout)
-            self._socket.connect(self.path)
             greeting = self._message(time.monotonic() + timeout, "its greeting (another client may be connected)")
             if "QMP" not in greeting:
                 raise QmpError(f"{self.path} does not speak QMP: it began with {json.dumps(greeting)[:80]}")
             self.execute("qmp_capabilities")
-        except OSError as error:
-            self.close()
-            raise QmpError(f"cannot connect to QMP at {self.path}: {error.strerror or error}") from error
         except BaseException:
             self.close()
             raise

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from pygdbmi.IoManager import IoManager
 
 from xen_symbols.absence import Undecidable
-from xen_symbols.targets.qmp import Qmp, QmpError
+from xen_symbols.targets.qmp import Qmp, QmpError, absolute
 from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
+from xencrash.options import parse_live
 
 if TYPE_CHECKING:
     from xen_symbols.report.contract import Json
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 ATTACH_SECONDS = 4.0  # QEMU's stub answers within milliseconds; one that serves another gdb never does
 COMMAND_SECONDS = 30.0
+READ_SECONDS = 120.0  # for what reads the machine: over a slow line each of a thousand packets takes its time
 _LEAVE_SECONDS = 3.0
+_SAID_EVERY = 5.0
 _POLL_SECONDS = 0.05
 _MORE_SECONDS = 0.001  # pygdbmi returns so long after output has come; with 0 it would sit out the whole poll
 
@@ -75,24 +78,14 @@ _GONE_WORDS = re.compile(
 )
 
 
-def parse_live(target: str) -> str:
-    """What gdb's `target remote` takes, from gdb:HOST:PORT or gdb:/path/of/a/socket. Raises Undecidable."""
-    where = target.removeprefix("gdb:")
-    if where == target or not where:
-        raise Undecidable(f"{target!r} is not a live machine: that is gdb:HOST:PORT or gdb:/path/of/a/unix/socket")
-    if where.startswith("/"):
-        return where
-    host, colon, port = where.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise Undecidable(f"{target!r} has no port: a live machine is gdb:HOST:PORT or gdb:/path/of/a/unix/socket")
-    return f"{host or 'localhost'}:{port}"
-
-
 class GdbSession:
     """A gdb of ours and, after `attach`, the machine that it stopped. A context manager."""
 
-    def __init__(self, gdb: str | None = None) -> None:
+    def __init__(self, gdb: str | None = None, notice: Callable[[str], None] | None = None) -> None:
+        """`gdb` is the program to use (None: `find_gdb`). `notice` is told, every few seconds, that an answer takes
+        long."""
         self.location = ""
+        self._notice = notice
         self._found_running: bool | None = None
         self._attached = False
         self._running = False
@@ -136,10 +129,14 @@ class GdbSession:
         self._token += 1
         token = self._token
         self._send(f"{token}{command}")
-        deadline = time.monotonic() + timeout
+        begun = said = time.monotonic()
         while token not in self._results:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > begun + timeout:
                 raise Timeout(f"gdb did not answer {command.split()[0]} within {timeout:.0f} s")
+            if self._notice is not None and now > said + _SAID_EVERY:
+                said = now
+                self._notice(f"{self.location or 'gdb'} answers slowly: reading for {now - begun:.0f} s so far")
             self._receive()
         result = self._results.pop(token)
         payload: Json = result["payload"] or {}
@@ -156,7 +153,7 @@ class GdbSession:
         self.mi(f"-interpreter-exec console {_quoted(command)}", timeout)
         return "".join(self._console)
 
-    def xen(self, name: str, *arguments: str, timeout: float = COMMAND_SECONDS) -> Json:
+    def xen(self, name: str, *arguments: str, timeout: float = READ_SECONDS) -> Json:
         """The answer of one of the plugin's commands: `xen("idt", "0")`, `xen("crash-check")`."""
         words = "".join(f" {_quoted(argument)}" for argument in arguments)
         answer: Json = json.loads(self.mi(f"-xen-{name}{words}", timeout)["json"])
@@ -175,8 +172,8 @@ class GdbSession:
     ) -> None:
         """Tell the plugin what the user said, and attach to the machine; one after another, if wished. Settings that
         are not given stay as they are. Raises Undecidable."""
-        for name, path in (("symbols", symbols), ("qmp-socket", qmp)):
-            self.set(name, str(Path(path).absolute()) if path else None)
+        self.set("symbols", str(Path(symbols).absolute()) if symbols else None)
+        self.set("qmp-socket", absolute(qmp) if qmp else None)
         self.set("allow-build-id-mismatch", allow_mismatch)
         self.attach(target, qmp)
 
@@ -388,10 +385,12 @@ def open_session(
     *,
     allow_mismatch: bool = False,
     gdb: str | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> GdbSession:
-    """A session attached to a machine, with the user's options set in the plugin. Raises Undecidable."""
+    """A session attached to a machine, with the user's options set in the plugin; the rest as for GdbSession. Raises
+    Undecidable."""
     parse_live(target)
-    session = GdbSession(gdb)
+    session = GdbSession(gdb, notice)
     try:
         session.open(target, symbols, qmp, allow_mismatch=allow_mismatch)
     except BaseException:

@@ -23,10 +23,10 @@ def find_gdb() -> str:
         raise Undecidable(f"{wanted} was not found: install gdb, or name one in XENCRASH_GDB")
     try:
         words = subprocess.run(
-            [found, "--version"], capture_output=True, text=True, timeout=_VERSION_SECONDS, check=True
+            [found, "-nx", "--version"], capture_output=True, text=True, timeout=_VERSION_SECONDS, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise Undecidable(f"{found} --version failed: {error}") from None
+        raise Undecidable(f"{found} -nx --version failed: {error}") from None
     version = parse_version(words)
     if version is None or version < OLDEST_GDB:
         raise Undecidable(f"{found} is gdb {version or 'of an unknown version'}: {OLDEST_GDB} or newer is needed")

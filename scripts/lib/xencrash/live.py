@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from xen_symbols.report.model import SCHEMA_VERSION
+from xencrash.errors import complain
 from xencrash.gdbmi import GdbSession, MiError, open_session
 from xencrash.options import Request
 
@@ -36,4 +37,6 @@ def describe(asked: Request) -> Json:
 
 
 def _session(asked: Request) -> GdbSession:
-    return open_session(asked.target, asked.symbols, asked.qmp, allow_mismatch=asked.allow_mismatch)
+    return open_session(
+        asked.target, asked.symbols, asked.qmp, allow_mismatch=asked.allow_mismatch, notice=complain
+    )

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from typing import NamedTuple
 
+from xen_symbols.absence import Undecidable
 from xen_symbols.targets import PHYSICAL_END
 from xencrash.errors import UsageError
 
@@ -40,7 +41,8 @@ def add_target(parser: ArgumentParser, *, several: bool = False, dumps: bool = T
         "--symbols", metavar="FILE", help="xen-syms, xen.efi, a .map, or an image; default: what Xen itself carries"
     )
     parser.add_argument(
-        "--qmp", metavar="SOCKET", help="QEMU's QMP socket: a live machine's LAPIC modes, NMI latches, IDTRs"
+        "--qmp", metavar="SOCKET",
+        help="QEMU's QMP, a unix socket or HOST:PORT: a live machine's LAPIC modes, NMI latches, IDTRs",
     )
     if dumps:
         parser.add_argument(
@@ -73,6 +75,19 @@ def _request(target: str, args: Namespace) -> Request:
     if not asked.live and asked.qmp is not None:
         raise UsageError(f"--qmp is for a live machine, and {target} is a dump: leave it out")
     return asked
+
+
+def parse_live(target: str) -> str:
+    """What gdb's `target remote` takes, from gdb:HOST:PORT or gdb:/path/of/a/socket. Raises Undecidable."""
+    where = target.removeprefix("gdb:")
+    if where == target or not where:
+        raise Undecidable(f"{target!r} is not a live machine: that is gdb:HOST:PORT or gdb:/path/of/a/unix/socket")
+    if where.startswith("/"):
+        return where
+    host, colon, port = where.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise Undecidable(f"{target!r} has no port: a live machine is gdb:HOST:PORT or gdb:/path/of/a/unix/socket")
+    return f"{host or 'localhost'}:{port}"
 
 
 def add_output(parser: ArgumentParser, *formats: str) -> None:

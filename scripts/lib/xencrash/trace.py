@@ -49,7 +49,7 @@ def trace(
 
     The rest is as for `follow`. What prevents its beginning is raised as Undecidable.
     """
-    with open_session(target, symbols, qmp, allow_mismatch=allow_mismatch, gdb=gdb) as session:
+    with open_session(target, symbols, qmp, allow_mismatch=allow_mismatch, gdb=gdb, notice=notice) as session:
         return follow(
             session, timeout=timeout, stall=stall, progress=progress, notice=notice, trigger=trigger, on_stop=on_stop,
             leave_stopped=leave_stopped, gates=gates,

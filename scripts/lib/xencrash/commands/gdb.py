@@ -20,10 +20,10 @@ from xen_symbols.symbols.elf import SOURCE as ELF_TABLE
 from xen_symbols.symbols.elfwrite import symbol_file
 from xen_symbols.symbols.load import load_symbols, unpacked
 from xen_symbols.symbols.table import SymbolTable
-from xencrash.gdbmi import parse_live
+from xen_symbols.targets.qmp import absolute
 from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
 from xencrash.judging import open_xen
-from xencrash.options import ANY_TARGET, Request, add_target, request
+from xencrash.options import ANY_TARGET, Request, add_target, parse_live, request
 from xencrash.serve import GDB_SETTINGS, served, serving
 
 EPILOG = f"""\
@@ -49,7 +49,7 @@ def run(args: Namespace) -> int:
         if ours:
             words.append(f"set xen symbols {ours}")
         if asked.qmp:
-            words.append(f"set xen qmp-socket {Path(asked.qmp).absolute()}")
+            words.append(f"set xen qmp-socket {absolute(asked.qmp)}")
         if asked.allow_mismatch:
             words.append("set xen allow-build-id-mismatch on")
         words += [*settings, f"target remote {place}"]
