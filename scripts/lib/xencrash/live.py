@@ -36,6 +36,12 @@ def describe(asked: Request) -> Json:
     return data | {name: status[name] for name in ("stage", "crashing_cpu", "online_at_crash")}
 
 
+def console(asked: Request) -> str:
+    """Xen's console ring. Raises Undecidable."""
+    with _session(asked) as session:
+        return str(session.xen("log")["text"])
+
+
 def _session(asked: Request) -> GdbSession:
     return open_session(
         asked.target, asked.symbols, asked.qmp, allow_mismatch=asked.allow_mismatch, notice=complain

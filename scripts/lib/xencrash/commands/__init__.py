@@ -15,6 +15,7 @@ COMMANDS = {
     "info": Command(
         "xencrash.commands.info", "what this is: format, notes, CPUs, symbols, build-id, generation and evidence"
     ),
+    "log": Command("xencrash.commands.log", "Xen's console, from its ring in memory"),
     "lab": Command("xencrash.lab.commands", "real Xen, or a reference guest, in QEMU"),
 }
 EPILOG = f"{ANY_TARGET}\n\n{JUDGED}"
