@@ -23,6 +23,7 @@ from xen_symbols.report.model import Report
 from xen_symbols.targets.dump import Dump, open_dump
 from xen_symbols.x86.paging import PAGE_SIZE as PAGE
 from xen_symbols.xen.idt import idt_address
+from xen_symbols.xen.locate import locate
 from xencrash.cli import main
 
 Made = tuple[bytes, Path]  # a whole dump, and its symbols
@@ -264,3 +265,22 @@ def test_the_command_says_where_a_dump_ends_and_judges_what_is_there(
     unknown = {(f.check, f.cpu): f.reason for f in report.findings if str(f.verdict) == "unknown"}
     assert {cpu for _, cpu in unknown} == {2} and {"nmi-gate-handler", "mc-gate-ist"} <= {check for check, _ in unknown}
     assert all("is lost: the file is truncated: it ends at offset" in (why or "") for why in unknown.values())
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_without_the_page_tables_of_the_image_its_place_is_known(level: int, tmp_path: Path) -> None:
+    """Xen's image is one piece: a page of its page tables at the end of the file is no reason to refuse all of it."""
+    target, symbols = recorded.load("4.17-crashed-vmcore")
+    walked = [locate(target, symbols).walk(symbols.address(name)).entries for name in ("idle_pg_table", "kexecing")]
+    lost = {entries[level][1] & -PAGE for entries in walked if level < len(entries)}
+    ranges = sorted(target.physical_ranges(), key=lambda each: each[0] & -PAGE in lost)
+    content = {start: target.read_physical(start, end - start) for start, end in ranges}
+    notes = b"".join(writer.note(note.name, note.type, note.desc) for note in target.notes())
+    data = writer.made(writer.write_elf, ranges, content, notes)
+    cut = tmp_path / "cut"
+    cut.write_bytes(data[: len(data) - sum(end - start for start, end in ranges if start & -PAGE in lost)])
+    report = api.evaluate(locate(open_dump(str(cut)), symbols))
+    whole = findings(api.evaluate(locate(target, symbols)))
+    said = findings(report)
+    assert {key for key in said if said[key][0] != "unknown" and said[key] != whole[key]} == set()
+    assert level == 1 or str(report.verdict) == "pass"  # that of level 1 maps more than the image

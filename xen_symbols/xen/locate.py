@@ -149,9 +149,29 @@ def _rooted(target: Target, symbols: SymbolTable, root: int, found_by: str, unre
             if memory.physical(table) != own:
                 return None
     except Unreadable as error:
-        unread.note(found_by, error)
-        return None
+        lost = isinstance(error, paging.Untranslated) and error.unread
+        if not lost or not _shows_itself(memory):
+            unread.note(found_by, error)
+            return None
+    start = image_region(table)
+    memory.image = start, start + IMAGE_MAX, memory.xen_phys_start
     return memory
+
+
+def _shows_itself(memory: XenMemory) -> bool:
+    """Whether the image is at this root although a dump has lost the tables that map it: it has the build-id of the
+    symbols there, or says itself where it is."""
+    base, symbols = memory.xen_phys_start, memory.symbols
+    if memory.target.kind != "dump" or base <= 0:
+        return False
+    offset, variable = _note_offset(symbols), symbols.get("xen_phys_start")
+    if symbols.build_id and offset is not None:
+        (raw,) = memory.target.read_physical_many([(base + offset, buildid.NOTE_SIZE)])
+        return not isinstance(raw, Absent) and buildid.parse_note(raw) == symbols.build_id
+    if variable is None:
+        return False
+    (raw,) = memory.target.read_physical_many([(base + variable - image_region(variable), 8)])
+    return not isinstance(raw, Absent) and int.from_bytes(raw, "little") == base
 
 
 def is_in_place(memory: XenMemory) -> bool:
@@ -317,8 +337,10 @@ def _images(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> Iter
     """(memory, XEN_VIRT_START) wherever the notes or a CPU's own page tables show something where Xen's image lies."""
     tried: set[tuple[int, int]] = set()
     shown = 0
-    for root, regions, found_by in _named(target, cpus):
+    for root, regions, found_by, start in _named(target, cpus):
         memory = AddressSpace(target, root, found_by)
+        if start is not None:
+            memory.image = regions[0], regions[0] + IMAGE_MAX, start
         for region in regions:
             if (root, region) not in tried and _maps_some(memory, region, unread):
                 yield memory, region
@@ -328,8 +350,8 @@ def _images(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> Iter
             tried.add((root, region))
 
 
-def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, Sequence[int], str]]:
-    """(root of page tables, what XEN_VIRT_START may be there, who names it)."""
+def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, Sequence[int], str, int | None]]:
+    """(root of page tables, what XEN_VIRT_START may be there, who names it, where that is in physical memory)."""
     start, root = None, None
     for note in target.notes():
         if (named := _xen_phys_start(note)) is not None:
@@ -337,11 +359,11 @@ def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, S
         elif note.name == "VMCOREINFO_XEN":
             root = parse_address(parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)", ""))
     if start is not None and root is not None and paging.is_canonical(root):
-        yield start + root - image_region(root), [image_region(root)], _BY_INFO
+        yield start + root - image_region(root), [image_region(root)], _BY_INFO, start
     for cpu in sorted(cpus, key=_in_xen, reverse=True):
         if cpu.guest_mode is not True and "cr3" in cpu.registers:
             regions = [image_region(cpu.registers["rip"])] if _in_xen(cpu) else IMAGE_REGIONS
-            yield cpu.registers["cr3"] & ~0xFFF, regions, _by_cr3(cpu)
+            yield cpu.registers["cr3"] & ~0xFFF, regions, _by_cr3(cpu), None
 
 
 def _xen_phys_start(note: Note) -> int | None:
@@ -357,10 +379,12 @@ def _maps_some(memory: AddressSpace, region: int, unread: Unread) -> bool:
     address = region + IMAGE_MIN_OFFSET
     while address < region + IMAGE_MAX:
         try:
-            memory.physical(address)
+            memory.walk(address)
             return True
         except paging.Untranslated as error:
             unread.note(memory.found_by, error)
+            if memory.image and error.unread:
+                return True
             address = error.end
     return False
 

@@ -35,7 +35,11 @@ class AddressSpace:
     """The virtual addresses of one set of page tables, whose root is at `root` (a physical address), in a target.
 
     Translations are kept until `forget`; a live machine forgets them at each stop. `found_by`: what led to the root.
+    `image`: (start, end, physical start) of Xen's image, which is one piece: a dump may have lost the tables that map
+    it, and hold what they map.
     """
+
+    image: tuple[int, int, int] | None = None
 
     def __init__(self, target: Target, root: int, found_by: str) -> None:
         self.target = target
@@ -98,10 +102,18 @@ class AddressSpace:
         page = address // paging.PAGE_SIZE
         known = self._pages.get(page)
         if known is None:
-            mapping = self.walk(page * paging.PAGE_SIZE)
-            known = self._pages[page] = mapping.physical, mapping.remaining
+            known = self._pages[page] = self._looked_up(page * paging.PAGE_SIZE)
         offset = address % paging.PAGE_SIZE
         return known[0] + offset, known[1] - offset
+
+    def _looked_up(self, page: int) -> tuple[int, int]:
+        try:
+            mapping = self.walk(page)
+        except paging.Untranslated as error:
+            if self.image and error.unread and self.image[0] <= page < self.image[1]:
+                return page - self.image[0] + self.image[2], paging.PAGE_SIZE
+            raise
+        return mapping.physical, mapping.remaining
 
     def _pieces(self, address: int, size: int) -> list[tuple[int, int]]:
         bounded(address, size)
