@@ -1,7 +1,7 @@
-"""What all tests share: a package that its source no longer has is no failure of ours, and is not passed over quietly.
+"""What all tests share: a package that its source no longer has is not our failure, and is reported.
 
-Old suites leave the mirrors one day. A test that needs such a package is skipped, and a section of its own at the end
-says which and why. Only that very error is taken so: not one that came of another, nor anything that it led to.
+Old suites leave the mirrors one day. A test that needs such a package is skipped, and a section at the end of the run
+says which and why. This applies to that error only: not to one caused by another, and not to its consequences.
 """
 
 from __future__ import annotations

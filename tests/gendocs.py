@@ -1,4 +1,4 @@
-"""Write docs/reference.md and docs/faults.md from the tables. A test sees that they are current."""
+"""Write docs/reference.md and docs/faults.md from the tables. A test checks that they are current."""
 
 from __future__ import annotations
 

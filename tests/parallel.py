@@ -1,11 +1,11 @@
-"""How tests are dealt to several processes (pytest-xdist, as scripts/test runs it): together what shares a machine, and
-what takes long first, so that none waits for the last of it at the end."""
+"""How tests are distributed to several processes (pytest-xdist, as scripts/test runs it): tests that share a machine go
+together, and long ones go first, so that the run does not wait for them at the end."""
 
 from __future__ import annotations
 
 import pytest
 
-# What takes longest, first: real Xens, then all else that starts a machine, then damage at random; the rest is last.
+# The longest first: real Xens, then all others that start a machine, then fuzzing; the rest is last.
 FIRST = (*(f"tests/live/test_{name}.py" for name in ("matrix", "main_job", "dumps", "uneven", "lab")),
          "tests/live/", "tests/contract/", "fuzz")  # fmt: skip
 
@@ -21,8 +21,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def group_of(item: pytest.Item) -> str | None:
-    """What runs in one process: tests of a file that share a fixture, with the same parameter if that has any; and the
-    tests of a file that start no machine, but for those that damage something at random (None: it goes by itself)."""
+    """What runs in one process: tests of a file that share a fixture, with the same parameter if it has any; and the
+    tests of a file that start no machine, except fuzzing (None: the test runs by itself)."""
     fixtures = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
     shared = sorted(name for name, made in fixtures.items() if made[-1].scope == "module")
     parameters = item.callspec.params if hasattr(item, "callspec") else {}

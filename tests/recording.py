@@ -1,13 +1,13 @@
 """Recorded examples: the bytes, registers and symbols of a real Xen that one judgement reads, and nothing else.
 
-`record` makes an example from any target, and tests/machines/recorded.py gives it back; the text of the file is
-exampletext.py's. Of a row of the lab, which it boots and crashes, or of any dump (with a file by QEMU's
-xen-save-devices-state for its CPUs, where there is one):
+`record` makes an example from any target, and tests/machines/recorded.py loads it; exampletext.py defines the file. It
+records a row of the lab, which it boots and crashes, or any dump (with a file from QEMU's xen-save-devices-state for
+its CPUs, if there is one):
 
     python -m tests.recording lab 4.20 --qemu 10.0
     python -m tests.recording dump DUMP XEN-SYMS EXAMPLE [DEVICE-STATE]
 
-And of a QEMU what it alone writes: its monitor's texts, and its device state of a crashed Xen's CPUs at the handover.
+For a QEMU it records its monitor's output, and its device state with a crashed Xen's CPUs at the handover:
 
     python -m tests.recording qemu 10.0
 """
@@ -78,7 +78,7 @@ class _Recorder(Target):
 
 
 def record(target: Any, symbols: SymbolTable, about: str, cpus: Sequence[PhysicalCpu] | None = None) -> dict[str, Any]:
-    """An example of what one judgement reads. `cpus` are taken instead of the target's own when given."""
+    """An example of what one judgement reads. `cpus`, if given, are used instead of the target's."""
     recorder = _Recorder(target, cpus)
     used = _watch(symbols)
     memory = locate(recorder, symbols)
@@ -132,7 +132,7 @@ def _watch(symbols: SymbolTable) -> set[tuple[int, str, str]]:
 
 
 def _merged(reads: dict[int, bytes]) -> dict[int, bytes]:
-    """Overlapping and touching reads as one stretch each."""
+    """Overlapping and adjacent reads merged into stretches."""
     merged: dict[int, bytearray] = {}
     last = None
     for address in sorted(reads):
@@ -156,7 +156,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _save(name: str, example: dict[str, Any]) -> None:
-    words = (shlex.quote(Path(word).name) for word in sys.argv[1:])  # a file's folder says nothing to others
+    words = (shlex.quote(Path(word).name) for word in sys.argv[1:])  # a file's folder means nothing to others
     how = f"Recorded by `python -m tests.recording {' '.join(words)}`"
     example["about"] += f"\n{how}; the layout is described in tests/machines/exampletext.py."
     path_of(name).write_text(exampletext.write(example))
@@ -167,7 +167,7 @@ OF_A_ROW = (*LIVE, "crashed-vmcore")
 
 
 def record_row(xen: str, qemu: str, wanted: Sequence[str]) -> None:
-    """Crash a row of the lab; record it live at its stages, and its vmcore: those of OF_A_ROW that are wanted."""
+    """Crash a row of the lab; record it live at its stages, and its vmcore: those of OF_A_ROW that were asked for."""
     from xencrash.lab.boot import up
     from xencrash.lab.specification import Specification
     from xencrash.trace import trace
@@ -197,7 +197,7 @@ def record_row(xen: str, qemu: str, wanted: Sequence[str]) -> None:
 
 
 def device_state(qmp: Qmp) -> bytes:
-    """The whole file by QEMU's xen-save-devices-state."""
+    """The whole file that QEMU's xen-save-devices-state writes."""
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "state"
         qmp.execute("xen-save-devices-state", filename=str(state), live=False)
@@ -205,15 +205,15 @@ def device_state(qmp: Qmp) -> bytes:
 
 
 def cpus_state(state: bytes) -> bytes:
-    """A device state of the sections that are read, and one other for them to be found among."""
+    """A device state with the sections that are read, and one other, which must be skipped."""
     kept = [data for section, data in raw_sections(state) if section.name in ("cpu", "cpu_common", "apic", "i8259")]
     return b"".join((state[:8], *kept, b"\0"))
 
 
 def record_qemu(row: str) -> None:
-    """The monitor's texts with the reference guest, idle on two CPUs; the device state with Xen 4.17 at its handover.
+    """The monitor's output with the reference guest, idle on two CPUs; the device state with Xen 4.17 at its handover.
 
-    The files are named by the version that QEMU itself says. Prints what tests/unit/test_qemu_state.py asks.
+    The files are named after the version that QEMU reports. Prints the line for tests/unit/test_qemu_state.py.
     """
     from tests.live.machines import guest
     from xencrash.lab.boot import up
@@ -221,8 +221,8 @@ def record_qemu(row: str) -> None:
     from xencrash.trace import trace
 
     with guest(cpus=2, qemu=row) as lab, Qmp(lab.qmp_socket) as qmp:
-        told = qmp.execute("query-version")["qemu"]
-        version = f"{told['major']}.{told['minor']}"
+        messages = qmp.execute("query-version")["qemu"]
+        version = f"{messages['major']}.{messages['minor']}"
         name = f"qemu-{version}"
         for about, command in MONITOR.items():
             text = qmp.execute("human-monitor-command", **{"command-line": command})

@@ -1,7 +1,7 @@
-"""What people are shown, word for word: every command of gdb's and every block of a report, on recorded machines.
+"""What users see, word for word: every gdb command and every block of a report, on recorded machines.
 
-Each is a file in tests/recorded/text, to be read in a review; `python -m tests.texts` writes them, and a test sees that
-they are what is shown now. A cell in the colour of a verdict has that verdict behind it, as in `3 unknown <unknown>`.
+Each is a file in tests/recorded/text, to be read in review; `python -m tests.texts` writes them, and a test compares
+them with what is shown now. A cell in a verdict's colour is followed by the verdict, as in `3 unknown <unknown>`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def blocks(name: str, *arguments: Any, session: RecordedSession | None = None) -
 
 
 def unlike(name: str = "4.17-handover") -> RecordedSession:
-    """No two numberings agree: CPU 1 is the machine's CPU 2, and CPU 2 its CPU 1, with APIC ids 8 and 4."""
+    """No two numberings agree: CPU 1 is the machine's CPU 2, and CPU 2 its CPU 1, with APIC IDs 8 and 4."""
     session = RecordedSession(name)
     cpus = session.example.physical_cpus
     array = session.symbols().address("x86_cpu_to_apicid")
@@ -123,7 +123,7 @@ def inferred(name: str, x2apic: bool) -> RecordedSession:
 
 
 def damaged_notes() -> RecordedSession:
-    """Of a vmcore: CPU 1's buffer is half written, CPU 2's is no longer Xen's, CPU 3's is empty."""
+    """A vmcore: CPU 1's buffer is half written, CPU 2's is no longer Xen's, CPU 3's is empty."""
     session = RecordedSession("4.17-crashed-vmcore")
     starts = [int(item["address"], 16) for item in answer("xen notes", session=session)["buffers"]]
     for cpu, at, content in ((1, 20, bytes(336)), (2, 0, b"\xff" * 12), (3, 20, bytes(336)), (3, 372, bytes(32))):
@@ -156,8 +156,8 @@ def _status(name: str, **changes: Any) -> Sequence[Block]:
 
 
 def _bt() -> Sequence[Block]:
-    """A CPU that was shot down, one in a guest with a frame that is left over, one that is lost, one without all."""
-    told = []
+    """A CPU that was shot down, one in a guest with a stale frame, one that is lost, one with nothing known."""
+    messages = []
     for cpu in range(4):
         machine = stacks.Stacks(cpu=cpu)
         stacks.in_nmi_crash(machine)
@@ -168,25 +168,25 @@ def _bt() -> Sequence[Block]:
         if cpu == 3:
             machine.put_tss(stacks.TSS_PAGE + 64, machine.guest_regs + 168, [stacks.POISON] * 7)
             machine.registers = Absent("no physical CPU could be matched to it")
-        told.append(machine.trace())
-    told[1]["stacks"]["processor_id"] = 2
-    return BY_NAME["xen bt"].blocks({"cpus": told})
+        messages.append(machine.trace())
+    messages[1]["stacks"]["processor_id"] = 2
+    return BY_NAME["xen bt"].blocks({"cpus": messages})
 
 
 # -- reports ----------------------------------------------------------------------------------
 
-# What is judged grows; a few checks are enough to see how it is told.
+# There will be more checks; a few are enough to see the layout.
 _TOLD = {"nmi-gate-handler", "nmi-gate-ist", "mc-gate-handler", "mc-gate-ist", "crash-save-done", "lapic-mode"}
 
 
-def told(machine: Machine) -> Json:
+def messages(machine: Machine) -> Json:
     made = machine.report().to_json()
     made["findings"] = [finding for finding in made["findings"] if finding["check"] in _TOLD]
     return made | {"verdict": str(worst(Verdict[finding["verdict"].upper()] for finding in made["findings"]))}
 
 
 def clean() -> Json:
-    return told(Machine())
+    return messages(Machine())
 
 
 def faulty() -> Json:
@@ -199,12 +199,12 @@ def faulty() -> Json:
     machine.lapic(1, spiv=0x1FF)
     machine.lapic(2, apic_base=Absent("needs QEMU's QMP socket"))
     machine.physical(3, lambda cpu: cpu._replace(lapic=Absent("no LAPIC"), registers={}))
-    return told(machine)
+    return messages(machine)
 
 
 def traced() -> Json:
-    """The shootdown, the same with its machine's skips alone, and the handover of `faulty`, as one trace saw them."""
-    stops = [told(Machine("4.17-shootdown")), faulty()]
+    """The shootdown, the same with only the machine's skips, and the handover of `faulty`, as one trace saw them."""
+    stops = [messages(Machine("4.17-shootdown")), faulty()]
     report = stops[-1] | {"stages": [*stops[0]["stages"], stops[0]["stages"][0], *stops[1]["stages"]]}
     skipped = stops[0]["findings"][0] | {"verdict": "skip", "reason": "does not apply", "stop": 1}
     later = [finding | {"stop": 2} for finding in stops[1]["findings"]]
@@ -214,7 +214,7 @@ def traced() -> Json:
 
 
 def _changes(to_json: Callable[..., Json]) -> list[Json]:
-    """What is put into three gates between the shootdown and the handover; a watchpoint saw the first two writers."""
+    """Changes of three gates between the shootdown and the handover; a watchpoint saw the first two writers."""
     before, machine = (Machine(f"4.17-{stage}") for stage in ("shootdown", "handover"))
     machine.gate(1, NMI, 4, b"\x00")
     machine.gate(2, NMI, 5, b"\x6f")
@@ -236,7 +236,7 @@ def _reports() -> list[Json]:
     """A dump of each kind, as `xencrash check` of several has them."""
     good, bad = clean(), faulty()
     unknown = bad | {"findings": [f for f in bad["findings"] if f["verdict"] != "fail"], "verdict": "unknown"}
-    running = told(Machine("4.17-normal"))
+    running = messages(Machine("4.17-normal"))
     lost = good | {"findings": [], "stages": [], "verdict": "unknown", "generation": None, "crashing_cpu": None}
     names = ("good", "bad", "half-read", "running", "lost", "empty")
     reports = (good, bad, unknown, running, lost | {"undecided": "lost: is cut off"}, lost)
@@ -309,7 +309,7 @@ TEXTS: dict[str, Callable[[], Sequence[Block] | str]] = {
 
 
 def shown(name: str) -> str:
-    """What the file of that name is to hold."""
+    """What the file of that name must hold."""
     made = TEXTS[name]()
     return made if isinstance(made, str) else plain([_marked(block) for block in made])
 
@@ -321,7 +321,7 @@ def _marked(block: Block) -> Block:
 
 
 def _cell(cell: Cell) -> Cell:
-    """Verdicts' colours say something; what is dim or strong is a matter of looks."""
+    """Only the colours of verdicts carry meaning; dim and strong do not."""
     return Cell(f"{cell.text} <{cell.style}>") if cell.style in {str(verdict) for verdict in Verdict} else cell
 
 

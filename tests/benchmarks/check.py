@@ -1,7 +1,7 @@
 """What judging a dump costs, as ratios to `python3 -c pass` by the same interpreter in the same run.
 
 Synthesised dumps of 4, 256 and 4096 CPUs in 4 GB, and of 4 CPUs in a sparse 64 GB; a real one when it is given, and
-then crash(8) and xen-crashdump-analyser on it, where they are installed. Processes are run in turn with the empty
+then crash(8) and xen-crashdump-analyser on it, if they are installed. Processes alternate with the empty
 program, so that a busy machine slows both; CPU time is user and system together.
 """
 
@@ -29,7 +29,7 @@ from xen_symbols.targets.dump import open_dump
 from xen_symbols.xen.locate import carried_symbols, locate
 
 SYNTHETIC = ((4, 4), (4, 64), (256, 4), (4096, 4))  # CPUs, GB
-# Runs the command and then says the peak of its own resident memory, pages of the mapped dump included.
+# Runs the command and prints the peak of its resident memory, pages of a mapped dump included.
 _PEAK = """
 import contextlib, os, sys
 from xencrash.cli import main
@@ -70,7 +70,7 @@ def ratios(cost: Cost, empty: Cost) -> str:
 
 
 def median(runs: int, work: Callable[[], object]) -> float:
-    """Median CPU time of work in this process, seconds; like the command, without looking for cycles."""
+    """Median CPU time of work in this process, seconds; like the command, without garbage collection."""
     gc.disable()
     times = []
     for _ in range(runs):
@@ -113,7 +113,7 @@ def measure(name: str, dump: str, symbols: str | None, python: str, runs: int) -
 
 
 def compare(dump: str, symbols: str, python: str, runs: int) -> None:
-    """What the peers make of the same file, or that they are not here."""
+    """What the other tools do with the same file, or that they are not installed."""
     with tempfile.TemporaryDirectory() as out:
         for tool, words in (
             ("crash", ["--hyper", "-s", symbols, dump]),

@@ -3,10 +3,10 @@
     python -m tests.benchmarks.live [CPUS] [--guest] [--look]
 
 Boots real Xen 4.17 in the lab three times; with --look once, for the looks alone, and with --guest the reference guest
-for them. The figures of looks are the least of many, as whatever else is at work only adds, and the medians; ratios are
-of the least. The bare client sends the very packets of one look, one after the other over one connection, and does
-nothing with the answers; the device state is what QEMU is asked over QMP besides. Both are what a look waits for,
-whoever looks. How many packets a look takes, tests/unit/test_looks.py and test_gdb_plugin.py assert.
+for them. The figures of looks are the minimum of many, as other work only adds time, and the medians; ratios are
+of the minima. The bare client sends the same packets as one look, one after the other over one connection, and ignores
+the answers; the device state is read over QMP. Any look waits for both. tests/unit/test_looks.py and test_gdb_plugin.py
+assert how many packets a look takes.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ json.dump(out, open({path!r}, "w"))
 
 
 class Bare:
-    """A client of the remote protocol that does nothing but ask."""
+    """A client of the remote protocol that only asks."""
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -99,7 +99,7 @@ class Bare:
         self._received = b""
 
     def ask(self, packet: str) -> bytes:
-        """The answer; each is acknowledged, as QEMU's stub wants it. QEMU 7.2 tells the stop unasked at first."""
+        """The answer; each is acknowledged, as QEMU's stub requires. QEMU 7.2 first reports the stop unasked."""
         data = packet.encode()
         self._socket.sendall(b"$%s#%02x" % (data, sum(data) & 0xFF))
         while True:
@@ -115,7 +115,7 @@ class Bare:
 
 
 def looks(lab: Machine) -> dict[str, Any]:
-    """(least, median) seconds of one look at a stage, of its parts, and of others; `bare` is of its packets by a bare
+    """(minimum, median) seconds of one look at a stage, its parts, and others; `bare` is its packets sent by a bare
     client, `packets` their number."""
     with tempfile.TemporaryDirectory() as name:
         script, result = Path(name) / "bench.py", Path(name) / "result.json"
@@ -136,7 +136,7 @@ def looks(lab: Machine) -> dict[str, Any]:
 
 
 def path_seconds(cpus: int, follow: bool) -> float:
-    """Wall time from kexec_crash to kexec_reloc, with every stage judged or with these two stops alone."""
+    """Wall time from kexec_crash to kexec_reloc, with every stage judged or with only these two stops."""
     with up(Specification(cpus=cpus)) as lab:
         target, symbols, qmp = f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)
         if follow:

@@ -1,4 +1,4 @@
-"""Sourced in a gdb with the plugin: which promises what it is attached to keeps and breaks, as JSON.
+"""Sourced in a gdb with the plugin: which promises the target that it is attached to keeps and breaks, as JSON.
 
 `$cases` names a file with the list of cases, each the arguments of `_subject`.
 """

@@ -1,4 +1,4 @@
-"""What every target promises (xen_symbols/targets/__init__.py), as assertions that are the same for each kind of it.
+"""What every target promises (xen_symbols/targets/__init__.py), as assertions that are the same for each kind.
 
 The standard library and xen_symbols only: for a live machine, and for a dump that is served to gdb, they run in gdb.
 """
@@ -21,7 +21,7 @@ from xen_symbols.xen.locate import locate
 
 Request = tuple[int, int]  # physical address, size
 
-# What QEMU's stub returns for one packet, and what a page holds, more and less.
+# Around what QEMU's stub returns for one packet, and the size of a page.
 SIZES = (1, 2, 8, 16, 404, 2047, 2048, 2049, 4095, 4096, 4097, 12345)
 # No machine has memory there, and no arithmetic may wrap there.
 NOWHERE = ((1 << 51, 8), (1 << 63, 8), ((1 << 64) - 4096, 4096), ((1 << 64) - 4096, 8192), ((1 << 64) - 8, 8),
@@ -29,7 +29,7 @@ NOWHERE = ((1 << 51, 8), (1 << 63, 8), ((1 << 64) - 4096, 4096), ((1 << 64) - 40
 
 
 class Truth:
-    """The same machine's memory, known by another way: stretches of it by physical address."""
+    """The same machine's memory from an independent source: stretches by physical address."""
 
     def __init__(self, stretches: Mapping[int, bytes | memoryview]) -> None:
         self.starts = sorted(stretches)
@@ -45,7 +45,7 @@ class Truth:
         return data if len(data) == size else None
 
 
-# What a PC has between these is no RAM, or another RAM than the machine's own (the firmware's).
+# Between these a PC has no RAM, or RAM that is not the machine's own (the firmware's).
 _HOLE = (0xA0000, 0x100000)
 
 
@@ -58,7 +58,7 @@ def ram(path: str) -> Truth:
 
 @dataclass(frozen=True)
 class Registers:
-    """What one source of CPUs knows of each of them: the fields of PhysicalCpu and Lapic that it fills in."""
+    """What one source knows of each CPU: the fields of PhysicalCpu and Lapic that it fills in."""
 
     cpus: bool = True
     named: frozenset[str] = frozenset("rip rsp rflags cs cr0 cr3 cr4".split())
@@ -81,7 +81,7 @@ NONE = Registers(cpus=False)
 
 @dataclass(frozen=True)
 class Subject:
-    """One target, and what is known of its machine from elsewhere."""
+    """One target, and what is known of its machine independently."""
 
     target: Target
     symbols: SymbolTable
@@ -94,7 +94,7 @@ class Subject:
 
 
 def _read(target: Target, address: int, size: int) -> bytes | None:
-    """Exactly so many bytes, or None when they are refused with a reason."""
+    """Exactly this many bytes, or None if they are refused with a reason."""
     try:
         data = target.read_physical(address, size)
     except Unreadable as error:
@@ -130,7 +130,7 @@ def _held(target: Target) -> Callable[[int, int], bool]:
 
 
 def _requests(subject: Subject) -> list[Request]:
-    """At the borders of ranges and of what is known of them, at borders of pages and packets, and at random."""
+    """At the borders of ranges and of known memory, at borders of pages and packets, and at random."""
     chance = random.Random(1)
     ranges = _some(subject.target.physical_ranges())
     places = {border for pair in ranges for border in pair}
@@ -173,7 +173,7 @@ def ranges_ascend_and_are_true(subject: Subject) -> None:
     ranges = subject.target.physical_ranges()
     last = -1
     for start, end in ranges:
-        assert 0 <= start < end <= 1 << 64, f"{start:#x}-{end:#x} is no range"
+        assert 0 <= start < end <= 1 << 64, f"{start:#x}-{end:#x} is not a range"
         assert start >= last, f"{start:#x} comes after {last:#x}"
         last = end
     assert last > 0, "there is no memory at all"
@@ -246,7 +246,7 @@ def _held_or_absent(of: Any, names: frozenset[str], held: frozenset[str], kind: 
             assert not isinstance(value, Absent), f"{where}: {name} is absent: {value}"
         else:
             assert isinstance(value, Absent) and value.reason.strip(), f"{where}: {name} is {value}, from nowhere"
-            # A live machine could say it another way; a file will never hold it.
+            # A live machine may have another source; a file will never hold it.
             assert value.kind is Kind.NOT_HELD or kind == "live", f"{where}: {name}: {value.kind}"
 
 
@@ -276,7 +276,7 @@ def xens_memory_is_the_same_whichever_cpu_is_selected(subject: Subject) -> None:
 def notes_are_those_of_the_file(subject: Subject) -> None:
     notes = subject.target.notes()
     for note in notes:
-        assert isinstance(note, Note), f"{note!r} is no note"
+        assert isinstance(note, Note), f"{note!r} is not a note"
         assert isinstance(note.desc, bytes) and 0 <= note.type < 1 << 32, f"{note.name}, {note.type:#x}"
         assert "\0" not in note.name, f"{note.name!r} has its NUL"
     names = {note.name for note in notes}
@@ -310,12 +310,12 @@ PROMISES: Mapping[str, Callable[[Subject], None]] = {
 
 
 def broken(subject: Subject) -> dict[str, str]:
-    """The promises that this target does not keep, and in what."""
+    """The promises that this target breaks, and how."""
     return {name: what for name, what in tried(subject).items() if what is not None}
 
 
 def tried(subject: Subject) -> dict[str, str | None]:
-    """Every promise: None for one that is kept, or in what it is broken."""
+    """Every promise: None if it is kept, or how it is broken."""
     found: dict[str, str | None] = {}
     for name, promise in PROMISES.items():
         try:

@@ -1,8 +1,8 @@
-"""One suite of the Target protocol's promises, on every kind of target. Real Xen's are here as recorded examples; the
-whole dumps of real Xen, by every producer, keep them in tests/live/test_dumps.py.
+"""One suite of the Target protocol's promises, on every kind of target. Real Xen is here as recorded examples; whole
+dumps of real Xen, by every producer, are tested in tests/live/test_dumps.py.
 
 The reference guest is stopped at the handover in both QEMUs: live through gdb, with QMP and without, in each of QEMU's
-dumps, in one that is served to gdb, and as a raw image of its RAM, which is also what each is compared with.
+dumps, in one that is served to gdb, and as a raw image of its RAM, with which each is compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from xencrash.trace import trace
 
 CPUS = 4
 QEMUS_NOTES = frozenset({"CORE", "QEMU"})
-# QEMU → its dumps by name: what dump-guest-memory is told.
+# QEMU → its dumps by name: the arguments of dump-guest-memory.
 DUMPS: dict[str, dict[str, dict[str, Any]]] = {
     "7.2": {"elf": {}, "elf-paging": {"paging": True}, "kdump-zlib-flattened": {"format": "kdump-zlib"}},
     "10.0": {"elf": {}, "kdump-zlib-flattened": {"format": "kdump-zlib"},
@@ -41,12 +41,12 @@ DUMPS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 IN_GDB = ("live", "live-without-qmp", "served")
 
-Answers = dict[str, dict[str, str | None]]  # by kind of target: each promise, and in what it is broken if it is
+Answers = dict[str, dict[str, str | None]]  # by kind of target: each promise, and how it is broken if it is
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """What one machine left: the folder with its dumps, and what its gdb said."""
+    """What one machine left: the folder with its dumps, and its gdb's output."""
 
     folder: Path
     symbols: str
@@ -100,7 +100,7 @@ def stopped(qemu: str, folder: Path) -> Stopped:
 
 def examined(folder: Path, symbols: str, socket: str, ways: dict[str, tuple[str | None, str]],
              notes: list[str]) -> Answers:  # fmt: skip
-    """What gdb, attached to a socket, finds kept and broken: the same suite within it."""
+    """The promises kept and broken in gdb attached to a socket: the same suite, run inside gdb."""
     same = {"symbols": symbols, "ram": str(folder / "raw"), "build_id": build_id(symbols).hex(), "cpus": CPUS,
             "notes": notes}  # fmt: skip
     cases = folder / "cases.json"
@@ -126,7 +126,7 @@ def test_a_guest_keeps(promise: str, qemu: str, kind: str, machines: Callable[[s
         PROMISES[promise](machine.subject(kind))
 
 
-# What is not a machine: dumps that the tests write of a made-up Xen, and examples recorded from real ones.
+# Targets without a machine: dumps that the tests write of a made-up Xen, and examples recorded from real ones.
 
 RANGES = [(PHYS_START, PHYS_START + (8 << 20)), (HEAP, HEAP + (1 << 20))]
 
@@ -165,7 +165,7 @@ WRITTEN: dict[str, Callable[[Path], Subject]] = {
 
 @pytest.mark.parametrize("promise", PROMISES)
 @pytest.mark.parametrize("kind", WRITTEN)
-def test_a_written_one_keeps(promise: str, kind: str, tmp_path: Path) -> None:
+def test_a_made_up_target_keeps(promise: str, kind: str, tmp_path: Path) -> None:
     PROMISES[promise](WRITTEN[kind](tmp_path))
 
 
@@ -173,7 +173,7 @@ def test_a_written_one_keeps(promise: str, kind: str, tmp_path: Path) -> None:
 
 
 class Liar:
-    """A good target but for what is replaced."""
+    """A good target, except for what is replaced."""
 
     def __init__(self, target: Any, **lies: Any) -> None:
         self._target, self._lies = target, lies
@@ -214,7 +214,7 @@ def lies(good: Any) -> dict[str, tuple[str, Liar]]:
         return Liar(good, cpus=lambda: [first._replace(**changes), *rest])
 
     exact, many = "bytes_are_exact_or_refused", "many_reads_are_the_single_ones_in_order"
-    ranges, told = "ranges_ascend_and_are_true", "cpus_have_what_their_source_knows"
+    ranges, messages = "ranges_ascend_and_are_true", "cpus_have_what_their_source_knows"
     return {
         "short": (exact, Liar(good, read_physical=lambda at, size: good.read_physical(at, size)[:-1])),
         "made up": (exact, Liar(good, read_physical=lambda at, size: bytes(min(size, 1 << 16)))),
@@ -231,9 +231,9 @@ def lies(good: Any) -> dict[str, tuple[str, Liar]]:
         ),
         "a range too many": (ranges, Liar(good, physical_ranges=lambda: [(start, end), *more, (1 << 40, 1 << 41)])),
         "ranges descend": (ranges, Liar(good, physical_ranges=lambda: [*more, (start, end)])),
-        "a flag from nowhere": (told, cpu(halted=False)),
-        "no registers": (told, cpu(registers={})),
-        "saved, not current": (told, cpu(current=True)),
+        "a flag from nowhere": (messages, cpu(halted=False)),
+        "no registers": (messages, cpu(registers={})),
+        "saved, not current": (messages, cpu(current=True)),
         "a note too few": (
             "notes_are_those_of_the_file",
             Liar(good, notes=lambda: [note for note in good.notes() if note.name != "Xen"]),
@@ -243,7 +243,7 @@ def lies(good: Any) -> dict[str, tuple[str, Liar]]:
     }
 
 
-def test_who_breaks_a_promise_is_found(tmp_path: Path) -> None:
+def test_a_broken_promise_is_found(tmp_path: Path) -> None:
     subject = synthetic(tmp_path, "elf")
     assert broken(subject) == {}
     met = set()

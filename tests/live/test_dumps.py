@@ -310,7 +310,7 @@ class Damaged:
 
 
 @pytest.mark.parametrize("kdump", ["makedumpfile-zlib", "qemu-kdump-raw-zlib"])
-def test_a_bad_page_is_named_where_it_is_needed_and_nowhere_else(
+def test_a_bad_page_is_named_only_where_it_is_needed(
     crash: Crash, kdump: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = crash.folder / kdump
@@ -339,7 +339,7 @@ def test_a_bad_page_is_named_where_it_is_needed_and_nowhere_else(
     capsys.readouterr()
 
 
-def test_no_bad_page_makes_another_verdict_than_unknown(crash: Crash) -> None:
+def test_a_bad_page_can_only_make_the_verdict_unknown(crash: Crash) -> None:
     """Every second page that is read for the verdict in turn: what is said without it is said, the rest is unknown."""
     kdump = "makedumpfile-zlib"
     path = crash.folder / kdump

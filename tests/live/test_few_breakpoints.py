@@ -72,16 +72,16 @@ def test_more_than_four_are_never_set(lab: Machine) -> None:
 
 @pytest.mark.parametrize("few", [3, 2, 1])
 def test_fewer_show_less_and_say_so(lab: Machine, few: int) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     with limited(lab, Stub(few)) as socket:
-        report = follow(lab, socket, progress=lambda stage, findings: told.extend(
+        report = follow(lab, socket, progress=lambda stage, findings: messages.extend(
             f["reason"] for f in findings if stage["stage"] == "normal" and f["verdict"] == "unknown"
         ))  # fmt: skip
     assert report["verdict"] == "unknown" and "undecided" not in report
     plural = "s" * (few > 1)
     why = f"only {few} hardware breakpoint{plural} can be set, and 4 are needed: nothing is seen at this stage"
     assert unknown(report) == dict.fromkeys(UNSEEN[few], why)
-    assert told == [why] * len(UNSEEN[few])  # before the crash
+    assert messages == [why] * len(UNSEEN[few])  # before the crash
     found = seen(report)
     assert [found[name, 0] for name in CRASHING] == [1] * 7
     for name in {*OTHERS} - {*UNSEEN[few]}:
@@ -90,7 +90,7 @@ def test_fewer_show_less_and_say_so(lab: Machine, few: int) -> None:
     lab.serial.wait(rb"crash image: alive", 10)
 
 
-def test_without_any_nothing_is_waited_for(lab: Machine) -> None:
+def test_without_breakpoints_nothing_is_waited_for(lab: Machine) -> None:
     with limited(lab, Stub(0)) as socket:
         report = follow(lab, socket, timeout=None, trigger=lambda: pytest.fail("it was let run"))
     assert report["verdict"] == "unknown"
@@ -100,7 +100,7 @@ def test_without_any_nothing_is_waited_for(lab: Machine) -> None:
     assert running(lab)
 
 
-def test_a_stub_that_says_too_late_that_it_has_no_more(lab: Machine) -> None:
+def test_a_stub_that_refuses_too_late(lab: Machine) -> None:
     """gdb answers that the machine runs, and then that it does not."""
     with limited(lab, stub := Stub(0, generously=9)) as socket:
         report = follow(lab, socket, timeout=None)
@@ -183,13 +183,13 @@ def test_the_command_inside_gdb_without_any(lab: Machine) -> None:
     assert running(lab)
 
 
-def test_breakpoints_of_the_users_own_take_their_share(lab: Machine) -> None:
+def test_the_users_own_breakpoints_take_their_share(lab: Machine) -> None:
     output = in_gdb(lab, Stub(4), "hbreak *0x1000", "xen crash trace --timeout 20")
     assert "only 3 hardware breakpoints can be set, and 4 are needed: cpu-save cannot be seen" in output
     assert stages(output) == {**dict.fromkeys(CRASHING, 1), **dict.fromkeys(["nmi-taken", "cpu-stop"], 3)}
 
 
-def test_the_command_inside_gdb_when_the_stub_says_it_late(lab: Machine) -> None:
+def test_the_command_inside_gdb_when_the_stub_refuses_late(lab: Machine) -> None:
     output = in_gdb(lab, Stub(0, generously=9), "xen crash trace", "xen crash status", when={})
     assert "not decided: gdb could not set its breakpoints: the machine takes no more hardware breakpoints" in output
     assert re.search(r"^stage +normal", output, re.MULTILINE)
@@ -228,7 +228,7 @@ def test_gates_watched_by_hand_without_their_writers(lab: Machine) -> None:
     assert re.search(r"^ *0 +NMI +handler nmi -> trap_nop.* not seen$", output, re.MULTILINE), output
 
 
-def test_what_kvm_cannot_do_is_refused_before_anything_is_touched(lab: Machine) -> None:
+def test_what_kvm_cannot_do_is_refused_before_anything_is_changed(lab: Machine) -> None:
     kvm = "python from gdbplugin.target import LiveTarget; LiveTarget.accelerator = 'kvm'"
     registers = "info registers rip rcx"
     output = in_gdb(lab, Stub(4), kvm, registers, "echo === 2\\n", "set xen rdmsr on", "xen lapic", "echo === 3\\n",

@@ -203,7 +203,7 @@ def test_the_selection_is_kept(lab: Machine) -> None:
 
 
 @pytest.mark.parametrize("qmp", [True, False])
-def test_a_machine_goes_on_as_it_was_found(qmp: bool) -> None:
+def test_a_machine_continues_as_it_was_found(qmp: bool) -> None:
     with guest(cpus=1) as machine:
         with attach(machine, qmp) as session:
             session.xen("crash-check")
@@ -380,7 +380,7 @@ def test_symbols_of_another_build() -> None:
 
 
 @pytest.mark.parametrize(("content", "says"), [(b"", "empty"), (b"\x00\x01 nonsense", "neither an ELF file nor")])
-def test_a_symbol_file_that_is_none(lab: Machine, tmp_path: Path, content: bytes, says: str) -> None:
+def test_a_file_that_is_not_a_symbol_file(lab: Machine, tmp_path: Path, content: bytes, says: str) -> None:
     file = tmp_path / "symbols"
     file.write_bytes(content)
     with open_session(target(lab), str(file)) as session, pytest.raises(Undecidable, match=says):
@@ -411,7 +411,7 @@ def test_a_look_at_a_stage_costs_no_more_packets_than_it_did(lab: Machine) -> No
     assert (status <= 23, look <= 24) == (True, True), (status, look)
 
 
-def test_a_qemu_whose_monitor_takes_no_number_of_a_cpu(lab: Machine) -> None:
+def test_a_qemu_whose_monitor_takes_no_cpu_number(lab: Machine) -> None:
     """Before 7.2: each CPU is selected in turn, and then the one that was."""
     older = (
         "python from gdbplugin.target import LiveTarget\n"

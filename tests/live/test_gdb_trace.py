@@ -71,17 +71,17 @@ def state(lab: Machine) -> str:
 
 
 def test_every_stage_in_order(lab: Machine) -> None:
-    told: list[str] = []
-    report = follow(lab, progress=lambda stage, findings: told.append(stage["stage"]))
+    messages: list[str] = []
+    report = follow(lab, progress=lambda stage, findings: messages.append(stage["stage"]))
     assert report["verdict"] == "pass" and "undecided" not in report
     assert report["target"]["accelerator"] == "tcg"
-    assert told == stages(report)
-    crashing = [name for name in told if name not in ("nmi-taken", "cpu-save", "cpu-stop")]
+    assert messages == stages(report)
+    crashing = [name for name in messages if name not in ("nmi-taken", "cpu-save", "cpu-stop")]
     assert crashing == ["normal", "crash-entry", "shutdown-entry", "shootdown", "shootdown-done", "crash-info",
                         "exec-entry", "handover"]  # fmt: skip
     for name in ("nmi-taken", "cpu-save", "cpu-stop"):
         assert sorted(stage["cpu"] for stage in report["stages"] if stage["stage"] == name) == [1, 2, 3]
-    assert {finding["stop"] for finding in report["findings"]} == set(range(len(told)))
+    assert {finding["stop"] for finding in report["findings"]} == set(range(len(messages)))
     # The machine runs on, without our breakpoints, into its crash kernel.
     lab.serial.wait(rb"crash image: alive", 10)
 
@@ -140,7 +140,7 @@ def test_a_trace_that_comes_too_late(lab: Machine) -> None:
         follow(lab)
 
 
-def test_somebody_else_stops_the_machine(lab: Machine) -> None:
+def test_the_machine_is_stopped_by_something_else(lab: Machine) -> None:
     report = follow(lab, trigger=lambda: lab.qmp("stop"))
     assert report["undecided"] == "the machine was stopped by something else (SIGINT) while it was followed"
     assert report["verdict"] == "unknown"
@@ -211,7 +211,7 @@ def test_gdb_is_killed(lab: Machine) -> None:
     kill.assert_reported(report, "gdb was killed by SIGKILL; gdb:.* is left as it is")
 
 
-def test_an_error_of_the_trigger_is_the_callers(lab: Machine) -> None:
+def test_an_error_of_the_trigger_reaches_the_caller(lab: Machine) -> None:
     def fail() -> None:
         raise ValueError("of the caller's")
 
@@ -288,7 +288,7 @@ def test_the_command_inside_gdb_loses_qemu(lab: Machine) -> None:
 # -- real Xen ---------------------------------------------------------------------------------
 
 
-def test_real_xen_crashes_on_a_cpu_of_choice() -> None:
+def test_real_xen_crashes_on_a_chosen_cpu() -> None:
     with ready(dom0_vcpus=4) as lab:
         report = follow(lab, trigger=lambda: lab.crash("panic", cpu=2), timeout=60, stall=30)
         assert report["verdict"] == "pass", named(report["findings"])

@@ -203,7 +203,7 @@ def verdicts(report: Json) -> dict[tuple[str, int | None], str]:
             if f["stop"] == last and f["verdict"] != "skip" and f["check"] != "trace-complete"}  # fmt: skip
 
 
-def test_a_dump_of_it_says_what_the_machine_said(run: Run, followed: Followed) -> None:
+def test_a_dump_of_it_says_the_same_as_the_machine(run: Run, followed: Followed) -> None:
     fault = BY_ID[run.fault] if run.fault else None
     if followed.dump is None:  # 4.2.0 on its way: neither its memory nor its registers name the crashing CPU
         assert run.generation == "4.2.0" and fault and fault.not_in_a_dump

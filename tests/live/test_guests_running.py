@@ -117,8 +117,8 @@ def test_a_domu_on_every_cpu_and_a_crash_then(tmp_path: Path, capsys: pytest.Cap
         core = lab.domus.dump_core(1, tmp_path / "core")
         for command in ("check", "info"):
             assert main([command, str(core), "--symbols", str(lab.symbols)]) == 3
-            told = capsys.readouterr()
-            assert (told.out, len(told.err.splitlines())) == ("", 1) and "a core of a Xen domain" in told.err
+            said = capsys.readouterr()
+            assert (said.out, len(said.err.splitlines())) == ("", 1) and "a core of a Xen domain" in said.err
         with attach(lab) as session, ram(lab) as memory:
             everywhere = stop_in_guests(session, CPUS)
             assert {cpu["guest_mode"] for cpu in everywhere} == {True}

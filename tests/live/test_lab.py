@@ -73,12 +73,12 @@ def test_the_crash_key_leads_to_the_exact_vmcore(tmp_path: Path) -> None:
     assert start_time(pid) is None
 
 
-def test_a_boot_that_says_nothing_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_boot_without_console_output_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boot, "_STALLED", 0.0)
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(LabError, match=r"^booting Xen: the console said nothing for 0 s: the console's last line"):
-        booted(progress=told.append)
-    assert [text.split()[0] for text in told] == ["starting", "booting", "starting"]
+        booted(progress=messages.append)
+    assert [text.split()[0] for text in messages] == ["starting", "booting", "starting"]
 
 
 def test_dom0s_panic_crashes_the_chosen_cpu(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_several_at_once_and_dumps_of_qemu(tmp_path: Path) -> None:
         assert two.alive()
 
 
-def test_a_machine_that_dies_is_said_with_its_logs(tmp_path: Path) -> None:
+def test_a_machine_that_dies_is_reported_with_its_logs(tmp_path: Path) -> None:
     with booted(tmp_path / "run", paused=True) as lab:
         os.kill(lab.qemu_pid, signal.SIGKILL)
         begun = time.monotonic()
@@ -205,7 +205,7 @@ def children(pid: int) -> dict[int, tuple[int, str]]:
         (("run", "--fresh"), 1, signal.SIGTERM, 143),
     ],
 )
-def test_who_ends_the_command_leaves_nothing_of_it(
+def test_ending_the_command_leaves_nothing_behind(
     words: tuple[str, ...], machines: int, sign: signal.Signals, status: int, tmp_path: Path
 ) -> None:
     """A terminal sends Ctrl-C to all of a session's processes but QEMU, kill(1) SIGTERM to one."""
@@ -297,10 +297,10 @@ def test_a_broken_package_is_fetched_again_by_apt_whose_own_files_stay_as_they_a
     whole = broken.read_bytes()
     broken.unlink()  # a link to the cache's own
     broken.write_bytes(whole[:-1])
-    told: list[str] = []
-    made = xen_images(Cache(tmp_path, told.append), XENS[DEFAULT_XEN])
-    assert f"{broken.name} in the cache is broken (its SHA-256 is wrong): fetching it again" in told
-    assert f"fetching the package index of {KERNEL_SUITE}" in told
+    messages: list[str] = []
+    made = xen_images(Cache(tmp_path, messages.append), XENS[DEFAULT_XEN])
+    assert f"{broken.name} in the cache is broken (its SHA-256 is wrong): fetching it again" in messages
+    assert f"fetching the package index of {KERNEL_SUITE}" in messages
     assert broken.read_bytes() == whole
     assert made.xen.exists()
     assert of_the_machines_apt() == before

@@ -290,7 +290,7 @@ def test_a_check_changes_nothing(stopped: tuple[Lab, GdbSession, LiveMachine], t
     assert everything() == before
 
 
-def test_a_cpu_that_is_deaf_for_real_is_the_only_one_blamed() -> None:
+def test_a_cpu_that_never_takes_the_nmi_is_the_only_one_blamed() -> None:
     deaf: list[int] = []
 
     def divert(session: GdbSession) -> None:
@@ -326,7 +326,7 @@ def test_a_cpu_that_is_deaf_for_real_is_the_only_one_blamed() -> None:
     assert report["stages"][-1]["stage"] == "handover"
 
 
-def test_without_a_crash_kernel_the_path_stops_early_and_it_says_so() -> None:
+def test_without_a_crash_kernel_the_path_stops_early_and_the_report_says_so() -> None:
     with ready(crash_kernel=False) as lab:
         report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60,
                        trigger=lambda: lab.crash("panic"))  # fmt: skip

@@ -43,8 +43,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def started(spec: Specification, **options: Any) -> tuple[Machine, str]:
     """A machine, and all that was said while it was started."""
-    told: list[str] = []
-    return up(spec, progress=told.append, **options), "\n".join(told)
+    said: list[str] = []
+    return up(spec, progress=said.append, **options), "\n".join(said)
 
 
 def kept() -> None:
@@ -71,9 +71,9 @@ def test_one_from_a_snapshot_is_judged_as_the_one_that_was_saved(fields: Json, c
     spec = Specification(**fields, dom0_vcpus=4)
     reports = []
     for phrase, other in (("dom0 is up", "from a snapshot"), ("from a snapshot", "dom0 is up")):
-        lab, told = started(spec)
+        lab, said = started(spec)
         with lab:
-            assert phrase in told and other not in told
+            assert phrase in said and other not in said
             assert lab.status()["phase"] == "crash kernel loaded"
             # What was printed before is there, and what is printed now comes behind it.
             console = lab.serial_log.read_text(errors="replace")
@@ -100,9 +100,9 @@ def test_machines_from_one_snapshot_are_private(tmp_path: Path) -> None:
         with pytest.raises(LabError, match="has no RAM file to share: start it with shared_ram"):
             _ = two.ram_file
         assert three.ram_file.stat().st_size == 1 << 30
-    four, told = started(PLAIN)
+    four, said = started(PLAIN)
     with four:
-        assert "from a snapshot" in told
+        assert "from a snapshot" in said
         assert four.dom0.status("cat /note")[0] == 1
 
 
@@ -135,15 +135,15 @@ def test_one_that_qemu_cannot_load_is_dropped_and_booted(cache: Path) -> None:
 
     with kept.reserved(key) as snapshot:
         kept.make(snapshot, save)
-    lab, told = started(spec)
+    lab, said = started(spec)
     with lab:
-        assert f"the snapshot {snapshot.folder} does not start, and is dropped: " in told and "QEMU ended" in told
-        assert "dom0 is up" in told
+        assert f"the snapshot {snapshot.folder} does not start, and is dropped: " in said and "QEMU ended" in said
+        assert "dom0 is up" in said
         assert lab.serial_log.read_text(errors="replace").count("Xen version 4.17") == 1
     assert snapshot.problem() is None and (snapshot.folder / "state").stat().st_size > 100_000
 
 
-def test_who_ends_it_while_it_is_made_leaves_nothing(cache: Path, tmp_path: Path) -> None:
+def test_ending_it_while_it_is_made_leaves_nothing_behind(cache: Path, tmp_path: Path) -> None:
     script = (
         "import sys, time; from xencrash.lab import saved; from xencrash.cli import main; "
         "saved.copy_packed = lambda *_: (print('saving', file=sys.stderr, flush=True), time.sleep(60)); "

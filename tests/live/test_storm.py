@@ -72,7 +72,7 @@ def test_the_words_that_cpus_share_are_found_by_watching(clean: Scenery) -> None
     assert [int(word, 16) & 0xFFF for word in sorted(gates)] == [18 * 16] * 2
 
 
-def test_a_sample_of_injections_passes_but_for_windows(clean: Scenery) -> None:
+def test_a_sample_of_injections_passes_except_for_windows(clean: Scenery) -> None:
     results = made(clean, planned(clean, "injection")[:60])
     assert [(r.id, r.outcome) for r in results if r.outcome.verdict in (Verdict.FAIL, Verdict.UNDECIDED)] == []
     assert {r.outcome.what for r in results if r.outcome.verdict is Verdict.WINDOW} <= WINDOWS

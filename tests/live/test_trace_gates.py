@@ -201,7 +201,7 @@ def test_gates_of_real_xen_watched_by_hand(tmp_path: Path) -> None:
     assert set(re.findall(r"CPU \d (\w+)\+0x", table)) <= {"machine_crash_shutdown", "do_nmi_crash", "machine_kexec"}
 
 
-def test_changes_that_real_xen_does_not_make() -> None:
+def test_changes_that_real_xen_never_makes() -> None:
     """While another CPU is at its handler's first instruction, the #MC IST of one that is not there yet goes off, as if
     by itself, and on again, which no Xen does; after the shootdown the NMI handler of CPU 3 is another for a while; and
     the #MC handler of CPU 2 becomes a no-op when it should, but it is memcpy() that does it."""

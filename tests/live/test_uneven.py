@@ -43,7 +43,7 @@ def assert_passed(report: Json) -> None:
     assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
 
 
-def test_announced_and_absent_cpus(tmp_path: Path) -> None:
+def test_cpus_possible_but_not_present(tmp_path: Path) -> None:
     with ready(cpus=4, max_cpus=8) as lab:
         with open_session(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket)) as session:
             cpus = session.xen("cpus")["cpus"]

@@ -1,4 +1,4 @@
-"""A recorded Xen that is changed: helpers that name what they change, and the changes that each a check must find."""
+"""A recorded Xen that is changed: helpers that name what they change, and changes that a check must find."""
 
 from __future__ import annotations
 
@@ -126,8 +126,9 @@ CHANGES: dict[str, tuple[Callable[[Machine], object], str, int | None]] = {
     "no self-NMI": (lambda m: m.lapic(1, icr_low=0xFD), "lapic-self-nmi", 1),
     "self-NMI to another CPU": (lambda m: m.lapic(1, icr_high=2 << 24), "lapic-self-nmi", 1),
     "self-NMI by shorthand": (lambda m: m.lapic(1, icr_low=0xC0400), "lapic-self-nmi", 1),
-    "NMIs latched at the handover": (lambda m: m.physical(0, lambda p: p._replace(nmi_blocked=True)), "nmi-latch", 0),
-    "NMIs open on a parked CPU": (lambda m: m.physical(3, lambda p: p._replace(nmi_blocked=False)), "nmi-latch", 3),
+    "NMIs blocked at the handover": (lambda m: m.physical(0, lambda p: p._replace(nmi_blocked=True)), "nmi-latch", 0),
+    "NMIs not blocked on a parked CPU": (
+        lambda m: m.physical(3, lambda p: p._replace(nmi_blocked=False)), "nmi-latch", 3),
     "no NMI pending": (lambda m: m.physical(3, lambda p: p._replace(nmi_pending=False)), "nmi-pending", 3),
     "a CPU that runs on": (unhalted, "cpu-parked", 1),
     "interrupts on in the halt loop": (
@@ -149,7 +150,7 @@ def no_buffer(machine: Machine, cpu: int) -> None:
 
 
 def no_offset(machine: Machine, cpu: int) -> None:
-    """A hole of zeros: it would lead to CPU 0's area."""
+    """A hole of zeros would lead to CPU 0's area."""
     machine.poke(machine.symbols.address("__per_cpu_offset") + 8 * cpu, bytes(8))
 
 
@@ -159,14 +160,14 @@ def no_area(machine: Machine, cpu: int) -> None:
 
 
 def needing(*needs: Need) -> set[str]:
-    """The checks that need one of these of a target."""
+    """The checks that need one of these from a target."""
     return {check.id for check in CHECKS if check.needs in needs}
 
 
 BEYOND_MEMORY = needing(Need.REGISTERS, Need.NOTES, Need.LAPIC, Need.DEVICE_STATE)
 GATE_CHECKS = {check.id for check in CHECKS if "-gate-" in check.id}
 OF_ITS_OWN = {"crash-save-done", "crash-notes"} | BEYOND_MEMORY
-# What of a CPU that was online is lost at the handover (CPU 0 crashed) -> what is unknown then, by CPU.
+# What is lost of a CPU that was online at the handover (CPU 0 crashed) -> what is then unknown, by CPU.
 LOST: dict[str, tuple[Callable[[Machine], object], dict[int | None, set[str]]]] = {
     "a CPU's IDT": (lambda m: no_idt(m, 2), {2: GATE_CHECKS | {"idtr"}}),
     "every CPU's IDT": (lambda m: [no_idt(m, cpu) for cpu in range(4)],
@@ -180,7 +181,7 @@ LOST: dict[str, tuple[Callable[[Machine], object], dict[int | None, set[str]]]] 
 
 
 def silent(machine: Machine, *cpus: int) -> None:
-    """As CPUs look that never took the NMI, of four."""
+    """Makes CPUs of the four look as if they never took the NMI."""
     rest = {1, 2, 3} - {*cpus}
     machine.variable("waiting_to_crash", bytes([sum(1 << cpu for cpu in cpus)]))
     machine.variable("crash_saved_cpus", bytes([1 | sum(1 << cpu for cpu in rest)]))

@@ -1,4 +1,4 @@
-"""What the tests with damage at random share: values that break arithmetic, and a bound on memory."""
+"""What the fuzz tests share: values that break arithmetic, and a limit on memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EDGES += [1 << 32, 1 << 40, 1 << 52, 1 << 63, (1 << 63) - 1, (1 << 64) - 1, (1 <
 
 @contextlib.contextmanager
 def bounded_memory(size: int = 256 << 20) -> Iterator[None]:
-    """`size` bytes on top of what the process has by now; beyond them is a MemoryError."""
+    """`size` bytes on top of what the process uses now; beyond that is a MemoryError."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + size, hard))

@@ -1,8 +1,8 @@
 """Writes dumps for the tests: what Linux, makedumpfile and QEMU write of a machine with Xen in it.
 
 A machine here is `ranges` ((start, end) of physical memory) and `content` (physical address → bytes;
-the rest is zeros and takes no room in a file). Every writer writes to a binary file that can seek;
-`made` gives the bytes instead.
+the rest is zeros and takes no room in a file). Every writer writes to a seekable binary file;
+`made` returns the bytes instead.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def qemu_cpu(registers: Mapping[str, int], idtr: tuple[int, int] = (0, 0), tr_ba
 
 
 def qemu_notes(cpus: Iterable[bytes], registers: Sequence[Mapping[str, int]]) -> bytes:
-    """QEMU's notes: all NT_PRSTATUS, then all of its own, by cpu_index."""
+    """QEMU's notes: all NT_PRSTATUS, then all QEMU notes, by cpu_index."""
     return b"".join(note("CORE", 1, prstatus(each)) for each in registers) + b"".join(
         note("QEMU", 0, cpu) for cpu in cpus
     )
@@ -112,7 +112,7 @@ def write_elf(
     left_out: Ranges = (),
     extended_count: bool = False,
 ) -> None:
-    """An ELF core: PT_NOTE, then a PT_LOAD per range. `left_out` are memory without a byte in the file,
+    """An ELF core: PT_NOTE, then a PT_LOAD per range. `left_out` is memory without content in the file,
     as QEMU describes it. With `extended_count` the number of headers stands in section header 0.
     """
     count = 1 + len(ranges) + len(left_out)
@@ -167,7 +167,7 @@ def write_kdump(
     status: int = 0,
     split: bool = False,
 ) -> None:
-    """A kdump: zero pages share one, `excluded` page frames are memory that was left out."""
+    """A kdump: zero pages share one, `excluded` page frames were left out."""
     compress = compress or COMPRESSORS[compression]
     left_out = set(excluded)
     memory = [frame for start, end in ranges for frame in range(start // PAGE, end // PAGE)]

@@ -1,4 +1,4 @@
-"""Writes the symbol files of a Xen that never was: xen-syms, the stripped image, the embedded table."""
+"""Writes the symbol files of a made-up Xen: xen-syms, the stripped image, the embedded table."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def build_id_note(build_id: bytes = BUILD_ID) -> bytes:
 
 
 def sections(text: bytes = bytes(0x1000), rodata: bytes = b"", note: bytes | None = None) -> list[Section]:
-    """.text, .rodata, the build-id note, .data and .bss, each on a page of its own from START on."""
+    """.text, .rodata, the build-id note, .data and .bss, each on a separate page from START on."""
     note = build_id_note() if note is None else note
     rodata = rodata or bytes(64)
     at_rodata = START + len(text) + -len(text) % 0x1000
@@ -79,7 +79,7 @@ def image(parts: Sequence[Section]) -> bytes:
 
 
 def string_table(names: Iterable[str]) -> tuple[bytes, dict[str, int]]:
-    """(table, offset of each name); a name that is another one's tail lies inside it, as ld does it."""
+    """(table, offset of each name); a name that is the tail of another lies inside it, as ld does."""
     table, offsets = b"\0", {"": 0}
     for name in sorted(set(names), key=len, reverse=True):
         found = table.find(name.encode() + b"\0") if name else 0
@@ -146,8 +146,8 @@ def stripped_xen(content: bytes, note_at: int | None = None, machine: int = 3) -
 def embedded_table(entries: Sequence[tuple[int, str]], *, tokens: Sequence[str] = (), natural: bool = False) -> bytes:
     """Xen's table of (offset from XEN_VIRT_START, nm letter and name; "" for an end entry), offsets ascending.
 
-    `tokens` are the longer strings that get a number of their own; characters that occur are themselves, as are
-    all digits. `natural` aligns each part to its own type (4.22) and no longer to 4 bytes. Goes to a 4-aligned address.
+    `tokens` are the longer strings that get a number; each character that occurs stands for itself, as do all
+    digits. `natural` aligns each part to its type (4.22) instead of to 4 bytes. Belongs at a 4-aligned address.
     """
     used = {character for _, text in entries for character in text} | set("0123456789")
     free = iter([token for token in dict.fromkeys(tokens) if len(token) > 1])

@@ -1,6 +1,6 @@
 """The text of a recorded example: for a person to read, and for `recorded` to load.
 
-    # comments, until the first line that is none
+    # comments, until the first line that is not one
     verdict       pass
     crashing_cpu  0
 
@@ -15,7 +15,7 @@
     symbols
         ffff82d040203f80 T traps.c#nmi_callback
     memory
-        3fd6d000  8c160340 10e0008e …       address, bytes; a line that goes on where the last ended belongs to it
+        3fd6d000  8c160340 10e0008e …       address, bytes; a line that starts where the last ended continues it
 
 `parse` gives the same as nested dictionaries and lists, with integers for numbers, None for `-`, booleans for `yes`
 and `no`, hexadecimal strings for bytes, and {"absent": reason, "kind": kind} for what was not known; `write` is its

@@ -1,4 +1,4 @@
-"""Real Xens of the lab: its rows as the tests take them, a crash that is followed, and RAM changed from outside."""
+"""Real Xens of the lab: the rows that the tests use, a traced crash, and RAM changed from outside."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xencrash.trace import trace
 
 @dataclass(frozen=True)
 class Row:
-    """Rows of the lab; what a Xen shows differently from others follows from its own symbols."""
+    """Rows of the lab; where a Xen differs from others follows from its symbols."""
 
     xen: str
     qemu: str
@@ -46,7 +46,7 @@ class Row:
         return self.symbols.has("entry_NMI")
 
 
-# Debian 12 all through, and each Xen with the newest that the lab has of the rest.
+# All of Debian 12, and each Xen with the newest QEMU and gdb of the lab.
 ROWS = {
     f"{row.xen}-{row.qemu}-{row.lapic}": row
     for row in (
@@ -96,7 +96,7 @@ class Ram(Target):
 
 
 class LiveMachine(Machine):
-    """The recorded machine's helpers, on a real one; what was changed can be put back."""
+    """The recorded machine's helpers, on a real one; changes can be undone."""
 
     def __init__(self, lab: Lab) -> None:
         self.ram = Ram(Path(lab.ram_file))

@@ -1,4 +1,4 @@
-"""Recorded examples as targets: `load` gives one and its symbols, with memory that a test may change.
+"""Recorded examples as targets: `load` returns one and its symbols, with memory that a test may change.
 
 An example holds the bytes, registers and symbols of a real Xen that one judgement reads, and nothing else; it is a text
 (exampletext.py) that tests/recording.py writes.
@@ -84,7 +84,7 @@ def _cpu(data: dict[str, Any]) -> PhysicalCpu:
 
 @functools.cache
 def parsed(name: str) -> dict[str, Any]:
-    """What the file of an example says; not to be changed."""
+    """The content of an example's file; not to be changed."""
     return exampletext.parse(path_of(name).read_text())
 
 
@@ -121,7 +121,7 @@ def write_files(folder: Path, target: Example, symbols: SymbolTable) -> tuple[Pa
 
 
 def crashed(name: str) -> int | None:
-    """The CPU that crashed, as was known when the example was recorded; None where none had."""
+    """The CPU that crashed, as known when the example was recorded; None if none had."""
     cpu: int | None = parsed(name)["crashing_cpu"]
     return cpu
 

@@ -38,7 +38,7 @@ FUNCTION = {name: TEXT + 0x100 * number for number, name in enumerate(NAMES)}
 
 
 def inside(name: str) -> int:
-    """A return address: a call of `last` stands in front of it."""
+    """A return address, preceded by a call of `last`."""
     return FUNCTION[name] + 0x20
 
 
@@ -52,7 +52,7 @@ class Stacks:
         pages = {"#MC": 1, "NMI": 2, "#DB": 3, "#DF": 4} if new else {"#DF": 1, "NMI": 2, "#MC": 3}
         self.tops = {name: BASE + (number + new) * 0x1000 - 32 * (name == "#DF" and new)
                      for name, number in pages.items()}  # fmt: skip
-        self.memory: dict[int, int] = {}  # words; what is not there is not mapped
+        self.memory: dict[int, int] = {}  # words; anything else is not mapped
         for at in range(BASE, TOP, 8):
             self.memory[at] = 0
         tops = sorted(self.tops.values())
@@ -101,7 +101,7 @@ class Stacks:
         self.registers = {"rip": rip, "rsp": rsp, "cs": cs}
         self.more = more
 
-    # -- what the reader is given
+    # -- what the reader gets
 
     def read(self, address: int, size: int) -> bytes:
         if address >= TEXT and address + size <= self.text_end:
@@ -145,7 +145,7 @@ def _symbols(rows: list[tuple[int, str, str]]) -> SymbolTable:
 
 
 def in_nmi_crash(machine: Stacks) -> None:
-    """As each other CPU is at the handover: shot down in the idle loop."""
+    """As every other CPU is at the handover: shot down in the idle loop."""
     end = machine.tops["NMI"]
     machine.memory[TOP - 0x400] = inside("idle_loop")
     machine.frame(end, 2, inside("default_idle"), TOP - 0x408)

@@ -1,7 +1,7 @@
-"""A crashed Xen of generation 4.17.0 as bytes: any number of CPUs, in memory as small as it can be.
+"""A crashed Xen of generation 4.17.0 as bytes: any number of CPUs, in as little memory as possible.
 
 Image at physical XEN_PHYS_START by one 2 MiB page per 2 MiB, direct map by 1 GiB pages, as Xen itself maps them.
-Used where no recorded machine is large enough: thousands of CPUs, sparse dumps of 64 GB.
+Used if no recorded machine is large enough: thousands of CPUs, sparse dumps of 64 GB.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Python API: docs/api.md, run as it stands, and what it promises besides."""
+"""The Python API: the examples of docs/api.md are run, and its other promises tested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VMCORE = "4.17-crashed-vmcore"
 EXAMPLES = re.findall(r"^```pycon\n(.*?)^```$", (ROOT / "docs" / "api.md").read_text(), re.S | re.M)
 
 
-def test_the_examples_of_the_documentation_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documentations_examples_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path, *load(VMCORE))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def test_the_examples_of_the_documentation_are_true(tmp_path: Path, monkeypatch:
     assert runner.tries > 20
 
 
-def test_importing_the_package_imports_nothing_of_it() -> None:
+def test_importing_the_package_imports_none_of_its_modules() -> None:
     code = "import sys, xen_symbols; print([name for name in sys.modules if name.startswith('xen_symbols.')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[]\n"

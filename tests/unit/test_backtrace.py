@@ -1,4 +1,4 @@
-"""Stacks, exception frames and calls of one CPU, on stacks that are written word by word here."""
+"""Stacks, exception frames and calls of one CPU, on stacks written word by word here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def machine(request: pytest.FixtureRequest) -> Stacks:
     return Stacks(new=request.param)
 
 
-# -- the way back -----------------------------------------------------------------------------
+# -- the call chain ---------------------------------------------------------------------------
 
 
 def test_a_cpu_that_was_shot_down(machine: Stacks) -> None:
@@ -105,7 +105,7 @@ def test_an_nmi_without_ist_is_on_the_primary_stack(machine: Stacks) -> None:
 
 
 @pytest.mark.parametrize("change", [{"rsp": TOP - 0x5F0}, {"cs": 0x10}, {"rflags": 0}, {"rip": GUEST}, {"vector": 256}])
-def test_words_that_only_look_like_a_frame_are_none(machine: Stacks, change: dict[str, int]) -> None:
+def test_words_that_only_look_like_a_frame_are_not_taken_for_one(machine: Stacks, change: dict[str, int]) -> None:
     end = TOP - 0x600
     values = {"vector": 14, "rip": inside("default_idle"), "rsp": end, "cs": XEN_CS, "rflags": RFLAGS}
     machine.at("last", end - 0x200)
@@ -116,7 +116,7 @@ def test_words_that_only_look_like_a_frame_are_none(machine: Stacks, change: dic
 
 
 def test_an_interrupted_guest(machine: Stacks) -> None:
-    """Xen's entry code moves a guest's frame to the primary stack; what stays behind is not an earlier NMI's."""
+    """Xen's entry code moves a guest's frame to the primary stack; what stays behind is not an earlier NMI's frame."""
     for end in (machine.tops["NMI"], machine.guest_regs + 168):
         machine.frame(end, 2, GUEST, 0xFFFFC90000001000, GUEST_CS)
     machine.at("do_nmi_crash", machine.guest_regs - 0x100)
@@ -126,7 +126,7 @@ def test_an_interrupted_guest(machine: Stacks) -> None:
     assert [(f["stack"], f["state"]) for f in trace["frames"]] == [("NMI", "moved")]
 
 
-def test_a_guest_that_has_entered_again_since(machine: Stacks) -> None:
+def test_a_guest_that_was_entered_again_since(machine: Stacks) -> None:
     machine.frame(machine.tops["NMI"], 2, GUEST, 0xFFFFC90000001000, GUEST_CS)
     machine.frame(machine.guest_regs + 168, 0x100, GUEST + 7, 0xFFFFC90000001000, GUEST_CS)
     machine.at("last", machine.guest_regs - 0x100)
@@ -137,7 +137,7 @@ def test_a_guest_that_has_entered_again_since(machine: Stacks) -> None:
     ]
 
 
-def test_what_a_guest_left_is_not_the_idle_vcpus(machine: Stacks) -> None:
+def test_what_a_guest_left_behind_is_not_taken_for_the_idle_vcpus(machine: Stacks) -> None:
     machine.frame(machine.guest_regs + 168, 0x100, GUEST, 0xFFFFC90000001000, GUEST_CS)
     machine.memory[TOP - (56 if machine.new else 24)] = IDLE
     machine.at("idle_loop", machine.guest_regs - 0x100)
@@ -156,7 +156,7 @@ def test_which_vcpu_ran_may_not_be_known(machine: Stacks) -> None:
 # -- frames that mislead ----------------------------------------------------------------------
 
 
-def test_a_frame_from_before_is_not_taken_for_now(machine: Stacks) -> None:
+def test_a_stale_frame_is_not_taken_for_the_current_one(machine: Stacks) -> None:
     in_nmi_crash(machine)
     machine.at("idle_loop", TOP - 0x400)
     machine.frame(machine.tops["#MC"], 18, inside("last"), TOP - 0x500)
@@ -168,7 +168,7 @@ def test_a_frame_from_before_is_not_taken_for_now(machine: Stacks) -> None:
 
 
 def test_the_frame_of_another_exception_is_not_relabelled(machine: Stacks) -> None:
-    """What lies on the NMI's page says #MC: labels one page off would look like this."""
+    """The frame on the NMI's page says #MC, as if the labels were one page off."""
     machine.frame(machine.tops["NMI"], 18, inside("default_idle"), TOP - 0x400)
     machine.at("do_nmi", machine.tops["NMI"] - 0x200)
     trace = machine.trace()
@@ -187,7 +187,7 @@ def test_a_nested_nmi_has_overwritten_the_first(machine: Stacks) -> None:
 
 
 def test_a_frame_that_is_only_half_there(machine: Stacks) -> None:
-    """At the first instruction of the entry code, five words are the NMI's; the vector is still an earlier one's."""
+    """At the first instruction of the entry code, five words are the NMI's; the vector is still an earlier frame's."""
     in_nmi_crash(machine)
     end = machine.tops["NMI"]
     machine.memory[end - 48] = 18 << 32
@@ -241,7 +241,7 @@ def test_without_registers_nothing_is_current_or_stale(machine: Stacks) -> None:
     assert machine.trace()["absent"] == "no rsp, cs among its registers (a test)"
 
 
-# -- stacks that are not known ----------------------------------------------------------------
+# -- unknown stacks ---------------------------------------------------------------------------
 
 
 def test_the_tss_is_not_believed_blindly(machine: Stacks) -> None:
@@ -265,7 +265,7 @@ def test_numbers_that_contradict_each_other_name_nothing(machine: Stacks) -> Non
     assert trace["steps"][0]["stack"] == "IST 2"
 
 
-def test_without_a_df_gate_the_pages_tell(machine: Stacks) -> None:
+def test_without_a_df_gate_the_pages_decide(machine: Stacks) -> None:
     """An AMD CPU that holds an HVM guest's state has IST 0 in its #DF gate."""
     in_nmi_crash(machine)
     machine.df_ist = 0
@@ -287,7 +287,7 @@ def test_fred_is_not_decoded(machine: Stacks) -> None:
     assert (trace["stacks"], trace["stacks_absent"]) == (None, why)
 
 
-def test_what_cannot_be_read_is_said(machine: Stacks) -> None:
+def test_what_cannot_be_read_is_reported(machine: Stacks) -> None:
     machine.memory[TOP - 0x400] = inside("idle_loop")
     machine.at("last", TOP - 0x1100)
     del machine.memory[TOP - 0x1008]
@@ -307,10 +307,10 @@ def test_what_cannot_be_read_is_said(machine: Stacks) -> None:
 # -- calls ------------------------------------------------------------------------------------
 
 
-def test_a_pointer_to_a_function_is_no_call(machine: Stacks) -> None:
+def test_a_pointer_to_a_function_is_not_a_call(machine: Stacks) -> None:
     machine.memory[TOP - 0x400] = FUNCTION["idle_loop"]
     machine.memory[TOP - 0x408] = FUNCTION["idle_loop"] + 0x40
-    # In front of it, a jump and padding that looks like an indirect call.
+    # Before it, a jump and padding that looks like an indirect call.
     machine.code_before(FUNCTION["idle_loop"], bytes.fromhex("e9a567fbff9090909090"))
     machine.at("last", TOP - 0x800)
     assert calls(machine.trace()["steps"][0]) == []

@@ -1,4 +1,4 @@
-"""Which hardware breakpoints are set when: never more than there are, and what is given up where there are fewer."""
+"""Which hardware breakpoints are set when: never more than there are, and which stages are given up with fewer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ THE_THREE = {"do_nmi_crash", "kexec_crash_save_cpu", "__stop_this_cpu"}
 
 
 class Symbols:
-    """Every name that there is has its place in the list as its address."""
+    """Each existing name's address is its index in the list."""
 
     def __init__(self, lacking: frozenset[str] = frozenset()) -> None:
         self.names = [name for name in NAMES if name not in lacking]
@@ -48,8 +48,8 @@ def test_four_follow_the_stages() -> None:
     assert after[CrashStep.ARMED][-1] == "kexec_crash_save_info"  # the end of the wait is one of the three
 
 
-def test_slots_that_are_free_are_used_ahead() -> None:
-    """Without an anchor of other CPUs: what comes after the next stage."""
+def test_free_slots_are_used_for_later_stages() -> None:
+    """For the stages after the next one, where other CPUs have no anchor."""
     _, wanted = anchors(lacking=frozenset({"do_nmi_crash", "kexec_crash_save_cpu"}))
     assert wanted(CrashStep.SAVED) == ["smp_send_nmi_allbutself", "__stop_this_cpu", "kexec_crash_save_info",
                                       "machine_kexec"]  # fmt: skip
@@ -74,6 +74,6 @@ def test_fewer_give_up_stages_of_other_cpus(slots: int, unseen: list[str]) -> No
     assert wanted(CrashStep.NOTHING, True, False)[:1] == ["machine_crash_shutdown"][:slots]
 
 
-def test_the_last_stage_is_the_last_that_has_a_name() -> None:
+def test_the_last_stage_is_the_last_with_an_anchor() -> None:
     assert anchors()[0].last == "handover"
     assert anchors(lacking=frozenset({"kexec_reloc"}))[0].last == "exec-entry"

@@ -18,7 +18,7 @@ from xencrash.options import Request
 
 
 class Dumps:
-    """Files that pass, fail, are no dumps, or are not there."""
+    """Files that pass, fail, are not dumps, or do not exist."""
 
     def __init__(self, folder: Path) -> None:
         machine = Machine("4.17-crashed-vmcore")
@@ -50,7 +50,7 @@ def test_a_line_for_each(dumps: Dumps, capsys: pytest.CaptureFixture[str]) -> No
     assert said.err == f"xencrash: {dumps.none}: No such file or directory\n"
 
 
-def test_an_error_of_its_own_in_one_leaves_the_others(
+def test_an_internal_error_in_one_leaves_the_others(
     dumps: Dumps, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(asked: Request) -> Report:
@@ -99,7 +99,7 @@ def test_junit_is_one_document(dumps: Dumps, capsys: pytest.CaptureFixture[str])
     assert failed == [f"{dumps.bad}: crashed.cpu2"]
 
 
-def test_a_report_for_each_though_two_have_one_name(
+def test_each_has_a_report_even_if_two_share_a_name(
     dumps: Dumps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "new" / "reports"
@@ -120,7 +120,7 @@ def test_usage(dumps: Dumps, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("base", ["zz", "-1", "0x10000000000000", "1.5"])
-def test_a_base_that_is_no_address(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_that_is_not_an_address(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["check", "ram", f"--base={base}"])
     assert caught.value.code == 2

@@ -53,14 +53,14 @@ def test_what_is_lost_of_an_online_cpu_is_unknown(name: str, what: str) -> None:
     machine = Machine(name)
     change(machine)
     report = machine.report()
-    if name.endswith("-vmcore"):  # whose own notes cannot be compared then
+    if name.endswith("-vmcore"):  # whose notes cannot be compared without it
         lost = {cpu: found | {"dump-notes"} if "crash-notes" in found else found for cpu, found in lost.items()}
     assert bad(report) == unknowns(lost)
     assert report.verdict is Verdict.UNKNOWN
 
 
 @pytest.mark.parametrize("what", LOST)
-def test_of_memory_alone_what_is_lost_is_unknown(what: str) -> None:
+def test_with_memory_alone_what_is_lost_is_unknown(what: str) -> None:
     machine = memory_alone("4.17-handover")
     LOST[what][0](machine)
     report = machine.report()
@@ -72,7 +72,7 @@ def cpus_found(machine: Machine) -> Finding:
     return next(f for f in machine.report().findings if f.check == "cpus-found")
 
 
-def test_a_cpu_that_is_not_among_xens_is_named() -> None:
+def test_a_cpu_that_is_not_one_of_xens_is_named() -> None:
     machine = Machine()
     found = cpus_found(machine)
     assert (found.expected, found.observed, found.reason) == ("CPUs 0-3", "CPUs 0-3", None)
@@ -95,7 +95,7 @@ def test_a_cpu_that_is_not_among_xens_is_named() -> None:
     ])  # fmt: skip
 
 
-def test_a_cpu_that_no_mask_knows_is_told_by_what_it_runs() -> None:
+def test_a_cpu_in_no_mask_is_identified_by_what_it_runs() -> None:
     machine = Machine("4.17-shootdown")
     offline(machine, 3)
     assert bad(machine.report()) == {("cpus-found", None, "unknown")}
@@ -107,10 +107,10 @@ def test_a_cpu_that_no_mask_knows_is_told_by_what_it_runs() -> None:
 
 
 @pytest.mark.parametrize("lose", [no_idt, no_buffer, no_area, no_offset])
-def test_a_cpu_that_was_not_online_may_be_without(
+def test_a_cpu_that_was_not_online_may_be_missing(
     lose: Callable[[Machine, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Where this one halts, as parked ones elsewhere.
+    # This one halts elsewhere, as parked ones do.
     monkeypatch.setattr("xen_symbols.crashpath.checks.cpus._AT_REST", {"default_idle"})
     machine = Machine("4.17-shootdown")
     offline(machine, 3)
@@ -119,7 +119,7 @@ def test_a_cpu_that_was_not_online_may_be_without(
     assert (report.verdict, bad(report)) == (Verdict.PASS, set())
 
 
-def test_cpus_outside_xen_that_cannot_be_matched_are_no_alarm() -> None:
+def test_unmatched_cpus_outside_xen_are_not_a_failure() -> None:
     machine = Machine()
     for cpu in (1, 2):
         machine.physical(cpu, lambda p: p._replace(apic_id=p.apic_id + 16, registers={"rip": 0xFFFFFFFF81000000}))
@@ -129,7 +129,7 @@ def test_cpus_outside_xen_that_cannot_be_matched_are_no_alarm() -> None:
     assert {check for check, cpu, verdict in bad(machine.report())} == OF_ITS_OWN - {"crash-save-done", "crash-notes"}
 
 
-def test_of_many_strangers_four_are_named() -> None:
+def test_of_many_unmatched_cpus_four_are_named() -> None:
     machine = Machine()
     parked = machine.example.physical_cpus[1]
     machine.example.physical_cpus += [parked._replace(index=cpu, apic_id=cpu) for cpu in range(4, 10)]
@@ -159,10 +159,10 @@ def test_as_recorded_everything_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_stages_and_crashing_cpu_are_told_from_state_alone(name: str) -> None:
+def test_stage_and_crashing_cpu_follow_from_state_alone(name: str) -> None:
     report = Machine(name).report()
     assert f"-{report.stages[0].stage}" in name and len(report.stages) == 1
-    # The crash key is handled on whichever CPU the console's interrupt went to.
+    # The crash key is handled on the CPU that took the console's interrupt.
     assert report.crashing_cpu == crashed(name)
 
 
@@ -216,7 +216,7 @@ def failures(machine: Machine) -> dict[tuple[str, int | None], str | None]:
 
 
 def of_the_count(machine: Machine, count: int) -> Finding:
-    """What is found of waiting_for_crash_ipi, as if this Xen had it."""
+    """The finding on waiting_for_crash_ipi, as if this Xen had it."""
     state = read_state(machine.memory)
     counted = state._replace(system={**state.system, "waiting_count": Read(count)})
     generation = identify(machine.memory).generation._replace(bookkeeping=Bookkeeping.COUNT, announces=False)
@@ -226,7 +226,7 @@ def of_the_count(machine: Machine, count: int) -> Finding:
         next(f for f in findings if f.check == "waiting-cpus" and f.cpu is None)
         for findings in (found, judge(context, 1, found))
     )
-    assert later._replace(stop=0) == first  # the same is said of it at later stages
+    assert later._replace(stop=0) == first  # the same finding at later stages
     return first
 
 
@@ -234,7 +234,7 @@ def of_the_count(machine: Machine, count: int) -> Finding:
     "cpus, count, follows",
     [((2,), 1, "nmi-answered"), ((2,), 3, None), ((2,), 2, None), ((1, 2, 3), 3, "nmi-answered"), ((), 3, None)],
 )
-def test_a_count_follows_from_silent_cpus_only_as_far_as_they_go(
+def test_silent_cpus_explain_a_count_only_up_to_their_number(
     cpus: tuple[int, ...], count: int, follows: str | None
 ) -> None:
     machine = Machine()
@@ -244,7 +244,7 @@ def test_a_count_follows_from_silent_cpus_only_as_far_as_they_go(
     assert ("nmi-answered of CPU 2 would make it 1, and no more" in str(finding.reason)) is (cpus == (2,) and count > 1)
 
 
-def test_a_count_follows_from_cpus_that_stopped_on_their_way() -> None:
+def test_cpus_stopped_midway_explain_a_count() -> None:
     def machine(*cpus: int) -> Machine:
         stuck = Machine()
         for cpu in cpus:
@@ -302,7 +302,7 @@ def test_a_hook_that_is_gone_explains_every_cpu_that_did_not_answer() -> None:
     assert {found["nmi-answered", cpu] for cpu in (1, 2, 3)} == {"nmi-dispatch"}
 
 
-def test_a_cpu_that_never_got_out_of_its_stop_explains_what_comes_after() -> None:
+def test_a_cpu_that_never_finished_stopping_explains_later_failures() -> None:
     machine = Machine()
     machine.variable("cpu_online_map", b"\x04")
     machine.variable("waiting_to_crash", b"\x04")
@@ -323,7 +323,7 @@ PAIRS: dict[str, tuple[Callable[[Machine], object], str, str]] = {
 
 
 @pytest.mark.parametrize("what", PAIRS)
-def test_one_cause_is_told_once(what: str) -> None:
+def test_one_cause_is_reported_once(what: str) -> None:
     change, cause, consequence = PAIRS[what]
     machine = Machine()
     change(machine)
@@ -338,7 +338,7 @@ def test_the_crashing_cpu_in_x2apic_mode_explains_what_xen_believes() -> None:
 
 
 def test_a_silent_cpu_stays_in_the_mode_in_which_xen_ran() -> None:
-    """After the crashing CPU's own stop, x2apic_enabled is about that one."""
+    """After the crashing CPU's own stop, x2apic_enabled describes that CPU."""
     machine = Machine()
     silent(machine, 2)
     machine.lapic(2, apic_base=0xFEE00C00, icr_high=2)
@@ -364,7 +364,7 @@ def test_a_report_that_is_not_in_the_ring_is_unknown() -> None:
     assert bad(machine.report()) == {("shootdown-report", None, "unknown")}
 
 
-def test_what_was_not_read_is_unknown_and_never_a_pass() -> None:
+def test_what_was_not_read_is_unknown_and_never_passes() -> None:
     machine = Machine()
     gone = Absent("no QMP socket", Kind.UNREAD)
     for cpu in range(4):
@@ -385,7 +385,7 @@ def test_what_a_target_cannot_hold_is_skipped_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name.endswith(("-handover", "-vmcore"))])
-def test_of_memory_alone_everything_that_it_decides_passes(name: str) -> None:
+def test_with_memory_alone_whatever_can_be_decided_passes(name: str) -> None:
     report = memory_alone(name).report()
     assert (report.verdict, bad(report), report.undecided) == (Verdict.PASS, set(), None)
     assert [(s.stage, s.cpu) for s in report.stages] == [("handover", None)]
@@ -394,7 +394,7 @@ def test_of_memory_alone_everything_that_it_decides_passes(name: str) -> None:
     assert {f.check for f in report.findings if f.verdict is Verdict.SKIP and f.reason == reason} == BEYOND_MEMORY
 
 
-def test_of_memory_alone_a_xen_that_runs_passes() -> None:
+def test_with_memory_alone_a_running_xen_passes() -> None:
     report = memory_alone("4.17-normal").report()
     assert (report.verdict, bad(report), report.undecided) == (Verdict.PASS, set(), None)
     assert ([(s.stage, s.cpu) for s in report.stages], report.crashing_cpu) == ([("normal", None)], None)
@@ -404,12 +404,12 @@ def test_of_memory_alone_a_xen_that_runs_passes() -> None:
 
 
 @pytest.mark.parametrize("what", [what for what, (_, check, _) in CHANGES.items() if check not in BEYOND_MEMORY])
-def test_of_memory_alone_no_change_is_taken_for_good(what: str) -> None:
+def test_with_memory_alone_no_change_passes(what: str) -> None:
     change, check, cpu = CHANGES[what]
     machine = memory_alone("4.17-handover")
     change(machine)
     report = machine.report()
-    if what == "#MC handler of one CPU not swapped":  # as while the crashing CPU swaps them
+    if what == "#MC handler of one CPU not swapped":  # as in the moment when the crashing CPU swaps them
         assert report.verdict is Verdict.UNKNOWN and bad(report) == set()
         assert "memory does not show that Xen handed over" in str(report.undecided)
     else:
@@ -417,13 +417,13 @@ def test_of_memory_alone_no_change_is_taken_for_good(what: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name.endswith("-shootdown")])
-def test_of_memory_alone_a_crash_on_its_way_is_unknown(name: str) -> None:
+def test_with_memory_alone_an_unfinished_crash_is_unknown(name: str) -> None:
     report = memory_alone(name).report()
     assert (report.verdict, bad(report), [s.stage for s in report.stages]) == (Verdict.UNKNOWN, set(), ["crashing"])
     assert "how far it came cannot be determined" in str(report.undecided)
 
 
-def test_a_crash_between_two_stages_or_stuck_there_is_no_pass() -> None:
+def test_a_crash_between_two_stages_or_stuck_there_does_not_pass() -> None:
     machine = Machine()
     inside = machine.symbols.address("machine_kexec", "tT") + 4
     machine.physical(0, lambda p: p._replace(registers={**p.registers, "rip": inside}))
@@ -446,11 +446,11 @@ def test_before_the_nmi_is_sent_the_others_are_untouched() -> None:
     assert _shootdown_findings(lambda m: m.variable("waiting_to_crash", b"\x0a")) == {("waiting-cpus", 2, "fail")}
 
 
-def test_kexecing_must_be_set_on_the_way() -> None:
+def test_kexecing_must_be_set_on_the_crash_path() -> None:
     assert _shootdown_findings(lambda m: m.variable("kexecing", b"\0")) == {("kexecing", None, "fail")}
 
 
-def test_ist_0_while_an_amd_cpu_holds_a_guests_state_is_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ist_0_while_an_amd_cpu_holds_a_guests_state_is_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def guest(machine: Machine, **changes: Any) -> None:
         for vector in (NMI, 8, MC):
             machine.gate(1, vector, 4, b"\0")
@@ -465,14 +465,14 @@ def test_ist_0_while_an_amd_cpu_holds_a_guests_state_is_no_alarm(monkeypatch: py
     assert _shootdown_findings(lambda m: guest(m, tr_base=physical.tr_base, registers=in_ring_3)) == {
         ("nmi-gate-ist", 1, "fail"), ("mc-gate-ist", 1, "fail"),
     }  # fmt: skip
-    # A Xen that may be without the fix of XSA-244.
+    # A Xen that may lack the fix of XSA-244.
     monkeypatch.setattr("xen_symbols.crashpath.context._SINCE_XSA_244", "per_cpu__of_a_later_xen")
     assert _shootdown_findings(lambda m: guest(m, tr_base=physical.tr_base)) == {
         ("nmi-gate-ist", 1, "unknown"), ("mc-gate-ist", 1, "unknown"),
     }  # fmt: skip
 
 
-def test_guests_state_on_every_cpu_is_no_alarm_either() -> None:
+def test_guests_state_on_every_cpu_is_not_a_failure_either() -> None:
     def guests(machine: Machine, tr_base: int) -> None:
         for cpu in range(4):
             for vector in (NMI, 8, MC):
@@ -481,7 +481,7 @@ def test_guests_state_on_every_cpu_is_no_alarm_either() -> None:
 
     assert _shootdown_findings(lambda m: guests(m, 0xFFFF888000001000)) == set()
 
-    def one_lost(machine: Machine) -> None:  # its NMI gate has an IST, and no #DF gate tells which is right
+    def one_lost(machine: Machine) -> None:  # its NMI gate has an IST, and no #DF gate shows which is right
         guests(machine, 0xFFFF888000001000)
         machine.gate(1, NMI, 4, b"\x02")
 
@@ -490,10 +490,10 @@ def test_guests_state_on_every_cpu_is_no_alarm_either() -> None:
 
 @pytest.mark.parametrize("cpus", [(1,), (0, 1, 2, 3)])
 @pytest.mark.parametrize(("vector", "check"), [(NMI, "nmi-gate-ist"), (MC, "mc-gate-ist")])
-def test_an_ist_that_is_left_while_a_guest_runs_on_amd_is_a_fault(
+def test_an_ist_kept_while_a_guest_runs_on_amd_is_a_failure(
     cpus: tuple[int, ...], vector: int, check: str
 ) -> None:
-    """The exception would be put on a stack that the guest's TSS names."""
+    """The exception would use a stack that the guest's TSS names."""
 
     def guests(machine: Machine) -> None:
         for cpu in cpus:
@@ -522,7 +522,7 @@ def test_an_intel_cpu_in_a_guest_keeps_its_ists() -> None:
 
 
 def test_idtr_of_a_cpu_outside_xen_is_judged_by_whose_it_may_be() -> None:
-    """Without QMP whether a CPU is in a guest is not known."""
+    """Without QMP it is not known whether a CPU is in a guest."""
 
     def outside(machine: Machine, rip: int, ist: bool) -> None:
         for vector in () if ist else (NMI, 8, MC):
@@ -537,7 +537,7 @@ def test_idtr_of_a_cpu_outside_xen_is_judged_by_whose_it_may_be() -> None:
     assert _shootdown_findings(lambda m: outside(m, xen, ist=False)) == {("idtr", 1, "fail")}
 
 
-def test_a_cpu_on_its_way_into_the_halt_loop_is_no_alarm_at_the_handover() -> None:
+def test_a_cpu_about_to_halt_is_not_a_failure_at_the_handover() -> None:
     machine = Machine()
     start = machine.symbols.address("do_nmi_crash", "tT")
     machine.physical(1, lambda p: p._replace(halted=False, nmi_pending=False,
@@ -547,7 +547,7 @@ def test_a_cpu_on_its_way_into_the_halt_loop_is_no_alarm_at_the_handover() -> No
     assert bad(report) == set()
     late = [f for f in report.findings if f.cpu == 1 and f.check in ("cpu-parked", "nmi-pending", "lapic-self-nmi")]
     assert [f.verdict for f in late] == [Verdict.SKIP] * 3
-    # The crash kernel runs, and it has still not halted.
+    # The crash kernel runs, and this CPU has still not halted.
     crash_kernel = 0xFFFFFFFF81000000
     machine.physical(0, lambda p: p._replace(registers={**p.registers, "rip": crash_kernel}))
     assert {(check, verdict) for check, cpu, verdict in bad(machine.report()) if cpu == 1} == {
@@ -556,7 +556,7 @@ def test_a_cpu_on_its_way_into_the_halt_loop_is_no_alarm_at_the_handover() -> No
 
 
 def offline(machine: Machine, cpu: int) -> None:
-    """As a CPU looks, before the shootdown, that was not online."""
+    """Makes a CPU look as one that was not online does before the shootdown."""
     rest = 0b1111 & ~(1 << cpu)
     machine.variable("cpu_online_map", bytes([rest]))
     machine.variable("waiting_to_crash", bytes([rest & ~1]))
@@ -578,7 +578,7 @@ def test_a_parked_cpu_has_trap_nop_and_no_ist(monkeypatch: pytest.MonkeyPatch) -
     assert parked(b"\2") == {("nmi-gate-ist", 3, "fail")}
 
 
-def test_notes_that_may_be_written_right_now_are_no_alarm() -> None:
+def test_notes_that_may_be_half_written_are_not_a_failure() -> None:
     machine = Machine()
     inside = machine.symbols.address("machine_kexec", "tT") + 4  # between two stages: every step is allowed for
     machine.physical(0, lambda p: p._replace(registers={**p.registers, "rip": inside}))
@@ -612,7 +612,7 @@ def test_evidence_names_the_bytes() -> None:
     assert (finding.expected, finding.observed) == (0, 2)
 
 
-def test_a_failure_says_what_it_does_by_what_should_have_been_there() -> None:
+def test_a_failures_consequence_depends_on_what_was_expected() -> None:
     def reason(change: Callable[[Machine], object], name: str = "4.17-handover") -> str | None:
         machine = Machine(name)
         change(machine)
@@ -626,7 +626,7 @@ def test_a_failure_says_what_it_does_by_what_should_have_been_there() -> None:
 
 
 def test_each_explanation_is_of_a_value_that_its_check_can_expect() -> None:
-    """A key of `instead_of` that no check expects would never be said."""
+    """A key of `instead_of` that no check expects would never be shown."""
     for check in CHECKS:
         for expected in check.instead_of:
             shown = {"symbol": expected} if isinstance(expected, str) and check.id.endswith("handler") else expected
@@ -653,7 +653,7 @@ def unnamed(machine: Machine, **features: bool) -> tuple[State, Generation]:
     return state._replace(system=system), generation._replace(has_save_done=False, own_nmi_gate=False, **features)
 
 
-def test_registers_alone_tell_which_cpu_crashed() -> None:
+def test_registers_alone_identify_the_crashing_cpu() -> None:
     machine = Machine()
     assert crashing_cpu(*unnamed(machine)) == (0, ("its RIP, in kexec_reloc",))
     machine.physical(0, lambda p: p._replace(registers={}))
@@ -661,23 +661,23 @@ def test_registers_alone_tell_which_cpu_crashed() -> None:
         crashing_cpu(*unnamed(machine))
 
 
-def test_registers_that_name_two_cpus_tell_nothing() -> None:
+def test_registers_that_name_two_cpus_identify_none() -> None:
     machine = Machine()
     unhalted(machine)  # CPU 1 runs machine_kexec()
     with pytest.raises(Undecidable, match="contradictory: its RIP, in kexec_reloc: CPU 0, .*: CPU 1"):
         crashing_cpu(*unnamed(machine))
 
 
-def test_memory_and_registers_of_different_cpus_tell_nothing() -> None:
+def test_memory_and_registers_that_disagree_identify_none() -> None:
     machine = Machine()
     machine.variable("crash_saved_cpus", bytes([1 << 2]))
     with pytest.raises(Undecidable, match="contradictory: its RIP, in kexec_reloc: CPU 0, the only notes saved: CPU 2"):
         crashing_cpu(*unnamed(machine))
 
 
-def test_a_cpu_that_saved_nothing_and_signed_off_is_missed_all_the_same() -> None:
+def test_a_cpu_that_signed_off_without_saving_is_still_missed() -> None:
     machine = Machine()
-    machine.variable("crash_saved_cpus", bytes([0b1101]))  # of CPU 1 nothing is left in Xen's masks
+    machine.variable("crash_saved_cpus", bytes([0b1101]))  # nothing of CPU 1 is left in Xen's masks
 
     def online(**features: bool) -> frozenset[int]:
         machine.memory.forget()

@@ -1,4 +1,4 @@
-"""What a dump's own notes say is judged against Xen's memory, on recorded vmcores of real Xens."""
+"""A dump's own notes are judged against Xen's memory, on recorded vmcores of real Xen."""
 
 from __future__ import annotations
 
@@ -79,6 +79,6 @@ def test_memory_without_xens_note_headers_leaves_the_notes_of_the_file_unknown(n
     assert ("dump-notes", 1, "unknown") in bad(machine.report())
 
 
-def test_registers_of_the_machine_itself_are_no_notes() -> None:
+def test_the_machines_own_registers_are_not_notes() -> None:
     found = [f for f in Machine("4.17-handover").report().findings if f.check == "dump-notes"]
     assert [f.verdict for f in found] == [Verdict.SKIP] * 4

@@ -1,4 +1,4 @@
-"""What a check could not read decides nothing: a sign unread makes it `unknown`, and no sign is taken for another."""
+"""What a check could not read decides nothing: it is `unknown`, and nothing is inferred from the gap."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_HELD = Absent("not held", Kind.NOT_HELD)
 
 
 def judged(machine: Machine, generation: dict[str, Any] | None = None, **system: Read) -> list[Finding]:
-    """The findings on a machine, some of whose variables are read so."""
+    """The findings on a machine whose variables are replaced by these."""
     state = read_state(machine.memory)
     ours = identify(machine.memory).generation
     position = infer(state, ours)
@@ -38,7 +38,7 @@ def of(findings: list[Finding], check: str, cpu: int | None = None) -> tuple[Ver
     return found.verdict, found.reason
 
 
-# -- a CPU of which it is not known whether it is halted --------------------------------------
+# -- a CPU that may or may not be halted ----------------------------------------------------
 
 
 def parked(machine: Machine, before: bytes | None, **registers: int) -> tuple[Verdict, Any, Any, str | None]:
@@ -77,11 +77,11 @@ def test_a_cpu_that_is_not_after_hlt_is_awake() -> None:
     assert (verdict, observed) == (Verdict.UNKNOWN, None) and "awake where it should halt" in str(reason)
 
 
-def test_code_that_cannot_be_read_tells_nothing() -> None:
+def test_code_that_cannot_be_read_decides_nothing() -> None:
     assert parked(Machine(), None) == (Verdict.UNKNOWN, AFTER_HLT, None, "it lies in a hole")
 
 
-def test_elsewhere_or_with_interrupts_on_it_is_not_parked_whether_it_is_halted_or_not() -> None:
+def test_elsewhere_or_with_interrupts_on_it_is_not_parked_halted_or_not() -> None:
     machine = Machine()
     elsewhere = machine.symbols.address("kexec_reloc")
     assert parked(machine, None, rip=elsewhere)[:3] == (Verdict.FAIL, AFTER_HLT, "kexec_reloc, interrupts off")
@@ -104,7 +104,7 @@ def test_a_function_whose_end_is_not_known_holds_no_cpu(halted: bool, monkeypatc
     )
 
 
-def test_registers_that_are_not_there_are_in_no_function() -> None:
+def test_missing_registers_are_in_no_function() -> None:
     machine = Machine()
     machine.physical(1, lambda p: p._replace(halted=False, registers={}))
     assert {("cpu-parked", 1, "unknown"), ("nmi-pending", 1, "unknown")} <= bad(machine.report())
@@ -113,7 +113,7 @@ def test_registers_that_are_not_there_are_in_no_function() -> None:
 # -- whose state a CPU holds ------------------------------------------------------------------
 
 
-def test_without_cs_a_pv_guest_is_not_told_from_xen() -> None:
+def test_without_cs_a_pv_guest_cannot_be_distinguished_from_xen() -> None:
     machine = Machine("4.17-shootdown")
     for vector in (NMI, 8, MC):
         machine.gate(1, vector, 4, b"\0")
@@ -144,7 +144,7 @@ def test_gates_are_judged_where_it_is_known_that_they_are_used(fred: Read, verdi
 
 @pytest.mark.parametrize("at, junk", [(0, b"junk" * 5), (404 + 12, b"Xyz\0")])
 @pytest.mark.parametrize("name", ["4.17-shootdown", "4.17-handover"])
-def test_damaged_headers_are_no_empty_note(name: str, at: int, junk: bytes) -> None:
+def test_damaged_headers_are_not_an_empty_note(name: str, at: int, junk: bytes) -> None:
     machine = Machine(name)
     machine.poke(machine.notes(0) + at, junk)
     report = machine.report()
@@ -170,7 +170,7 @@ def test_a_cpu_is_silent_only_where_every_sign_says_so(sign: str) -> None:
     machine.memory.forget()
     findings = judged(machine, **{sign: HOLE})
     assert of(findings, "nmi-answered", 2) == (Verdict.UNKNOWN, "it lies in a hole")
-    assert of(findings, "nmi-answered", 1)[0] is Verdict.PASS  # the others say so
+    assert of(findings, "nmi-answered", 1)[0] is Verdict.PASS  # the other signs say so
     findings = judged(machine, {"bookkeeping": Bookkeeping.COUNT}, waiting_mask=UNNAMED)
     assert of(findings, "nmi-answered", 2)[0] is Verdict.FAIL
 
@@ -186,7 +186,7 @@ def test_a_function_of_which_a_part_would_be_read_is_not_read(monkeypatch: pytes
         function_text(machine.memory, "do_nmi_crash")
 
 
-# -- what a failure is said to do -------------------------------------------------------------
+# -- what a failure is reported to do----------------------------------------------------------
 
 DISPATCH = next(check for check in CHECKS if check.id == "nmi-dispatch")
 BEFORE = "an ordinary NMI stops a CPU of a machine that has not crashed"
@@ -202,5 +202,5 @@ def handler(symbol: str | None) -> dict[str, Any]:
     (handler("do_nmi_crash"), DISPATCH.consequence),
     ({"one_of": [handler(None), handler("do_nmi_crash")]}, DISPATCH.consequence),
 ])  # fmt: skip
-def test_of_several_allowed_values_nothing_is_said_that_holds_for_some(expected: Any, says: str) -> None:
+def test_with_several_allowed_values_only_what_holds_for_all_is_said(expected: Any, says: str) -> None:
     assert DISPATCH.explain(Outcome(Verdict.FAIL, expected, handler("elsewhere"))) == says

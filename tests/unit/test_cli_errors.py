@@ -1,4 +1,4 @@
-"""What the command says, and exits with, when its output or what it was given is not as it should be."""
+"""Messages and exit status when the command's output or its input is not as it should be."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def run(words: Sequence[str], stdout: IO[str] | int, before: str = "") -> subpro
 
 
 @pytest.mark.parametrize("format", ["table", "json", "junit"])
-def test_output_that_cannot_be_written_is_no_failed_check(format: str, files: tuple[str, str]) -> None:
+def test_output_that_cannot_be_written_is_not_a_failed_check(format: str, files: tuple[str, str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = run(["check", files[0], "--symbols", files[1], "--format", format], full)
     assert (done.returncode, done.stderr) == (3, "xencrash: writing the output: No space left on device\n")
 
 
-def test_a_short_output_that_cannot_be_written_is_told_too() -> None:
+def test_a_short_output_that_cannot_be_written_is_reported_too() -> None:
     with Path("/dev/full").open("w") as full:
         done = run(["lab", "guests"], full)
     assert (done.returncode, done.stderr) == (3, "xencrash: writing the output: No space left on device\n")
 
 
-def test_a_reader_that_has_gone_is_no_failed_check(files: tuple[str, str]) -> None:
+def test_a_reader_that_has_gone_is_not_a_failed_check(files: tuple[str, str]) -> None:
     words = ["check", files[0], "--symbols", files[1], "--format", "json"]
     code = "import sys; from xencrash.cli import main; sys.exit(main(sys.argv[1:]))"
     with subprocess.Popen(
@@ -65,7 +65,7 @@ def test_with_its_output_closed_the_status_is_the_verdict(format: str, files: tu
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_an_error_of_its_own_is_no_failed_check(
+def test_an_internal_error_is_not_a_failed_check(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object) -> None:
@@ -78,7 +78,7 @@ def test_an_error_of_its_own_is_no_failed_check(
     )
 
 
-def test_what_cannot_be_read_is_no_internal_error(
+def test_what_cannot_be_read_is_not_an_internal_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def unread(*_: object) -> None:
@@ -89,7 +89,7 @@ def test_what_cannot_be_read_is_no_internal_error(
     assert capsys.readouterr().err == "xencrash: physical 0x1000 is not in the dump\n"
 
 
-def test_symbols_that_are_not_there_are_told_before_gdb_starts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_symbols_are_reported_before_gdb_starts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gdb", "gdb:localhost:1", "--symbols", "/nonexistent"]) == 3
     said = capsys.readouterr().err
     assert said == (
@@ -136,7 +136,7 @@ def test_an_option_that_would_have_no_effect_is_refused(
     assert capsys.readouterr() == ("", f"xencrash: {said}\n")
 
 
-def test_a_files_name_breaks_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_name_cannot_break_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [str(tmp_path / name) for name in ("a\nb", "c")]
     for name in names:
         Path(name).write_bytes(b"nothing known")
@@ -166,13 +166,13 @@ def test_a_trace_that_cannot_begin_waits_for_nothing(tmp_path: Path, capsys: pyt
 def test_gdb_may_be_given_symbols_of_another_build_by_hand(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XENCRASH_GDB", "/nonexistent")  # as far as it comes here
+    monkeypatch.setenv("XENCRASH_GDB", "/nonexistent")  # as far as it gets here
     assert main(["gdb", "gdb:/s", "--allow-build-id-mismatch"]) == 3
     assert capsys.readouterr().err == "xencrash: /nonexistent was not found: install gdb, or name one in XENCRASH_GDB\n"
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x"])
-def test_a_number_that_is_none(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_number_that_is_not_one(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["lab", "run", f"--cpus={number}"])
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""A command's output: in any encoding, with any file name, and never an earlier run's report for this one's."""
+"""A command's output: in any encoding, with any file name, and never an earlier run's report."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_an_encoding_lacks_is_replaced_and_the_status_kept(encoding: str, f
     elif format == "json":
         assert json.loads(done.stdout)["target"]["location"] == files.bad
     else:
-        assert ElementTree.fromstring(done.stdout).tag == "testsuites"  # whatever its declaration says, it is
+        assert ElementTree.fromstring(done.stdout).tag == "testsuites"  # UTF-8 whatever the declaration says
 
 
 def test_junit_of_several_is_well_formed_in_any_encoding(files: Files) -> None:
@@ -179,10 +179,10 @@ def test_reports_of_an_earlier_run_of_several_go(files: Files, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0-vmcore.xml", "1-vmcore.xml", "7 things.json"]
 
 
-def test_as_many_at_a_time_as_there_are_cpus(
+def test_one_process_for_each_cpu(
     files: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each waits until another one runs: one after the other they would never end."""
+    """Each waits until another one runs: if run in turn they would never end."""
 
     def together(asked: object) -> object:
         (tmp_path / str(os.getpid())).touch()
@@ -214,7 +214,7 @@ def test_one_that_is_killed_leaves_the_others(
 
 
 def test_ctrl_c_keeps_what_was_judged(files: Files, tmp_path: Path) -> None:
-    """Of three, on two CPUs, the second never ends: when the third has begun the first is made."""
+    """Of three, on two CPUs, the second never ends: when the third has started, the first is done."""
     begun = tmp_path / "begun"
     code = (
         "import os, pathlib, sys, time; from xencrash import judging, several; from xencrash.cli import main\n"

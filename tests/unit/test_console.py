@@ -1,4 +1,4 @@
-"""The console ring: its indices run free, and its text may begin at the end of the buffer and go on at the start."""
+"""The console ring: its indices are free-running, and its text may wrap around the end of the buffer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xen_symbols.xen.console import read_console
 from xencrash.cli import main
 
 SIZE = 64
-RING = bytes(range(0x30, 0x30 + SIZE))  # each place has its own character
+RING = bytes(range(0x30, 0x30 + SIZE))  # each position has a different character
 
 
 def made(folder: Path, consumer: int, producer: int, size: int = SIZE) -> SyntheticXen:
@@ -51,14 +51,14 @@ def console(folder: Path, consumer: int, producer: int, size: int = SIZE, last: 
         (0, 1000, 1 << 20, RING[40:] + RING[:40]),
     ],
 )
-def test_text_from_the_oldest_byte(
+def test_text_starts_at_the_oldest_byte(
     consumer: int, producer: int, last: int | None, expected: bytes, tmp_path: Path
 ) -> None:
     assert console(tmp_path, consumer, producer, last=last) == expected.decode()
 
 
 @pytest.mark.parametrize("size", [0, 48, 1 << 31])
-def test_a_size_that_no_ring_has(size: int, tmp_path: Path) -> None:
+def test_an_impossible_ring_size(size: int, tmp_path: Path) -> None:
     with pytest.raises(Unreadable, match=f"^conring_size is {size}, not a size"):
         console(tmp_path, 0, 5, size=size)
 

@@ -17,7 +17,7 @@ SCALARS = {"string": str, "integer": int, "boolean": bool, "null": type(None)}
 
 
 def differences(hint: Any, schema: dict[str, Any], where: str = "report") -> Iterator[str]:
-    """What a type and a schema say differently of one value."""
+    """The differences between a type and a schema of one value."""
     schema = resolved(schema)
     types_, schemas = alternatives(hint), choices(schema)
     if (type(None) in types_) != any(is_null(each) for each in schemas):
@@ -101,7 +101,7 @@ def test_the_types_are_the_schemas() -> None:
 
 
 def test_every_type_is_part_of_a_report() -> None:
-    """What is not compared with the schema would be free to change."""
+    """A type that is not compared with the schema could change freely."""
     met: set[str] = set()
 
     def meet(hint: Any) -> None:

@@ -1,4 +1,4 @@
-"""The documentation says what the tables say, and the README's commands exist."""
+"""The documentation agrees with the tables, and the README's commands exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One read asks for 64 MB at most, whatever length it was told: of each format, by Xen's page tables, and for gdb."""
+"""One read asks for at most 64 MB, whatever the length: of each format, by Xen's page tables, and for gdb."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_the_part_of_a_segment_that_is_not_in_the_file_is_absent(tmp_path: Path)
         dump.read_physical(0x1030, 16)
 
 
-def test_memory_without_a_byte_beyond_all_addresses_is_no_memory(tmp_path: Path) -> None:
+def test_memory_without_content_beyond_all_addresses_is_not_memory(tmp_path: Path) -> None:
     headers = [writer.program_header(1, 176, 0x1000, 8, 8), writer.program_header(1, 0, (1 << 64) - 4096, 0, 1 << 20)]
     dump = opened(tmp_path, writer.elf_header(2) + b"".join(headers) + bytes(8))
     assert list(dump.physical_ranges()) == [(0x1000, 0x1008)]
@@ -113,7 +113,7 @@ def test_more_program_headers_than_16_bits_count(tmp_path: Path) -> None:
 
 
 def test_sixty_thousand_program_headers(tmp_path: Path) -> None:
-    """Memory in pieces of a page, every other one; the same count past 0xffff."""
+    """Every other page is a piece of memory; the count goes past 0xffff."""
     ranges = [(0x2000 * n, 0x2000 * n + 0x1000) for n in range(60_000)]
     with (tmp_path / "dump").open("wb") as file:
         writer.write_elf(file, ranges, {0x2000 * 59_999 + 8: b"there"}, NOTES)
@@ -128,7 +128,7 @@ def patched(data: bytes, at: int, form: str, *values: int) -> bytes:
     return bytes(changed)
 
 
-FIRST_LOAD = 64 + 56  # behind the header and PT_NOTE's program header
+FIRST_LOAD = 64 + 56  # after the header and PT_NOTE's program header
 
 DAMAGED = {
     "offset past 2^64": (
@@ -177,7 +177,7 @@ def test_a_damaged_header_is_named(tmp_path: Path, name: str) -> None:
     assert refusal(tmp_path, patched(core(), at, form, value)).startswith(expected)
 
 
-def test_a_count_in_section_header_0_that_cannot_be(tmp_path: Path) -> None:
+def test_an_impossible_count_in_section_header_0(tmp_path: Path) -> None:
     data = patched(core(extended_count=True), 64 + 56 * 3 + 44, "I", (1 << 32) - 1)
     assert refusal(tmp_path, data).startswith("4294967295 program headers; more than 262144")
     assert refusal(tmp_path, patched(data, 40, "Q", 1 << 62)).startswith("section header 0, which counts")
@@ -189,7 +189,7 @@ def test_a_core_of_a_process(tmp_path: Path) -> None:
 
 
 def test_a_core_that_gdb_took_of_a_process(tmp_path: Path) -> None:
-    """Its notes are read before its memory, all of which is at physical 0."""
+    """Its notes are read before its memory, which is all at physical address 0."""
     gdb = [find_gdb(), "-q", "-nx", "-batch", "-ex", "starti", "-ex", f"gcore {tmp_path}/dump", "sleep"]
     subprocess.run(gdb, capture_output=True, check=True)
     assert refusal(tmp_path, (tmp_path / "dump").read_bytes()) == "a core of a process, not of a machine"
@@ -244,12 +244,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(Undecidable, match="a directory; name a dump file$"):
         open_dump(str(tmp_path))
     os.mkfifo(tmp_path / "fifo")
-    for path in ("/dev/null", str(tmp_path / "fifo")):  # nobody ever writes to it: opening must not wait
+    for path in ("/dev/null", str(tmp_path / "fifo")):  # a FIFO without a writer: opening must not block
         with pytest.raises(Undecidable, match="not a regular file; name a dump file$"):
             open_dump(path)
 
 
-def test_a_disk_that_fails_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_does_not_end_in_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -270,7 +270,7 @@ def test_a_raw_image_has_a_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", [-5, 1 << 52, 1 << 70])
-def test_a_base_that_is_no_address(tmp_path: Path, base: int) -> None:
+def test_a_base_that_is_not_an_address(tmp_path: Path, base: int) -> None:
     said = refusal(tmp_path, bytes(16), base=base)
     assert said == f"its first byte cannot be at physical {base:#x}: give an address below 0x10000000000000"
 
@@ -278,7 +278,7 @@ def test_a_base_that_is_no_address(tmp_path: Path, base: int) -> None:
 @pytest.mark.parametrize("write", [writer.write_elf, writer.write_kdump, None])
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("address, size", [(0, -1), (-1, 1), (-4096, 4096), (-1 << 64, 8)])
-def test_a_read_of_less_than_nothing(address: int, size: int, flat: bool, write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_read_of_a_negative_size(address: int, size: int, flat: bool, write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     data = bytes(8192) if write is None else writer.made(write, [(0, 0x3000)], {}, NOTES)
     options = {"base": 0} if write is None else {}
     dump = opened(tmp_path, writer.flattened(data) if flat and write else data, **options)
@@ -286,7 +286,7 @@ def test_a_read_of_less_than_nothing(address: int, size: int, flat: bool, write,
         dump.read_physical(address, size)
 
 
-def test_a_base_for_a_file_that_says_itself_is_refused(tmp_path: Path) -> None:
+def test_a_base_for_a_file_with_its_own_addresses_is_refused(tmp_path: Path) -> None:
     said = "the file says itself what is where (ELF core); a base is for a raw image of memory"
     assert refusal(tmp_path, core(), base=0) == said
 

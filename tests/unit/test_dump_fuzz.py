@@ -1,7 +1,7 @@
 """Damaged at random, a dump ends in a value, an absence or a refusal: never in a traceback, a hang, or much memory.
 
-Each case takes a dump of a real shape, changes its header, tables or notes, and then does what a check
-does: open it, list CPUs, notes and memory, read some. Cases follow from their number alone, so a failure
+Each case takes a realistic dump, changes its header, tables or notes, and then does what a check
+does: open it, list CPUs, notes and memory, read some. A case depends on its number alone, so a failure
 names the one to look at: `damaged(SHAPE, NUMBER)`.
 """
 
@@ -40,7 +40,7 @@ SHAPES = {
 
 
 def structure(data: bytes) -> list[int]:
-    """Offsets, in steps of 4, where this shape keeps its bookkeeping; what is left is memory."""
+    """Offsets, in steps of 4, of this shape's headers and tables; the rest is memory."""
     if data.startswith(b"makedumpfile"):
         headers, at = list(range(0, 32, 4)), 4096
         while True:
@@ -64,7 +64,7 @@ POINTS = {shape: structure(data) for shape, data in SHAPES.items()}
 
 
 def damaged(shape: str, number: int) -> bytes:
-    """Case `number` of a shape: some fields at the edges, some bits flipped, or the end cut off."""
+    """Case `number` of a shape: some fields set to edge values, some bits flipped, or the end cut off."""
     chance = random.Random(f"{shape} {number}")
     data = bytearray(SHAPES[shape])
     for _ in range(chance.choice((1, 1, 1, 2, 4, 16))):
@@ -88,7 +88,7 @@ def damaged(shape: str, number: int) -> bytes:
 
 
 def use(path: str) -> None:
-    """Everything that a check asks of a dump."""
+    """Everything that a check reads of a dump."""
     dump = open_dump(path)
     ranges = dump.physical_ranges()
     requests = [(0x100, 256), (0x2FF0, 0x20), (0x12345, 5000), (1 << 51, 8), (0x10000, 0x4000)]
@@ -124,7 +124,7 @@ def is_refused(path: Path, shape: str, number: int) -> bool:
 def test_damage_never_ends_in_anything_else(tmp_path: Path, shape: str) -> None:
     with bounded_memory():
         refused = sum(is_refused(tmp_path / "dump", shape, number) for number in range(CASES))
-    # The damage is real, and not so great that nothing behind the header was ever reached.
+    # The damage has an effect, but does not always end at the header.
     assert CASES // 20 < refused < CASES * 19 // 20
 
 

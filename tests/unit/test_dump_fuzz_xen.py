@@ -1,8 +1,8 @@
 """A dump of a Xen damaged at random, as the command sees it: from opening to the report on standard output.
 
 Headers, notes, page tables, Xen's variables and the symbol table that it carries, in an ELF vmcore, in QEMU's and in a
-kdump; mostly without other symbols. It ends in a status, with a line on standard error where it is 3; never in a
-traceback, and soon. Cases follow from their number alone: `damage(dump, NUMBER)`.
+kdump; mostly without other symbols. It ends with a status, and a line on standard error if that is 3; never with a
+traceback, and soon. A case depends on its number alone: `damage(dump, NUMBER)`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from xencrash.cli import main
 
 CASES = {"vmcore": 2500, "qemu": 1000, "kdump": 700}
 RANGES = [(PHYS_START, PHYS_START + (6 << 20)), (HEAP, HEAP + (1 << 20))]
-# (words before the path, words behind it): what reads the most, and what shows the most.
+# (words before the path, words after it): the command that reads most, and the one that shows most.
 COMMANDS = (["check", "--format", "json"], ["check"], ["info"], ["check", "--format", "junit"])
 
 
 class Dump:
-    """A dump on disk: (offset, size) of what may be damaged in it, bookkeeping and memory."""
+    """A dump on disk: (offset, size) of what may be damaged in it, headers and memory."""
 
     def __init__(self, folder: Path, shape: str) -> None:
         machine = CrashedXen(folder, cpus=4, table=0x108000)  # early in the image: a MiB of it is read
@@ -102,15 +102,15 @@ def outcome(dump: Dump, number: int) -> int:
     if number % 5 == 0:
         words += ["--symbols", dump.symbols]
     before = time.thread_time()
-    said, told = io.StringIO(), io.StringIO()
+    said, errors = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             status = main(words)
         case = f"damage({dump.path.name!r}, {number}), {words}"
         assert status in (0, 1, 3), case
-        assert "Traceback" not in told.getvalue(), f"{case}: {told.getvalue()}"
-        assert told.getvalue().count("\n") in ((1,) if status == 3 else (0, 1)), f"{case}: {told.getvalue()}"
-        assert "\x1b" not in told.getvalue() + said.getvalue(), case
+        assert "Traceback" not in errors.getvalue(), f"{case}: {errors.getvalue()}"
+        assert errors.getvalue().count("\n") in ((1,) if status == 3 else (0, 1)), f"{case}: {errors.getvalue()}"
+        assert "\x1b" not in errors.getvalue() + said.getvalue(), case
         if said.getvalue().startswith("{"):
             json.loads(said.getvalue())
         return status
@@ -133,4 +133,4 @@ def test_damage_never_ends_in_anything_else(shape: str, tmp_path: Path) -> None:
     dump = Dump(tmp_path, shape)
     with bounded_memory():
         outcomes = {outcome(dump, number) for number in range(CASES[shape])}
-    assert outcomes == {0, 1, 3}  # QEMU's with 0 are info's: its CPUs here are nowhere on the crash path
+    assert outcomes == {0, 1, 3}  # QEMU's dumps end with 0 only in info: their CPUs are not on the crash path

@@ -113,7 +113,7 @@ def descriptors_at(data: bytes) -> int:
 
 
 def test_a_dump_that_ran_out_of_space(tmp_path: Path) -> None:
-    """makedumpfile marks it, and the descriptors of the pages that it did not write are zero."""
+    """makedumpfile marks it, and the descriptors of pages not written are zero."""
     data = bytearray(made(status=8))
     last = descriptors_at(data) + 13 * 24
     data[last : last + 24] = bytes(24)

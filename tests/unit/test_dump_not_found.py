@@ -1,4 +1,4 @@
-"""Dumps in which Xen is not found: why not, in one line that says what to do, and soon."""
+"""Dumps in which Xen is not found: one line says why not and what to do, and soon."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> CrashedXen:
 
 
 def refusal(path: Path, *words: str | Path) -> str:
-    """What is said of the dump without symbols, or with those given."""
+    """The message for the dump without symbols, or with those given."""
     with pytest.raises(Undecidable) as caught:
         open_dump(path, *words)
     assert "\n" not in str(caught.value)
@@ -81,19 +81,19 @@ def test_the_page_of_the_symbols_alone_is_missing(machine: CrashedXen) -> None:
 
 
 def test_bitmaps_that_are_elsewhere(machine: CrashedXen) -> None:
-    """A block of sub header too many: other pages are there, and other bytes are theirs."""
+    """One sub-header block too many: other pages are present, with other bytes."""
     path = machine.kdump()
     data = bytearray(path.read_bytes())
     (blocks,) = struct.unpack_from("<I", data, 0x1B0)
     struct.pack_into("<II", data, 0x1B0, blocks + 1, struct.unpack_from("<I", data, 0x1B4)[0] - 2)
-    struct.pack_into("<I", data, 0x1A8, 8)  # or it is refused for its end
+    struct.pack_into("<I", data, 0x1A8, 8)  # or it is refused as truncated
     path.write_bytes(data)
     for symbols in ([], [machine.symbols]):
         said = refusal(path, *symbols)
         assert "is it Xen" not in said and f"{path}: " in said
 
 
-def test_section_header_0_that_is_not_there(machine: CrashedXen) -> None:
+def test_section_header_0_is_missing(machine: CrashedXen) -> None:
     path = machine.elf()
     data = bytearray(path.read_bytes())
     struct.pack_into("<H", data, 56, 0xFFFF)
@@ -105,7 +105,7 @@ def test_section_header_0_that_is_not_there(machine: CrashedXen) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "none", "-8", "1" * 40, "ffff", "800000000000"])
-def test_an_address_in_vmcoreinfo_that_is_none(machine: CrashedXen, value: str) -> None:
+def test_an_invalid_address_in_vmcoreinfo(machine: CrashedXen, value: str) -> None:
     """The CPUs' own page tables show the same Xen."""
     notes = machine.xen.notes() + writer.note("VMCOREINFO_XEN", 0, f"SYMBOL(pgd_l4)={value}\n".encode())
     assert open_dump(machine.elf(notes=notes)).root == machine.xen.root
@@ -135,7 +135,7 @@ def of_qemu(path: Path, registers: list[dict[str, int]], content: writer.Content
 
 
 def linux(count: int) -> list[dict[str, int]]:
-    """CPUs in Linux, each with page tables of its own, which map nothing where a Xen is."""
+    """CPUs in Linux, each with its own page tables, which map nothing where Xen would be."""
     return [{"rip": 0xFFFFFFFF81000000, "cr0": 0x80050033, "cr3": 0x100000 + PAGE * cpu} for cpu in range(count)]
 
 
@@ -150,7 +150,7 @@ def test_a_linux_of_many_cpus_costs_a_few_reads_of_each(
 
 
 def test_cpus_that_share_page_tables_cost_as_much_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And notes without number are of the same few CPUs."""
+    """Any number of notes may belong to the same few CPUs."""
     costs = []
     for count in (1, 20_000):
         path = of_qemu(tmp_path / f"{count}", linux(1) * count)
@@ -194,7 +194,7 @@ def test_a_table_across_two_reads_is_found(machine: CrashedXen) -> None:
 
 
 def test_a_mismatch_that_cannot_be_allowed(machine: CrashedXen, capsys: pytest.CaptureFixture[str]) -> None:
-    """Symbols of a build whose page tables are elsewhere: they lead nowhere, allowed or not."""
+    """Symbols of a build whose page tables are elsewhere: they find no Xen, allowed or not."""
     other = machine.folder / "other"
     at = VIRT_START + 0x700000
     syms = [elfwriter.variable("idle_pg_table", at)]

@@ -49,8 +49,8 @@ def test_prstatus() -> None:
     assert registers == {name: value for name, value in GENERAL.items() if name != "orig_rax"}
 
 
-def test_bases_that_xen_never_wrote_are_no_zeros() -> None:
-    """Up to 4.14 Xen leaves thread_fs and thread_gs alone."""
+def test_bases_that_xen_never_wrote_are_not_zeros() -> None:
+    """Up to 4.14 Xen does not write thread_fs and thread_gs."""
     registers = parse_prstatus(writer.prstatus({**GENERAL, "fs_base": 0, "gs_base": 0}))
     assert not isinstance(registers, Absent)
     assert "fs_base" not in registers
@@ -120,14 +120,14 @@ def test_xens_notes_give_xens_cpu_numbers_and_the_silent_ones() -> None:
     assert [(note.name, note.type) for note in notes][-1] == ("VMCOREINFO_XEN", 0)
 
 
-def test_control_registers_of_nobody() -> None:
+def test_control_registers_of_no_cpu() -> None:
     with pytest.raises(Undecidable, match="CRASH_REGS note of CPU 1 has no NT_PRSTATUS"):
         cpus_of(parse_notes(writer.xen_notes([{"rip": 1}]) + writer.note("Xen", 0x1000002, bytes(32))))
 
 
 @pytest.mark.parametrize("cpu", [0, 1, 2])
 def test_general_registers_without_control_registers(cpu: int) -> None:
-    """The CPUs behind it would be taken for others."""
+    """The CPUs after it would get wrong numbers."""
     notes = parse_notes(writer.xen_notes([{"rip": 1}, {"rip": 2}, {"rip": 3}], writer.crash_info()))
     at = [index for index, note in enumerate(notes) if note.type == 0x1000002][cpu]
     for lost in (notes[:at] + notes[at + 1 :], [*notes[:at], notes[at]._replace(name="Xem"), *notes[at + 1 :]]):
@@ -135,7 +135,7 @@ def test_general_registers_without_control_registers(cpu: int) -> None:
             cpus_of(lost)
 
 
-def test_general_registers_of_no_xen() -> None:
+def test_general_registers_without_xen() -> None:
     assert cpus_of(parse_notes(writer.note("CORE", 1, writer.prstatus({"rip": 1})) * 2)) == []
 
 

@@ -1,4 +1,4 @@
-"""The trace's waiting policy, without a machine: how long to wait, and what it means when nothing comes."""
+"""The trace's waiting policy, without a machine: how long to wait, and what it means if nothing happens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def clock() -> Clock:
 
 
 def follower(clock: Clock, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Follower:
-    """Of a recorded machine, taken for one that runs: it is a crashed one, of which nothing else is asked here."""
+    """A recorded machine that stands for a running one; that it has crashed does not matter here."""
     example, symbols = load("4.17-handover")
     memory = locate(example, symbols)
     monkeypatch.setattr(Follower, "_start", lambda self, gates: None)
@@ -42,7 +42,7 @@ def test_a_crash_is_waited_for_as_long_as_was_asked(clock: Clock, monkeypatch: p
     follow = follower(clock, monkeypatch, timeout=20)
     assert follow.wait() == 20
     clock.now = 15
-    assert follow.stop(0, NOWHERE).stage is None  # some other breakpoint: it does not count as going on
+    assert follow.stop(0, NOWHERE).stage is None  # some other breakpoint: this is not progress
     assert follow.wait() == 5
     assert not follow.stop(0, NOWHERE, expired=True).finished  # it was not over yet
     clock.now = 20.5
@@ -76,7 +76,7 @@ def test_a_stage_is_waited_for_and_the_machine_looked_at(clock: Clock, monkeypat
     assert finding.reason and finding.reason.startswith("nothing more was reached in 7 s: no crash kernel starts")
 
 
-def test_a_machine_whose_cpus_do_not_page_was_reset(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_whose_cpus_have_paging_off_was_reset(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     follow = follower(clock, monkeypatch, timeout=20)
     cpus = follow.memory.target.physical_cpus  # type: ignore[attr-defined]
     for index, cpu in enumerate(cpus):
@@ -88,7 +88,7 @@ def test_a_machine_whose_cpus_do_not_page_was_reset(clock: Clock, monkeypatch: p
         follow.stop(0, 0xFFF0, expired=True)
 
 
-def test_a_stop_by_somebody_else(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_by_something_else(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     follow = follower(clock, monkeypatch, timeout=20)
     with pytest.raises(Undecidable, match=r"^the machine was stopped by something else \(SIGINT\) while it was"):
         follow.stop(0, NOWHERE, signal="SIGINT")

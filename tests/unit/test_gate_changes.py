@@ -41,7 +41,7 @@ HERE = Position(NORMAL, None, None, Span(0, 0), {}, frozenset())
 
 @given(st.lists(GATES, min_size=2, max_size=6))
 def test_the_changes_lead_from_the_first_gates_to_the_last(readings: list[dict]) -> None:  # type: ignore[type-arg]
-    """Applied in order they give every gate as it was last read, and each begins where the one before it ended."""
+    """Applied in order they give every gate as last read, and each starts from the result of the one before."""
     history = GateHistory()
     now: dict[tuple[int, int], Gate] = {}
     for stop, gates in enumerate(readings):
@@ -74,7 +74,7 @@ ALL = frozenset(range(4))
 
 
 def at(stage: str, cpu: int = 0, online: frozenset[int] = ALL, **seen: int) -> Position:
-    """A position with CPU 0 crashing; `seen` is what each other CPU has completed at least, as cpu1=3."""
+    """A position with CPU 0 crashing; `seen` is the last step that each other CPU has surely completed, as cpu1=3."""
     if stage == "normal":
         return Position(NORMAL, None, None, Span(0, 0), dict.fromkeys(online, Span(0, 0)), online)
     spans = {int(name[3:]): Span(low, OtherStep.PARKED) for name, low in seen.items()}
@@ -83,7 +83,7 @@ def at(stage: str, cpu: int = 0, online: frozenset[int] = ALL, **seen: int) -> P
 
 @dataclass(frozen=True)
 class Case:
-    """One gate of a recorded machine, which has been something else at an earlier stop."""
+    """One gate of a recorded machine, with another value at an earlier stop."""
 
     cpu: int
     vector: int
@@ -92,8 +92,8 @@ class Case:
     now: Position
     generation: str = "4.17.0"
     guest: bool = False
-    poke: bytes = b""  # its IST byte, where it is not to be 0
-    by: tuple[int, str] | None = None  # the CPU and the function that were seen to write it
+    poke: bytes = b""  # its IST byte, if not 0
+    by: tuple[int, str] | None = None  # the CPU and function that were seen to write it
 
     def outcome(self) -> Outcome:
         machine = Machine("4.17-handover")
@@ -118,7 +118,7 @@ ARMING = (at("shutdown-entry"), at("shootdown"))
 LEAVING = (at("exec-entry"), at("handover"))
 TAKEN = (at("nmi-taken", 1, cpu2=1), at("cpu-stop", 2, cpu1=1))
 PARTED = (at("normal", online=frozenset({0, 1, 2})), at("crash-entry", online=frozenset({0, 1, 2})))
-# The recorded gates: NMI trap_nop/0 on CPU 0, nmi/2 elsewhere; #MC trap_nop/0 on all. `was` is what each comes from.
+# The recorded gates: NMI trap_nop/0 on CPU 0, nmi/2 elsewhere; #MC trap_nop/0 on all. `was` is the earlier value.
 ALLOWED = {
     "the crashing CPU's NMI gate": Case(0, NMI, {"handler": "nmi", "ist": 2}, *ARMING),
     "its #MC gate": Case(0, MC, {"ist": 1}, *ARMING),
@@ -152,7 +152,7 @@ FORBIDDEN = {
              at("handover", online=PARTED[0].online)), ("nmi-gate-ist",)),
 }  # fmt: skip
 
-# What a finding says of each; where the change was seen first stands behind it.
+# What a finding says of each, and after it where the change was seen first.
 OBSERVED = {
     "too early": ("#MC IST 1 -> 0",),
     "too late": ("NMI handler nmi -> trap_nop", "NMI IST 2 -> 0"),
@@ -212,14 +212,14 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("what", SEEN)
-def test_who_makes_a_change_and_may(what: str) -> None:
+def test_a_writer_that_is_allowed(what: str) -> None:
     outcome = SEEN[what].outcome()
     assert (outcome.verdict, outcome.reason) == (Verdict.PASS, None)
     assert not any("written" in text for text in outcome.observed)
 
 
 @pytest.mark.parametrize("what", STRANGERS)
-def test_who_makes_a_change_and_may_not(what: str) -> None:
+def test_a_writer_that_is_not_allowed(what: str) -> None:
     case = STRANGERS[what]
     outcome = case.outcome()
     assert outcome.verdict is Verdict.FAIL and not outcome.because_of and outcome.reason is not None
@@ -254,7 +254,7 @@ class Watched:
         return [(write.cpu, write.function) for write in self.writes.take(self.state).get(self.key, [])]
 
 
-def test_a_hit_that_is_news_names_the_writer() -> None:
+def test_a_new_hit_names_the_writer() -> None:
     watched = Watched()
     watched.hit("do_nmi_crash", 0x6A, 1)
     watched.hit("machine_kexec", 0x64, 0)
@@ -262,8 +262,8 @@ def test_a_hit_that_is_news_names_the_writer() -> None:
     assert watched.taken() == []
 
 
-def test_a_hit_told_later_names_nobody() -> None:
-    """What the gate holds was there when it was looked at last, at a stop, or at another gate's hit."""
+def test_a_hit_reported_late_names_no_writer() -> None:
+    """The gate held this value when it was last read, at a stop or at another gate's hit."""
     watched = Watched()
     watched.hit("kexec_crash_save_cpu", 4, watched.raw[4])
     assert watched.taken() == []
@@ -273,7 +273,7 @@ def test_a_hit_told_later_names_nobody() -> None:
     assert watched.taken() == []
 
 
-def test_a_hit_at_a_breakpoint_names_nobody() -> None:
+def test_a_hit_at_a_breakpoint_names_no_writer() -> None:
     watched = Watched()
     watched.hit("kexec_crash_save_cpu", 0, 1)
     assert watched.taken() == []
@@ -322,7 +322,7 @@ def test_a_change_that_a_check_of_the_stage_sees_follows_from_it() -> None:
     assert found == {("nmi-gate-ist", None), ("gate-change", "nmi-gate-ist")}
 
 
-def test_of_one_look_no_change_is_judged() -> None:
+def test_one_look_alone_judges_no_change() -> None:
     assert "gate-change" not in {finding.check for finding in Machine().report().findings}
 
 

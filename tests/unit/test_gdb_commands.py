@@ -116,7 +116,7 @@ def test_cpus_keeps_the_three_numberings_apart() -> None:
     assert [(cpu["cpu"], cpu["thread"], cpu["apic_id"]) for cpu in cpus] == [(0, 1, 0), (1, 3, 1), (2, 2, 2), (3, 4, 3)]
 
 
-def test_a_cpu_that_is_none_of_xens_is_shown_apart() -> None:
+def test_a_cpu_that_is_not_one_of_xens_is_shown_separately() -> None:
     session = RecordedSession()
     stray = session.example.physical_cpus
     stray[2], stray[3] = stray[2]._replace(apic_id=77), stray[3]._replace(apic_id=78)
@@ -151,7 +151,7 @@ def test_notes_of_a_crash() -> None:
     assert {note["in_memory"] for note in of_cpus} == {True}
 
 
-CORE_AT, CONTROL_AT = 20, 372  # of the contents in a CPU's buffer
+CORE_AT, CONTROL_AT = 20, 372  # offset of the contents in a CPU's buffer
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_buffer_that_is_not_what_it_should_be(at: int, content: bytes, state: 
     assert other == [None, None] if state == "damaged" else False in other
 
 
-def test_an_empty_buffer_is_told_from_one_that_should_not_be() -> None:
+def test_an_empty_buffer_differs_from_one_that_should_not_be_empty() -> None:
     session = RecordedSession("4.17-crashed-vmcore")
     buffer = int(answer("xen notes", session=session)["buffers"][2]["address"], 16)
     for at, size in ((CORE_AT, 336), (CONTROL_AT, 32)):
@@ -196,7 +196,7 @@ def test_notes_of_a_live_machine_have_no_file() -> None:
 
 
 def test_bt_of_a_recorded_machine() -> None:
-    """The example holds no stacks: where each CPU is is known, and the rest is said to be missing, not made up."""
+    """The example holds no stacks: each CPU's location is known, and the rest is reported as missing."""
     cpus = answer("xen bt")["cpus"]
     assert [cpu["cpu"] for cpu in cpus] == [0, 1, 2, 3]
     for cpu in cpus:

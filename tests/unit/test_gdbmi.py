@@ -1,4 +1,4 @@
-"""The gdb session without a machine: what a TARGET is, which gdb will do, and what is said when nobody is there."""
+"""The gdb session without a machine: what a TARGET is, which gdb is accepted, and the messages when nothing answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_live_target(target: str, address: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["vmcore", "gdb:", "gdb:local", "gdb:local:", "gdb:a:0", "gdb:a:65536", "gdb:a:x"])
-def test_what_is_no_live_target(target: str) -> None:
+def test_what_is_not_a_live_target(target: str) -> None:
     with pytest.raises(Undecidable, match="gdb:HOST:PORT"):
         parse_live(target)
 
@@ -65,7 +65,7 @@ def _script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def test_a_gdb_that_is_not_there(fake_gdb: Path) -> None:
+def test_a_missing_gdb(fake_gdb: Path) -> None:
     with pytest.raises(Undecidable, match=r"was not found: install gdb"):
         find_gdb()
 
@@ -157,7 +157,7 @@ def test_nothing_listens(tmp_path: Path) -> None:
 
 @pytest.fixture
 def silent_stub(tmp_path: Path) -> Iterator[Path]:
-    """A stub that takes connections and never answers, as QEMU's does while it serves another gdb."""
+    """A stub that accepts connections and never answers, as QEMU's does while it serves another gdb."""
     path = tmp_path / "stub"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -182,7 +182,7 @@ def _packet(text: str) -> bytes:
 
 
 def _serve(listener: socket.socket) -> None:
-    """Some gdbstub that is not QEMU's: one stopped x86-64 thread, and no packet beyond the oldest."""
+    """A gdbstub that is not QEMU's: one stopped x86-64 thread, and only the oldest packets."""
     client, _ = listener.accept()
     answers = {"?": "S05", "g": "0" * 328, "qC": "QC1", "qfThreadInfo": "m1", "qsThreadInfo": "l", "qAttached": "1"}
     with client:

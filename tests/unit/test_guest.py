@@ -30,7 +30,7 @@ def symbols_of(generation):
     return read_symbols(path, File(path))
 
 
-def test_the_generations_are_the_tools():
+def test_the_generations_are_those_of_the_tool():
     assert generations() == tuple(generation.id for generation in GENERATIONS)
 
 
@@ -56,7 +56,7 @@ def test_every_fault_does_something_at_a_step_that_is_reached():
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
-def test_a_fault_makes_sense_somewhere_and_is_expected_in_the_tools_words(fault):
+def test_a_fault_applies_somewhere_and_its_findings_are_the_tools(fault):
     assert fault.generations
     assert fault.visible is bool(fault.findings)
     checks = {check.id for check in CHECKS} | {COMPLETE.id}
@@ -67,7 +67,7 @@ def test_a_fault_makes_sense_somewhere_and_is_expected_in_the_tools_words(fault)
             assert finding.cpu in ("C", "F", "O", None)
 
 
-def test_a_fault_that_the_generation_is_born_with_is_not_expected_twice():
+def test_a_generations_own_defect_is_not_expected_twice():
     assert "rfc-v1" not in BY_ID["no-sign-off"].generations
     assert [finding.check for finding in clean("rfc-v1")] == ["waiting-cpus"]
     assert all(clean(generation) == () for generation in generations() if generation != "rfc-v1")
@@ -94,7 +94,7 @@ def test_the_two_rfcs_differ_in_one_feature_and_its_instruction():
 
 
 def instructions(generation, function):
-    """A function's, each by its name and operands, with a symbol for its address."""
+    """A function's instructions by name and operands, with symbols for addresses."""
     words = ["objdump", "-d", "--no-show-raw-insn", f"--disassemble={function}", str(build(generation).symbols)]
     listed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^ *[0-9a-f]+:\t(.*)$", listed, re.MULTILINE)

@@ -56,7 +56,7 @@ def test_what_runs_the_machine(qemu: str) -> None:
 
 
 @pytest.mark.parametrize("garbage", ["", "unknown command: 'info registers'\r\n", "CPU#0\r\nnonsense\r\n"])
-def test_other_text_is_no_registers(garbage: str) -> None:
+def test_other_text_is_not_registers(garbage: str) -> None:
     with pytest.raises(Unreadable):
         hmp.parse_registers(garbage)
 
@@ -74,7 +74,7 @@ def test_lapic(qemu: str) -> None:
     assert (index, lapic.apic_id, lapic.spiv, lapic.icr_low, lapic.icr_high) == (1, 1, 0x1FF, 0, 0)
     # timer, thermal, performance, LINT0, LINT1, error
     assert lapic.lvt == (0x10000, 0x10000, 0x10000, 0x10700, 0x10400, 0xFE)
-    assert isinstance(lapic.apic_base, Absent)  # QEMU 10's "(X2APIC ID)" says nothing of the mode
+    assert isinstance(lapic.apic_base, Absent)  # QEMU 10's "(X2APIC ID)" does not identify the mode
 
 
 def test_an_apic_id_that_no_cpu_has() -> None:
@@ -90,7 +90,7 @@ def test_lapics_give_their_cpus_the_apic_ids() -> None:
     assert isinstance(with_them[0].apic_id, Absent)
 
 
-def test_where_qmp_cannot_tell_the_rest_either_that_is_the_reason() -> None:
+def test_where_qmp_has_no_answer_either_that_is_the_reason() -> None:
     cpus = hmp.parse_registers(text("qemu-7.2-registers"))
     found = hmp.parse_lapic(text("qemu-7.2-lapic"), 6)
     assert found is not None
@@ -106,7 +106,7 @@ def test_ram_is_what_is_ram_or_rom_and_nothing_else(qemu: str) -> None:
 
 
 @pytest.mark.parametrize("garbage", ["", "unknown command: 'info mtree -f'\r\n", 'FlatView #0\n AS "I/O", root: io\n'])
-def test_other_text_is_no_memory_map(garbage: str) -> None:
+def test_other_text_is_not_a_memory_map(garbage: str) -> None:
     with pytest.raises(Unreadable):
         hmp.parse_ram(garbage)
 

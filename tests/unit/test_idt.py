@@ -1,4 +1,4 @@
-"""Where each CPU's IDT is, by both names that Xen has had for it, and what a gate that was read there is called."""
+"""Where each CPU's IDT is, by both of its names in Xen, and how a gate read there is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`xencrash info`: what is told of a machine, and what is said of the rest."""
+"""`xencrash info`: what it reports about a machine, and about what it cannot determine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xencrash.commands.info import blocks
 
 
 class LiveSession:
-    """A gdb session whose plugin answers of a recorded machine; it notes what it was asked."""
+    """A gdb session whose plugin answers from a recorded machine; it records the questions."""
 
     def __init__(self) -> None:
         self.recorded = RecordedSession("4.17-handover")
@@ -54,13 +54,13 @@ def live(monkeypatch: pytest.MonkeyPatch) -> LiveSession:
 WORDS = ["info", "gdb:/s", "--format", "json"]
 
 
-def test_a_live_machine_is_told_of_and_not_judged(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_live_machine_is_described_and_not_judged(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(WORDS) == 0
     said = capsys.readouterr()
     assert (said.err, live.asked) == ("", ["symbols", "crash-status"])
-    told = json.loads(said.out)
+    shown = json.loads(said.out)
     known, status = (answer(name, session=live.recorded) for name in ("xen symbols", "xen crash status"))
-    assert told == {
+    assert shown == {
         "schema": 1,
         "target": known["target"],
         "symbols": known["symbols"],
@@ -77,24 +77,24 @@ def test_a_live_machine_is_told_of_and_not_judged(live: LiveSession, capsys: pyt
     assert re.search(r"^stage +handover; crashed: CPU 0; online then: \[0, 1, 2, 3\]$", capsys.readouterr().out, re.M)
 
 
-def test_a_generation_that_cannot_be_told(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_generation_that_cannot_be_determined(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:
     live.hide("do_nmi_crash")
     assert main(WORDS) == 3
     said = capsys.readouterr()
     assert said.err.startswith("xencrash: no generation of the crash path fits")
-    told = json.loads(said.out)
-    assert told.keys() == {"schema", "target", "symbols", "missing", "undecided"}
-    assert {"names": ["do_nmi_crash", "crash_nmi_callback"], "stage": "nmi-taken"} in told["missing"]
+    shown = json.loads(said.out)
+    assert shown.keys() == {"schema", "target", "symbols", "missing", "undecided"}
+    assert {"names": ["do_nmi_crash", "crash_nmi_callback"], "stage": "nmi-taken"} in shown["missing"]
 
 
-def test_a_stage_that_cannot_be_told(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_that_cannot_be_determined(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:
     live.hide("kexecing")
     assert main(WORDS) == 3
     said = capsys.readouterr()
     assert said.err == "xencrash: whether Xen has begun to crash could not be read: the symbols do not name kexecing\n"
-    told = json.loads(said.out)
-    assert told.keys() == {"schema", "target", "symbols", "missing", "generation", "undecided"}
-    assert told["missing"] == [{"names": ["kexecing"], "stage": None}]
+    shown = json.loads(said.out)
+    assert shown.keys() == {"schema", "target", "symbols", "missing", "generation", "undecided"}
+    assert shown["missing"] == [{"names": ["kexecing"], "stage": None}]
 
 
 def test_a_machine_between_two_stages(live: LiveSession, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def test_gdb_has_the_symbols_of_any_file(
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
 
 
-def test_a_dump_that_is_none_starts_no_gdb(machine: CrashedXen) -> None:
+def test_a_file_that_is_not_a_dump_starts_no_gdb(machine: CrashedXen) -> None:
     text = machine.folder / "text"
     text.write_text("no dump")
     code = "import sys; from xencrash.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -95,7 +95,7 @@ def test_a_dump_that_is_none_starts_no_gdb(machine: CrashedXen) -> None:
     assert done.stderr.startswith(f"xencrash: {text}: not a dump of a known format") and done.stderr.count("\n") == 1
 
 
-def test_a_xen_whose_cpus_cannot_be_told_starts_no_gdb(machine: CrashedXen, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_xen_with_undetermined_cpus_starts_no_gdb(machine: CrashedXen, capsys: pytest.CaptureFixture[str]) -> None:
     address = machine.xen.symbols["nr_cpu_ids"][0] - VIRT_START + PHYS_START
     count = machine.xen.content[address]
     machine.xen.content[address] = bytes(4)

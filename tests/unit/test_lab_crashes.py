@@ -1,4 +1,4 @@
-"""The matrix's cells and those that cover it, what is random in a run of crashes, and what outcomes add up to."""
+"""The matrix's cells and the selection that covers it, the random parts of runs of crashes, and the sum of outcomes."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_the_exit_status(verdicts: list[str], status: int) -> None:
     assert status_of(outcomes) == status
 
 
-def test_a_package_that_is_gone_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_package_that_is_gone_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert finish([outcome(), outcome("skip", gone=True)], "table", "The matrix") == 0
     assert "NOT RUN, ITS PACKAGE IS GONE: one: why | so" in capsys.readouterr().err
 
@@ -186,8 +186,8 @@ def test_a_run_is_of_what_it_was_asked_for(
 
 def report(verdict: str = "pass", cpu: int = 2, mode: str = "xapic", generation: str | None = "4.17.0") -> Json:
     finding = {"check": "lapic-mode", "stage": "normal", "cpu": 1, "verdict": verdict, "observed": mode}
-    told = generation and {"id": generation}
-    return {"verdict": verdict, "crashing_cpu": cpu, "generation": told, "findings": [finding]}
+    identified = generation and {"id": generation}
+    return {"verdict": verdict, "crashing_cpu": cpu, "generation": identified, "findings": [finding]}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_the_worst_counts(
 
 @pytest.fixture
 def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which a crash's report finds no room; the crash itself is made up."""
+    """A folder on a full disk for a crash's report; the crash itself is made up."""
 
     @contextlib.contextmanager
     def machine(*_: object, **__: object) -> Iterator[Any]:
@@ -251,7 +251,7 @@ def test_a_full_disk_is_an_undecided_run(full: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
-def test_who_ends_a_step_has_it_clean_up(
+def test_a_step_that_is_ended_cleans_up(
     sign: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cleaned = []
@@ -261,11 +261,11 @@ def test_who_ends_a_step_has_it_clean_up(
             os.kill(os.getpid(), sign)
             raise AssertionError("it went on")
         finally:
-            os.kill(os.getpid(), sign)  # who asks twice does not disturb
+            os.kill(os.getpid(), sign)  # a second request does no harm
             cleaned.append(args.cpus)
 
     monkeypatch.setattr(run, "run", step)
-    before = signal.signal(sign, signal.SIG_DFL)  # nohup(1) may have these tests ignore it
+    before = signal.signal(sign, signal.SIG_DFL)  # the tests may run under nohup(1)
     try:
         with pytest.raises(SystemExit) as ended:
             main(["lab", "run"])

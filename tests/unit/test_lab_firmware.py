@@ -1,4 +1,4 @@
-"""Xen's image with code in front that turns x2APIC on: another entry point, and one more segment behind the others."""
+"""Xen's image with code added that turns x2APIC on: another entry point, and one more segment at the end."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def test_the_image_is_whole_and_the_code_comes_first() -> None:
 
 
 @pytest.mark.parametrize("image", [b"", b"MZ" + bytes(64), b"\x7fELF\x02\x01" + bytes(64)])
-def test_what_is_no_such_image_is_refused(image: bytes) -> None:
+def test_what_is_not_such_an_image_is_refused(image: bytes) -> None:
     with pytest.raises(LabError, match="no 32-bit ELF file"):
         with_x2apic_on(image)

@@ -134,7 +134,7 @@ def test_a_machine_that_is_loaded_waits_and_has_ram_of_its_own(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"xen": "4.99"}, "--xen is one of 4.17, 4.14, 4.20, not '4.99'"),
+        ({"xen": "4.99"}, f"--xen is one of {', '.join(XENS)}, not '4.99'"),
         ({"wait": "dom1"}, "--wait is one of dom0, xen, none, not 'dom1'"),
         ({"lapic": "x2apic"}, "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate: give --qemu 10.0 or sid"),
         ({"domu_vcpus": 5}, "--domu-vcpus 5: each needs its own CPU, and the machine has 4"),
@@ -148,7 +148,7 @@ def test_a_machine_that_is_loaded_waits_and_has_ram_of_its_own(tmp_path: Path) -
         ({"crash": Crash("panic", 4), "dom0_vcpus": 4}, "--cpu 4: the machine's CPUs are 0 to 3"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_done(fields: dict[str, Any], why: str) -> None:
+def test_the_impossible_is_refused_before_anything_is_done(fields: dict[str, Any], why: str) -> None:
     with pytest.raises(BadSpecification) as refused:
         Specification(**fields)
     assert why in str(refused.value)
@@ -173,7 +173,7 @@ def test_what_follows_from_a_specification() -> None:
     ]  # fmt: skip
 
 
-def test_every_row_names_suites_that_there_are_and_a_reason() -> None:
+def test_every_row_names_existing_suites_and_a_reason() -> None:
     assert {row.suite for row in XENS.values()} | {row.kexec_suite for row in XENS.values()} <= SUITES.keys()
     assert {row.suite for row in QEMUS.values()} | {KERNEL_SUITE} <= SUITES.keys()
     assert all(row.reason for row in (*XENS.values(), *QEMUS.values()))
@@ -194,7 +194,7 @@ def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
         new_run(tmp_path / ("x" * 100))
 
 
-def test_a_folder_of_no_lab(tmp_path: Path) -> None:
+def test_a_folder_without_a_lab(tmp_path: Path) -> None:
     with pytest.raises(LabError, match="finding the lab: none in"):
         machine.attach(tmp_path)
     (tmp_path / "state.json").write_text('{"pid": 1')
@@ -209,12 +209,12 @@ def test_a_dead_machine_is_seen_even_if_its_process_number_lives_on(tmp_path: Pa
     assert lab.status()["machine"] == "gone"
     with pytest.raises(LabError, match="QEMU is gone"):
         lab.qmp("query-status")
-    lab.down()  # and ends nobody else
+    lab.down()  # and no other process is ended
 
 
 def test_what_was_made_is_made_again_when_it_is_broken(tmp_path: Path) -> None:
-    told: list[str] = []
-    cache = Cache(tmp_path, told.append)
+    said: list[str] = []
+    cache = Cache(tmp_path, said.append)
 
     def build(folder: Path, files: images.Files) -> None:
         assert list(files.values()) == [tmp_path / "packages" / files["in"].name]
@@ -235,7 +235,7 @@ def test_what_was_made_is_made_again_when_it_is_broken(tmp_path: Path) -> None:
     assert (made / "sub/file").read_text() == "content"
     assert make(1) == made
     assert make(2) != made
-    told.clear()
+    said.clear()
     for damage in ("CONTENT", None):
         path = made / "sub/file"
         path.write_text(damage) if damage else path.unlink()
@@ -244,11 +244,11 @@ def test_what_was_made_is_made_again_when_it_is_broken(tmp_path: Path) -> None:
     for path in (tmp_path / "packages").iterdir():
         path.unlink()
     assert make(1) == made  # what it was made of is not needed any more
-    assert [text for text in told if "broken" in text] == [f"{made.name} in the cache is broken: making it again"] * 2
+    assert [text for text in said if "broken" in text] == [f"{made.name} in the cache is broken: making it again"] * 2
 
 
 def test_a_crash_waits_for_a_machine_that_gdb_has_just_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no longer than that for one that is stopped."""
+    """And does not wait for one that stays stopped."""
     statuses = iter(["paused", "paused", "running"])
     told: list[str] = []
     stub = "disconnected:unix:/run/gdb.sock,server=on"
@@ -316,7 +316,7 @@ def test_how_far_a_machine_came(serial: bytes, line: bytes, phase: str, tmp_path
 
 
 def busy_lab(monkeypatch: pytest.MonkeyPatch, said: dict[str, list[str]]) -> machine.Machine:
-    """A machine whose dom0 says these things in turn, by the first two words of what it is asked."""
+    """A machine whose dom0 gives these answers in turn, by the first two words of the command."""
     state = State(0, 0, "", 1, 4, 4, "Xen", "7.2", True)
     lab = machine.Machine(Paths(Path("/run")), state, False, lambda text: None)
     monkeypatch.setattr(lab, "alive", lambda: True)
@@ -340,7 +340,7 @@ def test_a_domu_runs_when_each_of_its_vcpus_has_gone_on(monkeypatch: pytest.Monk
 
 def test_each_loop_of_dom0_must_run(monkeypatch: pytest.MonkeyPatch) -> None:
     lab = busy_lab(monkeypatch, {})
-    lab.require_busy()  # which asks dom0 nothing
+    lab.require_busy()  # which runs nothing in dom0
     said = {"while :;": ["81\n", "82\n"], "cat /proc/81/stat": ["81 (sh) R 1 0 0\n82 (sh) R 1 0 0\n"]}
     lab = busy_lab(monkeypatch, said)
     lab.dom0.load(2)
@@ -356,7 +356,7 @@ def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(
     stalls: int, boots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
-    told: list[str] = []
+    said: list[str] = []
     paths = Paths(tmp_path)
 
     def boots_or_stalls(run: boot.Run, then: object) -> str:
@@ -370,14 +370,14 @@ def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(
 
     monkeypatch.setattr(boot.Run, "_boot", boots_or_stalls)
     recipe = boot.Recipe(Specification(), Program((), ""), Boot(Path("/xen"), Path("/syms")))
-    run = boot.Run(recipe, paths, temporary=False, owned=True, progress=told.append)
+    run = boot.Run(recipe, paths, temporary=False, owned=True, progress=said.append)
     if stalls < 2:
         assert run.booted() == started[-1]
     else:
         with pytest.raises(LabError, match="booting dom0: silence"):
             run.booted()
     assert len(started) == boots
-    assert told == ["booting dom0: silence (now *.stalled.log); starting it once more"] * min(stalls, 1)
+    assert said == ["booting dom0: silence (now *.stalled.log); starting it once more"] * min(stalls, 1)
     if stalls:  # what the first one said can still be read
         kept = {path.name: path.read_text() for path in tmp_path.glob("*.stalled.log")}
         assert kept == dict.fromkeys(("serial.stalled.log", "line.stalled.log", "qemu.stalled.log"), "boot 0")

@@ -1,4 +1,4 @@
-"""The lab's package cache: what apt says, and what is believed of what it fetched."""
+"""The lab's package cache: what apt says, and what is trusted of what it fetched."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_mirrors_are_the_machines_own_and_debians() -> None:
     }
 
 
-def test_sources_use_the_mirrors_that_there_are() -> None:
+def test_sources_use_the_existing_mirrors() -> None:
     text = sources_list(SUITES["bookworm"], {"Debian": "http://one.example/debian/"}, Path("/k.gpg"))
     assert text == "deb [arch=amd64 target=Packages signed-by=/k.gpg] http://one.example/debian/ bookworm main\n"
     with pytest.raises(LabError, match="apt-get update as root"):
@@ -88,7 +88,7 @@ def test_sources_use_the_mirrors_that_there_are() -> None:
         ("", LabError, "apt said nothing"),
     ],
 )  # fmt: skip
-def test_only_the_sources_own_no_counts_as_gone(output: str, kind: type[Exception], words: str) -> None:
+def test_only_the_sources_own_denial_counts_as_gone(output: str, kind: type[Exception], words: str) -> None:
     error = apt_failure("fetching the package index of bullseye", "bullseye", output)
     assert type(error) is kind
     assert words in str(error)
@@ -96,7 +96,7 @@ def test_only_the_sources_own_no_counts_as_gone(output: str, kind: type[Exceptio
 
 
 class FakeApt:
-    """Stands in for apt: an index of one package, and a download that hands over `delivered`."""
+    """Stands in for apt: an index of one package, and a download that yields `delivered`."""
 
     def __init__(self, content: bytes) -> None:
         self.content = self.delivered = content
@@ -140,13 +140,13 @@ def apt(monkeypatch: pytest.MonkeyPatch) -> FakeApt:
     return fake
 
 
-def collect(root: Path, told: list[str] | None = None, name: str = "tool") -> Path:
-    cache = Cache(root, progress=(told if told is not None else []).append)
+def collect(root: Path, messages: list[str] | None = None, name: str = "tool") -> Path:
+    cache = Cache(root, progress=(messages if messages is not None else []).append)
     with cache.lock():
         return cache.collect("bookworm", lambda at: at.packages("bookworm", [name]))[name]
 
 
-def test_a_second_run_asks_nobody(apt: FakeApt, tmp_path: Path) -> None:
+def test_a_second_run_fetches_nothing(apt: FakeApt, tmp_path: Path) -> None:
     first = collect(tmp_path)
     assert apt.calls == ["apt-get update", "apt-cache show tool", "apt-get download tool=1:2.0-1"]
     assert collect(tmp_path) == first
@@ -155,14 +155,14 @@ def test_a_second_run_asks_nobody(apt: FakeApt, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"a package" * 999, b"b" + b"a package" * 1000])
-def test_a_broken_package_in_the_cache_is_found_told_and_fetched_again(
+def test_a_broken_package_in_the_cache_is_found_reported_and_fetched_again(
     apt: FakeApt, tmp_path: Path, damage: bytes
 ) -> None:
     path = collect(tmp_path)
     path.write_bytes(damage)
-    told: list[str] = []
-    assert collect(tmp_path, told).read_bytes() == apt.content
-    assert told[0] == "tool_2.0-1_amd64.deb in the cache is broken (its SHA-256 is wrong): fetching it again"
+    messages: list[str] = []
+    assert collect(tmp_path, messages).read_bytes() == apt.content
+    assert messages[0] == "tool_2.0-1_amd64.deb in the cache is broken (its SHA-256 is wrong): fetching it again"
 
 
 def test_damage_that_keeps_size_and_time_is_found(apt: FakeApt, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_suite_that_left_the_mirror_is_gone(apt: FakeApt, tmp_path: Path) -> N
     assert collect(tmp_path).read_bytes() == apt.content
 
 
-def test_an_index_of_an_earlier_day_is_fetched_again_when_its_version_is_no_more(apt: FakeApt, tmp_path: Path) -> None:
+def test_an_older_index_is_fetched_again_when_its_version_is_gone(apt: FakeApt, tmp_path: Path) -> None:
     collect(tmp_path).unlink()
     apt.version, apt.content = "1:2.0-2", b"newer"
     apt.delivered = apt.content
@@ -252,20 +252,20 @@ def test_an_index_of_an_earlier_day_is_fetched_again_when_its_version_is_no_more
 def test_a_broken_record_is_asked_for_again(apt: FakeApt, tmp_path: Path) -> None:
     collect(tmp_path)
     (tmp_path / "suites/bookworm/packages.json").write_text('[{"name": "tool"')
-    told: list[str] = []
-    assert collect(tmp_path, told).read_bytes() == apt.content
-    assert "packages.json is broken" in told[0]
+    messages: list[str] = []
+    assert collect(tmp_path, messages).read_bytes() == apt.content
+    assert "packages.json is broken" in messages[0]
 
 
 def test_two_runs_do_not_fill_the_cache_at_once(apt: FakeApt, tmp_path: Path) -> None:
     import threading
 
-    told: list[str] = []
+    messages: list[str] = []
     with Cache(tmp_path).lock():
-        other = threading.Thread(target=collect, args=(tmp_path, told))
+        other = threading.Thread(target=collect, args=(tmp_path, messages))
         other.start()
         other.join(0.5)
         assert other.is_alive()
-        assert told == ["waiting for another run that fills the cache"]
+        assert messages == ["waiting for another run that fills the cache"]
     other.join(10)
     assert (tmp_path / "packages/tool_2.0-1_amd64.deb").read_bytes() == apt.content

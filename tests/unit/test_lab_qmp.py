@@ -118,12 +118,12 @@ def test_something_else_at_the_socket(serve: Serve, tmp_path: Path) -> None:
         client.execute("query-status")
 
 
-def test_nobody_at_the_socket(tmp_path: Path) -> None:
+def test_nothing_listens_at_the_socket(tmp_path: Path) -> None:
     with pytest.raises(QmpError, match=r"cannot connect to QMP at .*/nothing: No such file"):
         Qmp(tmp_path / "nothing")
 
 
-def test_a_second_client_is_told_why_it_waits(tmp_path: Path) -> None:
+def test_a_second_client_learns_why_it_waits(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(tmp_path / "busy"))
         listener.listen(1)

@@ -1,4 +1,4 @@
-"""The store of snapshots, without a machine: whole or not at all, checked, bounded, and shared by processes."""
+"""The store of snapshots, without a machine: complete or absent, checked, limited in size, and shared by processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIB = 1 << 20
 
 
 def saving(size: int = MIB, about: Any = None) -> Any:
-    """What writes a snapshot's files: `ram` has this many bytes that are not zero."""
+    """Writes a snapshot's files: `ram` has this many bytes that are not zero."""
 
     def save(folder: Path) -> dict[str, Any]:
         with (folder / "ram").open("wb") as ram:
@@ -42,8 +42,8 @@ def saving(size: int = MIB, about: Any = None) -> Any:
     return save
 
 
-def store(tmp_path: Path, limit: int = 100 * MIB, told: list[str] | None = None) -> Snapshots:
-    return Snapshots(tmp_path / "snapshots", limit, (told if told is not None else []).append)
+def store(tmp_path: Path, limit: int = 100 * MIB, said: list[str] | None = None) -> Snapshots:
+    return Snapshots(tmp_path / "snapshots", limit, (said if said is not None else []).append)
 
 
 def make(kept: Snapshots, key: str = KEY, size: int = MIB, **about: Any) -> None:
@@ -53,7 +53,7 @@ def make(kept: Snapshots, key: str = KEY, size: int = MIB, **about: Any) -> None
 
 
 def names(kept: Snapshots) -> list[str]:
-    """The keys of what is kept, and whatever else lies there but locks."""
+    """The keys of the snapshots kept, and any other files there except locks."""
     return sorted(path.name for path in kept.root.iterdir() if path.suffix != ".lock" and path.name != "lock")
 
 
@@ -71,12 +71,12 @@ def test_what_was_made_is_there_with_what_was_said_about_it(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["ram", "state", "manifest.json"])
 @pytest.mark.parametrize("damage", ["changed", "longer", "gone"])
-def test_a_damaged_snapshot_is_dropped_and_said_to_be(name: str, damage: str, tmp_path: Path) -> None:
-    told: list[str] = []
-    kept = store(tmp_path, told=told)
+def test_a_damaged_snapshot_is_dropped_and_reported(name: str, damage: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    kept = store(tmp_path, said=said)
     make(kept)
     with kept.reserved(KEY):
-        pass  # its digests are known to this process now
+        pass  # this process now knows its digests
     path = kept.root / KEY / name
     if damage == "gone":
         path.unlink()
@@ -91,13 +91,13 @@ def test_a_damaged_snapshot_is_dropped_and_said_to_be(name: str, damage: str, tm
     with kept.reserved(KEY) as snapshot:
         assert not snapshot.exists()
         kept.make(snapshot, saving())
-    assert len(told) == 1
-    assert told[0].startswith(f"the snapshot {kept.root / KEY} is dropped, and the machine booted: ")
+    assert len(said) == 1
+    assert said[0].startswith(f"the snapshot {kept.root / KEY} is dropped, and the machine booted: ")
     with kept.reserved(KEY) as snapshot:
         assert snapshot.exists()
 
 
-def test_one_that_is_of_no_use_is_made_anew(tmp_path: Path) -> None:
+def test_an_unusable_one_is_made_again(tmp_path: Path) -> None:
     kept = store(tmp_path)
     make(kept)
     with kept.reserved(KEY, anew=True) as snapshot:
@@ -129,7 +129,7 @@ def _dies_while_saving(root: Path) -> None:
         kept.make(snapshot, save)
 
 
-def test_what_a_killed_process_left_is_no_snapshot_and_goes_when_another_is_made(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_not_a_snapshot_and_is_removed(tmp_path: Path) -> None:
     kept = store(tmp_path)
     process = multiprocessing.get_context("spawn").Process(target=_dies_while_saving, args=(kept.root,))
     process.start()
@@ -142,7 +142,7 @@ def test_what_a_killed_process_left_is_no_snapshot_and_goes_when_another_is_made
     assert names(kept) == [KEY, "other"]
 
 
-def test_the_least_recently_used_give_way(tmp_path: Path) -> None:
+def test_the_least_recently_used_are_removed(tmp_path: Path) -> None:
     kept = store(tmp_path, limit=7 * MIB + MIB // 2)
     for key in ("one", "two", "three"):
         make(kept, key, 2 * MIB)
@@ -155,7 +155,7 @@ def test_the_least_recently_used_give_way(tmp_path: Path) -> None:
     assert {path.name for path in kept.root.glob("*.lock")} == {"four.lock", "one.lock"}
 
 
-def test_one_in_use_does_not_give_way(tmp_path: Path) -> None:
+def test_one_in_use_is_not_removed(tmp_path: Path) -> None:
     kept = store(tmp_path, limit=5 * MIB)
     make(kept, "used", 3 * MIB)
     with kept.reserved("used") as snapshot:
@@ -164,7 +164,7 @@ def test_one_in_use_does_not_give_way(tmp_path: Path) -> None:
     assert names(kept) == ["new", "used"]
 
 
-def test_one_that_is_larger_than_all_may_be_is_not_kept(tmp_path: Path) -> None:
+def test_one_larger_than_the_limit_is_not_kept(tmp_path: Path) -> None:
     kept = store(tmp_path, limit=2 * MIB)
     make(kept, "small")
     with pytest.raises(OSError, match=r"it takes 3 MiB, and all may take 2 \(\$XENCRASH_SNAPSHOTS\)"):
@@ -194,16 +194,16 @@ def test_of_several_processes_one_makes_it_and_the_others_wait(tmp_path: Path) -
     assert made.empty()
 
 
-def test_who_waits_is_told_why(tmp_path: Path) -> None:
-    told: list[str] = []
-    kept = store(tmp_path, told=told)
+def test_a_waiting_process_says_why(tmp_path: Path) -> None:
+    said: list[str] = []
+    kept = store(tmp_path, said=said)
     waits = threading.Thread(target=make, args=(kept,))
     with kept.reserved(KEY):
         waits.start()
         deadline = time.monotonic() + 10
-        while not told and time.monotonic() < deadline:
+        while not said and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert told == ["waiting for another run of this machine"]
+        assert said == ["waiting for another run of this machine"]
         assert names(kept) == []
     waits.join()
     assert names(kept) == [KEY]
@@ -246,7 +246,7 @@ def test_the_limit_is_8_gib_or_what_the_environment_says(
     assert limit_of_space() == limit
 
 
-def test_a_limit_that_is_no_number_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_is_not_a_number_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XENCRASH_SNAPSHOTS", "lots")
     with pytest.raises(LabError, match=r"\$XENCRASH_SNAPSHOTS is 'lots': give a number of GiB, or 0 for none"):
         limit_of_space()
@@ -326,7 +326,7 @@ def test_the_key_is_not_of_the_run_or_of_how_it_will_crash(recipe: boot.Recipe, 
 
 
 class Started:
-    """What stands for a machine, and how it was started."""
+    """Stands for a machine, and how it was started."""
 
     def __init__(self, how: str) -> None:
         self.how = how
@@ -356,9 +356,9 @@ def starting(tmp_path: Path, recipe: boot.Recipe, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(boot, "recipe_of", lambda spec, cache: replace(recipe, specification=spec))
 
     def start(spec: Specification | None = None, **options: Any) -> tuple[str, list[str]]:
-        told: list[str] = []
-        machine: Any = boot.up(spec or Specification(), tmp_path / "run", progress=told.append, **options)
-        return machine.how, told
+        said: list[str] = []
+        machine: Any = boot.up(spec or Specification(), tmp_path / "run", progress=said.append, **options)
+        return machine.how, said
 
     start.ran = ran  # type: ignore[attr-defined]
     return start
@@ -372,11 +372,11 @@ def test_the_first_boots_and_the_others_start_from_its_snapshot(starting: Any) -
 
 
 @pytest.mark.parametrize("fields", [{"paused": True}, {"wait": "xen"}, {"wait": "none"}, {"guest": "rfc-v1"}])
-def test_what_is_about_booting_boots(fields: dict[str, Any], starting: Any) -> None:
+def test_what_tests_booting_boots(fields: dict[str, Any], starting: Any) -> None:
     assert [starting(Specification(**fields))[0] for _ in range(2)] == ["booted", "booted"]
 
 
-def test_what_is_asked_to_be_fresh_boots(starting: Any) -> None:
+def test_fresh_boots(starting: Any) -> None:
     assert starting(fresh=True)[0] == "booted"
     assert starting()[0] == "booted and kept"
     assert starting(fresh=True)[0] == "booted"
@@ -385,9 +385,9 @@ def test_what_is_asked_to_be_fresh_boots(starting: Any) -> None:
 def test_one_that_does_not_start_is_dropped_and_booted(starting: Any) -> None:
     starting()
     starting.ran["load"] = LabError("loading the machine: QEMU ended")
-    how, told = starting()
+    how, said = starting()
     assert how == "booted and kept"
-    assert len(told) == 1 and told[0].endswith("does not start, and is dropped: loading the machine: QEMU ended")
+    assert len(said) == 1 and said[0].endswith("does not start, and is dropped: loading the machine: QEMU ended")
     starting.ran["load"] = None
     assert starting() == ("loaded", [])
 
@@ -398,9 +398,9 @@ def test_where_there_is_no_room_it_boots_each_time(
 ) -> None:
     monkeypatch.setenv("XENCRASH_SNAPSHOTS", limit)
     for _ in range(2):
-        how, told = starting()
+        how, said = starting()
         assert how == ("booted" if limit == "0" else "booted and kept")
-        assert [text.partition(":")[0] for text in told] == ["no snapshot is kept of this machine"] * (limit != "0")
+        assert [text.partition(":")[0] for text in said] == ["no snapshot is kept of this machine"] * (limit != "0")
 
 
 def test_a_full_disk_costs_the_snapshot_alone(starting: Any) -> None:
@@ -408,6 +408,6 @@ def test_a_full_disk_costs_the_snapshot_alone(starting: Any) -> None:
         raise OSError(28, "No space left on device")
 
     starting.ran["save"] = full
-    how, told = starting()
+    how, said = starting()
     assert how == "booted and kept"
-    assert told == ["no snapshot is kept of this machine: [Errno 28] No space left on device"]
+    assert said == ["no snapshot is kept of this machine: [Errno 28] No space left on device"]

@@ -1,7 +1,7 @@
-"""What one look at a machine asks for: a look that grows fails here, where a clock would not show it.
+"""What one look at a machine reads: a look that grows fails here, where a clock would not show it.
 
-Counted, not timed: a packet to QEMU's stub costs 0.05 ms, a byte of its answer 0.07 us (tests/benchmarks/live.py). Who
-makes a look cheaper lowers the figures.
+Counted, not timed: a packet to QEMU's stub costs 0.05 ms, a byte of its answer 0.07 us (tests/benchmarks/live.py). If a
+look becomes cheaper, lower the figures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xen_symbols.xen.state import read_state
 
 
 class Stub:
-    """A recorded machine as QEMU's stub would serve it; `packets` are the reads that go over the wire."""
+    """A recorded machine as QEMU's stub would serve it; `packets` are the reads sent to the stub."""
 
     def __init__(self, example: Example) -> None:
         self._example = example
@@ -44,7 +44,7 @@ class Stub:
 
 
 def look(name: str) -> tuple[Stub, XenMemory]:
-    """A machine where Xen was found before, and stopped again since."""
+    """A machine in which Xen has been found, and which has stopped again since."""
     example, symbols = load(name)
     stub = Stub(example)
     memory = locate(stub, symbols)  # type: ignore[arg-type]
@@ -54,8 +54,8 @@ def look(name: str) -> tuple[Stub, XenMemory]:
     return stub, memory
 
 
-# (packets, bytes) of a look with crash notes, as at a stage, and without, as by xen crash status; 4 CPUs. Of 4.17 the
-# recorded machines lack most of the page tables.
+# (packets, bytes) of a look with crash notes, as at a stage, and without, as by xen crash status; 4 CPUs. The
+# recordings of 4.17 lack most of the page tables.
 LOOKS = {
     "4.14-shootdown": ((37, 7806), (31, 4454)),
     "4.20-shootdown": ((34, 8606), (29, 6526)),
@@ -77,7 +77,7 @@ def test_one_look(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOOKS)
 def test_whether_xen_is_still_there(name: str) -> None:
-    """By one walk of its page tables and its build-id; what was read for that is not read again."""
+    """One walk of its page tables and its build-id; nothing read for that is read again."""
     stub, memory = look(name)
     assert still_there(memory)
     before = list(stub.packets)

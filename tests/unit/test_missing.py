@@ -1,4 +1,4 @@
-"""What a build's symbols lack, and what is said of it."""
+"""What a build's symbols lack, and how it is reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def names(symbols: SymbolTable, generation: str | None) -> set[str]:
     return {name for row in missing(symbols, BY_ID[generation] if generation else None) for name in row.names}
 
 
-def test_what_a_generation_never_had_is_not_missed() -> None:
+def test_what_a_generation_never_had_is_not_missing() -> None:
     some = {"waiting_to_crash", "waiting_for_crash_ipi", "kexec.c#crashing_cpu", "exception_table", "opt_fred",
             "per_cpu__crash_save_done", "trap_nop"}  # fmt: skip
     assert names(table(), None) & some == set()
@@ -39,7 +39,7 @@ def test_what_a_generation_never_had_is_not_missed() -> None:
     assert names(table(), "4.17.0") & some == names(table(), "4.21.2") & some == mask
 
 
-def test_any_of_its_names_will_do_but_no_function_for_a_variable() -> None:
+def test_any_of_its_names_will_do_but_not_a_function_for_a_variable() -> None:
     assert names(table("per_cpu__idt", "idt_tables"), None) & {"per_cpu__idt", "idt_tables"} == set()
     assert names(table("idt_tables"), None) & {"per_cpu__idt", "idt_tables"} == set()
     assert names(table("kexecing", kind="t"), None) >= {"kexecing"}
@@ -47,7 +47,7 @@ def test_any_of_its_names_will_do_but_no_function_for_a_variable() -> None:
     assert names(table("kexecing", "nmi", kind="T", text_only=True), None) & {"kexecing", "nmi"} == {"kexecing"}
 
 
-def test_the_lines_for_people() -> None:
+def test_the_lines_for_users() -> None:
     assert missing_lines([]) == []
     rows = [{"names": ["a", "b"], "stage": None}, {"names": ["c"], "stage": None}, {"names": ["d", "e"], "stage": "x"}]
     assert missing_lines(rows) == [

@@ -1,4 +1,4 @@
-"""A test whose package is gone is skipped, loudly; whatever else goes wrong in it is a failure, as ever."""
+"""A test whose package is gone is skipped, visibly; anything else that goes wrong in it is still a failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QEMU's device state: real ones (three QEMUs, Xen 4.17.7 stopped at the handover), and damaged ones.
+"""QEMU's device state: real (three QEMUs, Xen 4.17.7 stopped at the handover), and damaged.
 
 The recordings hold the sections cpu, cpu_common and apic of each CPU, and one other; the rest was left out. kvm-…
 were taken under KVM (AMD, Linux 6.1), of real Xen 4.17 with 2 CPUs or of the reference guest 4.17.0 with 4; the
@@ -22,7 +22,7 @@ from xen_symbols.targets.qemu_state import parse_cpus, sections, unsavable
 CRASHED = {"7.2": (0, 0xE << 24), "10.0": (3, 0x7), "11.1": (2, 0xB)}
 STATES = {qemu: (RECORDED / f"qemu-{qemu}-handover.devstate").read_bytes() for qemu in CRASHED}
 STATE = STATES["7.2"]
-# By recording under KVM at the handover: how many CPUs, and the local APICs' mode then.
+# By recording under KVM at the handover: the number of CPUs, and the mode of the local APICs.
 KVM = {"10.0-xen": (2, 0x800), "7.2-guest": (4, 0x800), "10.0-split-guest": (4, 0x800), "11.1-guest": (4, 0x800),
        "10.0-x2apic-guest": (4, 0xC00)}  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_an_nmi_just_taken_under_kvm() -> None:
 
 @pytest.mark.parametrize("at", [1170, 1171])
 def test_an_nmi_is_pending_when_kvm_says_so_in_either_byte(at: int) -> None:
-    """nmi_injected was never seen set in a recording: an NMI on its way into the CPU is pending, too."""
+    """No recording has nmi_injected set; an NMI being injected counts as pending too."""
     state = bytearray((RECORDED / "kvm-10.0-xen-nmi-taken.devstate").read_bytes())
     for section in sections(bytes(state)):
         if (section.name, section.instance) == ("cpu", 0):
@@ -86,7 +86,7 @@ def test_an_nmi_is_pending_when_kvm_says_so_in_either_byte(at: int) -> None:
     assert [cpu.nmi_pending for cpu in parse_cpus(bytes(state))] == [True, False]
 
 
-def test_the_sections_have_no_order_to_rely_on() -> None:
+def test_sections_may_come_in_any_order() -> None:
     """QEMU 11.1 writes every CPU's APIC before the CPUs; up to 10.0 each comes after its CPU."""
     orders = {qemu: [section.name for section in sections(state)] for qemu, state in STATES.items()}
     assert orders["7.2"] == orders["10.0"] == [*("cpu_common", "cpu", "apic") * 4, *("i8259",) * 2]

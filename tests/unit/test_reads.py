@@ -1,4 +1,4 @@
-"""Batches of reads: an answer is that of its own question, whatever else was asked, and in whatever order."""
+"""Batches of reads: each answer belongs to its question, whatever else was asked, in any order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NULL = Absent("it is null", Kind.NOT_APPLICABLE)
 
 
 class Memory:
-    """Every byte says where it lies, but for a hole; each batch is one call, whose requests it remembers."""
+    """Every byte shows its address, except in a hole; each batch is one call, whose requests are recorded."""
 
     def __init__(self) -> None:
         self.calls: list[list[tuple[int, int]]] = []
@@ -55,7 +55,7 @@ def test_answers_do_not_depend_on_what_else_is_asked(questions: list[tuple[int, 
     assert len(memory.calls) == 1
 
 
-def test_an_answer_is_not_there_before_the_batch_was_read() -> None:
+def test_there_is_no_answer_before_the_batch_is_read() -> None:
     asking, _ = batch()
     asked = asking.ask(0x1000, 4)
     with pytest.raises(AttributeError):
@@ -121,7 +121,7 @@ def test_an_unread_pointer_leads_nowhere() -> None:
 
 
 class Shuffled(Batch):
-    """Asks in another order, and for more than it was asked."""
+    """Reads in another order, and more than it was asked for."""
 
     def read(self) -> None:
         more = [self.ask(asked.address + 1, 3) for asked in self._asked[:5]]

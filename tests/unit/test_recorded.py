@@ -1,4 +1,4 @@
-"""The text of recorded examples: what is written is read again, and the ones here are as they would be written."""
+"""The text of recorded examples: it is read back as written, and the recorded files are as they would be written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The result model, its JSON contract, and what people see."""
+"""The result model, its JSON contract, and what users see."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def finding(verdict: Verdict) -> Finding:
 
 
 @given(st.lists(st.sampled_from(list(Verdict))))
-def test_the_verdict_is_the_worst_but_for_skips(verdicts: list[Verdict]) -> None:
+def test_the_verdict_is_the_worst_skips_aside(verdicts: list[Verdict]) -> None:
     real = [verdict for verdict in verdicts if verdict is not Verdict.SKIP]
     assert worst(verdicts) is (max(real) if real else Verdict.UNKNOWN)
     assert Report({}, {}, {}, map(finding, verdicts)).verdict is worst(verdicts)
@@ -72,7 +72,7 @@ def test_a_real_report_keeps_the_contract() -> None:
 
 
 def test_each_null_of_a_cpu_has_its_reason_beside_it() -> None:
-    """Of a machine known by QEMU's monitor alone: registers of the local APIC, and no IA32_APIC_BASE."""
+    """On a machine known by QEMU's monitor alone: local APIC registers, but no IA32_APIC_BASE."""
     machine = Machine()
     gone = Absent("needs QMP")
     machine.lapic(1, apic_base=gone)
@@ -152,7 +152,7 @@ def test_what_follows_names_a_cpu_only_where_the_finding_has_one() -> None:
     ]
 
 
-def test_cpus_of_which_the_same_is_said_are_told_together() -> None:
+def test_cpus_with_the_same_finding_are_reported_together() -> None:
     machine = Machine()
     for cpu in (1, 2, 3):
         machine.gate(cpu, 18, 4, b"\x03")
@@ -177,7 +177,7 @@ def test_many_cpus_have_their_evidence_in_the_json_report() -> None:
     assert sum(line.startswith("evidence of CPU") for line in lines) == 4
 
 
-def test_a_failure_that_persists_is_told_once() -> None:
+def test_a_failure_that_persists_is_reported_once() -> None:
     machine = Machine()
     machine.gate(0, 2, 4, b"\x02")
     made = machine.report().to_json()
@@ -217,7 +217,7 @@ def test_values_are_shown_as_people_read_them() -> None:
     ]  # fmt: skip
 
 
-def test_no_terminal_obeys_what_a_guest_printed() -> None:
+def test_a_guests_escape_sequences_do_not_reach_a_terminal() -> None:
     assert printable("a\x1b]0;title\x07\tb\r\n\x9b2J") == "a\\x1b]0;title\\x07\tb\n\\x9b2J"
 
 
@@ -246,8 +246,8 @@ def test_several_reports_have_the_status_of_the_worst() -> None:
         ([], None, "nothing could be judged", ...),
     ],
 )  # fmt: skip
-def test_why_a_report_is_no_pass(verdicts: list[Verdict], undecided: str | None, why: str, said: Any) -> None:
-    """The same for a table of dumps and, where it is undecided, on standard error (`...`)."""
+def test_why_a_report_did_not_pass(verdicts: list[Verdict], undecided: str | None, why: str, said: Any) -> None:
+    """The same in a table of dumps and, if it is undecided, on standard error (`...`)."""
     findings = [finding(verdict)._replace(cpu=cpu) for cpu, verdict in enumerate(verdicts)]
     made = report(findings=findings, undecided=undecided)
     assert why_not_pass(made.to_json()) == why

@@ -1,4 +1,4 @@
-"""Xen in a raw image of memory, with no symbols: found by its own table, judged as with symbols; or one clear line."""
+"""Xen in a raw image of memory, with no symbols: found by its own table and judged as with symbols, or one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def table(xen: SyntheticXen) -> bytes:
 
 
 def made(monkeypatch: pytest.MonkeyPatch, start: int = PHYS_START, build_id: bytes | None = None) -> SyntheticXen:
-    """A Xen with its table in its image, which lies at `start`."""
+    """A Xen with its table in its image, at `start`."""
     with monkeypatch.context() as patch:
         patch.setattr(syntheticxen, "PHYS_START", start)
         patch.setattr(syntheticxen, "HEAP", HEAP + (GB if start != PHYS_START else 0))
@@ -43,7 +43,7 @@ def made(monkeypatch: pytest.MonkeyPatch, start: int = PHYS_START, build_id: byt
 
 
 def image(path: Path, *xens: SyntheticXen, size: int = 4 * GB, base: int = 0) -> Path:
-    """The memory of all, where a later one overwrites an earlier one, from `base` on."""
+    """The memory of all from `base` on; a later one overwrites an earlier one."""
     with path.open("wb") as file:
         os.truncate(file.fileno(), size)
         for xen in xens:
@@ -82,7 +82,7 @@ def test_a_build_without_an_id_is_found_by_its_page_tables(tmp_path: Path, monke
     assert isinstance(found.build_id, Absent)
 
 
-def test_no_xen_is_one_line_and_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_xen_one_line_and_status_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "ram"
     path.write_bytes(bytes(range(256)) * 4096)
     assert main(["check", "--base", "0", str(path)]) == 3
@@ -92,7 +92,7 @@ def test_no_xen_is_one_line_and_3(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
 
 
-def test_a_base_that_is_not_its_is_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_base_is_questioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     xen = made(monkeypatch)
     path = image(tmp_path / "ram", xen)
     (tmp_path / "map").write_text(xen.map_file())
@@ -119,7 +119,7 @@ class Live(Target):
 def test_a_live_machine_shows_its_symbols_by_a_cpu_that_runs_xen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by one in a guest, nor by one that has no paging yet; and its memory is not searched."""
+    """Not by one in a guest, or one without paging; and its memory is not searched."""
     xen = made(monkeypatch)
     path = image(tmp_path / "ram", xen)
     guest = PhysicalCpu(0, {"cr0": paging.CR0_PG, "cr3": xen.root, "rip": 0x1000}, guest_mode=True)
@@ -134,7 +134,7 @@ def test_a_live_machine_shows_its_symbols_by_a_cpu_that_runs_xen(
 
 
 def test_a_cpu_that_runs_xen_is_asked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of others have page tables that map a part of the image, as a PV guest's do with XPTI."""
+    """Other CPUs' page tables map only a part of the image, as a PV guest's do with XPTI."""
     xen = made(monkeypatch)
     others = []
     for number in range(64):
@@ -149,7 +149,7 @@ def test_a_cpu_that_runs_xen_is_asked_first(tmp_path: Path, monkeypatch: pytest.
     assert locate(live, carried_symbols(live)).root == xen.root
 
 
-def test_an_image_that_never_ran_is_no_xen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_never_ran_is_not_a_xen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table like Linux's, or a file's: no page tables map it."""
     xen = made(monkeypatch)
     xen.content = {PHYS_START + TABLE: xen.content[PHYS_START + TABLE]}
@@ -168,7 +168,7 @@ def test_the_copy_that_xen_left_when_it_moved(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("build_id", [None, OTHER_ID])
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_trampoline_tells_which_booted_last(
+def test_the_trampoline_shows_which_booted_last(
     order: int, build_id: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     xens = [made(monkeypatch), made(monkeypatch, OTHER, build_id)][::order]
@@ -184,13 +184,13 @@ def _gone(xens: Sequence[SyntheticXen]) -> None:
 
 
 def _apart(xens: Sequence[SyntheticXen]) -> None:
-    """Each where the other's did not overwrite it."""
+    """Each where it was not overwritten by the other's."""
     poke(xens[0], "trampoline_phys", struct.pack("<Q", 0x70000))
     xens[0].content[0x70004] = xens[0].content.pop(TRAMPOLINE + 4)
 
 
 @pytest.mark.parametrize("obscure", [_gone, _apart])
-def test_several_that_nothing_tells_apart_are_listed(obscure, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_several_that_cannot_be_distinguished_are_listed(obscure, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     xens = [made(monkeypatch), made(monkeypatch, OTHER, OTHER_ID)]
     obscure(xens)
     path = image(tmp_path / "ram", *xens)
@@ -211,7 +211,7 @@ def test_two_of_one_build_are_listed_with_symbols_too(tmp_path: Path, monkeypatc
 
 
 class Counting:
-    """Memory that counts what is read of it."""
+    """Memory that counts the bytes read."""
 
     def __init__(self, path: Path) -> None:
         self._dump = dump.open_dump(str(path), base=0)
@@ -252,12 +252,12 @@ def test_memory_full_of_what_looks_like_tables_is_bounded(tmp_path: Path) -> Non
     assert memory.read_bytes < 256 << 20
 
 
-def test_the_search_tells_how_far_it_has_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_reports_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = image(tmp_path / "ram", made(monkeypatch))
     with path.open("r+b") as file:
         file.write(bytes(range(256)) * 4096)
-    told: list[tuple[int, int]] = []
-    open_dump(path, base=0, progress=lambda done, total: told.append((done, total)))
-    assert told == sorted(told)
-    assert told[0][0] == 0 and 1 << 20 < told[-1][0] < told[-1][1] < 64 << 20
+    reported: list[tuple[int, int]] = []
+    open_dump(path, base=0, progress=lambda done, total: reported.append((done, total)))
+    assert reported == sorted(reported)
+    assert reported[0][0] == 0 and 1 << 20 < reported[-1][0] < reported[-1][1] < 64 << 20
     open_dump(path, base=0)  # and need not be asked

@@ -19,7 +19,7 @@ from xen_symbols.absence import Unreadable
 from xen_symbols.targets.dump import open_dump
 from xencrash.serve import GDB_SETTINGS, READ_ONLY, Served, Thread, serving
 
-BASE = 0xFFFF82D040000000  # what the test's page tables map: physical 0 and on, three pages
+BASE = 0xFFFF82D040000000  # what the test's page tables map: three pages from physical address 0
 CONTENT = {0x1008: struct.pack("<QQ", 0x1122334455667788, BASE + 0x1FF8), 0x2FF0: b"last 16 of them!"}
 REGISTERS = [
     {"rip": BASE + 0x1234, "rsp": BASE + 0x2000, "rbp": 0, "rflags": 0x246, "cs": 0xE008, "cr3": 0x5000},
@@ -48,7 +48,7 @@ def served(tmp_path: Path) -> Served:
 
 
 class Client:
-    """A client of the protocol, without acknowledgements after its first packet."""
+    """A client of the protocol that turns acknowledgements off."""
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -136,7 +136,7 @@ def test_physical_memory_as_with_qemu(client: Client) -> None:
     assert client.ask("Qqemu.PhyMemMode:1") == "OK"
     assert client.ask("qqemu.PhyMemMode") == "1"
     assert bytes.fromhex(client.ask("m2ff0,10")) == b"last 16 of them!"
-    assert client.ask("m3000,8") == "E14", "a hole is no zeros"
+    assert client.ask("m3000,8") == "E14", "a hole is not zeros"
     assert client.ask(f"m{BASE:x},8") == "E14"
     assert client.ask("Qqemu.PhyMemMode:0") == "OK"
     assert client.ask("m2ff0,10") == "E14"
@@ -188,7 +188,7 @@ def test_after_detach_another_client_may_come(served: Served) -> None:
         assert first.ask("D") == "OK"
         assert first.is_closed()
         second = Client(path)
-        second.socket.close()  # without a word
+        second.socket.close()  # without saying anything
         third = Client(path)
         assert third.ask("k") == "OK"
         assert third.is_closed()
@@ -197,7 +197,7 @@ def test_after_detach_another_client_may_come(served: Served) -> None:
 
 
 def gdb(path: str, *commands: str, settings: tuple[str, ...] = GDB_SETTINGS) -> str:
-    """What gdb says, both streams together."""
+    """gdb's output, both streams together."""
     arguments = ["gdb", "-q", "-nx", "-batch", "-iex", "set debuginfod enabled off"]
     arguments += [part for setting in settings for part in ("-iex", setting)]
     arguments += [part for command in (f"target remote {path}", *commands) for part in ("-ex", command)]
@@ -234,7 +234,7 @@ def test_gdb_may_not_write_and_says_so(path: str) -> None:
     assert "Writing to registers is not allowed" in gdb(path, "set var $rax = 1")
 
 
-def test_gdb_that_tries_all_the_same_changes_nothing(path: str) -> None:
+def test_gdb_that_tries_anyway_changes_nothing(path: str) -> None:
     write = gdb(path, f"set var *(int*){BASE:#x} = 1", settings=())
     assert f"Cannot access memory at address {BASE:#x}" in write
     register = gdb(path, "set var $rax = 1", settings=())

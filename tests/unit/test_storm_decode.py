@@ -45,7 +45,7 @@ def test_a_bit_beyond_its_operand_is_where_it_is() -> None:
     assert decode(0, code).accesses(REGISTERS | {"rcx": (1 << 64) - 1}) == [Access(0x1000 - 8, 8, True)]
 
 
-def test_what_is_no_instruction_is_said_so() -> None:
+def test_what_is_not_an_instruction_is_reported() -> None:
     assert decode(0, b"\x06").text == "(bad)"
 
 

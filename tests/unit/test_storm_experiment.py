@@ -1,4 +1,4 @@
-"""A storm's experiments as lines of text, and leaving out of them what they do not need."""
+"""A storm's experiments as lines of text, and how a failing one is reduced to what it needs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_offset_may_be_left_out() -> None:
 
 
 def test_a_name_that_several_functions_have_is_written_with_its_file() -> None:
-    """nmi_callback is a function of the profiler, and another one's variable."""
+    """nmi_callback is a function in the profiler, and a variable elsewhere."""
     symbols = [s for s in SYMBOLS.candidates("nmi_callback") if s.kind in "tT"]
     for symbol in symbols:
         written = describe_place(symbol.address + 3, SYMBOLS)
@@ -71,7 +71,7 @@ def test_a_name_that_several_functions_have_is_written_with_its_file() -> None:
         ("nmi@0:no_such_function+0x1", "no_such_function is not a function"),
     ],
 )
-def test_what_is_wrong_with_a_line_is_said(text: str, why: str) -> None:
+def test_what_is_wrong_with_a_line_is_reported(text: str, why: str) -> None:
     with pytest.raises(LabError, match=why):
         line(text)
 
@@ -91,7 +91,7 @@ def test_a_failure_is_shrunk_to_what_it_needs() -> None:
     assert shrunk.events == (events[0], events[2])
 
 
-def test_a_failure_that_needs_all_stays() -> None:
+def test_a_failure_that_needs_every_event_is_kept_whole() -> None:
     whole = Experiment(tuple(places(3)))
     assert shrink(whole, lambda one: False) == whole
 

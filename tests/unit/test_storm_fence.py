@@ -1,4 +1,4 @@
-"""A storm writes to the machine: only the lab may, and to machines that it owns. The plugin stays read-only."""
+"""A storm writes to the machine. Only the lab may, and only to its own machines; the plugin stays read-only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 STORM = ROOT / "scripts/lib/xencrash/lab/storm"
 MAY_IMPORT = {ROOT / "scripts/lib/xencrash/lab/commands/storm.py"}
-# Of the remote protocol, what reads or sets a breakpoint: memory, a query, a QEMU mode, a breakpoint on and off.
+# Packets of the remote protocol that only read, or set breakpoints: memory, queries, QEMU's modes, breakpoints.
 READS = re.compile(r"m|q|Qqemu\.PhyMemMode|[Zz][01234]?")
 # GDB manual, appendix E: what changes registers or memory, runs a CPU, or ends the machine.
 WRITES = re.compile(r"(G|P|M|X|vCont|s|c|k|vKill|R|D|Qqemu\.sstep)\b")
@@ -28,7 +28,7 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_only_the_lab_s_command_uses_what_writes() -> None:
+def test_only_the_labs_command_uses_what_writes() -> None:
     users = {
         path
         for folder in ("xen_symbols", "gdbplugin", "scripts")
@@ -39,7 +39,7 @@ def test_only_the_lab_s_command_uses_what_writes() -> None:
 
 
 def packets(path: Path) -> Iterator[str]:
-    """How what is sent by the remote protocol begins, up to the first value in it."""
+    """The beginnings of the packets sent, up to the first value."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             if node.func.attr not in ("_send", "send_packet"):
@@ -55,7 +55,7 @@ def packets(path: Path) -> Iterator[str]:
 
 def test_the_plugin_sends_no_packet_that_writes() -> None:
     sent = {packet for path in modules("gdbplugin") for packet in packets(path)}
-    assert {"m", "Qqemu.PhyMemMode:"} <= sent  # they are seen
+    assert {"m", "Qqemu.PhyMemMode:"} <= sent  # the test sees them
     assert [packet for packet in sent if not READS.match(packet) or WRITES.match(packet)] == []
 
 
@@ -66,7 +66,7 @@ def test_the_test_knows_a_packet_that_writes(tmp_path: Path) -> None:
 
 
 def test_the_plugin_writes_no_memory_through_gdb() -> None:
-    """`set $rip` in rdmsr.py is asked for by name, and puts it back."""
+    """`set $rip` in rdmsr.py happens only on explicit request, and is undone."""
     for path in modules("gdbplugin"):
         text = path.read_text()
         assert "write_memory" not in text, path

@@ -1,4 +1,4 @@
-"""What an experiment showed, from what was seen of it."""
+"""An experiment's outcome, from what was observed."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_another_cpu_need_not_come_back_from_its_nmi() -> None:
         ({"action": Action.MC, "said": "triple fault", "taken": False}, "ends-machine"),
     ],
 )
-def test_windows_are_no_failures(seen: dict[str, Any], what: str) -> None:
+def test_windows_are_not_failures(seen: dict[str, Any], what: str) -> None:
     assert outcome(end=End.RESET, how="the machine was reset", injected=[injected(**seen)]) == (Verdict.WINDOW, what)
 
 
@@ -93,7 +93,7 @@ def test_a_window_in_which_the_machine_lives_on_passes() -> None:
     assert outcome(**HANDED, injected=[injected(Action.MC, handler=OWN_MC)])[0] is Verdict.PASS
 
 
-def test_a_gate_that_is_not_present_is_the_paths_own_doing() -> None:
+def test_a_gate_that_is_not_present_is_a_failure() -> None:
     seen = injected(taken=False, obstacle="gate 2 is not present")
     assert outcome(end=End.RESET, how="the machine was reset", injected=[seen]) == (Verdict.FAIL, "reset")
 
@@ -106,6 +106,6 @@ def test_what_a_held_cpu_explains_is_excused_at_the_handover_and_not_at_the_end(
     assert outcome(**HANDED, late=frozenset((1,)), stopped=frozenset((1,)), at_end=found)[0] is Verdict.PASS
 
 
-def test_what_follows_from_another_finding_is_not_said_again() -> None:
+def test_what_follows_from_another_finding_is_not_repeated() -> None:
     found = (finding("crash-notes", 1), finding("saved-cpus", 1, follows="crash-notes"))
     assert judge(Course(**HANDED, at_handover=found), SCENE).says == "crash-notes of CPU 1: 1, not 0"

@@ -1,4 +1,4 @@
-"""The report of a storm: its schema, its tables, JUnit; and the budget of a run, with machines that are not there."""
+"""The report of a storm: its schema, its tables, JUnit; and the budget of a run, with fake machines."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ def test_the_report_is_what_its_schema_says() -> None:
     ]
 
 
-def test_an_empty_run_is_no_pass() -> None:
+def test_an_empty_run_does_not_pass() -> None:
     assert report([])["verdict"] == "undecided"
 
 
-def test_windows_are_no_failures() -> None:
+def test_windows_are_not_failures() -> None:
     assert verdict_of([result(0, Verdict.PASS), result(1, Verdict.WINDOW)]) is Verdict.PASS
     assert verdict_of([result(0, Verdict.UNDECIDED), result(1, Verdict.WINDOW)]) is Verdict.UNDECIDED
 
@@ -152,7 +152,7 @@ def test_what_the_lab_fails_to_do_is_undecided_and_the_run_goes_on() -> None:
     assert {each.outcome for each in results} == {Outcome(Verdict.UNDECIDED, "lab", "no QEMU")}
 
 
-def test_so_many_experiments_and_no_more() -> None:
+def test_no_more_experiments_than_asked_for() -> None:
     assert len(storm(Budget(experiments=3)).run(plan(9), 9)) == 3
 
 

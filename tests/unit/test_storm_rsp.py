@@ -19,7 +19,7 @@ Answer = Callable[[str], str | None]  # None: close the connection
 
 
 class Stub:
-    """Takes packets and interrupts one after the other, and notes them."""
+    """Takes packets and interrupts in turn, and records them."""
 
     def __init__(self, path: Path, answer: Answer, greeting: bytes = b"") -> None:
         self.seen: list[str] = []
@@ -101,13 +101,13 @@ def test_stop_replies(answer: str, stop: Stop | None) -> None:
     assert parse_stop(answer) == stop
 
 
-def test_what_is_no_stop_reply_is_refused() -> None:
+def test_what_is_not_a_stop_reply_is_refused() -> None:
     with pytest.raises(ValueError, match="no stop reply"):
         parse_stop("OK")
 
 
-def test_a_stop_reply_that_nobody_asked_for_is_skipped(tmp_path: Path) -> None:
-    """QEMU 7.2 sends one to who connects."""
+def test_an_unsolicited_stop_reply_is_skipped(tmp_path: Path) -> None:
+    """QEMU 7.2 sends one to each new connection."""
     with connected(tmp_path, lambda packet: "OK", framed("T02thread:01;")) as (rsp, _):
         assert rsp.ask("?") == "OK"
 
@@ -141,7 +141,7 @@ def test_a_stub_that_goes_away_is_the_same_error(tmp_path: Path) -> None:
         rsp.ask("g")
 
 
-def test_a_refusal_is_said(tmp_path: Path) -> None:
+def test_a_refusal_is_reported(tmp_path: Path) -> None:
     with connected(tmp_path, lambda packet: "E22") as (rsp, _), pytest.raises(LabError, match="refused"):
         rsp.break_at([0x1000])
 

@@ -25,7 +25,7 @@ FOLDERS = ("xen_symbols", "gdbplugin", "scripts")
 XENCRASH = "scripts/lib/xencrash"
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-# A layer may import itself and what stands to its left.
+# A layer may import itself and those to its left.
 LAYERS = ("absence", "x86", "formats", "report", "symbols", "targets", "xen", "describe", "crashpath", "api")
 HOMES = {
     "gdb": ("gdbplugin/",),
@@ -56,7 +56,7 @@ def test_the_modules_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_keep_to_the_fences(path: Path) -> None:
+def test_imports_stay_within_the_fences(path: Path) -> None:
     own = name_of(path)
     for name in imports(path):
         top = name.split(".")[0]
@@ -82,7 +82,7 @@ def test_layers_point_one_way(path: Path) -> None:
 
 
 def test_what_tests_share_is_in_no_test_file() -> None:
-    """It lies in tests/machines and in the modules beside it, and imports from no folder of tests by its purpose."""
+    """It is in tests/machines and in the modules beside it, and imports from no folder of tests."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
         for name in imports(path):
             assert not (name.startswith("tests.") and ".test_" in name), f"{name_of(path)} imports {name}"
@@ -101,7 +101,7 @@ def test_every_package_is_installed() -> None:
 
 
 def module_name(path: Path) -> str:
-    """As it is imported: a package by its folder."""
+    """The name it is imported by: a package by its folder."""
     for package, parent in PACKAGES.items():
         if path.is_relative_to(parent / package):
             return ".".join(path.relative_to(parent).with_suffix("").parts).removesuffix(".__init__")
@@ -109,7 +109,7 @@ def module_name(path: Path) -> str:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """What each module imports of ours, wherever in it: at its top, in a function, for its types alone."""
+    """Our modules that each module imports: at its top, in a function, or for types alone."""
     paths = {module_name(path): path for package, root in PACKAGES.items() for path in (root / package).rglob("*.py")}
     graph: dict[str, set[str]] = {name: set() for name in paths}
     for name, path in paths.items():
@@ -124,7 +124,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
-    """Modules that import each other, on whatever way."""
+    """Modules that import each other, directly or not."""
 
     def reached(start: str) -> set[str]:
         found: set[str] = set()
@@ -184,8 +184,8 @@ def test_the_command_line_is_imported_by_nobody() -> None:
     assert [name for name, used in graph.items() if "xencrash.cli" in used] == ["xencrash.__main__"]
 
 
-def test_what_is_used_of_an_object_is_declared() -> None:
-    """And not asked for by its name: a target, say, has what its protocol has."""
+def test_the_attributes_used_of_an_object_are_declared() -> None:
+    """Not with getattr(): a target, for example, has what its protocol declares."""
     probes = [
         f"{name_of(path)}: {ast.unparse(node)}"
         for path in MODULES
@@ -196,8 +196,8 @@ def test_what_is_used_of_an_object_is_declared() -> None:
     assert probes == []
 
 
-def test_no_module_of_the_plugin_is_called_as_one_of_the_command_is() -> None:
-    """They run in two processes and speak of each other: `session.py` of which?"""
+def test_the_plugin_and_the_command_share_no_module_names() -> None:
+    """They run in two processes and refer to each other: which `session.py` would be meant?"""
     names = {folder: {path.stem for path in MODULES if name_of(path).startswith(folder)} - {"__init__"}
              for folder in ("gdbplugin/", f"{XENCRASH}/")}  # fmt: skip
     assert set.intersection(*names.values()) == set()
@@ -207,7 +207,7 @@ CONTRACT = "xen_symbols.report.contract"
 
 
 def test_the_contracts_types_have_one_home_and_are_for_type_checking_alone() -> None:
-    """Making them takes longer than judging a dump's CPUs; and a JSON object has one name."""
+    """Creating them takes longer than judging a dump's CPUs; and a JSON object has one name."""
     users = 0
     for path in MODULES:
         tree = ast.parse(path.read_text())
@@ -238,7 +238,7 @@ def test_importing_does_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# What judging an ELF dump by a .map takes, and nothing else: a module more costs as much as a CPU or two.
+# What judging an ELF dump with a .map takes, and nothing else: one more module costs as much as a CPU or two.
 CHECK = """
 xencrash xencrash.cli xencrash.commands xencrash.commands.check xencrash.errors xencrash.judging xencrash.lazy
 xencrash.options xencrash.output xencrash.renderers xencrash.renderers.json xencrash.subcommands
@@ -269,7 +269,7 @@ COSTLY = {"ast", "asyncio", "dataclasses", "dis", "inspect", "mmap", "pathlib", 
 
 
 def test_a_check_of_a_dump_imports_what_it_needs(tmp_path: Path) -> None:
-    """Values, not clocks: importing is most of what a check of a dump costs (docs/benchmarks.md)."""
+    """A list instead of a clock: importing is most of the cost of checking a dump (docs/benchmarks.md)."""
     vmcore, symbols = recorded.write_files(tmp_path, *recorded.load("4.17-crashed-vmcore"))
     code = (
         "import sys; before = set(sys.modules); from xencrash.cli import main\n"
@@ -298,7 +298,7 @@ SPLITTING_CALLS = {"split", "rsplit", "partition", "rpartition"}
 TABLES = {"GENERATIONS", "BY_ID", "list(BY_ID)", "list(GENERATIONS)", "tuple(BY_ID)"}
 COMPARING_MODULES = {"packaging", "distutils", "pkg_resources", "looseversion", "semver", "operator"}
 
-# Comparisons of what is called a version and is not Xen's: of a file's layout, which the file itself names.
+# Comparisons of versions that are not Xen's: of a file's layout, which the file itself states.
 OTHER_VERSIONS = {
     ("xen_symbols/targets/qemu_state.py", "version > 64"): "no section header has such a one",
     ("xen_symbols/targets/qemu_state.py", "section.name not in _VERSIONS"): "which sections are read",
@@ -314,7 +314,7 @@ OTHER_VERSIONS = {
     (f"{XENCRASH}/gdbprogram.py", "version < OLDEST_GDB"): "gdb is asked before it is started with what others lack",
     (f"{XENCRASH}/gdbprogram.py", "re.findall('\\\\b(\\\\d+)\\\\.\\\\d+', words.partition('\\n')[0])"): "of gdb",
 }
-# What tests decide by a version that they chose themselves, or that is not Xen's.
+# Decisions of tests by a version that they chose themselves, or that is not Xen's.
 DECIDED_IN_TESTS = {
     ("tests/live/test_guest_matrix.py", "run.generation == '4.2.0'"): "as the guest was built: 4.2.0 names no owner",
     ("tests/live/test_lab.py", "int(qemu.split('.')[0])"): "QEMU says the version of the row that was asked for",
@@ -356,7 +356,7 @@ def call_name(node: ast.AST) -> str:
 
 
 def splits_at_dots(node: ast.AST) -> bool:
-    """Whether something in an expression is cut at its dots, as a version is into its numbers."""
+    """Whether an expression splits something at its dots, as a version into its numbers."""
     cuts = (part for part in ast.walk(node) if isinstance(part, ast.Call) and call_name(part) in SPLITTING_CALLS)
     return any(literal(argument) == "." for cut in cuts for argument in cut.args)
 
@@ -385,7 +385,7 @@ def decides(compare: ast.Compare) -> bool:
         return any(numbers(side) or getattr(side, "attr", "") == "id" or part_as_number(side) for side in sides)
     if any(
         isinstance(operator, ast.In | ast.NotIn) for operator in compare.ops
-    ):  # which of them are meant is by number
+    ):  # which rows are meant depends on their number
         return of_generation(compare.left) and ast.unparse(compare.comparators[-1]) not in TABLES
     return False
 
@@ -428,7 +428,7 @@ def is_version_comparison(node: Any) -> bool:
 
 
 def decisions(source: str) -> Iterator[tuple[int, str]]:
-    """Of a test: the same, but for what is asserted as it stands and tables of samples: those decide nothing."""
+    """The same for a test, except plain assertions and tables of samples, which decide nothing."""
     tree = ast.parse(source)
     asserted = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Assert) for part in parts_of(node.test)}
     for node in ast.walk(tree):
@@ -437,7 +437,7 @@ def decisions(source: str) -> Iterator[tuple[int, str]]:
 
 
 def parts_of(test: ast.expr) -> Iterator[ast.expr]:
-    """What an assertion says, joined by `and`."""
+    """The parts of an assertion joined by `and`."""
     if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
         for value in test.values:
             yield from parts_of(value)
@@ -451,7 +451,7 @@ def test_no_module_compares_versions() -> None:
     }  # fmt: skip
     new = [f"{path}:{line}: {text}" for (path, text), line in found.items() if (path, text) not in OTHER_VERSIONS]
     assert new == []
-    assert OTHER_VERSIONS.keys() <= found.keys()  # none that is there no more
+    assert OTHER_VERSIONS.keys() <= found.keys()  # none that no longer exists
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_a_comparison_of_versions_is_found(planted: str) -> None:
         "tool = {'version': __version__}",
     ],
 )
-def test_what_shows_a_version_compares_none(innocent: str) -> None:
+def test_showing_a_version_does_not_compare_it(innocent: str) -> None:
     assert not list(version_comparisons(innocent))
 
 
@@ -547,7 +547,7 @@ def test_no_test_decides_by_a_version() -> None:
         ("expected = 1 if generation.id in NEW else 2", True),
     ],
 )
-def test_what_a_test_asserts_of_a_version_is_no_decision(planted: str, decision: bool) -> None:
+def test_asserting_a_version_is_not_deciding_by_it(planted: str, decision: bool) -> None:
     assert bool(list(decisions(planted))) is decision
 
 
@@ -575,7 +575,7 @@ def cited_tables() -> Iterator[tuple[str, Any]]:
 
 
 def citation(row: Any) -> str | None:
-    """A row's own, or that of who makes the change that it is."""
+    """A row's own, or that of the writer it names."""
     return getattr(row, "introduced", getattr(getattr(row, "by", row), "source", None))
 
 
@@ -583,7 +583,7 @@ def test_each_row_of_a_table_cites_where_it_comes_from() -> None:
     tables: dict[str, list[Any]] = {}
     for name, row in cited_tables():
         tables.setdefault(name.rpartition(".")[2], []).append(row)
-    tables.pop("MAGICS")  # of files, whose formats are not Xen's: each names who defines it
+    tables.pop("MAGICS")  # of files, whose formats are not Xen's: each names its definition
     assert tables.keys() >= {
         "CHECKS", "ENTRY_POINTS", "PATH", "BESIDE", "GENERATIONS", "STAGES", "IST_NUMBERS", "_CPU_INFOS", "SYSTEM",
     }  # fmt: skip
@@ -597,5 +597,5 @@ def test_each_row_of_a_table_cites_where_it_comes_from() -> None:
 
 
 def own_names(row: Any) -> set[str]:
-    """The names that Xen has had for one thing; `file#name` is the same name, told apart from others like it."""
+    """The names that Xen has had for one thing; `file#name` is the same name, with the file that distinguishes it."""
     return {name.rpartition("#")[2] for name in getattr(row, "names", ())}

@@ -196,7 +196,7 @@ def test_aliases_are_not_ambiguous(tmp_path: Path) -> None:
     assert table.address("f") == TEXT
 
 
-def test_a_name_that_is_not_there(elf: SymbolTable) -> None:
+def test_a_missing_name(elf: SymbolTable) -> None:
     with pytest.raises(SymbolNotFound) as caught:
         elf.find("idt_tables")
     assert caught.value.absent.kind is Kind.NO_SYMBOL
@@ -209,7 +209,7 @@ def test_a_name_that_is_not_there(elf: SymbolTable) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "undefined", "elsewhere", "common/kexec.c", ".text", "#", "kexec.c#", "nmi"])
-def test_what_is_no_symbol_of_xen_is_not_found(elf: SymbolTable, name: str) -> None:
+def test_what_is_not_a_symbol_of_xen_is_not_found(elf: SymbolTable, name: str) -> None:
     assert elf.candidates(name) == ()
 
 
@@ -232,12 +232,12 @@ def test_a_name_inside_another_in_the_string_table() -> None:
     "address, text",
     [
         (TEXT + 0x1A0, "do_nmi_crash"),
-        (TEXT + 0x1F1, "do_nmi_crash+0x51"),  # what a call at its very end returns to
+        (TEXT + 0x1F1, "do_nmi_crash+0x51"),  # where a call at its very end returns to
         (TEXT, "start"),  # and neither _start nor .text
         (TEXT + 0x201, "restore_all_guest+0x1"),  # not the linker script's _stextentry
         (TEXT + 0xFEF, "weak_hook+0xcef"),
         (TEXT + 0xFF0, "_etext"),
-        (TEXT + 0xFF1, hex(TEXT + 0xFF1)),  # behind the last instruction
+        (TEXT + 0xFF1, hex(TEXT + 0xFF1)),  # after the last instruction
         (TEXT + 0x1000, hex(TEXT + 0x1000)),  # .rodata before its first symbol
         (DATA + 1, hex(DATA + 1)),  # .data before its first symbol
         (DATA + 0x13, "crashing_cpu.1+0x3"),
@@ -245,7 +245,7 @@ def test_a_name_inside_another_in_the_string_table() -> None:
         (END - 1, "cpu_online_map+0xff7"),
         (END, hex(END)),
         (START - 1, hex(START - 1)),
-        (0x200000, "0x200000"),  # absolute symbols are no places
+        (0x200000, "0x200000"),  # absolute symbols are not locations
         (0, "0x0"),
     ],
 )
@@ -324,7 +324,7 @@ def test_a_map_as_nm_writes_it(tmp_path: Path) -> None:
     assert table.note_address == DATA
 
 
-def test_a_map_of_text_only_cannot_deny_a_variable(tmp_path: Path) -> None:
+def test_a_map_of_text_only_leaves_a_variable_unknown(tmp_path: Path) -> None:
     table = loaded(tmp_path, TEXT_MAP.encode())
     assert table.text_only
     assert table.address("do_nmi_crash") == TEXT + 0x1A0
@@ -378,11 +378,11 @@ NO_MAP = f"is not `address kind name`, so this is neither an ELF file nor a .map
         (xen_syms([]), "no ELF symbol table, and none embedded by Xen's build; give xen-syms or its .map"),
     ],
 )  # fmt: skip
-def test_what_is_no_symbol_file_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+def test_what_is_not_a_symbol_file_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     assert refusal(tmp_path, data) == message
 
 
-def test_missing_unreadable_and_no_file(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_unreadable_or_not_a_file(tmp_path: Path) -> None:
     for path, why in ((tmp_path / "none", "No such file or directory"), (tmp_path, "a directory")):
         with pytest.raises(Undecidable) as caught:
             load_symbols(str(path))
@@ -400,7 +400,7 @@ def test_a_gzip_bomb_is_refused(tmp_path: Path) -> None:
 
 
 def questions(table: SymbolTable) -> None:
-    """Ask everything; only a typed absence may come of it."""
+    """Ask everything; only a typed absence may result."""
     for ask in (table.address, table.extent, table.get, table.has, table.candidates, table.size):
         for name in ("do_nmi_crash", "traps.c#nmi_callback", "kexec.c#crashing_cpu", "no"):
             try:
@@ -444,7 +444,7 @@ def test_mutated_elf_files_are_refused_or_read(
         assert "\n" not in str(error)
 
 
-def test_counts_that_no_image_has(tmp_path: Path) -> None:
+def test_impossible_counts(tmp_path: Path) -> None:
     data = bytearray(ELF)
     data[56:58] = (60000).to_bytes(2, "little")
     assert refusal(tmp_path, bytes(data)) == ("corrupt: 60000 program and 8 section headers; an image of Xen has few")

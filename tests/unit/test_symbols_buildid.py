@@ -29,7 +29,7 @@ def test_a_truncated_note_is_none(cut: int) -> None:
 
 
 @pytest.mark.parametrize("position, value", [(0, 3), (4, 0), (4, 65), (7, 0xFF), (8, 1), (12, ord("X")), (15, 1)])
-def test_what_is_no_build_id_note(position: int, value: int) -> None:
+def test_what_is_not_a_build_id_note(position: int, value: int) -> None:
     note = bytearray(NOTE)
     note[position] = value
     assert buildid.parse_note(bytes(note) + bytes(80)) is None

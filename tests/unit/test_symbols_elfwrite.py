@@ -1,4 +1,4 @@
-"""A symbol table written as an ELF file: read back it is the same, and gdb knows functions from variables."""
+"""A symbol table written as an ELF file: the same when read back, and gdb knows functions from variables."""
 
 from __future__ import annotations
 

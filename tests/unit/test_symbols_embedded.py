@@ -1,4 +1,4 @@
-"""The symbol table inside Xen's image: found in any stretch of memory, decoded, and refused when it is none."""
+"""The symbol table inside Xen's image: found in any stretch of memory, decoded, and refused if it is not one."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_what_is_encoded_is_decoded(
     assert found.start == len(before)
 
 
-def test_no_table_without_all_of_it() -> None:
+def test_a_table_with_a_part_missing_is_not_one() -> None:
     table = embedded_table(ENTRIES, tokens=TOKENS)
     needed = len(table) - 4  # the number of names behind the token index is not used
     assert embedded.find(table[:needed]) is not None
@@ -164,7 +164,7 @@ def test_hostile_memory_is_bounded(memory: bytes) -> None:
 
 
 def pointers(count: int, start: int = START) -> bytes:
-    """What a real image is full of: pointers into itself."""
+    """Pointers into itself, of which a real image is full."""
     return struct.pack(f"<{count}Q", *(start + 8 * n for n in range(count)))
 
 

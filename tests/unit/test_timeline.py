@@ -1,6 +1,6 @@
-"""The table of writes: what each gate is at the path's boundaries, in every generation, and what the rows must keep to.
+"""The table of writes: each gate at the path's boundaries, in every generation, and the rules for rows.
 
-The expected gates are written down once more, as nmi_shootdown_cpus(), do_nmi_crash() and machine_kexec() of each
+The expected gates are written down independently, as nmi_shootdown_cpus(), do_nmi_crash() and machine_kexec() of each
 revision leave them.
 """
 
@@ -104,7 +104,7 @@ def test_where_a_cpu_may_be_on_either_side_of_a_step_both_values_are_allowed() -
     assert may_be(WAITING_MASK, "4.17.0", Whose.OTHER, armed, SILENT) == (True,)
     assert may_be(WAITING_MASK, "4.17.0", Whose.OTHER, armed, ANYWHERE) == (True, False)
     assert may_be(WAITING_MASK, "4.17.0", Whose.OTHER, armed, DONE) == (False,)
-    # While it is armed the bit may be clear yet, or clear again.
+    # Meanwhile the bit may still be clear, or clear again.
     arming = Span(CrashStep.SAVED, CrashStep.ARMED)
     assert may_be(WAITING_MASK, "4.17.0", Whose.OTHER, arming, ANYWHERE) == (False, True)
 
@@ -117,7 +117,7 @@ def test_only_a_cpu_that_is_not_online_may_have_what_play_dead_leaves() -> None:
 
 
 def test_the_path_is_in_order() -> None:
-    """Each CPU takes its steps as the table is read; nothing of the path is without a step."""
+    """Each CPU takes its steps in the table's order; every row of the path has a step."""
     assert not [write for write in PATH if isinstance(write.when, Window)]
     for step in (CrashStep, OtherStep):
         steps = [write.when for write in PATH if isinstance(write.when, step)]
@@ -125,13 +125,13 @@ def test_the_path_is_in_order() -> None:
     assert {type(write.when) for write in BESIDE} == {Window}
 
 
-def test_every_row_is_of_some_generation_by_features_that_there_are() -> None:
+def test_every_row_names_existing_features_and_some_generation_has_them() -> None:
     for write in (*PATH, *BESIDE):
         assert any(write.made_in(generation) for generation in GENERATIONS)
         assert write.where.keys() <= {*Generation._fields}
 
 
-def test_each_variable_of_the_path_is_one_of_the_states() -> None:
+def test_each_variable_of_the_path_is_in_the_state() -> None:
     assert BY_FIELD.keys() == {row.field for row in SYSTEM} - {"kexec_flags", "apic_boot_mode", "fred"}
 
 

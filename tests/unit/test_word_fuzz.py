@@ -1,4 +1,4 @@
-"""Any word that a judgement reads may be damaged: a verdict `pass` then rests on as much as that of the clean machine.
+"""Any word that a judgement reads may be damaged: if the verdict is still `pass`, it has as many findings as before.
 
 A hole of zeros or of ones over a word leads to a failure, to `unknown`, to a reason why nothing can be decided, or
 changes nothing. Each word of what is small is tried, of page tables and of the console's ring one in sixteen.
