@@ -11,6 +11,7 @@ from xen_symbols.crashpath.checks.model import Need
 from xen_symbols.crashpath.follow import COMPLETE
 from xen_symbols.crashpath.gatechanges import GATE_WRITES
 from xen_symbols.crashpath.generations import GENERATIONS
+from xen_symbols.crashpath.preflight import BUILT_IN, PROMISES
 from xen_symbols.crashpath.stages import BY_ID, CrashStep, OtherStep, Role
 from xen_symbols.crashpath.timeline import HELPERS, PATH, Value, Whose, Write
 from xen_symbols.x86.gate import VECTOR_NAMES
@@ -62,6 +63,16 @@ def _lines() -> Iterator[str]:
     for need in Need:
         checks = "every other" if need is Need.MEMORY else ", ".join(c.id for c in CHECKS if c.needs is need)
         yield f"| {need.value} | {checks} |"
+    yield ""
+    yield "## Preflight"
+    yield ""
+    yield "What `xencrash preflight` judges of a Xen that runs, besides the checks for one:"
+    yield ""
+    yield "| id | if it fails | source |"
+    yield "|---|---|---|"
+    for promise in (BUILT_IN, *PROMISES):
+        ends = " (a trace says so when it begins)" * promise.ends_trace
+        yield f"| {promise.id} | {promise.consequence or 'never fails'}{ends} | {promise.source} |"
     yield ""
     yield "## The crash path"
     yield ""

@@ -290,6 +290,7 @@ TEXTS: dict[str, Callable[[], Sequence[Block] | str]] = {
     "gdb-crash-status-shootdown": lambda: _status("4.17-shootdown"),
     "gdb-crash-status-running": lambda: _status("4.17-normal"),
     "gdb-crash-status-unloaded": lambda: _status("4.17-normal", crash_kernel_loaded=False),
+    "gdb-preflight": lambda: blocks("xen preflight", session=RecordedSession("4.17-normal")),
     "report-clean": lambda: report_blocks(clean()),
     "report-faulty": lambda: report_blocks(faulty()),
     "report-trace": lambda: report_blocks(traced()),

@@ -9,8 +9,8 @@ from gdbplugin.declare import Command, Session, plain
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import evaluate
-from xen_symbols.crashpath.follow import crash_image_loaded
 from xen_symbols.crashpath.position import crashing_cpu, infer
+from xen_symbols.crashpath.preflight import crash_image_loaded, preflight
 from xen_symbols.describe.machine import describe_cpus
 from xen_symbols.report.blocks import Block, Cell, Lines, cpus_table, crash_path, report_blocks, show
 from xen_symbols.xen.state import read_state
@@ -69,6 +69,16 @@ def _check(session: Session) -> contract.Report:
     return session.report
 
 
+def _preflight(session: Session) -> contract.Report:
+    with session.look() as memory:
+        try:
+            identification = session.identification(memory)
+        except Undecidable:
+            identification = None  # a Xen without kexec has no crash path
+        session.report = preflight(memory, identification).to_json()
+    return session.report
+
+
 def _report(session: Session) -> contract.Report:
     if session.report is None:
         raise Undecidable("there is no report yet: xen crash check makes one, and so does xen crash trace")
@@ -76,6 +86,12 @@ def _report(session: Session) -> contract.Report:
 
 
 COMMANDS = (
+    Command(
+        ("preflight",), "Judge whether a crash would work, of a Xen that runs.",
+        "Kexec built in, a crash kernel loaded and its memory, CPUs, local APICs, what an NMI does, and the gates as\n"
+        "they should be in normal running.",
+        (), _preflight, report_blocks,
+    ),
     Command(
         ("crash", "status"), "Show where on its crash path Xen is, without judging it.",
         "The stage, the crashing CPU and the evidence for it, whom it waits for, and each CPU's gates.",

@@ -22,8 +22,9 @@ def _begin(
 ) -> Json:
     """Judge the state before the crash.
 
-    {"breakpoints": addresses, "wait": seconds or null, "crash_kernel_loaded": or null, "unseen": which stages cannot be
-    seen and why, or null, "report": the report so far}; with `undecided` in the report nothing can be followed.
+    {"breakpoints": addresses, "wait": seconds or null, "crash_kernel_loaded": or null, "early": what will end the trace
+    before its end, "unseen": which stages cannot be seen and why, or null, "report": the report so far}; with
+    `undecided` in the report nothing can be followed.
     """
     session.end_watching()
     with session.look() as memory:
@@ -38,6 +39,7 @@ def _begin(
     return {
         **_next(follower),
         "crash_kernel_loaded": follower.crash_kernel_loaded,
+        "early": follower.early,
         "unseen": follower.unseen,
         "report": follower.report.to_json(),
     }
@@ -99,8 +101,8 @@ def _trace(session: Session, *, say: Say, timeout: float | None = None) -> contr
     """The command. Raises Undecidable when the crash cannot be followed."""
     step = _begin(session, timeout=timeout)
     follower = _follower(session)
-    if step["unseen"]:
-        say([Lines([[Cell(step["unseen"], "unknown")]])])
+    for notice in [*step["early"], *filter(None, [step["unseen"]])]:
+        say([Lines([[Cell(notice, "unknown")]])])
     if follower.report.undecided is None:
         try:
             _follow(session, step, say)

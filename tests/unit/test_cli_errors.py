@@ -179,7 +179,7 @@ def test_a_number_that_is_not_one(number: str, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.endswith(f"argument --cpus: {number!r} is not a number above 0\n")
 
 
-@pytest.mark.parametrize("command", ["trace", "check", "gdb", "info"])
+@pytest.mark.parametrize("command", ["trace", "check", "preflight", "gdb", "info", "log"])
 def test_help_fits_a_terminal(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,5 +189,5 @@ def test_help_fits_a_terminal(
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 100
     assert ("gdb's own" in said) is (command == "gdb")
-    assert ("every check passed" in said) is (command in ("trace", "check"))
+    assert ("every check passed" in said) is (command in ("trace", "check", "preflight"))
     assert ("TARGET is a dump's path, or" in said, "--base" in said) == ((command != "trace",) * 2)

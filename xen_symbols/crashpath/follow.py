@@ -19,6 +19,7 @@ from xen_symbols.crashpath.engine import add_stage, new_report
 from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.crashpath.position import at_stage, infer, online_at_crash
+from xen_symbols.crashpath.preflight import NO_IMAGE, crash_image_loaded, ends_early
 from xen_symbols.crashpath.stages import BY_ID, NORMAL, CrashStep, OtherStep, Position, Role, Span, Stage
 from xen_symbols.describe.changes import describe_gate_change, describe_traced_change
 from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
@@ -31,10 +32,6 @@ from xen_symbols.xen.state import State, read_state
 
 if TYPE_CHECKING:
     from xen_symbols.report import contract
-
-# xen/include/public/kexec.h and xen/common/kexec.c: bit 5 selects which of the crash images, bits 2 and 3, is live.
-_KEXEC_IMAGE_CRASH_BASE = 2
-_KEXEC_FLAG_CRASH_POS = 5
 
 # Between two stages Xen waits at most a second of guest time; QEMU's emulation of many CPUs may take ten times that.
 STALL_SECONDS = 30.0
@@ -67,12 +64,6 @@ COMPLETE = TraceCheck(
     },
     "no crash kernel starts, and the dump is lost",
 )  # fmt: skip
-
-
-def crash_image_loaded(kexec_flags: int) -> bool:
-    """Whether kexec_crash() has an image to jump to; without one it returns at once."""
-    position = kexec_flags >> _KEXEC_FLAG_CRASH_POS & 1
-    return bool(kexec_flags >> (_KEXEC_IMAGE_CRASH_BASE + position) & 1)
 
 
 class StopResult(NamedTuple):
@@ -137,8 +128,11 @@ class Follower:
             )
         self._history.see(moment_of(state, position, None if position.stage is not NORMAL else 0))
         self.writes.look(state)
+        self.early: list[str] = []  # what will end the trace before its end
         if position.stage is NORMAL:
-            add_stage(self.report, Context(self.memory, state, position, self.generation))
+            context = Context(self.memory, state, position, self.generation)
+            add_stage(self.report, context)
+            self.early = ends_early(context)
         self._entered = self.begun = position.stage is not NORMAL
         self.report.findings += [self._unseen(stage) for stage in self._anchors.unseen()]
         if not self._anchors.slots:
@@ -318,10 +312,7 @@ class Follower:
     def _require_image(self, state: State) -> None:
         flags = state.system["kexec_flags"]
         if flags.present and not crash_image_loaded(flags.value):
-            raise Undecidable(
-                "no crash kernel is loaded: kexec_crash() returns at once and nothing of the crash path runs; "
-                "load one with kexec -p in dom0"
-            )
+            raise Undecidable(NO_IMAGE)
 
     def _complete(self, reached: bool, why: str | None = None) -> Finding:
         last = self.report.stages[-1].stage if self.report.stages else None

@@ -122,6 +122,7 @@ class Generation(NamedTuple):
     has_save_done: bool = True  # crash_save_done and the self-NMI
     announces: bool = True  # "Shot down all CPUs" on the console
     frees_offline_cpus: bool = False  # with its IDT: every CPU that has one was online (until 8797d20a6e, 4.12)
+    reads_absent_idts: bool = False  # in machine_kexec, of possible CPUs that are not present (until 2c9829a261)
     dead_cpus_use_trap_nop: bool = False  # in their own NMI gates (73cb1383bf, 4.13)
     idle_callbacks: tuple[str, ...] = ()  # legitimate values of nmi_callback before the crash
     parks_in: str = "do_nmi_crash"
@@ -183,7 +184,7 @@ GENERATIONS = (
             has("do_nmi_crash", TEXT), lacks("idt_tables", DATA), has("per_cpu__idt", DATA),
             code_references("machine_crash_shutdown", "trap_nop"),
         ),
-        bookkeeping=Bookkeeping.MASK, dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
+        bookkeeping=Bookkeeping.MASK, reads_absent_idts=True, dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
     ),
     Generation(
         "4.21.2", "ad9c7d86c9, 2c9829a261", "4.21.2, 4.22", Hook.CALLBACK,

@@ -355,9 +355,35 @@ def verdict_line(report: contract.Report) -> Lines:
     return Lines(lines)
 
 
+def _as_found(observed: Any) -> str:
+    """A reserved area in MiB, a list of CPUs in ranges."""
+    if isinstance(observed, Mapping) and "size" in observed:
+        image = f", the image takes {observed['image'] >> 20} MiB" if "image" in observed else ""
+        return f"{observed['size'] >> 20} MiB at {observed['start']}{image}"
+    if isinstance(observed, Mapping) and "online" in observed:
+        return "; ".join(f"{name} {cpu_ranges(cpus) or 'none'}" for name, cpus in observed.items())
+    return show(observed)
+
+
+def preflight_table(report: contract.Report) -> Table | None:
+    """What decides whether a crash would work, a line each, with the gates of all CPUs on one."""
+    asked = [finding for finding in report["findings"] if finding["stage"] == "preflight"]
+    if not asked:
+        return None
+    rows = [[Cell(f["verdict"], f["verdict"]), Cell(f["check"]), Cell(_as_found(f["observed"]))] for f in asked]
+    gates = Counter(f["verdict"] for f in report["findings"] if "-gate-" in f["check"])
+    if gates:
+        verdict = str(worst(Verdict.of(word) for word in gates))
+        found = ", ".join(f"{gates[word]} {word}" for word in ("pass", "fail", "unknown", "skip") if gates[word])
+        rows.append([Cell(verdict, verdict), Cell("gates"), Cell(f"as in normal running: {found}")])
+    return Table("Would a crash work?", ["", "what", "found"], rows)
+
+
 def report_blocks(report: contract.Report) -> list[Block]:
     """A whole report."""
     blocks: list[Block] = [header(report)]
+    if preflight := preflight_table(report):
+        blocks.append(preflight)
     if len(report["stages"]) > 1:
         blocks.append(stages_table(report))
     if "gate_changes" in report:

@@ -21,6 +21,12 @@ def judge(asked: Request) -> contract.Report:
         return cast("contract.Report", session.xen("crash-check"))
 
 
+def preflight(asked: Request) -> contract.Report:
+    """The report on whether a crash would work. Raises Undecidable."""
+    with _session(asked) as session:
+        return cast("contract.Report", session.xen("preflight"))
+
+
 def describe(asked: Request) -> Json:
     """What a machine is. Raises Undecidable when there is no Xen to be seen."""
     with _session(asked) as session:
