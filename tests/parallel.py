@@ -12,7 +12,7 @@ FIRST = (*(f"tests/live/test_{name}.py" for name in ("matrix", "main_job", "dump
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("dist", "no") != "loadgroup":
+    if not getattr(config.option, "loadgroup", False):  # what xdist sets in each of its processes; `dist` is "no" there
         return
     for item in items:
         if group := group_of(item):
