@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.crashpath.follow import Follower, GateWatch
+from xen_symbols.crashpath.follow import Follower
 from xen_symbols.crashpath.gatechanges import Key
+from xen_symbols.crashpath.gatewatch import GateWatch
 from xen_symbols.crashpath.generations import Identification
 from xen_symbols.report.blocks import Block, Cell
 from xen_symbols.report.blocks import show as shown

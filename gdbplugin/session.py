@@ -14,8 +14,9 @@ from gdbplugin.declare import NoteWrite, Stop
 from gdbplugin.rdmsr import measure_modes
 from gdbplugin.target import LiveTarget, ServedDump, cpu_index, open_target
 from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.crashpath.follow import Follower, GateWatch
+from xen_symbols.crashpath.follow import Follower
 from xen_symbols.crashpath.gatechanges import Key
+from xen_symbols.crashpath.gatewatch import GateWatch
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable

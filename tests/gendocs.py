@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.checks.model import Need
-from xen_symbols.crashpath.follow import COMPLETE
+from xen_symbols.crashpath.complete import COMPLETE
 from xen_symbols.crashpath.gatechanges import GATE_WRITES
 from xen_symbols.crashpath.generations import GENERATIONS
 from xen_symbols.crashpath.preflight import BUILT_IN, PROMISES

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def _begin(
-    session: Session, *, gates: bool = False, timeout: float | None = None, stall: float = STALL_SECONDS
+    session: Session,
+    *,
+    gates: bool = False,
+    stay: bool = False,
+    timeout: float | None = None,
+    stall: float = STALL_SECONDS,
 ) -> Json:
     """Judge the state before the crash.
 
@@ -31,8 +36,9 @@ def _begin(
         if memory.target.kind != "live":
             raise Undecidable(f"{memory.target.location} is a dump, which does not run: judge it with xen crash check")
         follower = Follower(
-            memory, session.identification(memory), gates=gates, timeout=timeout, stall=stall, settable=session.settable
-        )
+            memory, session.identification(memory), gates=gates, stay=stay, timeout=timeout, stall=stall,
+            settable=session.settable,
+        )  # fmt: skip
     session.follower = follower
     if gates:
         follower.report.writers_absent = session.watch(follower.gate_addresses, follower.writes.caught)
@@ -134,13 +140,15 @@ COMMANDS = (
     Command(
         ("crash", "trace"), "Follow a crash of Xen, stage by stage, and judge each stage.",
         "Lets the machine run until Xen crashes, stops it at each stage of the crash path to read every gate\n"
-        "and every CPU, prints a line for each stage, and a report at the end, where the machine stays stopped.\n"
+        "and every CPU, prints a line for each stage, and a report at the end, where the machine stays stopped:\n"
+        "after the handover, when the crash kernel has run for a moment.\n"
         "Ctrl-C ends the trace. It takes up to four hardware breakpoints, as many as a processor has; where there\n"
         "are fewer it says which stages are not seen.",
         (_TIMEOUT,), _trace, report_blocks,
         (
             Step("begin", _begin, (
-                Argument("gates", "flag", "list every change of a gate, too, and who made it", True), _TIMEOUT,
+                Argument("gates", "flag", "list every change of a gate, too, and who made it", True),
+                Argument("stay", "flag", "end at the handover, and stay there", True), _TIMEOUT,
                 Argument("--stall SECONDS", "seconds", "how long to wait for the next stage", True),
             )),
             Step("stop", _stop, (

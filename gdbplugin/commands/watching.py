@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from gdbplugin.declare import Command, Say, Session, Step
 from xen_symbols.absence import Undecidable
-from xen_symbols.crashpath.follow import GateWatch
 from xen_symbols.crashpath.gatechanges import gate_addresses
+from xen_symbols.crashpath.gatewatch import GateWatch
 from xen_symbols.report.blocks import Cell, Lines, watched_gates
 from xen_symbols.xen.state import read_state
 

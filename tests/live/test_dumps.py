@@ -24,7 +24,7 @@ from xen_symbols import open_dump as open_xen
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, model
 from xen_symbols.crashpath.checks.model import Need
-from xen_symbols.crashpath.follow import COMPLETE
+from xen_symbols.crashpath.complete import COMPLETE
 from xen_symbols.formats.content import File
 from xen_symbols.report.model import Verdict
 from xen_symbols.symbols.embedded import SOURCE
@@ -134,8 +134,10 @@ def crash(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             timeout=30,
             progress=at_stage,
             trigger=lab.crash,
+            leave_stopped=True,
         )
         assert taken.report.get("undecided") is None
+        lab.qmp("cont")
         lab.dumps.vmcore(taken.folder / "vmcore")
     for name, options in _MAKEDUMPFILE.items():
         makedumpfile(taken.folder / "vmcore", taken.folder / name, options)

@@ -24,9 +24,10 @@ from xencrash.trace import trace
 pytestmark = pytest.mark.live
 
 Json = dict[str, Any]
-CRASHING = ["crash-entry", "shutdown-entry", "shootdown", "shootdown-done", "crash-info", "exec-entry", "handover"]
+CRASHING = ["crash-entry", "shutdown-entry", "shootdown", "shootdown-done", "crash-info", "exec-entry",
+            "nmis-unblocked", "handover"]  # fmt: skip
 OTHERS = ["cpu-save", "cpu-stop", "nmi-taken"]
-UNSEEN = {3: ["cpu-save"], 2: ["cpu-save", "nmi-taken"], 1: ["cpu-save", "cpu-stop", "nmi-taken"]}
+UNSEEN = {3: ["cpu-save"], 2: ["cpu-save", "nmi-taken"], 1: ["cpu-save", "cpu-stop", "nmi-taken", "nmis-unblocked"]}
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def seen(report: Json) -> Counter[tuple[str, int | None]]:
     return Counter((stage["stage"], stage["cpu"]) for stage in report["stages"])
 
 
-def unknown(report: Json) -> dict[str, str]:
-    return {f["stage"]: f["reason"] for f in report["findings"] if f["verdict"] == "unknown"}
+def unknown(report: Json, check: str = "trace-complete") -> dict[str, str]:
+    return {f["stage"]: f["reason"] for f in report["findings"] if (f["verdict"], f["check"]) == ("unknown", check)}
 
 
 def running(lab: Machine) -> bool:
@@ -56,7 +57,7 @@ def test_four_are_enough(lab: Machine) -> None:
     with limited(lab, stub := Stub(4)) as socket:
         report = follow(lab, socket)
     assert report["verdict"] == "pass" and "undecided" not in report
-    expected = {("normal", None): 1, **{(name, 0): 1 for name in CRASHING},
+    expected = {("normal", None): 1, ("after-handover", None): 1, **{(name, 0): 1 for name in CRASHING},
                 **{(name, cpu): 1 for name in OTHERS for cpu in (1, 2, 3)}}  # fmt: skip
     assert seen(report) == expected
     assert stub.most == 4
@@ -66,8 +67,8 @@ def test_four_are_enough(lab: Machine) -> None:
 def test_more_than_four_are_never_set(lab: Machine) -> None:
     with limited(lab, stub := Stub(100)) as socket:
         assert follow(lab, socket)["verdict"] == "pass"
-        # Those of the probe, which are not set while the machine runs; the machine has nine places.
-    assert (stub.most, stub.refused) == (9, 0)
+        # Those of the probe, which are not set while the machine runs; the machine has ten places.
+    assert (stub.most, stub.refused) == (10, 0)
 
 
 @pytest.mark.parametrize("few", [3, 2, 1])
@@ -82,8 +83,9 @@ def test_fewer_show_less_and_say_so(lab: Machine, few: int) -> None:
     why = f"only {few} hardware breakpoint{plural} can be set, and 4 are needed: nothing is seen at this stage"
     assert unknown(report) == dict.fromkeys(UNSEEN[few], why)
     assert messages == [why] * len(UNSEEN[few])  # before the crash
+    assert unknown(report, "enable-nmis").keys() == ({"handover", "after-handover"} if few == 1 else set())
     found = seen(report)
-    assert [found[name, 0] for name in CRASHING] == [1] * 7
+    assert [found[name, 0] for name in CRASHING] == [int(name not in UNSEEN[few]) for name in CRASHING]
     for name in {*OTHERS} - {*UNSEEN[few]}:
         assert [found[name, cpu] for cpu in (1, 2, 3)] == [1] * 3, name
     assert not {name for name, _ in found} & ({*UNSEEN[few]} - {"cpu-stop"})
@@ -173,7 +175,7 @@ def test_the_command_inside_gdb_with_fewer(lab: Machine, few: int) -> None:
     assert re.fullmatch(rf"only {few} hardware breakpoints? can be set, and 4 are needed: (.*) cannot be seen", first)
     assert all(name in first for name in UNSEEN[few])
     assert re.search(r"^UNKNOWN +\d+ pass", output, re.MULTILINE), output
-    assert [stages(output)[name] for name in CRASHING] == [1] * 7
+    assert [stages(output)[name] for name in CRASHING] == [int(name not in UNSEEN[few]) for name in CRASHING]
     assert running(lab)
 
 

@@ -78,7 +78,7 @@ def test_every_stage_in_order(lab: Machine) -> None:
     assert messages == stages(report)
     crashing = [name for name in messages if name not in ("nmi-taken", "cpu-save", "cpu-stop")]
     assert crashing == ["normal", "crash-entry", "shutdown-entry", "shootdown", "shootdown-done", "crash-info",
-                        "exec-entry", "handover"]  # fmt: skip
+                        "exec-entry", "nmis-unblocked", "handover", "after-handover"]  # fmt: skip
     for name in ("nmi-taken", "cpu-save", "cpu-stop"):
         assert sorted(stage["cpu"] for stage in report["stages"] if stage["stage"] == name) == [1, 2, 3]
     assert {finding["stop"] for finding in report["findings"]} == set(range(len(messages)))
@@ -235,8 +235,8 @@ def test_the_command_inside_gdb(lab: Machine) -> None:
     output = gdb(lab, "xen crash trace --timeout 20", "info breakpoints", "xen crash report", "maint info breakpoints",
                  when={WAITING: lambda _: lab.serial.send(b"C")})  # fmt: skip
     lines = [line.split()[0] for line in output.partition("\ntarget ")[0].splitlines()]
-    assert lines[:4] == ["waiting", "crash-entry", "shutdown-entry", "shootdown"] and lines[-1] == "handover"
-    assert len(lines) == 1 + 7 + 3 * 3
+    assert lines[:4] == ["waiting", "crash-entry", "shutdown-entry", "shootdown"] and lines[-1] == "after-handover"
+    assert len(lines) == 1 + 9 + 3 * 3
     verdicts = re.findall(r"^PASS +(\d+ pass)", output, re.MULTILINE)
     assert len(verdicts) == 2 and verdicts[0] == verdicts[1]  # the trace's report, and the same again
     assert re.search("^No breakpoints", output, re.MULTILINE)
@@ -292,7 +292,7 @@ def test_real_xen_crashes_on_a_chosen_cpu() -> None:
     with ready(dom0_vcpus=4) as lab:
         report = follow(lab, trigger=lambda: lab.crash("panic", cpu=2), timeout=60, stall=30)
         assert report["verdict"] == "pass", named(report["findings"])
-        assert report["crashing_cpu"] == 2 and stages(report)[-1] == "handover"
+        assert report["crashing_cpu"] == 2 and stages(report)[-1] == "after-handover"
         assert {stage["cpu"] for stage in report["stages"] if stage["stage"] == "nmi-taken"} == {0, 1, 3}
 
 

@@ -145,7 +145,7 @@ def test_a_domu_on_every_cpu_and_a_crash_then(tmp_path: Path, capsys: pytest.Cap
         stacks: list[Json] = []
         report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, trigger=lab.crash,
                        on_stop=lambda session: stacks.append(session.xen("bt")))  # fmt: skip
-        assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
+        assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "after-handover")
         # Of the others at least one was in the domU when the crash began: its NMI is a VM exit, then one without IST.
         begun = [f for f in report["findings"] if (f["check"], f["stage"]) == ("nmi-gate-ist", "crash-entry")]
         assert 0 in {f["observed"] for f in begun if f["cpu"] != report["crashing_cpu"]}
@@ -182,7 +182,7 @@ def test_dom0_busy_in_user_space_on_every_cpu_and_a_crash_then() -> None:
             assert {name: again[name] for name in OF_MEMORY} == {name: facts[name] for name in OF_MEMORY}
             session.leave(running=True)
         report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60, trigger=lab.crash)
-        assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
+        assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "after-handover")
         # After the fact: the crash kernel runs on the crashing CPU, the other one is parked.
         lab.serial.wait(rb"\[ +\d+\.\d+\]", 30, since=lab.serial_log.read_bytes().rindex(b"Executing kexec image"))
         with attach(lab) as session:

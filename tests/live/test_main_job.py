@@ -323,7 +323,7 @@ def test_a_cpu_that_never_takes_the_nmi_is_the_only_one_blamed() -> None:
     }  # fmt: skip
     said = next(f["observed"] for f in failures if f["check"] == "shootdown-report")
     assert f"{{{deaf[0]}}}" in said
-    assert report["stages"][-1]["stage"] == "handover"
+    assert report["stages"][-1]["stage"] == "after-handover"
 
 
 def test_without_a_crash_kernel_the_path_stops_early_and_the_report_says_so() -> None:

@@ -61,7 +61,7 @@ def test_a_clean_crash_passes(generation: str, append: str, machine: Json) -> No
         report = trace(target(lab), str(lab.symbols), str(lab.qmp_socket), timeout=60,
                        trigger=lambda: lab.serial.send(b"C"))  # fmt: skip
     assert (named(report["findings"]), named(report["findings"], "unknown")) == ([], [])
-    assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
+    assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "after-handover")
     assert report["crashing_cpu"] == int((append.partition("crash_cpu=")[2] or "0")[0])
     assert [cpu["cpu"] for cpu in report["cpus"]] == list(range(machine.get("cpus", 4)))
     modes = {cpu["lapic"]["mode"] for cpu in report["cpus"]}

@@ -71,12 +71,12 @@ def test_every_change_of_a_clean_crash(generation: str, expected: set[tuple[int,
     )  # each property of each gate once
     stages = {(c["cpu"], c["vector"], c["changed"][0]): (c["since"], c["stage"]) for c in report["gate_changes"]}
     assert stages[0, MC, "ist"][1] == "shootdown"
-    assert stages[0, MC, "handler"] == stages[1, MC, "handler"] == ("exec-entry", "handover")
+    assert stages[0, MC, "handler"] == stages[1, MC, "handler"] == ("exec-entry", "nmis-unblocked")
     # The guest's gates are written by helpers that are functions of their own. While one CPU alone runs in Xen every
     # write is seen; the other's may be missed.
     writers = {(change["cpu"], change["vector"], change["stage"]): seen for change, seen in zip_writers(report)}
     for (cpu, vector, stage), seen in writers.items():
-        if stage == "handover":
+        if stage == "nmis-unblocked":
             assert seen == {(0, "_update_gate_addr_lower")}
         elif stage == "shootdown":
             helper = "set_ist" if vector == MC else "_update_gate_addr_lower" if cpu else "_set_gate_lower"
@@ -257,7 +257,7 @@ def test_changes_that_real_xen_never_makes() -> None:
     after = 1 + next(n for n, stage in enumerate(report["stages"]) if stage["stage"] == "nmi-taken")
     found = [(f["check"], f["cpu"], f["stop"], f["observed"], f.get("follows")) for f in failures]
     info = next(n for n, stage in enumerate(report["stages"]) if stage["stage"] == "crash-info")
-    (last,) = (change for change in report["gate_changes"] if change["cpu"] == 2 and change["stage"] == "handover")
+    (last,) = (c for c in report["gate_changes"] if c["cpu"] == 2 and c["stage"] == "nmis-unblocked")
     (writer,) = last["writers"]
     assert writer["at"]["symbol"].startswith("memcpy+")
     by_memcpy = f"#MC written by CPU 0 {writer['at']['symbol']}, after exec-entry"
@@ -271,14 +271,14 @@ def test_changes_that_real_xen_never_makes() -> None:
     assert {cpu: judged[cpu]["verdict"] for cpu in (0, 1, 3)} == dict.fromkeys((0, 1, 3), "pass")
     assert "that has no business there" in judged[2]["reason"]
     assert [row[:3] for row in found if row[0] != "gate-change"] == [("nmi-gate-handler", 3, info)]
-    assert report["stages"][-1]["stage"] == "handover"
+    assert report["stages"][-1]["stage"] == "after-handover"
     # The list is complete, and those writers are named that were seen: gdb itself is none.
     others = {(cpu, MC, "ist", 0) for cpu in (1, 2, 3)} | {(flickering[0], MC, "ist", 1)}
     swapped = {(cpu, MC, "handler", "trap_nop") for cpu in range(4)}
     exchanged = {(3, NMI, "handler", name) for name in ("trap_nop", "nmi")}
     assert made(report) == ARMED | others | swapped | exchanged
     for change, seen in zip_writers(report):
-        if change["stage"] in ("shootdown", "handover"):
+        if change["stage"] in ("shootdown", "nmis-unblocked"):
             function = "machine_crash_shutdown" if change["stage"] == "shootdown" else "machine_kexec"
             function = "memcpy" if change is last else function
             assert seen == {(0, function)}

@@ -40,7 +40,7 @@ def verdicts(report: Json) -> dict[int, set[str]]:
 def assert_passed(report: Json) -> None:
     wrong = [f for f in report["findings"] if f["verdict"] in ("fail", "unknown")]
     assert (report.get("undecided"), wrong) == (None, [])
-    assert (report["verdict"], report["stages"][-1]["stage"]) == ("pass", "handover")
+    assert report["verdict"] == "pass" and "handover" in [stage["stage"] for stage in report["stages"][-2:]]
 
 
 def test_cpus_possible_but_not_present(tmp_path: Path) -> None:

@@ -23,12 +23,17 @@ class Symbols:
         return self.names.index(name) if name in self.names else None
 
 
-def anchors(slots: int = 4, lacking: frozenset[str] = frozenset()) -> tuple[Anchors, Any]:
+def anchors(
+    slots: int = 4, lacking: frozenset[str] = frozenset(), unblocked: int | None = None
+) -> tuple[Anchors, Any]:
     symbols = Symbols(lacking)
-    found = Anchors(symbols, slots)  # type: ignore[arg-type]
+    found = Anchors(symbols, slots, unblocked)  # type: ignore[arg-type]
 
     def wanted(step: CrashStep, entered: bool = True, owned: bool = True) -> list[str]:
-        return [symbols.names[address] for address in found.wanted(step, entered=entered, owned=owned)]
+        return [
+            "the IRET" if address == unblocked else symbols.names[address]
+            for address in found.wanted(step, entered=entered, owned=owned)
+        ]
 
     return found, wanted
 
@@ -72,6 +77,25 @@ def test_fewer_give_up_stages_of_other_cpus(slots: int, unseen: list[str]) -> No
     assert ahead == [[name][:slots] for name in path]
     assert wanted(CrashStep.NOTHING, False, False)[:1] == ["kexec_crash"][:slots]
     assert wanted(CrashStep.NOTHING, True, False)[:1] == ["machine_crash_shutdown"][:slots]
+
+
+@pytest.mark.parametrize(
+    ("slots", "leaving"),
+    [
+        (4, ["the IRET", "kexec_reloc", "do_nmi_crash", "__stop_this_cpu"]),
+        (3, ["the IRET", "kexec_reloc", "do_nmi_crash"]),  # the entries go on being counted
+        (2, ["the IRET", "kexec_reloc"]),
+        (1, ["kexec_reloc"]),
+    ],
+)
+def test_the_iret_and_the_handover_are_waited_for_together(slots: int, leaving: list[str]) -> None:
+    """It may be left out."""
+    found, wanted = anchors(slots, unblocked=1000)
+    assert wanted(CrashStep.INFO_SAVED) == leaving
+    others = [step for step in CrashStep if step >= CrashStep.SAVED and step is not CrashStep.INFO_SAVED]
+    assert [wanted(step) for step in others] == [anchors(slots)[1](step) for step in others]  # as without it
+    assert found.last == "handover"
+    assert ("nmis-unblocked" in [stage.id for stage in found.unseen()]) is (slots == 1)
 
 
 def test_the_last_stage_is_the_last_with_an_anchor() -> None:

@@ -181,8 +181,9 @@ def test_one_change_fails_one_check(what: str) -> None:
 
 def test_every_check_has_a_change_that_fails_it() -> None:
     shown = {check for _, check, _ in CHANGES.values()}
-    # Below, in test_gate_changes.py, and in the live tests.
-    elsewhere = {"dump-notes", "kexecing", "nmi-answered", "nmi-entries", "shootdown-report", "gate-change"}
+    # Below, in test_gate_changes.py and test_afterwards.py, and in the live tests.
+    elsewhere = {"dump-notes", "kexecing", "nmi-answered", "nmi-entries", "shootdown-report", "gate-change",
+                 "enable-nmis"}  # fmt: skip
     assert {check.id for check in CHECKS} == shown | elsewhere | {"cpus-found"}  # which is unknown instead
 
 
@@ -537,22 +538,18 @@ def test_idtr_of_a_cpu_outside_xen_is_judged_by_whose_it_may_be() -> None:
     assert _shootdown_findings(lambda m: outside(m, xen, ist=False)) == {("idtr", 1, "fail")}
 
 
-def test_a_cpu_about_to_halt_is_not_a_failure_at_the_handover() -> None:
+def test_a_cpu_on_its_way_into_the_halt_loop_is_unknown_to_who_does_not_look_again() -> None:
+    """At the handover, and after it; what a trace makes of it is in test_afterwards.py."""
     machine = Machine()
     start = machine.symbols.address("do_nmi_crash", "tT")
     machine.physical(1, lambda p: p._replace(halted=False, nmi_pending=False,
                                           registers={**p.registers, "rip": start + 0x20}))  # fmt: skip
     machine.lapic(1, icr_low=0xFD)
-    report = machine.report()
-    assert bad(report) == set()
-    late = [f for f in report.findings if f.cpu == 1 and f.check in ("cpu-parked", "nmi-pending", "lapic-self-nmi")]
-    assert [f.verdict for f in late] == [Verdict.SKIP] * 3
-    # The crash kernel runs, and this CPU has still not halted.
+    undecided = {(check, 1, "unknown") for check in ("cpu-parked", "nmi-pending", "lapic-self-nmi")}
+    assert bad(machine.report()) == undecided
     crash_kernel = 0xFFFFFFFF81000000
     machine.physical(0, lambda p: p._replace(registers={**p.registers, "rip": crash_kernel}))
-    assert {(check, verdict) for check, cpu, verdict in bad(machine.report()) if cpu == 1} == {
-        ("cpu-parked", "unknown"), ("nmi-pending", "unknown"), ("lapic-self-nmi", "unknown"),
-    }  # fmt: skip
+    assert bad(machine.report()) == undecided
 
 
 def offline(machine: Machine, cpu: int) -> None:

@@ -16,7 +16,7 @@ from tests.schema import SCHEMA
 from xen_symbols.crashpath import generations
 from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.checks.model import Outcome
-from xen_symbols.crashpath.context import Context
+from xen_symbols.crashpath.context import Context, Followed
 from xen_symbols.crashpath.engine import evaluate, judge
 from xen_symbols.crashpath.gatechanges import CaughtWrite, GateChange, GateHistory, Moment, Writes, moment_of
 from xen_symbols.crashpath.position import at_stage
@@ -110,7 +110,7 @@ class Case:
         history.see(since)
         generation = generations.BY_ID[self.generation]
         writes = {key: [CaughtWrite(self.by[0], symbols.address("kexec_reloc") + 8, self.by[1])]} if self.by else {}
-        context = Context(machine.memory, state, self.now, generation, gates_before=history.see(now, writes))
+        context = Context(machine.memory, state, self.now, generation, Followed(gates_before=history.see(now, writes)))
         return next(check for check in CHECKS if check.id == "gate-change").judge(context, self.cpu)
 
 
@@ -317,7 +317,7 @@ def test_a_change_that_a_check_of_the_stage_sees_follows_from_it() -> None:
     history = GateHistory()
     history.see(before)
     seen = history.see(moment_of(state, at("handover"), 1))
-    context = Context(machine.memory, state, at("handover"), generations.BY_ID["4.17.0"], gates_before=seen)
+    context = Context(machine.memory, state, at("handover"), generations.BY_ID["4.17.0"], Followed(gates_before=seen))
     found = {(f.check, f.follows) for f in judge(context) if f.cpu == 2 and f.verdict is Verdict.FAIL}
     assert found == {("nmi-gate-ist", None), ("gate-change", "nmi-gate-ist")}
 

@@ -2,6 +2,8 @@
 
 An x86 processor has four, DR0 to DR3 (SDM vol. 3, 18.2.1), and KVM no more; QEMU's TCG has any number, and gets the
 same four. They follow the crash: where the crashing CPU comes next, and, once an NMI may be sent, where other CPUs do.
+That NMIs are unblocked is a stage that a wrong path leaves out, so the next one is broken on at the same time: while
+the crashing CPU is in machine_kexec() one stage of other CPUs, which are late by then, is given up.
 """
 
 from __future__ import annotations
@@ -9,28 +11,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from xen_symbols.crashpath.position import anchor_address
-from xen_symbols.crashpath.stages import BY_ID, STAGES, CrashStep, Role, Stage
+from xen_symbols.crashpath.stages import BY_ID, STAGES, UNBLOCKED, CrashStep, Role, Stage
 from xen_symbols.symbols.table import TEXT, SymbolTable
 
 SLOTS = 4
 # Where Xen's C code begins at boot: reached again only after a reset.
 _RESET_ANCHOR = "__start_xen"
-# The stages of other CPUs, from the one that is missed most: where there are fewer slots the last are given up.
+# The stages of other CPUs, from the one that is missed most: where there are fewer slots the last are given up. On
+# the way out of Xen the entries into the handler go on being counted.
 _OTHERS = ("cpu-stop", "nmi-taken", "cpu-save")
+_OTHERS_WHEN_LEAVING = ("nmi-taken", "cpu-stop", "cpu-save")
 
 
 class Anchors:
-    """Where a build's stages begin, and those of them to break on, with `slots` breakpoints at a time."""
+    """Where a build's stages begin, and those of them to break on, with `slots` breakpoints at a time. `unblocked`:
+    where `nmis-unblocked` does, if it is known."""
 
-    def __init__(self, symbols: SymbolTable, slots: int = SLOTS) -> None:
+    def __init__(self, symbols: SymbolTable, slots: int = SLOTS, unblocked: int | None = None) -> None:
         self.slots = slots
-        self.of: Mapping[str, int] = {
-            stage.id: address for stage in STAGES if (address := anchor_address(symbols, stage)) is not None
-        }
+        found = {stage.id: anchor_address(symbols, stage) for stage in STAGES} | {UNBLOCKED.id: unblocked}
+        self.of: Mapping[str, int] = {name: at for name in BY_ID if (at := found.get(name)) is not None}
         self.reset = symbols.get(_RESET_ANCHOR, TEXT)
-        self._crashing = sorted(
-            (BY_ID[name] for name in self.of if BY_ID[name].role is Role.CRASHING), key=lambda stage: stage.crash_step
-        )
+        self._crashing = [s for name in self.of if (s := BY_ID[name]).role is Role.CRASHING and s is not UNBLOCKED]
 
     @property
     def last(self) -> str:
@@ -41,11 +43,11 @@ class Anchors:
         return list(dict.fromkeys(self.of.values()))
 
     def unseen(self) -> list[Stage]:
-        """The stages of other CPUs that are not broken on whenever they may be reached."""
+        """The stages that are not broken on whenever they may be reached."""
         if not self.slots:
             return [BY_ID[name] for name in self.of]
-        kept = _OTHERS[: self.slots - 1]
-        return [BY_ID[name] for name in self.of if name in _OTHERS and name not in kept]
+        kept = (*_OTHERS[: self.slots - 1], *([UNBLOCKED.id] if self.slots > 1 else []))
+        return [BY_ID[name] for name in self.of if name in (*_OTHERS, UNBLOCKED.id) and name not in kept]
 
     def wanted(self, step: CrashStep, *, entered: bool, owned: bool) -> tuple[int, ...]:
         """Where to break on next. `entered`: a CPU is in kexec_crash(); `owned`: one of them goes on, and has completed
@@ -62,8 +64,12 @@ class Anchors:
     def _after(self, step: CrashStep) -> Iterator[int]:
         ahead = [self.of[stage.id] for stage in self._crashing if stage.crash_step > step]
         unseen = self.unseen()
+        leaving = step is UNBLOCKED.crash_step and UNBLOCKED.id in self.of and UNBLOCKED not in unseen
+        if leaving:
+            yield self.of[UNBLOCKED.id]
         yield from ahead[:1]
-        yield from (self.of[name] for name in _OTHERS if name in self.of and BY_ID[name] not in unseen)
+        others = _OTHERS_WHEN_LEAVING if leaving else _OTHERS
+        yield from (self.of[name] for name in others if name in self.of and BY_ID[name] not in unseen)
         yield from ahead[1:]
         if self.reset is not None:
             yield self.reset

@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.crashpath import timeline
 from xen_symbols.crashpath.generations import Generation, Hook
-from xen_symbols.crashpath.stages import ANYWHERE, CRASHED, Position, Span
+from xen_symbols.crashpath.stages import ANYWHERE, CrashStep, OtherStep, Position, Span
 from xen_symbols.crashpath.timeline import Code, GateProperty, Object, Value, Whose, Window, Write
 from xen_symbols.symbols.table import TEXT
 from xen_symbols.targets import Lapic, PhysicalCpu
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import VECTOR_NMI
+from xen_symbols.x86.paging import CR0_PG
 from xen_symbols.xen.console import read_console
 from xen_symbols.xen.ist import IST_SSP_SIZE, ist_numbers
 from xen_symbols.xen.lapic import BOOT_MODES
@@ -26,9 +28,24 @@ if TYPE_CHECKING:  # a trace alone needs it
 MACHINE = -1  # the `cpu` that a check of the whole machine is asked about
 
 _CONSOLE_TAIL = 2048  # bytes
+_CRASH_KERNELS = Absent("the crash kernel runs on it", Kind.NOT_APPLICABLE)
 _IST_0_TOO = "IST of #DF is 0 too, as while an AMD CPU holds an HVM guest's state, but TR is Xen's own"
 # A name that came (7888440625, 4.13.0) after the fix of XSA-244 (cc08c73c8c, 4.10.0 and backports): this Xen has it.
 _SINCE_XSA_244 = "per_cpu__tss_page"
+
+
+class Followed(NamedTuple):
+    """What a trace alone knows of a moment.
+
+    `nmi_entries`: into the crash path's NMI handler, by CPU; None where they are not counted. `gates_before`: each gate
+    and what it was at the last stop. `unblocked`: how NMIs were unblocked on the crashing CPU. `looks`: how often the
+    machine was looked at since the handover; None where it is not looked at again.
+    """
+
+    nmi_entries: Mapping[int, int] | None = None
+    gates_before: "Mapping[Key, GateChange]" = MappingProxyType({})
+    unblocked: str | Absent = Absent("it was not looked for")
+    looks: int | None = None
 
 
 class EntryPoint(NamedTuple):
@@ -105,10 +122,9 @@ class Context:
         state: State,
         position: Position,
         generation: Generation,
-        nmi_entries: dict[int, int] | None = None,
-        gates_before: "Mapping[Key, GateChange] | None" = None,
+        followed: Followed | None = None,
     ) -> None:
-        """`nmi_entries` and `gates_before` are what a trace alone knows; None for any other look at a machine."""
+        """`followed` is what a trace alone knows; None for any other look at a machine."""
         self.state = _owed_by_online(state, position.online)
         self.cpus = [cpu.cpu for cpu in state.cpus.values() if cpu.exists or cpu.cpu in position.online]
         self.position = position
@@ -116,8 +132,7 @@ class Context:
         self.generation = generation
         self.symbols = state.symbols
         self.memory = memory
-        self.nmi_entries = nmi_entries
-        self.gates_before = gates_before
+        self.followed = followed
         self.nmi, self.mc, self.trap_nop = (self._entry(*entry.names) for entry in ENTRY_POINTS)
         self.ist = ist_numbers(state)
         self.no_idt = _idt_in_use(state)
@@ -131,7 +146,7 @@ class Context:
     def assuming(self, spans: Mapping[int, Span]) -> "Context":
         """The same moment, with some of the other CPUs elsewhere."""
         position = self.position._replace(others={**self.position.others, **spans})
-        return Context(self.memory, self.state, position, self.generation, self.nmi_entries, self.gates_before)
+        return Context(self.memory, self.state, position, self.generation, self.followed)
 
     def _entry(self, *names: str) -> int | Absent:
         for name in names:
@@ -157,6 +172,10 @@ class Context:
     def is_other(self, cpu: int) -> bool:
         """Online when the crash began, and not the crashing CPU."""
         return cpu in self.position.online and not self.is_crashing(cpu)
+
+    @property
+    def others(self) -> list[int]:
+        return sorted(cpu for cpu in self.position.online if not self.is_crashing(cpu))
 
     def other(self, cpu: int) -> Span:
         return self.position.others.get(cpu, ANYWHERE)
@@ -267,9 +286,15 @@ class Context:
     # What is known of a CPU
 
     def physical(self, cpu: int) -> PhysicalCpu | Absent:
-        if self.is_crashing(cpu) and self.position.stage is CRASHED:
-            return Absent("the crash kernel runs on it", Kind.NOT_APPLICABLE)
-        return self.state.of(cpu).physical
+        physical = self.state.of(cpu).physical
+        if not self.crash.reached(CrashStep.LEFT):
+            return physical
+        if self.is_crashing(cpu):
+            return _CRASH_KERNELS
+        if isinstance(physical, Absent) or not physical.current or physical.registers.get("cr0", CR0_PG) & CR0_PG:
+            return physical
+        at_rest = self.other(cpu).reached(OtherStep.PARKED)  # it was seen so before
+        return Absent("the crash kernel has reset it", Kind.NOT_APPLICABLE if at_rest else Kind.UNREAD)
 
     def lapic(self, cpu: int) -> Lapic | Absent:
         physical = self.physical(cpu)

@@ -49,16 +49,14 @@ def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> l
 def _subjects(subject: Subject, context: Context) -> list[int]:
     if subject is Subject.MACHINE:
         return [MACHINE]
-    if subject is Subject.FOLLOWED and context.gates_before is None:
+    if subject is Subject.FOLLOWED and context.followed is None:
         return []
     if subject in (Subject.TABLES, Subject.FOLLOWED):
         return [cpu for cpu in context.cpus if _may_have_table(context.state.of(cpu))]
     if subject is Subject.CPUS:
         return context.cpus
     if subject is Subject.OTHERS:
-        if context.position.crashing_cpu is None:
-            return []
-        return sorted(cpu for cpu in context.position.online if context.is_other(cpu))
+        return [] if context.position.crashing_cpu is None else context.others
     return sorted(context.position.online)
 
 

@@ -2,26 +2,40 @@
 
 A driver sets hardware breakpoints on `breakpoints` and no others, lets the machine run for as long as `wait` allows,
 and hands what happened to `stop`, until that says that the trace is finished. Every stop reads every gate and every
-CPU afresh.
+CPU afresh. After the handover the machine runs on, and is looked at once more.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.crashpath.afterwards import Afterwards
 from xen_symbols.crashpath.breakpoints import SLOTS, Anchors
-from xen_symbols.crashpath.context import Context
+from xen_symbols.crashpath.complete import COMPLETE
+from xen_symbols.crashpath.context import Context, Followed
 from xen_symbols.crashpath.engine import add_stage, new_report
 from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
 from xen_symbols.crashpath.generations import Identification, identify
-from xen_symbols.crashpath.position import at_stage, infer, online_at_crash
+from xen_symbols.crashpath.position import at_stage, handed_over, infer, once_left, online_at_crash
 from xen_symbols.crashpath.preflight import NO_IMAGE, crash_image_loaded, ends_early
-from xen_symbols.crashpath.stages import BY_ID, NORMAL, CrashStep, OtherStep, Position, Role, Span, Stage
-from xen_symbols.describe.changes import describe_gate_change, describe_traced_change
+from xen_symbols.crashpath.stages import (
+    AFTERWARDS,
+    BY_ID,
+    NORMAL,
+    UNBLOCKED,
+    CrashStep,
+    OtherStep,
+    Position,
+    Role,
+    Span,
+    Stage,
+)
+from xen_symbols.crashpath.unblocking import unblocking
+from xen_symbols.describe.changes import describe_traced_change
 from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.paging import CR0_PG
@@ -30,40 +44,12 @@ from xen_symbols.xen.locate import still_there
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import State, read_state
 
-if TYPE_CHECKING:
-    from xen_symbols.report import contract
-
 # Between two stages Xen waits at most a second of guest time; QEMU's emulation of many CPUs may take ten times that.
 STALL_SECONDS = 30.0
 # After so long without a stage the machine is looked at, whether it still has the Xen that crashes: there is no slot
 # for a breakpoint that a reset would hit, and an ear on QMP would keep everybody else from it.
 LOOK_SECONDS = 2.0
 _LAST_WORDS = 512  # bytes of Xen's console
-_SHOOTDOWN = "xen/arch/x86/crash.c, nmi_shootdown_cpus"
-
-
-class TraceCheck(NamedTuple):
-    """What a trace judges besides CHECKS; `sources` says where the crash path goes on from the stage it came to."""
-
-    id: str
-    subject: str
-    sources: Mapping[str, str]
-    consequence: str
-
-
-COMPLETE = TraceCheck(
-    "trace-complete", "the crashing CPU, at the end of a trace; a stage that no hardware breakpoint is left for",
-    {
-        "crash-entry": "xen/common/kexec.c, kexec_crash and kexec_common_shutdown",
-        **dict.fromkeys(
-            ("shutdown-entry", "shootdown", "nmi-taken", "cpu-save", "cpu-stop"), f"{_SHOOTDOWN} and its wait"
-        ),
-        "shootdown-done": f"{_SHOOTDOWN} after its wait: __stop_this_cpu, disable_IO_APIC, hpet_disable",
-        "crash-info": "xen/arch/x86/crash.c, machine_crash_shutdown after kexec_crash_save_info",
-        "exec-entry": "xen/arch/x86/machine_kexec.c, machine_kexec",
-    },
-    "no crash kernel starts, and the dump is lost",
-)  # fmt: skip
 
 
 class StopResult(NamedTuple):
@@ -83,14 +69,15 @@ class Follower:
         identification: Identification | None = None,
         *,
         gates: bool = False,
+        stay: bool = False,
         timeout: float | None = None,
         stall: float = STALL_SECONDS,
         settable: Callable[[Sequence[int]], int] = len,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`gates` also lists every change of an NMI or #MC gate in the report. `timeout` bounds the wait for the crash
-        to begin (None: forever), `stall` the time between two stages, in seconds of `clock`. `settable` tries how many
-        of some addresses can have hardware breakpoints at the same time.
+        """`gates` also lists every change of an NMI or #MC gate in the report; `stay` ends at the handover. `timeout`
+        bounds the wait for the crash to begin (None: forever), `stall` the time between two stages, in seconds of
+        `clock`. `settable` tries how many of some addresses can have hardware breakpoints at the same time.
 
         Raises Undecidable for a Xen that has crashed already, or that cannot be identified.
         """
@@ -98,16 +85,19 @@ class Follower:
         self.identification = identification or identify(memory)
         self.generation = self.identification.generation
         self.report: Report = new_report(memory, self.identification)
-        self._anchors = Anchors(memory.symbols)
+        self._unblocking = unblocking(memory, self.generation)
+        self._anchors = Anchors(memory.symbols, unblocked=self._unblocking.address)
         self._anchors.slots = min(SLOTS, settable(self._anchors.all()))
-        self._timeout, self._stall, self._clock = timeout, stall, clock
-        self._since = clock()  # the last stage: stops that are not stages do not count as progress
+        self._stay, self._timeout, self._stall, self._clock = stay, timeout, stall, clock
+        self._since = clock()  # the last stage, or look: stops that are neither do not count as progress
+        self._afterwards: Afterwards | None = None  # once the machine has been handed over
         self._crashing: int | None = None
         self._online: frozenset[int] = frozenset()
         self._step = CrashStep.NOTHING
         self._seen: dict[int, Span] = {}
         self._entries: dict[int, int] = {}
         self._again: set[int] = set()
+        self._unblocked = False
         self._history = GateHistory()
         self.writes = Writes()
         self.gate_addresses: dict[Key, int] = {}
@@ -167,6 +157,8 @@ class Follower:
 
     def wait(self) -> float | None:
         """For how many seconds the machine may run before it is stopped, whatever happened; None: forever."""
+        if self._afterwards is not None:
+            return max(0.0, self._since + self._afterwards.interval - self._clock())
         patience = self._stall if self.begun else self._timeout
         left = None if patience is None else max(0.0, self._since + patience - self._clock())
         return min(left, LOOK_SECONDS) if left is not None and self.begun else left
@@ -177,9 +169,10 @@ class Follower:
 
         Raises Undecidable when the trace is lost.
         """
+        left = self._afterwards is not None
         result = self._at(index, pc)
         if result.stage is not None:
-            self._since = self._clock()
+            self._since = self._since if left else self._clock()  # who answers late does not put off the look
             self.begun = True
             return result
         if expired:
@@ -191,6 +184,8 @@ class Follower:
     def _expired(self) -> StopResult:
         if self._was_reset():
             raise Undecidable(self._reset())
+        if self._afterwards is not None:
+            return self._look_again(self._afterwards)
         left = self.wait()
         if left is None or left > 0:
             return StopResult(None)
@@ -208,6 +203,8 @@ class Follower:
     def _was_reset(self) -> bool:
         """Whether the Xen that is followed is there no more: firmware or a loader runs, something else, or Xen anew."""
         paging = [cpu.registers["cr0"] & CR0_PG for cpu in self.memory.target.cpus() if "cr0" in cpu.registers]
+        if self._afterwards is not None and len(paging) == 1:
+            paging = []  # it is the crash kernel's, which may turn it off
         if (paging and not any(paging)) or not still_there(self.memory):
             return True
         with contextlib.suppress(Undecidable):  # nothing is known, then, of a reset
@@ -235,19 +232,40 @@ class Follower:
         self._advance(state, stage, cpu)
         position = at_stage(stage, cpu, self._crashing, self._online, self._spans())
         if stage.role is Role.OTHER:
-            position = self._as_seen(position, cpu)
+            position = self._as_seen(state, position, cpu)
         seen, findings = self._judge(state, position)
         if stage.id == "crash-entry":
             self._require_image(state)
-        finished = stage.id == self._anchors.last
-        if finished:
+        if stage.id == self._anchors.last:
+            if not self._stay:
+                self._afterwards = Afterwards(findings)
             findings = (*findings, self._complete(True))
-        return StopResult(seen, findings, finished)
+        return StopResult(seen, findings, stage.id == self._anchors.last and self._stay)
 
-    def _as_seen(self, position: Position, cpu: int) -> Position:
+    def _look_again(self, afterwards: Afterwards) -> StopResult:
+        """The machine has run on for a while since the handover."""
+        assert self._crashing is not None
+        state = self._read()
+        position = once_left(AFTERWARDS, self._crashing, self._online, afterwards.parked)
+        left = handed_over(state, state.of(self._crashing).physical)
+        self._since = self._clock()
+        if afterwards.again(Context(self.memory, state, position, self.generation), left):
+            return StopResult(None)
+        if left:
+            return StopResult(*self._judge(state, position), finished=True)
+        at = "; ".join(self._whereabouts())
+        finding = self._of_trace(AFTERWARDS.id, self._crashing, Verdict.UNKNOWN, self._anchors.last, self._anchors.last,
+                                 f"the crashing CPU has not come out of Xen, and nothing was looked at: {at}")
+        self.report.findings.append(finding)
+        return StopResult(None, (finding,), finished=True)
+
+    def _as_seen(self, state: State, position: Position, cpu: int) -> Position:
         """A stop of another CPU, when the crashing one has gone on without it, or when it was here before."""
         crash, others = position.crash, dict(position.others)
-        if self._step > position.stage.crash_step:
+        if self._afterwards is not None and self._crashing is not None:
+            left = handed_over(state, state.of(self._crashing).physical)
+            crash = Span(CrashStep.LEFT if left else self._step, CrashStep.LEFT)
+        elif self._step > position.stage.crash_step:
             crash = Span(self._step, self._step + 1)
         if cpu in self._again:
             others[cpu] = self._seen[cpu]
@@ -268,6 +286,8 @@ class Follower:
     def _is_next(self, stage: Stage) -> bool:
         if stage.id in ("crash-entry", "shutdown-entry"):
             return self._crashing is None
+        if stage is UNBLOCKED:
+            return self._step is stage.crash_step and not self._unblocked
         return self._crashing is not None and stage.crash_step > self._step
 
     def _advance(self, state: State, stage: Stage, cpu: int) -> None:
@@ -280,6 +300,7 @@ class Follower:
                 self._crashing = cpu
                 self._online = self._online | online_at_crash(state, self.generation, cpu)
             self._step = stage.crash_step
+            self._unblocked = self._unblocked or stage is UNBLOCKED
             return
         assert stage.other_step is not None
         if cpu in self._seen and stage.other_step <= self._seen[cpu].low:
@@ -300,14 +321,28 @@ class Follower:
 
     def _judge(self, state: State, position: Position) -> tuple[StageSeen, tuple[Finding, ...]]:
         counted = "nmi-taken" in self._anchors.of and BY_ID["nmi-taken"] not in self._anchors.unseen()
-        entries = self._entries if counted else None
         now = moment_of(state, position, len(self.report.stages))
         before = self._history.see(now, self.writes.take(state))
-        findings = add_stage(self.report, Context(self.memory, state, position, self.generation, entries, before))
+        followed = Followed(self._entries if counted else None, before, self._how_unblocked(), self._looks)
+        findings = add_stage(self.report, Context(self.memory, state, position, self.generation, followed))
         if self.report.gate_changes is not None:
             changes = [change for change in before.values() if change.changed]
             self.report.gate_changes += [describe_traced_change(state.symbols, change) for change in changes]
         return self.report.stages[-1], tuple(findings)
+
+    @property
+    def _looks(self) -> int | None:
+        if self._stay:
+            return None
+        return 0 if self._afterwards is None else self._afterwards.looks
+
+    def _how_unblocked(self) -> str | Absent:
+        """How NMIs were unblocked on the crashing CPU, as far as that was seen."""
+        if self._unblocked:
+            return "executed"
+        if UNBLOCKED in self._anchors.unseen():
+            return Absent(f"{self._few()}: it could not be seen")
+        return self._unblocking.absence or ("not executed" if self._unblocking.address else "no IRET in machine_kexec")
 
     def _require_image(self, state: State) -> None:
         flags = state.system["kexec_flags"]
@@ -349,18 +384,3 @@ class Follower:
             if said := [line.strip() for line in lines if line.strip()]:
                 found.append(f"Xen's console ends: {said[-1]}")
         return found
-
-
-class GateWatch:
-    """Every gate as it was read last, and the writes caught since, wherever Xen is."""
-
-    def __init__(self) -> None:
-        self._history = GateHistory()
-        self.writes = Writes()
-
-    def see(self, state: State) -> list[contract.GateChange]:
-        """The changes since the last call."""
-        anywhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
-        position = Position(NORMAL, None, None, anywhere, {}, online_at_crash(state, None, None))
-        seen = self._history.see(moment_of(state, position), self.writes.take(state)).values()
-        return [describe_gate_change(state.symbols, change) for change in seen if change.changed]

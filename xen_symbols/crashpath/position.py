@@ -1,6 +1,7 @@
 """Where on its crash path a Xen is, inferred from its state alone: for a dump, or a machine that was not followed."""
 
 from collections import Counter
+from collections.abc import Container
 from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
@@ -12,6 +13,7 @@ from xen_symbols.crashpath.stages import (
     CRASHING,
     NORMAL,
     STAGES,
+    UNBLOCKED,
     CrashStep,
     OtherStep,
     Position,
@@ -26,6 +28,7 @@ from xen_symbols.xen.state import State
 
 _RUNNING = Span(OtherStep.NOTHING, OtherStep.NOTHING)
 _SHOT = Span(OtherStep.SIGNED_OFF, OtherStep.PARKED)
+_PARKED = Span(OtherStep.PARKED, OtherStep.PARKED)
 
 # Functions that only the crashing CPU runs: the anchors of its stages, but for those that another CPU reaches, too. One
 # that comes too late to crash stays behind in kexec_crash (one_cpu_only).
@@ -51,7 +54,8 @@ def at_stage(
     """The position at a stage that `subject` has just reached. `seen` holds what a trace knows of the other CPUs."""
     others = dict.fromkeys(online - {crashing_cpu}, _RUNNING)
     if stage.role is Role.CRASHING:
-        crash = Span(stage.crash_step, stage.crash_step)
+        # Within a step nothing more is judged than before it: that is done at its end, a few instructions later.
+        crash = Span(stage.crash_step, stage.crash_step + (stage is UNBLOCKED))
         if stage.crash_step >= CrashStep.WAITED:
             others = dict.fromkeys(others, _SHOT)
     else:
@@ -60,6 +64,12 @@ def at_stage(
         assert stage.other_step is not None
         others[subject] = Span(stage.other_step, stage.other_step)
     return Position(stage, subject, crashing_cpu, crash, others, online)
+
+
+def once_left(stage: Stage, crashing_cpu: int, online: frozenset[int], parked: Container[int] = ()) -> Position:
+    """The position once the crash kernel runs. `parked`: the other CPUs that were seen in the halt loop before."""
+    others = {cpu: _PARKED if cpu in parked else _SHOT for cpu in online - {crashing_cpu}}
+    return Position(stage, None, crashing_cpu, Span(CrashStep.LEFT, CrashStep.LEFT), others, online)
 
 
 class Vote(NamedTuple):
@@ -152,10 +162,8 @@ def infer(state: State, generation: Generation) -> Position:
         stage_here = _stage_at(state.symbols, physical, Role.CRASHING)
         if stage_here is not None:
             return at_stage(stage_here, cpu, cpu, online)
-    if _handed_over(state, physical):
-        done = Span(CrashStep.NEUTRALISED, CrashStep.NEUTRALISED)
-        others = dict.fromkeys(online - {cpu}, _SHOT)
-        return Position(CRASHED, None, cpu, done, others, online)
+    if handed_over(state, physical):
+        return once_left(CRASHED, cpu, online)
     other = _stage_of_any(state)
     if other is not None and other[1] != cpu:
         position = at_stage(*other, crashing_cpu=cpu, online=online)
@@ -181,7 +189,7 @@ def _neutralised(state: State, generation: Generation) -> bool:
     return generation.swaps_mc and bool(gates) and all(read.value.handler == trap_nop for read in gates)
 
 
-def _handed_over(state: State, crashing: PhysicalCpu | Absent) -> bool:
+def handed_over(state: State, crashing: PhysicalCpu | Absent) -> bool:
     """Whether Xen has left the machine to the crash kernel: its CPU runs outside Xen, or the dump is the kernel's."""
     if isinstance(crashing, Absent):
         return False

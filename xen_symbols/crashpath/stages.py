@@ -23,6 +23,7 @@ class CrashStep(enum.IntEnum):
     STOPPED = 4  # own LAPIC, online bit, IO-APIC
     INFO_SAVED = 5  # the crash info note
     NEUTRALISED = 6  # #MC handlers made no-ops and NMIs unblocked
+    LEFT = 7  # the crash kernel runs
 
 
 class OtherStep(enum.IntEnum):
@@ -72,11 +73,16 @@ STAGES = (
     Stage("handover", Role.CRASHING, ("kexec_reloc",), CrashStep.NEUTRALISED, says="Xen hands the machine over"),
 )  # fmt: skip
 
+# Two that no symbol's first instruction begins: within machine_kexec(), once it has executed an IRET (unblocking.py);
+# and where a trace looks once more, some time after the last (afterwards.py).
+UNBLOCKED = Stage("nmis-unblocked", Role.CRASHING, (), CrashStep.INFO_SAVED, says="an IRET has unblocked NMIs")
+AFTERWARDS = Stage("after-handover", Role.CRASHING, (), CrashStep.LEFT, says="the crash kernel has run for a while")
+
 NORMAL = Stage("normal", Role.CRASHING, (), CrashStep.NOTHING, says="Xen runs, or has not begun to crash")
 CRASHING = Stage("crashing", Role.CRASHING, (), CrashStep.NOTHING, says="somewhere on the crash path")
-CRASHED = Stage("crashed", Role.CRASHING, (), CrashStep.NEUTRALISED, says="Xen has handed the machine over")
+CRASHED = Stage("crashed", Role.CRASHING, (), CrashStep.LEFT, says="Xen has handed the machine over")
 
-BY_ID = {stage.id: stage for stage in (*STAGES, NORMAL, CRASHING, CRASHED)}
+BY_ID = {stage.id: stage for stage in (*STAGES[:-1], UNBLOCKED, STAGES[-1], AFTERWARDS, NORMAL, CRASHING, CRASHED)}
 
 
 class Span(NamedTuple):

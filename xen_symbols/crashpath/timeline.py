@@ -159,7 +159,7 @@ class Write(NamedTuple):
         if isinstance(self.when, Window):
             return self.when
         if isinstance(self.when, OtherStep):
-            return Window(CrashStep.WAITED, CrashStep.NEUTRALISED)
+            return Window(CrashStep.WAITED, CrashStep.LEFT)
         return Window(self.when, self.when)
 
 
@@ -286,7 +286,7 @@ PATH: tuple[Write, ...] = (
 
 _LEAVING = (CrashStep.NEUTRALISED, CrashStep.NEUTRALISED)
 _RUNNING = (CrashStep.NOTHING, CrashStep.ARMED)
-_EVER = (CrashStep.NOTHING, CrashStep.NEUTRALISED)
+_EVER = (CrashStep.NOTHING, CrashStep.LEFT)
 _DEAD = {"dead_cpus_use_trap_nop": True}
 _OFFLINE_NMI = Window(*_EVER, stays=True)
 

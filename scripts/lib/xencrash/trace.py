@@ -74,13 +74,13 @@ def follow(
     the crash to begin (None: forever), `stall` the time between two stages, in seconds. `trigger` is called once the
     machine runs with the breakpoints set; `on_stop` at each stop, before it is judged; `progress` after it, with the
     stage as the report has it and its findings, the machine still stopped. `notice` is given, before the machine runs,
-    what will end the trace early and what will not be seen, and why. `leave_stopped` leaves it at the last stage;
-    `gates` lists every change of a gate in the report. What ends a trace early stands in the report as `undecided`;
-    what prevents its beginning is raised as Undecidable.
+    what will end the trace early and what will not be seen, and why. `leave_stopped` ends at the handover and leaves
+    the machine there; `gates` lists every change of a gate in the report. What ends a trace early stands in the report
+    as `undecided`; what prevents its beginning is raised as Undecidable.
     """
     report: contract.Report | None = None
     try:
-        options = ["--stall", str(stall), *(["gates"] if gates else [])]
+        options = ["--stall", str(stall), *(["gates"] if gates else []), *(["stay"] if leave_stopped else [])]
         if timeout is not None:
             options += ["--timeout", str(timeout)]
         begin = session.xen("crash-trace-begin", *options)

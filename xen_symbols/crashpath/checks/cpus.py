@@ -17,7 +17,7 @@ from xen_symbols.crashpath.checks.model import (
     unknown,
 )
 from xen_symbols.crashpath.context import Context
-from xen_symbols.crashpath.stages import CRASHED, CrashStep, OtherStep
+from xen_symbols.crashpath.stages import AFTERWARDS, CrashStep, OtherStep
 from xen_symbols.crashpath.timeline import NMI_LATCH, SELF_NMI
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.targets import PhysicalCpu
@@ -134,9 +134,11 @@ def on_its_way(context: Context, cpu: int) -> Outcome | None:
         return from_absence(inside)
     if not inside or _stands(context, physical) != _AWAKE:
         return None
-    if context.position.stage is CRASHED:
-        return unknown("it is awake where it should halt: look again, it may have been on its way into the halt loop")
-    return skip("it has signed off and is still on its way into the halt loop: nobody waits for that")
+    if context.position.stage is AFTERWARDS:
+        return None
+    if context.followed and context.followed.looks is not None:
+        return skip("it has signed off and is still on its way into the halt loop: it is looked at again later")
+    return unknown("it is awake where it should halt: look again, it may have been on its way into the halt loop")
 
 
 def _in_function(context: Context, physical: PhysicalCpu, name: str) -> bool | Absent:
@@ -170,7 +172,8 @@ def _nmi_latch(context: Context, cpu: int) -> Outcome:
     if not context.written(NMI_LATCH, cpu):
         crashing = context.is_crashing(cpu)
         return skip("NMIs are unblocked in machine_kexec" if crashing else "it may not have taken the NMI yet")
-    return expect(read, context.allowed(NMI_LATCH, cpu), of=_latch)
+    outcome = expect(read, context.allowed(NMI_LATCH, cpu), of=_latch)
+    return because(outcome, "enable-nmis") if context.is_crashing(cpu) else outcome
 
 
 def _latch(blocked: bool) -> str:
@@ -231,7 +234,11 @@ def _cpu_parked(context: Context, cpu: int) -> Outcome:
         at = context.symbols.describe(physical.registers["rip"])
         return f"{stands} {at}, interrupts {interrupts}".lstrip()
 
-    return expect(_physical_read(context, cpu, where), (parked,))
+    outcome = expect(_physical_read(context, cpu, where), (parked,))
+    if outcome.verdict is Verdict.FAIL and context.position.stage is AFTERWARDS and context.followed:
+        times = f"{context.followed.looks} time{'s' * (context.followed.looks != 1)}"
+        return outcome._replace(reason=f"it was looked at {times} after the handover: {PARKED.consequence}")
+    return outcome
 
 
 PARKED = Check(

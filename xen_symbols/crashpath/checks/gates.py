@@ -173,7 +173,7 @@ def _gate_change(context: Context, cpu: int) -> Outcome:
         read = _read(context, cpu, vector)
         if isinstance(read.value, Absent):
             return from_absence(read.value)
-        change = (context.gates_before or {}).get((cpu, vector))
+        change = context.followed and context.followed.gates_before.get((cpu, vector))
         if change is None:
             return skip("its gates were not read before")
         rows = change.allowed(context.generation)

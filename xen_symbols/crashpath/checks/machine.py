@@ -7,6 +7,7 @@ from xen_symbols.absence import Absent, Kind
 from xen_symbols.crashpath import timeline
 from xen_symbols.crashpath.checks.model import (
     Check,
+    Need,
     Outcome,
     Subject,
     as_written,
@@ -17,9 +18,10 @@ from xen_symbols.crashpath.checks.model import (
     variable,
 )
 from xen_symbols.crashpath.context import MACHINE, Context
-from xen_symbols.crashpath.stages import OtherStep
+from xen_symbols.crashpath.stages import CrashStep, OtherStep
 from xen_symbols.crashpath.timeline import CRASH_OWNER, KEXECING, REPORT
 from xen_symbols.report.model import Evidence, Verdict
+from xen_symbols.xen.reads import Read
 
 
 def _crash_owner(context: Context, _cpu: int) -> Outcome:
@@ -78,4 +80,23 @@ SHOOTDOWN_REPORT = Check(
     _shootdown_report,
 )  # fmt: skip
 
-CHECKS = (OWNER, ON_ITS_WAY, SHOOTDOWN_REPORT)
+_EXECUTED = "executed"
+
+
+def _enable_nmis(context: Context, _cpu: int) -> Outcome:
+    if not context.generation.swaps_mc:
+        return skip("this generation does not unblock NMIs")
+    if context.followed is None:
+        return skip("only a trace sees what is executed")
+    if not context.crash.reached(CrashStep.NEUTRALISED):
+        return skip("Xen has not handed over")
+    return expect(Read(context.followed.unblocked, (Evidence("breakpoint after the IRET"),)), (_EXECUTED,))
+
+
+ENABLE_NMIS = Check(
+    "enable-nmis", Subject.MACHINE, "xen/arch/x86/machine_kexec.c, enable_nmis (77ad1faa6b)",
+    "machine_kexec left out the IRET that unblocks NMIs: after a crash that began in an NMI handler the crash kernel "
+    "starts with NMIs blocked", _enable_nmis, needs=Need.TRACE,
+)  # fmt: skip
+
+CHECKS = (OWNER, ON_ITS_WAY, SHOOTDOWN_REPORT, ENABLE_NMIS)

@@ -115,11 +115,12 @@ ANSWERED = Check(
 
 
 def _entries(context: Context, cpu: int) -> Outcome:
-    if context.nmi_entries is None:
+    entered = context.followed and context.followed.nmi_entries
+    if entered is None:
         return skip("only a trace counts entries")
     if not context.crash.reached(CrashStep.WAITED):
         return skip("the wait is not over")
-    entries = context.nmi_entries.get(cpu, 0)
+    entries = entered.get(cpu, 0)
     evidence = (Evidence("breakpoint at the NMI handler of the crash path"),)
     return expect(Read(entries, evidence), context.allowed(NMI_ENTRIES, cpu))
 

@@ -32,7 +32,9 @@ def add_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="also list every change of an NMI or #MC gate, and who wrote it where that was seen",
     )
-    parser.add_argument("--leave-stopped", action="store_true", help="leave the machine stopped at the last stage")
+    parser.add_argument(
+        "--leave-stopped", action="store_true", help="end at the handover, and leave the machine stopped there"
+    )
 
 
 def run(args: Namespace) -> int:

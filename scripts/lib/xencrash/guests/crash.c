@@ -45,7 +45,13 @@ inline void sign_off(unsigned int cpu)
 /* Interrupts are off and NMIs blocked, so this is for good. */
 static inline noreturn void park(unsigned int cpu)
 {
+    bool halts = false;
+
     reached(PARK, cpu);
+    step ( HALT, cpu )
+        halts = true;
+    while ( !halts )
+        asm volatile ( "pause" );
     for ( ; ; )
         halt();
 }

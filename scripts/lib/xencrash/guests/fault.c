@@ -474,6 +474,7 @@ static const struct row {
 #endif
     /* The end */
     ONE(NOT_HALTED,             PARK,                   FAULTY,     never_halt),
+    ONE(PARKED_AWAKE,           HALT,                   ANY,        leave_out),
     ONE(INTERRUPTS_ON,          PARK,                   FAULTY,     interrupts_on),
     ONE(NMIS_LATCHED,           UNBLOCK_NMIS,           ANY,        leave_out),
     ONE(ENABLE_NMIS_SKIPPED,    UNBLOCK_NMIS,           ANY,        leave_out),

@@ -76,6 +76,7 @@
     F(SELF_NMI_MISDIRECTED,     "self-nmi-misdirected")         \
     /* The end */                                               \
     F(NOT_HALTED,               "not-halted")                   \
+    F(PARKED_AWAKE,             "parked-awake")                 \
     F(INTERRUPTS_ON,            "interrupts-on")                \
     F(NMIS_LATCHED,             "nmis-latched")                 \
     F(ENABLE_NMIS_SKIPPED,      "enable-nmis-skipped")          \
@@ -131,6 +132,7 @@ enum step {
     SIGN_OFF,
     SELF_NMI,
     PARK,
+    HALT,                                       /* or stay where it is, awake */
     /* apic.c and smp.c: whichever CPU stops */
     STOP_LAPIC,
     MASK_LVTS,

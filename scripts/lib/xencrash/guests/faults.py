@@ -101,6 +101,7 @@ def clean(generation: str) -> tuple[Expected, ...]:
 
 
 _SILENT = Expected("nmi-answered", "F", "shootdown-done")
+_NO_IRET = Expected("enable-nmis", None, "handover")  # NMIs that are blocked follow from it
 _LOST = Expected("trace-complete", "C", "handover")
 _IN_DEVICES = "QEMU's dumps hold neither the local APICs nor the NMI latches"
 _OVER = "by then the CPU has done all of it, in the wrong order"
@@ -224,12 +225,16 @@ FAULTS: tuple[Fault, ...] = (
           ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"),), not_in_a_dump=_IN_DEVICES),
     # The end
     Fault("not-halted", "A CPU spins where it should halt.", (), (Expected("cpu-parked", "F", "handover"),)),
+    Fault("parked-awake", "Every other CPU spins in its NMI handler itself instead of halting: at the handover it may "
+          "be on its way into the halt loop still.",
+          (), (Expected("cpu-parked", "O", "after-handover"),),
+          not_in_a_dump="it shows where a CPU was at the handover"),
     Fault("interrupts-on", "A CPU halts with interrupts on.", (), (Expected("cpu-parked", "F", "handover"),)),
     Fault("nmis-latched", "The crash starts in an NMI handler, and NMIs are not unblocked before the jump.",
-          ("HARDENED",), (Expected("nmi-latch", "C", "handover"),), cpus=1, not_in_a_dump=_IN_DEVICES),
+          ("HARDENED",), (_NO_IRET,), cpus=1, not_in_a_dump=_IN_DEVICES),
     Fault("enable-nmis-skipped", "NMIs are not unblocked before the jump, in a crash outside any NMI handler.",
-          ("HARDENED",), cpus=1,
-          invisible="they were unblocked already; nmis-latched is the crash in which they are not"),
+          ("HARDENED",), (_NO_IRET,), cpus=1,
+          not_in_a_dump="they were unblocked already: only a trace sees that nothing unblocked them"),
     Fault("own-stop-skipped", "The crashing CPU does not stop itself once all others have answered, as during the "
           "development of 4.13 (6ff560f7f1 to f56813f347).",
           ("HOOKS_EXCEPTION_TABLE",), (Expected("online-cpus", "C", "crash-info"),), cpus=1),

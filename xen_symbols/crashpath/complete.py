@@ -1,0 +1,30 @@
+"""The one check of a trace as a whole: that the crash path came to its end, and that every stage could be seen."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+_SHOOTDOWN = "xen/arch/x86/crash.c, nmi_shootdown_cpus"
+
+
+class TraceCheck(NamedTuple):
+    """What a trace judges besides CHECKS; `sources` says where the crash path goes on from the stage it came to."""
+
+    id: str
+    subject: str
+    sources: Mapping[str, str]
+    consequence: str
+
+
+COMPLETE = TraceCheck(
+    "trace-complete", "the crashing CPU, at the end of a trace; a stage that no hardware breakpoint is left for",
+    {
+        "crash-entry": "xen/common/kexec.c, kexec_crash and kexec_common_shutdown",
+        **dict.fromkeys(
+            ("shutdown-entry", "shootdown", "nmi-taken", "cpu-save", "cpu-stop"), f"{_SHOOTDOWN} and its wait"
+        ),
+        "shootdown-done": f"{_SHOOTDOWN} after its wait: __stop_this_cpu, disable_IO_APIC, hpet_disable",
+        "crash-info": "xen/arch/x86/crash.c, machine_crash_shutdown after kexec_crash_save_info",
+        "exec-entry": "xen/arch/x86/machine_kexec.c, machine_kexec",
+    },
+    "no crash kernel starts, and the dump is lost",
+)  # fmt: skip
