@@ -21,6 +21,7 @@ from gdbplugin.settings import FUNCTIONS, SETTINGS
 from xen_symbols.absence import Undecidable
 from xen_symbols.report.blocks import Block
 from xen_symbols.report.console import coloured, plain
+from xen_symbols.text import escaped
 from xen_symbols.x86 import gate
 from xen_symbols.xen.idt import idt_address
 from xen_symbols.xen.percpu import per_cpu_address, per_cpu_areas
@@ -56,7 +57,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (*ERRORS, gdb.error) as error:
-        raise gdb.GdbError(" ".join(str(error).split())) from None
+        raise gdb.GdbError(escaped(" ".join(str(error).split()))) from None
 
 
 class _Words:

@@ -19,6 +19,9 @@ from tests.machines.recorded import write_files
 from tests.schema import SCHEMA
 from xencrash import judging, several
 from xencrash.cli import main
+from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
+from xencrash.lab import judged, progress
+from xencrash.lab.commands.status import show
 
 COMMAND = (sys.executable, "-c", "import sys; from xencrash.cli import main; sys.exit(main())")
 TEXT = "no dump, \N{SNOWMAN}"  # a file's name
@@ -91,6 +94,23 @@ def test_an_escape_character_in_a_name_reaches_no_terminal(tmp_path: Path, files
         assert b"/a\\x1b[31mb\\nc/vmcore" in done.stdout
 
 
+def test_nor_does_what_was_typed(tmp_path: Path) -> None:
+    for words in (["\x1b[31m"], ["check", "x", "--\x1b[31m"], ["lab", "up", "--xen", "\x1b[31m"]):
+        done = run(*words)
+        assert (done.returncode, b"\x1b" in done.stderr, b"\\x1b[31m" in done.stderr) == (2, False, True)
+    setting, command = f"set xen symbols {tmp_path}/\x1b[31m", "xen symbols"
+    gdb = [find_gdb(), *gdb_arguments(), "-batch", "-ex", f"source {plugin_script()}"]
+    said = subprocess.run([*gdb, "-ex", setting, "-ex", command], capture_output=True, check=False)
+    assert b"\x1b" not in said.stdout + said.stderr and b"\\x1b[31m: No such file" in said.stderr
+
+
+def test_nor_what_a_machines_folder_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"run_dir": "/tmp/\x1b[31m", "cpus": 4})
+    assert capsys.readouterr().out == "run_dir  /tmp/\\x1b[31m\ncpus     4\n\n"
+    progress.on_stderr()("starting (/tmp/\x1b[31m)")
+    assert capsys.readouterr().err.endswith("  starting (/tmp/\\x1b[31m)\n")
+
+
 # -- The last run's report is not this one's --------------------------------------------------
 
 
@@ -151,6 +171,13 @@ def test_nor_where_the_run_is_ended(files: Files, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(judging, "judge_dump", ended)
     assert main([*files.words(files.good), "--output", str(report)]) == 130
     assert report.read_text() == ""
+
+
+def test_nor_what_a_run_of_the_lab_left(tmp_path: Path) -> None:
+    for name in ("trace.json", "trace.xml", "check.json", "vmcore", "notes"):
+        (tmp_path / name).write_text("green")
+    judged.folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]  # which is not the lab's
 
 
 def test_what_is_read_is_not_written_to(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ have `around(run, args)`, by which each of them is run.
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+from xen_symbols.text import escaped
 from xencrash.lazy import load
 
 
@@ -37,8 +38,14 @@ def find(module: Any, name: str, words: Sequence[str]) -> tuple[ArgumentParser, 
     return parser, left
 
 
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """What was typed is quoted so that no terminal obeys it."""
+        super().error(escaped(message))
+
+
 def _parser(module: Any, name: str) -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
         prog=name, description=module.__doc__, epilog=module.EPILOG, formatter_class=RawDescriptionHelpFormatter
     )
     module.add_options(parser)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # Seconds. The guest is up in a fraction of one, and Xen's crash key is answered at once; but dom0's panic waits for its
 # turn beside loops and a domU, on a busy host.
 _CRASH_BEGINS_IN = 300.0
+# What a run leaves besides the logs.
+_TRACE = {"trace.json": json, "trace.xml": junit}
+_CHECK, _VMCORE = "check.json", "vmcore"
 
 
 def unlike(reports: Sequence[contract.Report], generation: str, lapic: str | None, cpu: int | None) -> Iterator[str]:
@@ -54,9 +57,13 @@ def lapic_modes(reports: Sequence[contract.Report]) -> list[str]:
 
 
 def folder(path: str | Path) -> Path:
-    """A folder for what a run leaves, made where it is not there. Raises LabError."""
+    """A folder for what a run leaves, made where it is not there, without what an earlier run left: if this one ends
+    early, that is not taken for its reports. Raises LabError."""
     with _left_in(Path(path)):
         Path(path).mkdir(parents=True, exist_ok=True)
+        for name in (*_TRACE, _CHECK, _VMCORE):
+            if (old := Path(path) / name).is_file():
+                old.unlink()
     return Path(path)
 
 
@@ -95,7 +102,7 @@ def follow(machine: Machine, output: Path, crash: Callable[[], None], **options:
         **options,
     )
     with _left_in(output):
-        for name, renderer in (("trace.json", json), ("trace.xml", junit)):
+        for name, renderer in _TRACE.items():
             with (output / name).open("w", encoding="utf-8") as file:
                 renderer.write(report, file)
     return report
@@ -103,8 +110,8 @@ def follow(machine: Machine, output: Path, crash: Callable[[], None], **options:
 
 def check_vmcore(machine: Machine, output: Path) -> contract.Report:
     """The report on the vmcore that the crash kernel takes, also left as `check.json` beside the `vmcore`."""
-    vmcore = machine.dumps.vmcore(output / "vmcore")
+    vmcore = machine.dumps.vmcore(output / _VMCORE)
     checked = judge_dump(Request(str(vmcore), str(machine.symbols))).to_json()
-    with _left_in(output), (output / "check.json").open("w", encoding="utf-8") as file:
+    with _left_in(output), (output / _CHECK).open("w", encoding="utf-8") as file:
         json.write(checked, file)
     return checked

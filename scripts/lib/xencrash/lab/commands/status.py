@@ -6,6 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from xen_symbols.text import escaped
 from xencrash.lab.machine import running
 from xencrash.lab.options import STEP, add_run_dir, machine
 
@@ -31,4 +32,4 @@ def run(args: Namespace) -> int:
 def show(state: dict[str, Any]) -> None:
     """A machine's status, a line for each part."""
     width = max(map(len, state))
-    print("\n".join(f"{name:{width}}  {value}" for name, value in state.items()) + "\n")
+    print("\n".join(f"{name:{width}}  {escaped(str(value))}" for name, value in state.items()) + "\n")

@@ -36,6 +36,7 @@ from xencrash.lab.storm.report import as_findings, blocks, to_json, verdict_of
 from xencrash.lab.storm.run import Budget, Result, Storm, plain_crash, run_one
 from xencrash.lab.storm.snapshot import folder_for_snapshot
 from xencrash.options import count
+from xencrash.output import begin as begin_output
 from xencrash.output import to
 
 EPILOG = """\
@@ -70,6 +71,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     if why := problem(args):
         raise UsageError(why)
+    begin_output(args.output)
     begun, tell, wanted = time.monotonic(), progress.on_stderr(), specification(args)
     with folder_for_snapshot() as folder:
         scenery = begin(wanted, folder, tell)
