@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from xen_symbols.targets.dump import Dump, open_dump
 from xen_symbols.targets.packets import merged, pieces
 from xen_symbols.targets.qemu_state import parse_cpus, unsavable
 from xen_symbols.targets.qmp import Qmp, QmpError
+from xen_symbols.targets.raw import Map
 from xen_symbols.x86 import gate
 
 _APIC_IDS = 1 << 12  # no machine of QEMU's has larger ones
@@ -289,8 +291,10 @@ def open_target(connection: gdb.TargetConnection) -> LiveTarget | ServedDump:
         raise Undecidable(f"gdb:{connection.details} did not answer: {error}") from None
     if not served:
         return LiveTarget(connection)
-    path, _, base = served.decode().partition(",")
-    dump = open_dump(os.fsdecode(bytes.fromhex(path)), base=int(base, 16) if base else None)
+    path, *placed = served.decode().split(",")
+    bases = [int(text, 16) for text in placed if "=" not in text]
+    maps = [Map(*(int(part, 16) for part in re.split("[=:]", text))) for text in placed if "=" in text]
+    dump = open_dump(os.fsdecode(bytes.fromhex(path)), base=bases[0] if bases else None, maps=maps)
     return ServedDump(connection, dump)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets import dump
+from xen_symbols.targets.raw import Map
 from xen_symbols.xen.locate import carried_symbols, locate
 from xen_symbols.xen.memory import XenMemory
 
@@ -19,15 +20,17 @@ def open_dump(
     symbols: str | os.PathLike[str] | None = None,
     *,
     base: int | None = None,
+    maps: Sequence[tuple[int, int, int]] = (),
     allow_mismatch: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> XenMemory:
     """Xen in the dump at `path`. Raises Undecidable: one line that says what is wrong and what to do.
 
-    `symbols` is xen-syms, a .map or an image; without it the table that Xen carries is used. `base` is the
-    physical address of a raw image's first byte. `allow_mismatch` goes on with symbols of another build.
+    `symbols` is xen-syms, xen.efi, a .map or an image; without it the table that Xen carries is used. `base` is the
+    physical address of a raw image's first byte, or `maps` has (physical address, offset in the file, size) of each
+    stretch of memory in it. `allow_mismatch` goes on with symbols of another build.
     A dump whose notes show no Xen is searched for it; `progress` is called with (bytes searched, bytes in all).
     """
-    target = dump.open_dump(os.fspath(path), base=base)
+    target = dump.open_dump(os.fspath(path), base=base, maps=[Map(*one) for one in maps])
     table = carried_symbols(target, progress) if symbols is None else load_symbols(os.fspath(symbols))
     return locate(target, table, allow_mismatch=allow_mismatch)

@@ -7,7 +7,7 @@ Used if no recorded machine is large enough: thousands of CPUs, sparse dumps of 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,10 +27,16 @@ _PRESENT, _PS = 1, 1 << 7
 
 @dataclass
 class SyntheticXen:
-    """`variables` are symbols by name with their bytes; `content` is physical memory. `efi`: it booted xen.efi."""
+    """`variables` are symbols by name with their bytes; `content` is physical memory. `efi`: it booted xen.efi.
+
+    `tables` is where those page tables are that Xen allocates, if not in the image; `memory_map` has (address, size,
+    type) of each of its e820 entries.
+    """
 
     cpus: int
     efi: bool = False
+    tables: int | None = None
+    memory_map: Sequence[tuple[int, int, int]] = ()
     content: dict[int, bytes] = field(default_factory=dict)
     symbols: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -69,6 +75,8 @@ class SyntheticXen:
         physical = root - VIRT_START + PHYS_START
         l4, image_l3, image_l2, direct_l3 = (physical + 4096 * i for i in range(4))
         self.root = l4
+        if self.tables is not None:
+            image_l2, direct_l3 = self.tables, self.tables + 4096
 
         def entry(table: int, address: int, shift: int, value: int) -> None:
             self.content[table + 8 * (address >> shift & 511)] = struct.pack("<Q", value)
@@ -120,6 +128,7 @@ class SyntheticXen:
             "__per_cpu_offset": struct.pack(f"<{count}Q", *offsets),
             "idt_tables": struct.pack(f"<{count}Q", *idts),
             "x86_cpu_to_apicid": struct.pack(f"<{count}I", *range(count)),
+            "e820": struct.pack("<I", len(self.memory_map)) + self._entries(),
             "xen_phys_start": struct.pack("<Q", PHYS_START),
             "trampoline_phys": struct.pack("<Q", TRAMPOLINE),
             "kexecing": b"\1",
@@ -143,6 +152,9 @@ class SyntheticXen:
             self.symbols[name] = (VIRT_START + 0x3F0000 + 4 * offset, "R")
         self.content[TRAMPOLINE + 4] = struct.pack("<I", PHYS_START)
         self._place("_end", b"\0", "B")
+
+    def _entries(self) -> bytes:
+        return b"".join(struct.pack("<QQI", *entry) for entry in self.memory_map)
 
     def _registers(self) -> dict[str, int]:
         rip = self.symbols["kexec_crash_save_cpu"][0] + 0xB2

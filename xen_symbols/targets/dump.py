@@ -11,7 +11,7 @@ from xen_symbols.formats.elfnotes import Note
 from xen_symbols.formats.magics import Magic, recognised
 from xen_symbols.targets import Opened, PhysicalCpu, Reader, Target, Wrapped
 from xen_symbols.targets.notes import cpus_of
-from xen_symbols.targets.raw import read_raw
+from xen_symbols.targets.raw import Map, RawMemory, read_raw
 
 
 class Dump(Target):
@@ -22,8 +22,12 @@ class Dump(Target):
     def __init__(self, location: str, opened: Opened, base: int | None = None) -> None:
         """`base` is that of a raw image."""
         self.location, self.opened, self.base = location, opened, base
-        self.format, self.truncated = opened.format, opened.truncated
+        self.memory, self.truncated = opened.memory, opened.truncated
         self._cpus = cpus_of(opened.notes)
+
+    @property
+    def format(self) -> str:  # type: ignore[override] # Xen's memory may show more of it
+        return self.opened.format + (self.memory.says if isinstance(self.memory, RawMemory) else "")
 
     def read_physical(self, address: int, size: int) -> bytes:
         return self.opened.memory.read(address, size)
@@ -43,14 +47,14 @@ class Dump(Target):
         return self.opened.notes
 
 
-def open_dump(path: str, *, base: int | None = None) -> Dump:
+def open_dump(path: str, *, base: int | None = None, maps: Sequence[Map] = ()) -> Dump:
     """Open the dump at `path`, whichever program wrote it.
 
-    `base` is the physical address of the first byte of a raw image of memory, and for nothing
-    else. Raises Undecidable: one line that names the file, what is wrong with it and where.
+    `base` is the physical address of the first byte of a raw image of memory, or `maps` say what is where in it; both
+    are for nothing else. Raises Undecidable: one line that names the file, what is wrong with it and where.
     """
     try:
-        return Dump(path, _open(File(path), base), base)
+        return Dump(path, _open(File(path), base, maps), base)
     except OSError as error:
         raise Undecidable(f"{path}: {error.strerror}") from None
     except WrongFile as error:
@@ -61,20 +65,17 @@ def open_dump(path: str, *, base: int | None = None) -> Dump:
         raise Undecidable(f"{path}: {error}; the file is truncated or damaged") from None
 
 
-def _open(file: File, base: int | None) -> Opened:
+def _open(file: File, base: int | None, maps: Sequence[Map]) -> Opened:
     kind = recognised(file)
-    if kind is None or (kind.weak and base is not None):
-        if base is None:
-            raise Undecidable(
-                "not a dump of a known format; a raw image of memory needs its first byte's address (--base)"
-            )
-        return read_raw(file, base)
+    is_raw = base is not None or bool(maps)
+    if kind is None or (kind.weak and is_raw):
+        return read_raw(file, base, maps)
     if not kind.dump:
         raise Undecidable(f"{kind.what}; {kind.advice}")
     opened = _read(kind, file)
     if isinstance(opened, Wrapped):
         opened = _within(opened)
-    if base is not None:
+    if is_raw:
         raise Undecidable(f"the file says itself what is where ({opened.format}); a base is for a raw image of memory")
     return opened
 

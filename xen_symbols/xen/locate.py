@@ -12,7 +12,9 @@ from xen_symbols.symbols.links import Link, link_of
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu, Target
 from xen_symbols.targets.notes import XEN_CRASH_INFO, parse_address, parse_crash_info, parse_vmcoreinfo
+from xen_symbols.targets.raw import RawMemory
 from xen_symbols.x86 import paging
+from xen_symbols.xen import hole
 from xen_symbols.xen.memory import (
     IMAGE_MAX,
     IMAGE_MIN_OFFSET,
@@ -199,11 +201,18 @@ def _roots(target: Target, cpus: Sequence[PhysicalCpu], table: int) -> Iterator[
 
 def _roots_in_memory(target: Target, symbols: SymbolTable, table: int) -> Iterator[tuple[int, str]]:
     offset = table - image_region(table)
+
+    def offset_of(name: str) -> int | None:
+        address = symbols.get(name)
+        return None if address is None else address - image_region(address)
+
     if symbols.build_id and _note_offset(symbols) is not None:
         for base in _bases_by_build_id(target, symbols):
+            hole.place(target, base, offset_of)
             yield base + offset, "the build-id in physical memory"
     elif target.kind == "dump":
         for base in _bases(target):
+            hole.place(target, base, offset_of)
             yield base + offset, _BY_TABLES
 
 
@@ -309,6 +318,8 @@ def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolT
 
 
 def _and_base(target: Target) -> str:
+    if isinstance(target.memory, RawMemory) and target.memory.given:
+        return ", and is what is where in the file as --map says"
     return "" if target.base is None else f", with physical {target.base:#x} as its first byte (--base)"
 
 

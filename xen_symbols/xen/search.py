@@ -14,6 +14,7 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.symbols import embedded
 from xen_symbols.targets import Target
 from xen_symbols.x86 import paging
+from xen_symbols.xen import hole
 from xen_symbols.xen.memory import (
     IMAGE_MAX,
     IMAGE_MIN_OFFSET,
@@ -38,12 +39,13 @@ _MOST_PLACES, _MOST_TABLES = 1024, 64
 def roots(target: Target, progress: Progress | None = None) -> Iterator[tuple[int, int]]:
     """(physical address of `idle_pg_table`, XEN_VIRT_START) of each Xen that lies below 4 GiB and carries a table."""
     for place, table in tables(target, RELOCATION_LIMIT, progress):
-        rows = zip(table.offsets, table.texts, strict=True)
-        offset = next((offset for offset, text in rows if text[1:] == ROOT), None)
+        offset_of = {text[1:]: offset for offset, text in zip(table.offsets, table.texts, strict=True)}.get
+        offset = offset_of(ROOT)
         if offset is None:  # a table of functions only: 4.2 to 4.9
             continue
         first = -(-max(0, place - IMAGE_MAX) // RELOCATION_STEP) * RELOCATION_STEP
         for base in range(first, place - IMAGE_MIN_OFFSET + 1, RELOCATION_STEP):
+            hole.place(target, base, offset_of)
             yield from (
                 (base + offset, region) for region in IMAGE_REGIONS if _maps_itself(target, base, offset, region)
             )

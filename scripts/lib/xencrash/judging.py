@@ -64,6 +64,7 @@ def open_xen(asked: Request) -> XenMemory:
         asked.target,
         asked.symbols,
         base=asked.base,
+        maps=asked.maps,
         allow_mismatch=asked.allow_mismatch,
         progress=searching(asked.target),
     )

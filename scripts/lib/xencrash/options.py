@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.targets import PHYSICAL_END
+from xen_symbols.targets.raw import Map
 from xencrash.errors import UsageError
 
 LIVE_TARGET = "gdb:HOST:PORT, or gdb:/path/of/a/unix/socket (QEMU's -gdb)"
@@ -23,6 +24,7 @@ class Request(NamedTuple):
     symbols: str | None = None
     qmp: str | None = None  # of a live machine
     base: int | None = None  # of a raw image
+    maps: tuple[Map, ...] = ()  # the same, where it is not one piece
     allow_mismatch: bool = False
 
     @property
@@ -48,8 +50,12 @@ def add_target(parser: ArgumentParser, *, several: bool = False, dumps: bool = T
         parser.add_argument(
             "--base", type=_address, metavar="ADDRESS", help="physical address of a raw image's first byte"
         )
+        parser.add_argument(
+            "--map", type=_map, action="append", default=[], metavar="PHYS=OFFSET:SIZE",
+            help="what of physical memory is where in a raw image; repeatable. Default: Xen's memory shows it",
+        )  # fmt: skip
     else:
-        parser.set_defaults(base=None)
+        parser.set_defaults(base=None, map=[])
     parser.add_argument(
         "--allow-build-id-mismatch", action="store_true", help="go on with symbols of another build; the report says so"
     )
@@ -69,9 +75,12 @@ def request(args: Namespace, *, symbols_may_follow: bool = False) -> Request:
 
 
 def _request(target: str, args: Namespace) -> Request:
-    asked = Request(target, args.symbols, args.qmp, args.base, args.allow_build_id_mismatch)
-    if asked.live and asked.base is not None:
-        raise UsageError(f"--base is for a raw image of memory, and {target} is a live machine: leave it out")
+    asked = Request(target, args.symbols, args.qmp, args.base, tuple(args.map), args.allow_build_id_mismatch)
+    if asked.maps and asked.base is not None:
+        raise UsageError("--map says all of what is where in a raw image, and --base as well: leave one out")
+    for name, given in (("--base", asked.base is not None), ("--map", bool(asked.maps))):
+        if asked.live and given:
+            raise UsageError(f"{name} is for a raw image of memory, and {target} is a live machine: leave it out")
     if not asked.live and asked.qmp is not None:
         raise UsageError(f"--qmp is for a live machine, and {target} is a dump: leave it out")
     return asked
@@ -103,6 +112,17 @@ def _address(text: str) -> int:
     except ValueError:
         pass
     raise ArgumentTypeError(f"{text!r} is not a physical address, such as 0x100000")
+
+
+def _map(text: str) -> Map:
+    physical, equals, place = text.partition("=")
+    offset, colon, size = place.partition(":")
+    try:
+        if equals and colon and (found := Map(int(physical, 0), int(offset, 0), int(size, 0))).size > 0:
+            return found
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"{text!r} is not PHYS=OFFSET:SIZE, such as 0x100000000=0x80000000:0x40000000")
 
 
 def seconds(text: str) -> float:

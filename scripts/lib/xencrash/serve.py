@@ -2,8 +2,8 @@
 
 The protocol is the one of gdb's manual, appendix E. Threads are CPUs: thread id is CPU number + 1, as QEMU's
 gdbstub has it. Memory is virtual, by Xen's page tables, or physical after `Qqemu.PhyMemMode:1` (QEMU's packet, so
-that a client of QEMU's works here too). `qxencrash.dump` gives the path of the file in hex, and after a comma a raw
-image's base, for clients that can open the dump themselves.
+that a client of QEMU's works here too). `qxencrash.dump` gives the path of the file in hex, and after commas a raw
+image's base, or PHYS=OFFSET:SIZE of each stretch of it, for clients that can open the dump themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.targets.raw import Map
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import read_state
 
@@ -102,14 +103,15 @@ class Served:
     read_virtual: Callable[[int, int, int], bytes]
     read_physical: Callable[[int, int], bytes]
     base: int | None = None  # of a raw image
+    maps: Sequence[Map] = ()  # the same, where the user gave them
     current: int = 0  # the CPU that gdb shows first; gdb takes none without a pc
 
 
-def served(memory: XenMemory, base: int | None = None) -> Served:
+def served(memory: XenMemory, base: int | None = None, maps: Sequence[Map] = ()) -> Served:
     """A dump with Xen in it: a thread for each CPU that Xen has, and for each that could not be matched to one.
 
     gdb begins at the CPU that crashed, or else at the first with registers. Where the dump has none of its own, each
-    CPU has what it saved in Xen's memory. `base` as for open_dump. Raises Undecidable.
+    CPU has what it saved in Xen's memory. `base` and `maps` as for open_dump. Raises Undecidable.
     """
     saved = not memory.target.cpus()
     try:
@@ -141,6 +143,7 @@ def served(memory: XenMemory, base: int | None = None) -> Served:
         read_virtual=lambda _, address, size: memory.read(address, size),
         read_physical=target.read_physical,
         base=base,
+        maps=maps,
         current=first if first in able else able[0],
     )
 
@@ -267,7 +270,8 @@ class Conversation:
 
     def path(self, _: str) -> bytes:
         path = os.fsencode(os.path.abspath(self._served.path)).hex().encode()  # noqa: PTH100 - no links resolved
-        return path if self._served.base is None else b"%s,%x" % (path, self._served.base)
+        base, maps = self._served.base, self._served.maps
+        return b",".join([path, *([b"%x" % base] if base is not None else []), *(b"%x=%x:%x" % one for one in maps)])
 
     def monitor(self, _: str) -> bytes:
         return f"{READ_ONLY}; there is no monitor\n".encode().hex().encode()

@@ -69,7 +69,7 @@ def _target(asked: Request) -> Iterator[tuple[str, tuple[str, ...], SymbolTable 
         yield parse_live(asked.target), (), load_symbols(asked.symbols) if asked.symbols else None
         return
     memory = open_xen(asked)
-    with serving(served(memory, asked.base)) as socket:
+    with serving(served(memory, asked.base, asked.maps)) as socket:
         yield socket, GDB_SETTINGS, memory.symbols
 
 

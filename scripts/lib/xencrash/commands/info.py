@@ -76,11 +76,11 @@ def describe(asked: Request) -> Json:
 
 def describe_dump(asked: Request) -> Json:
     """What a dump is, as far as it can be determined, and else why not. Raises Undecidable for what is not a dump."""
-    target = open_dump(asked.target, base=asked.base)
+    target = open_dump(asked.target, base=asked.base, maps=asked.maps)
     data: Json = {
         "schema": SCHEMA_VERSION,
         "target": {"kind": target.kind, "format": target.format, "location": target.location},
-        "memory": [[hex(start), hex(end)] for start, end in target.physical_ranges()],
+        "memory": [],
         "notes": describe_notes(target.notes()),
         "registers": [
             {"index": cpu.index, "source": cpu.source, "registers": {k: hex(v) for k, v in cpu.registers.items()}}
@@ -90,11 +90,15 @@ def describe_dump(asked: Request) -> Json:
     if target.truncated:
         data["target"]["warnings"] = [target.truncated]
     try:
-        if asked.symbols is None:
-            table = carried_symbols(target, searching(asked.target))
-        else:
-            table = load_symbols(asked.symbols)
-        memory = locate(target, table, allow_mismatch=asked.allow_mismatch)
+        try:
+            if asked.symbols is None:
+                table = carried_symbols(target, searching(asked.target))
+            else:
+                table = load_symbols(asked.symbols)
+            memory = locate(target, table, allow_mismatch=asked.allow_mismatch)
+        finally:  # what is where in a raw image is known when Xen is found
+            data["memory"] = [[hex(start), hex(end)] for start, end in target.physical_ranges()]
+            data["target"]["format"] = target.format
         data["target"] = describe_target(memory)
         data["symbols"] = describe_symbols(memory)
         data["missing"] = [row.to_json() for row in missing(table, None)]
