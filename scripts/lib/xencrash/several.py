@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -40,25 +40,54 @@ def judge(asked: Sequence[Request], format: str, folder: str | None) -> int:
     if folder:
         _prepare(Path(folder))
     verdicts: list[Verdict] = []
-    interrupted = False
 
     def reports() -> Iterator[contract.Report]:
-        nonlocal interrupted
-        try:
-            for report in _in_order(asked, format, folder):
+        with contextlib.suppress(KeyboardInterrupt):
+            for report in _in_order(asked, format, folder, ctrl_c.wait):
                 verdicts.append(verdict_in(report))
                 if report.get("undecided"):
                     complain(report["undecided"])
                 elif sys.stderr.isatty():
                     complain(f"{len(verdicts)} of {len(asked)}: {report['target']['location']}: {report['verdict']}")
                 yield report
-        except KeyboardInterrupt:
-            interrupted = True
 
-    write_several(reports(), "table" if folder else format)
-    if interrupted:
+    with _CtrlC() as ctrl_c:
+        write_several(reports(), "table" if folder else format)
+    if ctrl_c.pressed:
         raise KeyboardInterrupt
     return exit_status(*verdicts)
+
+
+class _CtrlC:
+    """Ctrl-C ends the wait for a report, and never the writing of one."""
+
+    def __enter__(self) -> _CtrlC:
+        self.pressed = self._waits = False
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is signal.default_int_handler:  # else somebody wants it ignored
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *_: object) -> None:
+        self.pressed = True
+        if self._waits:
+            raise KeyboardInterrupt
+
+    def wait(self, connections: Collection[Connection]) -> list[Connection]:
+        """Those that can be read. Raises KeyboardInterrupt, also for what came before."""
+        try:
+            self._waits = True
+            if self.pressed:
+                raise KeyboardInterrupt
+            return [ready for ready in wait(list(connections)) if isinstance(ready, Connection)]
+        finally:
+            self._waits = False
+
+
+_Wait = Callable[[Collection[Connection]], Sequence[Connection]]
 
 
 def _prepare(folder: Path) -> None:
@@ -73,7 +102,9 @@ def _prepare(folder: Path) -> None:
         raise UsageError(f"{folder}: {error.strerror}; several dumps need a directory") from None
 
 
-def _in_order(asked: Sequence[Request], format: str, folder: str | None) -> Iterator[contract.Report]:
+def _in_order(
+    asked: Sequence[Request], format: str, folder: str | None, wait: _Wait
+) -> Iterator[contract.Report]:
     """The reports in the order of the dumps, each as soon as it and those before it are made."""
     digits = len(str(len(asked) - 1))  # so that names sort
     names = [f"{number:0{digits}}-{Path(one.target).name}" for number, one in enumerate(asked)]
@@ -82,7 +113,7 @@ def _in_order(asked: Sequence[Request], format: str, folder: str | None) -> Iter
     jobs = [_Job(one, judge_dump, format, file) for one, file in zip(asked, files, strict=True)]
     made: dict[int, contract.Report] = {}
     done = 0
-    for number, report in _by_workers(jobs):
+    for number, report in _by_workers(jobs, wait):
         made[number] = report
         while done in made:
             yield made.pop(done)
@@ -103,7 +134,7 @@ class _Job(NamedTuple):
         return undecided(self.asked, f"{self.asked.target}: the process that judged it {how}; check it alone").to_json()
 
 
-def _by_workers(jobs: Sequence[_Job]) -> Iterator[tuple[int, contract.Report]]:
+def _by_workers(jobs: Sequence[_Job], wait: _Wait) -> Iterator[tuple[int, contract.Report]]:
     """The number of each job and what came of it, as they end. Raises UsageError where a report cannot be written."""
     waiting = list(range(len(jobs)))
     running: dict[Connection, tuple[BaseProcess, int]] = {}
@@ -118,8 +149,7 @@ def _by_workers(jobs: Sequence[_Job]) -> Iterator[tuple[int, contract.Report]]:
         for _ in range(min(len(jobs), len(os.sched_getaffinity(0)))):
             give(*_worker(jobs))
         while running:
-            for ready in wait(list(running)):
-                assert isinstance(ready, Connection)
+            for ready in wait(running):
                 process, number = running.pop(ready)
                 try:
                     answer: contract.Report | UsageError = ready.recv()
