@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xen_symbols.crashpath.checks import CHECKS
-from xen_symbols.crashpath.checks.model import Need
+from xen_symbols.crashpath.checks.model import Need, Shows
 from xen_symbols.crashpath.complete import COMPLETE
 from xen_symbols.crashpath.gatechanges import GATE_WRITES
 from xen_symbols.crashpath.generations import GENERATIONS
@@ -49,12 +49,18 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "## Checks"
     yield ""
-    yield "| id | for | if it fails | source |"
-    yield "|---|---|---|---|"
+    yield "Was a promise seen to be kept, or only not seen to be broken? What a pass shows, at the end of a trace:"
+    yield ""
+    for shows in Shows:
+        yield f"- {_word(shows)}: {shows.value}"
+    yield ""
+    yield "| id | for | if it fails | a pass shows | source |"
+    yield "|---|---|---|---|---|"
     for check in CHECKS:
-        yield f"| {check.id} | {check.subject.value} | {check.consequence} | {check.source} |"
+        yield f"| {check.id} | {check.subject.value} | {check.consequence} | {_word(check.shows)} | {check.source} |"
     places = "; ".join(dict.fromkeys(COMPLETE.sources.values()))
-    yield f"| {COMPLETE.id} | {COMPLETE.subject} | {COMPLETE.consequence} | from where it came to: {places} |"
+    row = (COMPLETE.id, COMPLETE.subject, COMPLETE.consequence, _word(Shows.KEPT), f"from where it came to: {places}")
+    yield f"| {' | '.join(row)} |"
     yield ""
     yield "What they need of a target; without it they are skipped or unknown:"
     yield ""
@@ -106,6 +112,10 @@ def _lines() -> Iterator[str]:
         row = (whose, becomes, _stage_at(write.window.first - 1), _stage_at(write.window.last), _generations(write),
                write.by.source, _writer(write))  # fmt: skip
         yield f"| {' | '.join(row)} |"
+
+
+def _word(shows: Shows) -> str:
+    return shows.name.lower().replace("_", " ")
 
 
 def _value(write: Write) -> str:

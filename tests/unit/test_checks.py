@@ -31,11 +31,12 @@ from tests.machines.recorded import crashed, names
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
 from xen_symbols.crashpath import generations
 from xen_symbols.crashpath.checks import CHECKS
-from xen_symbols.crashpath.checks.model import Need, Outcome
-from xen_symbols.crashpath.context import Context
+from xen_symbols.crashpath.checks.model import Need, Outcome, Shows
+from xen_symbols.crashpath.context import Context, Followed
 from xen_symbols.crashpath.engine import judge
 from xen_symbols.crashpath.generations import Bookkeeping, Generation, identify
-from xen_symbols.crashpath.position import crashing_cpu, infer, online_at_crash
+from xen_symbols.crashpath.position import at_stage, crashing_cpu, infer, online_at_crash
+from xen_symbols.crashpath.stages import BY_ID
 from xen_symbols.report.model import Finding, Verdict
 from xen_symbols.xen.idt import idt_address
 from xen_symbols.xen.reads import Read, absent
@@ -185,6 +186,24 @@ def test_every_check_has_a_change_that_fails_it() -> None:
     elsewhere = {"dump-notes", "kexecing", "nmi-answered", "nmi-entries", "shootdown-report", "gate-change",
                  "enable-nmis"}  # fmt: skip
     assert {check.id for check in CHECKS} == shown | elsewhere | {"cpus-found"}  # which is unknown instead
+
+
+def test_a_pass_shows_what_its_row_says() -> None:
+    """A Xen that runs, taken for one that hands over: nothing was done for any promise; what passes was not kept."""
+    machine = Machine("4.17-normal")
+    state = read_state(machine.memory)
+    generation = identify(machine.memory).generation
+    position = at_stage(BY_ID["handover"], 0, 0, online_at_crash(state, generation, None))
+    followed = Followed(nmi_entries={}, unblocked="not executed", looks=0)
+    found: dict[str, set[Verdict]] = {}
+    for finding in judge(Context(machine.memory, state, position, generation, followed)):
+        found.setdefault(finding.check, set()).add(finding.verdict)
+    claims = {check.id: check.shows for check in CHECKS}
+    passed = {check for check, verdicts in found.items() if Verdict.PASS in verdicts and Verdict.FAIL not in verdicts}
+    failed = {check for check, verdicts in found.items() if Verdict.FAIL in verdicts}
+    assert not {check for check in passed if claims[check] is Shows.KEPT}
+    assert not {check for check in failed if claims[check] is Shows.NOT_BROKEN}
+    assert {check for check in failed if claims[check] is Shows.SO_ALREADY} == {"nmi-latch"}  # of other CPUs
 
 
 def test_a_cpu_that_never_answered_explains_what_follows() -> None:

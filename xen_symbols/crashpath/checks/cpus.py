@@ -9,6 +9,7 @@ from xen_symbols.crashpath.checks.model import (
     Check,
     Need,
     Outcome,
+    Shows,
     Subject,
     because,
     expect,
@@ -100,7 +101,7 @@ FOUND = (
     Check(
         "cpus-found", Subject.MACHINE, "xen/arch/x86/percpu.c and smpboot.c (7cfb005362)",
         "it does not fail: a CPU that was online and was not found among Xen's is unknown, and so is the verdict",
-        _cpus_found,
+        _cpus_found, shows=Shows.NOT_BROKEN,
     ),
 )  # fmt: skip
 
@@ -186,7 +187,7 @@ LATCH = Check(
     {"unblocked": "the crash kernel starts with NMIs blocked: its watchdog and its own crash NMIs are dead",
      "blocked": "NMIs are unblocked on this CPU while it runs its NMI handler, or is parked in it: the next one starts "
      "it again"},
-    Need.DEVICE_STATE,
+    Need.DEVICE_STATE, Shows.SO_ALREADY,
 )  # fmt: skip
 
 
@@ -276,7 +277,7 @@ def _idtr(context: Context, cpu: int) -> Outcome:
 IDTR = Check(
     "idtr", Subject.ONLINE, "xen/arch/x86/cpu/common.c, load_system_tables",
     "the CPU does not use the IDT that Xen writes to: it takes other handlers than the gates show", _idtr,
-    needs=Need.REGISTERS,
+    needs=Need.REGISTERS, shows=Shows.NOT_BROKEN,
 )  # fmt: skip
 
 LEFT = (LATCH, PENDING, PARKED, IDTR)

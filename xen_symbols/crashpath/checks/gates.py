@@ -9,6 +9,7 @@ from xen_symbols.crashpath.checks.model import (
     Judge,
     Need,
     Outcome,
+    Shows,
     Subject,
     expect,
     from_absence,
@@ -136,10 +137,12 @@ def _checks_of(prefix: str, handler: GateProperty, ist: GateProperty, event: str
         ("reserved", _GATE_HELPERS, "the gate's reserved bits are not 0: something other than Xen's helpers wrote it, "
          "and what else it wrote is not known", _constant(vector, lambda g: g.reserved, (0, 0), _reserved), {}),
     )  # fmt: skip
+    written = ("handler", "ist")  # the path leaves the others alone
     return tuple(
-        Check(f"{prefix}-gate-{name}", Subject.TABLES, source, consequence, judge, instead_of)
+        Check(f"{prefix}-gate-{name}", Subject.TABLES, source, consequence, judge, instead_of,
+              shows=Shows.KEPT if name in written else Shows.NOT_BROKEN)
         for name, source, consequence, judge, instead_of in rows
-    )
+    )  # fmt: skip
 
 
 # -- Since the last stop ----------------------------------------------------------------------
@@ -207,6 +210,7 @@ CHANGE = Check(
     "gate-change", Subject.FOLLOWED, "xen/arch/x86/crash.c and machine_kexec.c (77ad1faa6b); docs/reference.md",
     "a gate was changed in a way, or at a time, that this crash path never does: an NMI or a machine check in between "
     "went elsewhere, whatever the gate is now", _gate_change, needs=Need.TRACE,
+    shows=Shows.NOT_BROKEN,
 )  # fmt: skip
 
 CHECKS = (

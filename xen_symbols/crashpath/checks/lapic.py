@@ -9,6 +9,7 @@ from xen_symbols.crashpath.checks.model import (
     Check,
     Need,
     Outcome,
+    Shows,
     Subject,
     as_written,
     because,
@@ -38,6 +39,7 @@ def _x2apic_enabled(context: Context, _cpu: int) -> Outcome:
 X2APIC = Check(
     "x2apic-enabled", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus",
     "Xen goes on to use the crashing CPU's LAPIC in the wrong mode: #GP, or writes that go nowhere", _x2apic_enabled,
+    shows=Shows.SO_ALREADY,
 )  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def _lapic_mode(context: Context, cpu: int) -> Outcome:
 MODE = Check(
     "lapic-mode", Subject.ONLINE, "xen/arch/x86/apic.c, disable_local_APIC",
     "the crash kernel finds the LAPIC in a mode that it does not expect and hangs or faults", _lapic_mode,
-    needs=Need.DEVICE_STATE,
+    needs=Need.DEVICE_STATE, shows=Shows.SO_ALREADY,
 )  # fmt: skip
 
 

@@ -46,12 +46,21 @@ class Need(enum.Enum):
     TRACE = "a crash followed from its start"
 
 
+class Shows(enum.Enum):
+    """What a check's pass, at the end of a trace, shows of the promise that it is named after."""
+
+    KEPT = "it was seen to be kept: a Xen that has done nothing for it fails"
+    SO_ALREADY = "it is so now, and may have been so before the crash"
+    NOT_BROKEN = "it was not seen to be broken at any stop; what comes and goes between two stops is not seen"
+
+
 Judge = Callable[[Context, int], Outcome]
 
 
 class Check(NamedTuple):
     """One invariant. `source` says where to look, `consequence` what its failure would do to a real crash; where that
-    depends on what should have been there, `instead_of` says it by the expected value, a handler's by its name."""
+    depends on what should have been there, `instead_of` says it by the expected value, a handler's by its name.
+    `shows` says what a pass shows."""
 
     id: str
     subject: Subject
@@ -60,6 +69,7 @@ class Check(NamedTuple):
     judge: Judge
     instead_of: Mapping[Any, str] = MappingProxyType({})
     needs: Need = Need.MEMORY
+    shows: Shows = Shows.KEPT
 
     def explain(self, outcome: Outcome) -> str:
         """What a failure would do to a real crash."""

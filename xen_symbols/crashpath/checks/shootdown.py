@@ -5,6 +5,7 @@ from xen_symbols.crashpath.checks.model import (
     Check,
     Need,
     Outcome,
+    Shows,
     Subject,
     as_written,
     because,
@@ -69,7 +70,7 @@ WAITING = (
         "waiting-cpus", Subject.MACHINE, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b, and its author's review)",
         "the crashing CPU waits a full second for CPUs that have already answered, or does not wait for those that "
         "have not", _waiting_count,
-        {0: "the crashing CPU waits a full second for CPUs that have already answered"},
+        {0: "the crashing CPU waits a full second for CPUs that have already answered"}, shows=Shows.SO_ALREADY,
     ),
     Check(
         "waiting-cpus", Subject.CPUS, "xen/arch/x86/crash.c, do_nmi_crash (f12c1f0b09)",
@@ -78,7 +79,7 @@ WAITING = (
         as_written(WAITING_MASK, bit(WAITING_MASK), never="this generation counts the CPUs that it waits for",
                    because_of={True: ("crash-save-done",)}),
         {False: "the crashing CPU waits a full second for it, and says that it could not shoot it down",
-         True: "the crashing CPU does not wait for it: it leaves while this CPU still runs"},
+         True: "the crashing CPU does not wait for it: it leaves while this CPU still runs"}, shows=Shows.SO_ALREADY,
     ),
 )  # fmt: skip
 
@@ -110,7 +111,7 @@ ANSWERED = Check(
     "nmi-answered", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
     "when the wait was over this CPU had done nothing of what the shootdown NMI makes it do: unless it does so yet, it "
     "runs on under the crash kernel, and its registers are lost",
-    _answered,
+    _answered, shows=Shows.SO_ALREADY,
 )  # fmt: skip
 
 
