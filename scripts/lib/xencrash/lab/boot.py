@@ -29,6 +29,7 @@ CRASH_KERNEL_MIB = 256
 DOM0_MIB = 512
 BOOT_TIMEOUT = 600.0  # 32 vCPUs on two busy host cores boot within this
 _STALLED = 180.0  # seconds without a word on the console: a boot of dom0 under TCG hangs for good once in a long while
+_WORDS = 3  # lines
 _DIED = rb"Panic on CPU \d+|Kernel panic - not syncing|Hardware Dom0 halted"
 
 
@@ -99,8 +100,15 @@ def _guest_boot(spec: Specification) -> Boot:
     return Boot(kernel=built.kernel, symbols=built.symbols, append=append)
 
 
+def _images(spec: Specification, cache: Cache) -> images.XenImages:
+    if spec.xen_image:
+        spec.xen_image.check(spec.loads_crash_kernel)
+        return images.own_images(cache, spec.xen_image)
+    return (images.domu_images if spec.domu_vcpus else images.xen_images)(cache, spec.xen_row)
+
+
 def _xen_boot(spec: Specification, cache: Cache) -> Boot:
-    made = (images.domu_images if spec.domu_vcpus else images.xen_images)(cache, spec.xen_row)
+    made = _images(spec, cache)
     dom0_vcpus = spec.dom0_vcpus or 1
     words = (
         "xen com1=115200,8n1 console=com1 loglvl=all noreboot",
@@ -270,13 +278,20 @@ def wait_until_up(machine: Machine, spec: Specification) -> None:
             machine.domus.create(spec.domu_vcpus)
 
 
+def last_words(console: bytes) -> str:
+    """The first lines from a panic on, without their ornaments, in one."""
+    lines = (line.removeprefix("(XEN)").strip(" *\t") for line in console.decode(errors="replace").splitlines())
+    return " | ".join([line for line in lines if line][:_WORDS])
+
+
 def _boots(machine: Machine, step: str, log: Path, sign: bytes) -> None:
     size, heard = 0, time.monotonic()
 
     def ready() -> bool | None:
         nonlocal size, heard
-        if re.search(_DIED, machine.read_log(machine.serial_log)):
-            raise LabError(f"{step}: it died: {machine.where_to_look()}")
+        console = machine.read_log(machine.serial_log)
+        if died := re.search(_DIED, console):
+            raise LabError(f"{step}: it died: {last_words(console[died.start() :])}; see {machine.serial_log}")
         if re.search(sign, machine.read_log(log), re.MULTILINE):
             return True
         if (now := machine.serial.size()) != size:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from xencrash.lab.errors import BadSpecification
+from xencrash.lab.own import OwnXen, own_xen
 from xencrash.lab.rows import GDBS, QEMUS, SUITES, XENS
 
 CPUS = 4
@@ -24,8 +25,9 @@ _DOMU = (False, True)
 class Cell:
     """One crash: the rows of the lab it is made of, and how and when Xen crashes.
 
-    `how` and `cpu` are Crash's. `load` is the number of busy loops in dom0, `domu` whether a domU spins on every
-    CPU, `delay` the seconds that Xen runs before it crashes, once all is ready.
+    `xen` is a row, or the name of an own Xen: then `image` and `symbols` are its files. `how` and `cpu` are Crash's.
+    `load` is the number of busy loops in dom0, `domu` whether a domU spins on every CPU, `delay` the seconds that Xen
+    runs before it crashes, once all is ready.
     """
 
     name: str
@@ -38,19 +40,37 @@ class Cell:
     load: int = 0
     domu: bool = False
     delay: float = 0.0
+    image: str = ""
+    symbols: str = ""
+
+    @property
+    def own(self) -> OwnXen | None:
+        return own_xen(self.image, self.symbols) if self.image else None
+
+    @property
+    def generation(self) -> str | None:
+        """The one that must be identified, where it is known."""
+        return None if self.image else XENS[self.xen].generation
 
 
-def cells() -> tuple[Cell, ...]:
-    """Every cell there is: a LAPIC mode that a QEMU does not have makes none."""
+def cells(own: OwnXen | None = None) -> tuple[Cell, ...]:
+    """Every cell there is, of all rows or of one own Xen: a LAPIC mode that a QEMU does not have makes none."""
     made = []
-    for number, xen in enumerate(XENS):  # each Xen begins elsewhere, or all would be crashed alike
+    image, symbols = (str(own.image), str(own.symbols)) if own else ("", "")
+    names = [own.name] if own else list(XENS)
+    for number, xen in enumerate(names):  # each Xen begins elsewhere, or all would be crashed alike
         ways = itertools.islice(itertools.cycle(_WAYS), number, None)
         domus = itertools.islice(itertools.cycle(_DOMU), number, None)
         for qemu, gdb in itertools.product(QEMUS, GDBS):
             for lapic in sorted(QEMUS[qemu].cpu, reverse=True):
                 how, cpu = next(ways)
-                domu = QEMUS[qemu].domu and next(domus)
-                made.append(Cell("-".join((xen, qemu, gdb, lapic)), xen, qemu, gdb, lapic, how=how, cpu=cpu, domu=domu))
+                domu = QEMUS[qemu].domu and next(domus) and not own
+                made.append(
+                    Cell(
+                        "-".join((xen, qemu, gdb, lapic)), xen, qemu, gdb, lapic, how=how, cpu=cpu, domu=domu,
+                        image=image, symbols=symbols,
+                    )
+                )  # fmt: skip
     return tuple(made)
 
 
@@ -60,6 +80,8 @@ def settled(cells: Iterable[Cell]) -> tuple[Cell, ...]:
 
 
 def _suites(cell: Cell) -> set[str]:
+    if cell.image:
+        return {QEMUS[cell.qemu].suite}
     xen = XENS[cell.xen]
     return {xen.suite, xen.kexec_suite, QEMUS[cell.qemu].suite}
 
@@ -111,6 +133,6 @@ def _moment(chance: random.Random, number: int, cell: Cell) -> Cell:
         how="key" if cpu is None else "panic",
         cpu=cpu,
         load=chance.choice((0, chance.randint(CPUS, 2 * CPUS))),
-        domu=chance.choice((False, True)) and QEMUS[cell.qemu].domu,
+        domu=chance.choice((False, True)) and QEMUS[cell.qemu].domu and not cell.image,
         delay=round(chance.uniform(0, _LONGEST_DELAY), 2),
     )

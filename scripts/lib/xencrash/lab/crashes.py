@@ -22,7 +22,7 @@ from xencrash.lab.cells import CPUS, Cell
 from xencrash.lab.crash import Crash
 from xencrash.lab.errors import LabError, PackageGone
 from xencrash.lab.gdbs import gdb_words
-from xencrash.lab.images import domu_images, qemu_words, xen_images
+from xencrash.lab.images import domu_images, own_images, qemu_words, xen_images
 from xencrash.lab.machine import Machine
 from xencrash.lab.outcomes import words
 from xencrash.lab.packages import Cache
@@ -88,7 +88,11 @@ def _outcome(
 def _get(cell: Cell) -> str:
     """Fill the cache with what the cell needs, and return its gdb. Raises LabError."""
     cache = Cache()
-    (domu_images if cell.domu else xen_images)(cache, XENS[cell.xen])
+    if own := cell.own:
+        own.check(crash_kernel=True)
+        own_images(cache, own)
+    else:
+        (domu_images if cell.domu else xen_images)(cache, XENS[cell.xen])
     qemu_words(cache, QEMUS[cell.qemu])
     return gdb_words(cache, GDBS[cell.gdb])[0]
 
@@ -106,7 +110,8 @@ def _reports(cell: Cell, gdb: str, output: Path, fresh: bool) -> Iterator[contra
 
 def _specification(cell: Cell) -> Specification:
     return Specification(
-        xen=cell.xen,
+        xen=None if cell.image else cell.xen,
+        xen_image=cell.own,
         qemu=cell.qemu,
         lapic=cell.lapic,
         cpus=CPUS,
@@ -127,7 +132,7 @@ def _judged(report: contract.Report) -> tuple[Verdict, str]:
 
 
 def _unlike(cell: Cell, reports: Sequence[contract.Report]) -> Iterator[tuple[Verdict, str]]:
-    for reason in judged.unlike(reports, XENS[cell.xen].generation, cell.lapic, cell.cpu):
+    for reason in judged.unlike(reports, cell.generation, cell.lapic, cell.cpu):
         yield Verdict.UNKNOWN, reason
 
 

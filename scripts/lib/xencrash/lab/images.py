@@ -24,21 +24,25 @@ from pathlib import Path
 from xencrash.lab import initramfs
 from xencrash.lab.digests import sha256_of
 from xencrash.lab.errors import LabError
+from xencrash.lab.own import OwnXen
 from xencrash.lab.packages import Cache, Package
 from xencrash.lab.rows import (
     BUSYBOX_PACKAGE,
+    DEFAULT_XEN,
     KERNEL_PACKAGE,
     KERNEL_SUITE,
     LIBXEN_HEADERS,
     QEMU_DATA_PACKAGES,
     QEMU_FILES,
     QEMU_PACKAGE,
+    XENS,
     QemuRow,
     XenRow,
 )
 
 _HERE = Path(__file__).parent
 _DOMU_SOURCES = (_HERE / "domu.c", _HERE / "domu_kernel.S")
+_ANY_XEN_SOURCE = _HERE / "anyxen.c"
 _LIBRARIES = "lib/x86_64-linux-gnu"
 _UNUSED = 7 * 86400.0  # seconds after which what an earlier recipe made is removed
 _MANIFEST = "manifest.json"
@@ -87,19 +91,43 @@ def xen_images(cache: Cache, row: XenRow) -> XenImages:
 def domu_images(cache: Cache, row: XenRow) -> XenImages:
     """The images of a row, with a dom0 that has `domu` (domu.c), which creates a domU."""
     plain = xen_images(cache, row)
-    if not shutil.which("gcc"):
-        raise LabError("making the images: gcc is missing, which builds what creates a domU: install gcc and binutils")
+    _require_gcc("creates a domU")
     wanted = [*_kexec(row), Wanted(row.suite, lambda cache: cache.packages(row.suite, [LIBXEN_HEADERS]))]
 
     def build(folder: Path, *packages: Files) -> None:
-        # Linux unpacks archives that lie behind each other (buffer-format.rst).
-        domu = _domu([path for files in packages for path in files.values()])
-        whole = plain.dom0_initramfs.read_bytes() + initramfs.compressed(initramfs.cpio(domu))
-        (folder / "dom0.cpio.gz").write_bytes(whole)
+        _add(folder, plain, _domu([path for files in packages for path in files.values()]))
 
     with cache.lock():
         made = _made(cache, f"domu-{row.name}", wanted, build, [plain.dom0_initramfs, *_DOMU_SOURCES])
     return replace(plain, dom0_initramfs=made / "dom0.cpio.gz")
+
+
+def own_images(cache: Cache, own: OwnXen) -> XenImages:
+    """The images of a Xen that no row has, with a dom0 that loads a crash kernel whatever Xen's version (anyxen.c)."""
+    plain = xen_images(cache, XENS[DEFAULT_XEN])
+    _require_gcc("lets kexec talk to any Xen")
+    with cache.lock():
+        dom0 = _made(
+            cache, "dom0-any", [], lambda folder: _add(folder, plain, _any_xen()),
+            [plain.dom0_initramfs, _ANY_XEN_SOURCE],
+        )  # fmt: skip
+        made = _made(cache, "own", [], lambda folder: _write(folder / "xen", own.plain), [own.image])
+    return replace(plain, xen=made / "xen", symbols=own.symbols, dom0_initramfs=dom0 / "dom0.cpio.gz")
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _add(folder: Path, plain: XenImages, more: list[initramfs.Entry]) -> None:
+    """Write dom0's initramfs with more in it: Linux unpacks archives that follow each other (buffer-format.rst)."""
+    whole = plain.dom0_initramfs.read_bytes() + initramfs.compressed(initramfs.cpio(more))
+    _write(folder / "dom0.cpio.gz", whole)
+
+
+def _require_gcc(what: str) -> None:
+    if not shutil.which("gcc"):
+        raise LabError(f"making the images: gcc is missing, which builds what {what}: install gcc and binutils")
 
 
 def qemu_words(cache: Cache, row: QemuRow) -> tuple[str, ...]:
@@ -274,15 +302,11 @@ def _domu(packages: list[Path]) -> list[initramfs.Entry]:
             unpack(package, root)
         program = root / "domu"
         # What the libraries themselves need is looked for where they run: it may be newer than what this machine has.
-        built = subprocess.run(
-            ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-I", root / "usr/include", *_DOMU_SOURCES,
-             "-L", root / "usr" / _LIBRARIES, "-Wl,--allow-shlib-undefined", "-lxenctrl", "-lxenguest", "-o", program],
-            capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"},
-        )  # fmt: skip
-        if built.returncode:
-            lines = built.stderr.strip().splitlines() or ["gcc did not say why"]
-            why = next((line for line in lines if "error" in line), lines[0])
-            raise LabError(f"making the images: building {_DOMU_SOURCES[0].name} failed: {why}")
+        _compile(
+            *_DOMU_SOURCES,
+            *("-I", root / "usr/include", "-L", root / "usr" / _LIBRARIES, "-Wl,--allow-shlib-undefined"),
+            *("-lxenctrl", "-lxenguest", "-o", program),
+        )
         return [
             initramfs.file("sbin/domu", program.read_bytes()),
             *(
@@ -290,6 +314,28 @@ def _domu(packages: list[Path]) -> list[initramfs.Entry]:
                 for so, path in loaded_libraries(root, program).items()
             ),
         ]
+
+
+def _any_xen() -> list[initramfs.Entry]:
+    """anyxen.c, built, and what has it loaded with every program."""
+    with tempfile.TemporaryDirectory() as temporary:
+        library = Path(temporary) / "anyxen.so"
+        _compile(_ANY_XEN_SOURCE, "-shared", "-fPIC", "-o", library)
+        return [
+            initramfs.file(f"{_LIBRARIES}/{library.name}", library.read_bytes()),
+            initramfs.file("etc/ld.so.preload", f"/{_LIBRARIES}/{library.name}\n", 0o644),
+        ]
+
+
+def _compile(source: Path, *words: str | Path) -> None:
+    built = subprocess.run(
+        ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", source, *words],
+        capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"},
+    )  # fmt: skip
+    if built.returncode:
+        lines = built.stderr.strip().splitlines() or ["gcc did not say why"]
+        why = next((line for line in lines if "error" in line), lines[0])
+        raise LabError(f"making the images: building {source.name} failed: {why}")
 
 
 def loaded_libraries(root: Path, program: Path) -> dict[str, Path]:

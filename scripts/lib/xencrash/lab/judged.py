@@ -30,14 +30,17 @@ _TRACE = {"trace.json": json, "trace.xml": junit}
 _CHECK, _VMCORE = "check.json", "vmcore"
 
 
-def unlike(reports: Sequence[contract.Report], generation: str, lapic: str | None, cpu: int | None) -> Iterator[str]:
+def unlike(
+    reports: Sequence[contract.Report], generation: str | None, lapic: str | None, cpu: int | None
+) -> Iterator[str]:
     """How the crash that was judged differs from the one that was asked for: its verdict then says nothing of that.
 
-    `lapic` is the mode of all local APICs before the crash, `cpu` the one that crashes; None for any. That a domU or
+    `generation` is that of the crash path, `lapic` the mode of all local APICs before the crash, `cpu` the one that
+    crashes; None for any. That a domU or
     dom0's loops run is seen to before the crash (`Machine.require_busy`).
     """
     told, modes, cpus = generations(reports), lapic_modes(reports), {report["crashing_cpu"] for report in reports}
-    if reports and told != [generation]:
+    if reports and generation is not None and told != [generation]:
         yield f"the crash path should be generation {generation}, and is {' and '.join(told) or 'not identified'}"
     if reports and lapic is not None and modes != [lapic]:
         yield f"the local APICs were to be in {lapic} mode, not {' and '.join(modes) or 'unread'}"

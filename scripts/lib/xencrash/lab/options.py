@@ -7,9 +7,11 @@ from pathlib import Path
 
 from xencrash.errors import UsageError
 from xencrash.lab import progress
+from xencrash.lab.cells import Cell, cells
 from xencrash.lab.crash import WAYS, Crash
-from xencrash.lab.errors import LabError
+from xencrash.lab.errors import BadSpecification, LabError
 from xencrash.lab.machine import Machine, attach, running
+from xencrash.lab.own import OwnXen, own_xen
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, LAPICS, QEMUS, XENS
 from xencrash.lab.specification import Specification
 from xencrash.options import count
@@ -24,6 +26,7 @@ does not have any more is reported, and does not count)"""
 def add_machine(parser: ArgumentParser) -> None:
     """Which machine: for `specification`."""
     parser.add_argument("--xen", choices=XENS, help=f"default: {DEFAULT_XEN}")
+    add_own_xen(parser)
     parser.add_argument("--qemu", choices=QEMUS, default=DEFAULT_QEMU, help=f"default: {DEFAULT_QEMU}")
     parser.add_argument("--lapic", choices=LAPICS, help="default: what this QEMU and Xen do by themselves")
     parser.add_argument("--cpus", type=count, default=4, metavar="N", help="default: 4")
@@ -39,6 +42,24 @@ def add_machine(parser: ArgumentParser) -> None:
     parser.add_argument("--fault", metavar="NAME", help="a fault for the reference guest to have")
 
 
+def add_own_xen(parser: ArgumentParser) -> None:
+    """A Xen that no row has: for `own`."""
+    parser.add_argument(
+        "--xen-image", metavar="FILE", help="your own Xen: the xen.gz or xen of a build, instead of a row's"
+    )
+    parser.add_argument(
+        "--symbols", metavar="FILE", help="the xen-syms of --xen-image; default: the one beside it, or installed"
+    )
+
+
+def own(args: Namespace) -> OwnXen | None:
+    """The Xen that --xen-image and --symbols name. Raises BadSpecification."""
+    image, symbols = getattr(args, "xen_image", None), getattr(args, "symbols", None)
+    if symbols and not image:
+        raise BadSpecification("--symbols is for --xen-image: a row has its own; leave it out")
+    return own_xen(image, symbols) if image else None
+
+
 def add_crash(parser: ArgumentParser) -> None:
     """How Xen crashes: for `specification`, or `crash`."""
     parser.add_argument("--how", choices=WAYS, default=None, help="default: key, or panic with --cpu")
@@ -50,7 +71,8 @@ def specification(args: Namespace) -> Specification:
     names = ("xen", "guest", "fault", "qemu", "lapic", "cpus", "memory", "dom0_vcpus", "domu_vcpus", "xen_args",
              "dom0_args", "paused")  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    return Specification(**given, crash_kernel=not getattr(args, "no_crash_kernel", False), crash=crash(args))
+    loads = not getattr(args, "no_crash_kernel", False)
+    return Specification(**given, xen_image=own(args), crash_kernel=loads, crash=crash(args))
 
 
 def crash(args: Namespace) -> Crash:
@@ -62,10 +84,19 @@ def add_cells(parser: ArgumentParser, output: str) -> None:
     """Which cells of the matrix, and what to do with them."""
     for name, rows in (("xen", XENS), ("qemu", QEMUS), ("gdb", GDBS), ("lapic", ("xapic", "x2apic"))):
         parser.add_argument(f"--{name}", choices=rows, action="append", help="only cells with this; may be repeated")
+    add_own_xen(parser)
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help="machines to run in parallel; default: 1")
     parser.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--format", choices=("table", "json", "junit", "markdown"), default="table")
     add_fresh(parser)
+
+
+def own_cells(args: Namespace) -> tuple[Cell, ...]:
+    """Every cell there is, of the rows or of the Xen that --xen-image names. Raises BadSpecification."""
+    xen = own(args)
+    if xen and args.xen:
+        raise BadSpecification("--xen and --xen-image are two Xens: leave one out")
+    return cells(xen)
 
 
 def add_fresh(parser: ArgumentParser) -> None:

@@ -12,21 +12,23 @@ from typing import Any
 from xencrash.guests import BY_ID, Fault, generations
 from xencrash.lab.crash import Crash
 from xencrash.lab.errors import BadSpecification
+from xencrash.lab.own import OwnXen
 from xencrash.lab.qemu import Boot
 from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, LAPICS, QEMUS, XENS, LapicRow, QemuRow, XenRow
 
 WAITS = ("dom0", "xen", "none")
 _GUEST_MIB, _XEN_MIB = 64, 1024
 # What is said of real Xen only, by the option; the reference guest has no use for it.
-_OF_XEN = ("xen", "memory", "dom0_vcpus", "domu_vcpus", "xen_args", "dom0_args", "how", "no_crash_kernel")
+_OF_XEN = ("xen", "xen_image", "memory", "dom0_vcpus", "domu_vcpus", "xen_args", "dom0_args", "how", "no_crash_kernel")
 
 
 @dataclass(frozen=True)
 class Specification:
     """A machine to be made. Raises BadSpecification for what cannot be, or would have no effect.
 
-    What it boots is one of: `xen`, a row of the lab, with dom0 and a crash kernel (the default); `guest`, a generation
-    of the reference guest, which may have a `fault`; `kernel`, anything else that QEMU boots.
+    What it boots is one of: `xen`, a row of the lab, with dom0 and a crash kernel (the default); `xen_image`, a Xen
+    that no row has, in its place; `guest`, a generation of the reference guest, which may have a `fault`; `kernel`,
+    anything else that QEMU boots.
 
     `qemu` is a row. `lapic` is a row of LAPICS or None (what this QEMU does). `memory` is in MiB. `domu_vcpus` is the
     number of CPUs on which a domU spins once dom0 is up. With `pvh` dom0 is a PVH guest, its vCPUs in SVM guest mode,
@@ -38,6 +40,7 @@ class Specification:
     """
 
     xen: str | None = None
+    xen_image: OwnXen | None = None
     guest: str | None = None
     fault: str | None = None
     kernel: Boot | None = None
@@ -66,7 +69,8 @@ class Specification:
 
     @property
     def name(self) -> str:
-        return self.kernel.kernel.name if self.kernel else self.guest or f"Xen {self.xen_row.name}"
+        xen = self.xen_image.name if self.xen_image else f"Xen {self.xen_row.name}"
+        return self.kernel.kernel.name if self.kernel else self.guest or xen
 
     @property
     def boots_xen(self) -> bool:
@@ -84,6 +88,11 @@ class Specification:
     @property
     def xen_row(self) -> XenRow:
         return XENS[self.xen or DEFAULT_XEN]
+
+    @property
+    def generation(self) -> str | None:
+        """The one that must be identified, where it is known."""
+        return self.guest or (None if self.xen_image else self.xen_row.generation)
 
     @property
     def qemu_row(self) -> QemuRow:
@@ -122,6 +131,10 @@ class Specification:
                 yield f"--{option} is one of {', '.join(known)}, not {name!r}"
 
     def _problems_of_xen(self) -> Iterator[str]:
+        if self.xen and self.xen_image:
+            yield "--xen and --xen-image are two Xens: leave one out"
+        if self.xen_image and self.domu_vcpus:
+            yield "--domu-vcpus needs the libraries of this Xen, which --xen-image comes without: leave it out"
         if self.domu_vcpus > self.cpus:
             yield f"--domu-vcpus {self.domu_vcpus}: each needs its own CPU, and the machine has {self.cpus}"
         if self.domu_vcpus and self.paused:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from xencrash.lab.cells import cells, chosen, covering, settled, wanted
+from xencrash.lab.cells import chosen, covering, settled, wanted
 from xencrash.lab.crashes import crash_all
-from xencrash.lab.options import CRASHES, add_cells
+from xencrash.lab.options import CRASHES, add_cells, own_cells
 from xencrash.lab.outcomes import finish
 
 EPILOG = CRASHES
@@ -26,6 +26,6 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    everything, names = cells(), wanted(vars(args))
+    everything, names = own_cells(args), wanted(vars(args))
     selected = chosen(names, everything if args.all or names else covering(settled(everything)))
     return finish(crash_all(selected, args.output, args.jobs, args.fresh), args.format, "The matrix")

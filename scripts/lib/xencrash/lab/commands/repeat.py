@@ -12,9 +12,9 @@ import random
 import sys
 from argparse import ArgumentParser, Namespace
 
-from xencrash.lab.cells import cells, chosen, moments, settled, wanted
+from xencrash.lab.cells import chosen, moments, settled, wanted
 from xencrash.lab.crashes import crash_all
-from xencrash.lab.options import CRASHES, add_cells
+from xencrash.lab.options import CRASHES, add_cells, own_cells
 from xencrash.lab.outcomes import finish
 from xencrash.options import count
 
@@ -30,7 +30,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     seed = random.SystemRandom().randrange(1 << 32) if args.seed is None else args.seed
     print(f"seed {seed}", file=sys.stderr, flush=True)
-    everything = cells()
+    everything = own_cells(args)
     left = chosen(wanted(vars(args)), everything if args.xen or args.qemu else settled(everything))
     crashes = moments(args.number, seed, left)
     outcomes = crash_all(crashes, args.output, args.jobs, args.fresh)

@@ -68,10 +68,10 @@ def _crash(machine: Machine, wanted: Specification) -> None:
 def as_asked(wanted: Specification, reports: Sequence[contract.Report]) -> ExitStatus:
     """Undecided, with the reason on standard error, where the crash was not the one that was asked for."""
     if wanted.guest:  # a fault may set the mode, and a guest is given its crashing CPU at boot
-        reasons = list(judged.unlike(reports, wanted.guest, None, None))
+        reasons = list(judged.unlike(reports, wanted.generation, None, None))
     else:
         lapic = wanted.lapic_row.mode if wanted.lapic else None
-        reasons = list(judged.unlike(reports, wanted.xen_row.generation, lapic, wanted.crash.cpu))
+        reasons = list(judged.unlike(reports, wanted.generation, lapic, wanted.crash.cpu))
     if reasons:
         complain("; ".join(reasons))
     return ExitStatus.UNDECIDED if reasons else ExitStatus.PASSED
