@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import contextlib
 import shlex
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from typing import Any
 
 from tests.machines import exampletext
 from tests.machines.recorded import RECORDED, path_of
-from xen_symbols.absence import Absent
+from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.formats.elfnotes import Note
 from xen_symbols.symbols.load import load_symbols
@@ -85,6 +86,8 @@ def record(target: Any, symbols: SymbolTable, about: str, cpus: Sequence[Physica
     report = evaluate(memory)
     for cpu in recorder.cpus():
         symbols.lookup(cpu.registers.get("rip", 0))
+        with contextlib.suppress(Unreadable):  # a check reads it where the target does not say whether a CPU is halted
+            memory.read(cpu.registers.get("rip", 0) - 1, 1)
     return {
         "about": about,
         "verdict": str(report.verdict),

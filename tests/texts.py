@@ -284,7 +284,7 @@ TEXTS: dict[str, Callable[[], Sequence[Block] | str]] = {
     "gdb-notes-damaged": lambda: blocks("xen notes", session=damaged_notes()),
     "gdb-notes-live": lambda: blocks("xen notes", session=RecordedSession("4.20-shootdown")),
     "gdb-bt": _bt,
-    "gdb-bt-without-stacks": lambda: blocks("xen bt", 1),
+    "gdb-bt-without-stacks": lambda: blocks("xen bt", 1, session=RecordedSession("4.17-normal")),
     "gdb-vtop": lambda: blocks("xen vtop", RecordedSession().symbols().address("idle_pg_table")),
     "gdb-crash-status": lambda: _status("4.17-handover"),
     "gdb-crash-status-shootdown": lambda: _status("4.17-shootdown"),

@@ -78,6 +78,10 @@ def unhalted(machine: Machine) -> None:
     machine.physical(1, lambda p: p._replace(halted=False, registers={**p.registers, "rip": elsewhere}))
 
 
+def rsp_of(machine: Machine, cpu: int) -> dict[str, int]:
+    return {"rsp": machine.example.physical_cpus[cpu].registers["rsp"]}
+
+
 def unhooked(machine: Machine) -> None:
     if machine.symbols.has("exception_table"):  # until e7f147bf4a (4.17.0)
         machine.poke(machine.symbols.address("exception_table") + 8 * NMI, machine.text("do_nmi"))
@@ -133,6 +137,15 @@ CHANGES: dict[str, tuple[Callable[[Machine], object], str, int | None]] = {
     "a CPU that runs on": (unhalted, "cpu-parked", 1),
     "interrupts on in the halt loop": (
         lambda m: m.physical(1, lambda p: p._replace(registers={**p.registers, "rflags": 0x202})), "cpu-parked", 1),
+    "interrupts of the crashing CPU on": (
+        lambda m: m.physical(0, lambda p: p._replace(registers={**p.registers, "rflags": 0x206})),
+        "crashing-cpu-interrupts", 0),
+    "a parked CPU on another's stack": (
+        lambda m: m.physical(1, lambda p: p._replace(registers=p.registers | rsp_of(m, 2))), "cpu-stack", 1),
+    "the crashing CPU on another's stack": (
+        lambda m: m.physical(0, lambda p: p._replace(registers=p.registers | rsp_of(m, 2))), "cpu-stack", 0),
+    "TR of another CPU": (
+        lambda m: m.physical(1, lambda p: p._replace(tr_base=m.example.physical_cpus[2].tr_base)), "tr", 1),
     "IDTR elsewhere": (lambda m: m.physical(2, lambda p: p._replace(idtr=(0xFFFF83005FD6D000, 0xFFF))), "idtr", 2),
     "IDTR too short": (lambda m: m.physical(2, lambda p: p._replace(idtr=(p.idtr[0], 0x1F))), "idtr", 2),
 }  # fmt: skip
@@ -164,9 +177,11 @@ def needing(*needs: Need) -> set[str]:
     return {check.id for check in CHECKS if check.needs in needs}
 
 
-BEYOND_MEMORY = needing(Need.REGISTERS, Need.NOTES, Need.LAPIC, Need.DEVICE_STATE)
+OF_THE_FILE = {"dump-crash-info", "dump-vmcoreinfo"}  # its notes about the machine
+BEYOND_MEMORY = needing(Need.REGISTERS, Need.NOTES, Need.LAPIC, Need.DEVICE_STATE) - OF_THE_FILE
+OF_THE_CRASHING = {"crashing-cpu-interrupts"}
 GATE_CHECKS = {check.id for check in CHECKS if "-gate-" in check.id}
-OF_ITS_OWN = {"crash-save-done", "crash-notes"} | BEYOND_MEMORY
+OF_ITS_OWN = {"crash-save-done", "crash-notes"} | BEYOND_MEMORY - OF_THE_CRASHING
 # What is lost of a CPU that was online at the handover (CPU 0 crashed) -> what is then unknown, by CPU.
 LOST: dict[str, tuple[Callable[[Machine], object], dict[int | None, set[str]]]] = {
     "a CPU's IDT": (lambda m: no_idt(m, 2), {2: GATE_CHECKS | {"idtr"}}),

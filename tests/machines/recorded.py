@@ -55,6 +55,11 @@ class Example(Target):
                 answers.append(error.absent)
         return answers
 
+    def hold(self, address: int, data: bytes) -> None:
+        """Memory that was not recorded."""
+        bisect.insort(self._starts, address)
+        self._memory[address] = bytearray(data)
+
     def write(self, address: int, data: bytes) -> None:
         stretch, offset = self._find(address, len(data))
         stretch[offset : offset + len(data)] = data

@@ -25,6 +25,22 @@ BUILD_ID = bytes(range(20))
 _PRESENT, _PS = 1, 1 << 7
 
 
+_TSS_PAGE = 64  # of the per-CPU area; struct tss_page begins with ist_ssp[]
+
+
+def stack(cpu: int) -> int:
+    """Where a CPU's stacks begin; nothing is in them."""
+    return DIRECTMAP + 0x10000000 + (cpu << 15)
+
+
+def _tss_page(cpu: int) -> bytes:
+    """With the IST numbers of 4.14: #MC 1, NMI 2, #DB 3, #DF 4."""
+    base, poison = stack(cpu), 0x8600111111111111
+    ist = [base + 4096 * (1 + number) for number in (1, 2, 3, 4)]
+    tss = struct.pack("<4x3Q8x7Q12x", base + (32 << 10) - 96, poison, poison, *ist, *[poison] * 3)
+    return bytes(64) + tss
+
+
 @dataclass
 class SyntheticXen:
     """`variables` are symbols by name with their bytes; `content` is physical memory. `efi`: it booted xen.efi.
@@ -92,8 +108,9 @@ class SyntheticXen:
     def _state(self) -> None:
         count = self.cpus
         text = {name: address for name, (address, _) in self.symbols.items()}
-        start = self._place("__per_cpu_start", bytes(64))
+        start = self._place("__per_cpu_start", bytes(_TSS_PAGE) + _tss_page(0))
         self.symbols["per_cpu__crash_save_done"] = (start, "B")
+        self.symbols["per_cpu__tss_page"] = (start + _TSS_PAGE, "B")
         words = 8 * ((count + 63) // 64)
 
         def mask(cpus: range) -> bytes:
@@ -115,7 +132,7 @@ class SyntheticXen:
             buffers.append(struct.pack("<QQ", DIRECTMAP + heap, 404))
             heap += 512
             if cpu:
-                self.content[heap] = b"\1"
+                self.content[heap] = b"\1".ljust(_TSS_PAGE, b"\0") + _tss_page(cpu)
                 offsets.append((DIRECTMAP + heap - start) % (1 << 64))
                 self.content[heap + 4096] = other
                 idts.append(DIRECTMAP + heap + 4096)
@@ -129,6 +146,8 @@ class SyntheticXen:
             "idt_tables": struct.pack(f"<{count}Q", *idts),
             "x86_cpu_to_apicid": struct.pack(f"<{count}I", *range(count)),
             "e820": struct.pack("<I", len(self.memory_map)) + self._entries(),
+            "idle_vcpu": bytes(8 * count),
+            "vmcoreinfo_data": self._vmcoreinfo().ljust(4096, b"\0"),
             "xen_phys_start": struct.pack("<Q", PHYS_START),
             "trampoline_phys": struct.pack("<Q", TRAMPOLINE),
             "kexecing": b"\1",
@@ -156,12 +175,18 @@ class SyntheticXen:
     def _entries(self) -> bytes:
         return b"".join(struct.pack("<QQI", *entry) for entry in self.memory_map)
 
-    def _registers(self) -> dict[str, int]:
+    def _registers(self, cpu: int) -> dict[str, int]:
         rip = self.symbols["kexec_crash_save_cpu"][0] + 0xB2
-        return {"rip": rip, "cs": 0xE008, "rsp": DIRECTMAP + 0x1000, "cr0": 0x80050033, "cr3": self.root}
+        nmi_stack = stack(cpu) + 3 * 4096
+        return {"rip": rip, "cs": 0xE008, "rflags": 2, "rsp": nmi_stack - 0xF0, "cr0": 0x80050033, "cr3": self.root,
+                "cr4": 0x6E0}  # fmt: skip
+
+    def _vmcoreinfo(self) -> bytes:
+        """The note, with all but one of its lines left out."""
+        return dumpwriter.note("VMCOREINFO_XEN", 0, f"SYMBOL(pgd_l4)={self.symbols['idle_pg_table'][0]:x}\n".encode())
 
     def _notes(self, cpu: int) -> bytes:
-        registers = self._registers()
+        registers = self._registers(cpu)
         notes = dumpwriter.note("CORE", 1, dumpwriter.prstatus(registers))
         notes += dumpwriter.note("Xen", 0x1000002, dumpwriter.crash_regs(registers))
         if cpu == 0:
@@ -176,7 +201,7 @@ class SyntheticXen:
     def notes(self) -> bytes:
         """The notes of a vmcore."""
         info = dumpwriter.crash_info(xen_phys_start=PHYS_START)
-        return dumpwriter.xen_notes([self._registers()] * self.cpus, info=info)
+        return dumpwriter.xen_notes([self._registers(cpu) for cpu in range(self.cpus)], info=info)
 
 
 IMAGE = (PHYS_START, PHYS_START + (8 << 20))

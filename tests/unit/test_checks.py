@@ -55,7 +55,8 @@ def test_what_is_lost_of_an_online_cpu_is_unknown(name: str, what: str) -> None:
     change(machine)
     report = machine.report()
     if name.endswith("-vmcore"):  # whose notes cannot be compared without it
-        lost = {cpu: found | {"dump-notes"} if "crash-notes" in found else found for cpu, found in lost.items()}
+        also = {"crash-notes": "dump-notes", "crash-info-note": "dump-crash-info"}
+        lost = {cpu: found | {also[check] for check in found & also.keys()} for cpu, found in lost.items()}
     assert bad(report) == unknowns(lost)
     assert report.verdict is Verdict.UNKNOWN
 
@@ -184,7 +185,7 @@ def test_every_check_has_a_change_that_fails_it() -> None:
     shown = {check for _, check, _ in CHANGES.values()}
     # Below, in test_gate_changes.py and test_afterwards.py, and in the live tests.
     elsewhere = {"dump-notes", "kexecing", "nmi-answered", "nmi-entries", "shootdown-report", "gate-change",
-                 "enable-nmis"}  # fmt: skip
+                 "enable-nmis", "dump-crash-info", "dump-vmcoreinfo"}  # fmt: skip
     assert {check.id for check in CHECKS} == shown | elsewhere | {"cpus-found"}  # which is unknown instead
 
 
@@ -203,7 +204,9 @@ def test_a_pass_shows_what_its_row_says() -> None:
     failed = {check for check, verdicts in found.items() if Verdict.FAIL in verdicts}
     assert not {check for check in passed if claims[check] is Shows.KEPT}
     assert not {check for check in failed if claims[check] is Shows.NOT_BROKEN}
-    assert {check for check in failed if claims[check] is Shows.SO_ALREADY} == {"nmi-latch"}  # of other CPUs
+    assert {check for check in failed if claims[check] is Shows.SO_ALREADY} == {
+        "nmi-latch", "crashing-cpu-interrupts",
+    }  # of other CPUs; in the idle loop
 
 
 def test_a_cpu_that_never_answered_explains_what_follows() -> None:
@@ -420,7 +423,7 @@ def test_with_memory_alone_a_running_xen_passes() -> None:
     assert ([(s.stage, s.cpu) for s in report.stages], report.crashing_cpu) == ([("normal", None)], None)
     reason = "the dump holds no registers of any CPU"
     skipped = {f.check for f in report.findings if f.verdict is Verdict.SKIP and f.reason == reason}
-    assert skipped == BEYOND_MEMORY & {"idtr", "lapic-mode", "lapic-enabled", "dump-notes"}
+    assert skipped == BEYOND_MEMORY & {"idtr", "tr", "lapic-mode", "lapic-enabled", "dump-notes"}
 
 
 @pytest.mark.parametrize("what", [what for what, (_, check, _) in CHANGES.items() if check not in BEYOND_MEMORY])
@@ -553,7 +556,7 @@ def test_idtr_of_a_cpu_outside_xen_is_judged_by_whose_it_may_be() -> None:
 
     linux, xen = 0xFFFFFFFF81539F10, 0xFFFF82D0402F9C06
     assert _shootdown_findings(lambda m: outside(m, linux, ist=False)) == set()
-    assert _shootdown_findings(lambda m: outside(m, linux, ist=True)) == {("idtr", 1, "unknown")}
+    assert _shootdown_findings(lambda m: outside(m, linux, ist=True)) == {("idtr", 1, "unknown"), ("tr", 1, "unknown")}
     assert _shootdown_findings(lambda m: outside(m, xen, ist=False)) == {("idtr", 1, "fail")}
 
 

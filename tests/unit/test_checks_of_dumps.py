@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.machines.changed import Machine, bad
+from tests.machines.changed import OF_THE_FILE, Machine, bad
 from tests.machines.recorded import names
-from xen_symbols.report.model import Verdict
+from xen_symbols.report.model import Finding, Verdict
 from xen_symbols.targets import PhysicalCpu
 
 VMCORES = [name for name in names() if name.endswith("crashed-vmcore")]
@@ -82,3 +82,93 @@ def test_memory_without_xens_note_headers_leaves_the_notes_of_the_file_unknown(n
 def test_the_machines_own_registers_are_not_notes() -> None:
     found = [f for f in Machine("4.17-handover").report().findings if f.check == "dump-notes"]
     assert [f.verdict for f in found] == [Verdict.SKIP] * 4
+
+
+# -- The file's notes about the machine -------------------------------------------------------
+
+
+def note(machine: Machine, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change a note of the file."""
+    kind = {"Xen": 0x1000001, "VMCOREINFO_XEN": 0}[name]
+    machine.example._notes = [
+        each._replace(desc=change(each.desc)) if (each.name, each.type) == (name, kind) else each
+        for each in machine.example.notes()
+    ]
+
+
+def found(machine: Machine, check: str) -> Finding:
+    return next(f for f in machine.report().findings if f.check == check)
+
+
+def starts_2_mib_up(desc: bytes) -> bytes:
+    start = int.from_bytes(desc[64:72], "little") + (2 << 20)
+    return desc[:64] + start.to_bytes(8, "little") + desc[72:]
+
+
+@pytest.mark.parametrize("name", VMCORES)
+def test_the_files_notes_about_the_machine_are_what_xen_wrote(name: str) -> None:
+    machine = Machine(name)
+    assert {(f.verdict, f.cpu) for f in machine.report().findings if f.check in OF_THE_FILE} == {(Verdict.PASS, None)}
+    assert set(found(machine, "dump-vmcoreinfo").observed) == {"SYMBOL(pgd_l4)"}
+
+
+@pytest.mark.parametrize("name", VMCORES)
+def test_a_crash_info_that_is_not_the_memorys_fails(name: str) -> None:
+    machine = Machine(name)
+    note(machine, "Xen", starts_2_mib_up)
+    assert bad(machine.report()) == {("dump-crash-info", None, "fail")}
+    failure = found(machine, "dump-crash-info")
+    start = machine.memory.xen_phys_start
+    assert (failure.expected, failure.observed) == (
+        {"xen_phys_start": hex(start)}, {"xen_phys_start": hex(start + (2 << 20))}
+    )  # fmt: skip
+    assert "crash(8), libkdumpfile" in str(failure.reason)
+    note(machine, "Xen", lambda desc: bytes(80))
+    assert found(machine, "dump-crash-info").observed == "empty"
+    machine.example._notes = [each for each in machine.example.notes() if each.type != 0x1000001]
+    assert found(machine, "dump-crash-info").observed == "no CRASH_INFO"
+    assert bad(machine.report()) == {("dump-crash-info", None, "fail")}
+
+
+@pytest.mark.parametrize("field", range(10))
+def test_each_field_of_crash_info_is_compared(field: int) -> None:
+    machine = Machine("4.17-crashed-vmcore")
+    at = 8 * field
+    note(machine, "Xen", lambda desc: desc[:at] + bytes([desc[at] ^ 1]) + desc[at + 1 :])
+    assert bad(machine.report()) == {("dump-crash-info", None, "fail")}
+    assert len(found(machine, "dump-crash-info").observed) == 1
+
+
+@pytest.mark.parametrize("name", VMCORES)
+def test_vmcoreinfo_of_another_boot_fails(name: str) -> None:
+    machine = Machine(name)
+    root = f"{machine.symbols.address('idle_pg_table'):x}"
+    other = f"{machine.symbols.address('idle_pg_table') + 0x1000:x}"
+    text = next(each.desc for each in machine.example.notes() if each.name == "VMCOREINFO_XEN").rstrip(b"\0")
+    held = machine.memory.read(machine.symbols.address("vmcoreinfo_data"), 28 + len(text))
+    assert root.encode() in held
+    note(machine, "VMCOREINFO_XEN", lambda desc: desc.replace(root.encode(), other.encode()))
+    assert bad(machine.report()) == {("dump-vmcoreinfo", None, "fail")}
+    failure = found(machine, "dump-vmcoreinfo")
+    assert (failure.expected, failure.observed) == ({"SYMBOL(pgd_l4)": root}, {"SYMBOL(pgd_l4)": other})
+    assert "makedumpfile -X" in str(failure.reason)
+    # In memory alike: the symbols say otherwise.
+    machine.variable("vmcoreinfo_data", held.replace(root.encode(), other.encode()), None)
+    assert bad(machine.report()) == {("dump-vmcoreinfo", None, "fail")}
+
+
+def test_another_line_or_one_too_few_fails() -> None:
+    for change in (
+        lambda desc: desc.replace(b"PAGESIZE=4096\n", b""),
+        lambda desc: desc.replace(b"PAGESIZE=4096", b"PAGESIZE=8192"),
+        lambda desc: desc.split(b"SYMBOL(dom_io)")[0],
+    ):
+        machine = Machine("4.17-crashed-vmcore")
+        note(machine, "VMCOREINFO_XEN", change)
+        assert bad(machine.report()) == {("dump-vmcoreinfo", None, "fail")}
+
+
+def test_memory_without_vmcoreinfo_leaves_the_files_unknown() -> None:
+    machine = Machine("4.17-crashed-vmcore")
+    machine.variable("vmcoreinfo_data", bytes(28), None)
+    assert bad(machine.report()) == {("dump-vmcoreinfo", None, "unknown")}

@@ -36,7 +36,7 @@ class Dump:
 
     def __init__(self, folder: Path, shape: str) -> None:
         machine = CrashedXen(folder, cpus=4, table=0x108000)  # early in the image: a MiB of it is read
-        registers = [machine.xen._registers()] * 4
+        registers = [machine.xen._registers(cpu) for cpu in range(4)]
         notes = machine.notes
         if shape == "qemu":
             at = machine.xen.symbols["idt_tables"][0] - VIRT_START + PHYS_START

@@ -117,10 +117,10 @@ def test_a_raw_image_has_the_registers_that_xen_saved(machine: CrashedXen, tmp_p
             file.seek(address)
             file.write(data)
     memory = open_dump(ram, base=0)
-    registers = machine.xen._registers()
+    registers = [machine.xen._registers(cpu) for cpu in (0, 1)]
     threads = served(memory, 0).threads
     assert [thread.says for thread in threads] == [f"CPU {cpu}, Xen's crash notes in its memory" for cpu in (0, 1)]
-    assert all(registers.items() <= thread.registers.items() for thread in threads)
+    assert all(each.items() <= thread.registers.items() for each, thread in zip(registers, threads, strict=True))
     buffer = memory.read_uint(memory.variable("crash_notes") + 16)
     with ram.open("r+b") as file:
         file.seek(memory.physical(buffer) + 20)
@@ -128,5 +128,5 @@ def test_a_raw_image_has_the_registers_that_xen_saved(machine: CrashedXen, tmp_p
         file.seek(memory.physical(buffer) + 372)
         file.write(bytes(32))
     first, second = served(open_dump(ram, base=0), 0).threads
-    assert first.registers["rip"] == registers["rip"]
+    assert first.registers["rip"] == registers[0]["rip"]
     assert (second.registers, second.says) == ({}, "CPU 1: the dump holds no registers of any CPU")

@@ -243,7 +243,8 @@ CHECK = """
 xencrash xencrash.cli xencrash.commands xencrash.commands.check xencrash.errors xencrash.judging xencrash.lazy
 xencrash.options xencrash.output xencrash.renderers xencrash.renderers.json xencrash.subcommands
 xen_symbols xen_symbols.absence xen_symbols.api xen_symbols.text xen_symbols.version
-xen_symbols.x86 xen_symbols.x86.apic xen_symbols.x86.gate xen_symbols.x86.paging
+xen_symbols.x86 xen_symbols.x86.apic xen_symbols.x86.control xen_symbols.x86.gate xen_symbols.x86.paging
+xen_symbols.x86.tss
 xen_symbols.report xen_symbols.report.jsontext xen_symbols.report.model
 xen_symbols.formats xen_symbols.formats.content xen_symbols.formats.elf
 xen_symbols.formats.elfnotes xen_symbols.formats.extents xen_symbols.formats.image xen_symbols.formats.magics
@@ -254,15 +255,16 @@ xen_symbols.targets xen_symbols.targets.dump xen_symbols.targets.elfcore xen_sym
 xen_symbols.targets.raw xen_symbols.targets.stretches
 xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.lapic
 xen_symbols.xen.locate xen_symbols.xen.hole
-xen_symbols.xen.idt xen_symbols.xen.memory xen_symbols.xen.percpu xen_symbols.xen.reads xen_symbols.xen.search
-xen_symbols.xen.state
+xen_symbols.xen.idt xen_symbols.xen.memory xen_symbols.xen.owned xen_symbols.xen.percpu xen_symbols.xen.reads
+xen_symbols.xen.search xen_symbols.xen.stacks xen_symbols.xen.state
 xen_symbols.describe xen_symbols.describe.machine
 xen_symbols.crashpath xen_symbols.crashpath.context xen_symbols.crashpath.engine xen_symbols.crashpath.follows
 xen_symbols.crashpath.generations xen_symbols.crashpath.position xen_symbols.crashpath.stages
 xen_symbols.crashpath.timeline
 xen_symbols.crashpath.checks xen_symbols.crashpath.checks.cpus xen_symbols.crashpath.checks.gates
 xen_symbols.crashpath.checks.lapic xen_symbols.crashpath.checks.machine xen_symbols.crashpath.checks.model
-xen_symbols.crashpath.checks.notes xen_symbols.crashpath.checks.shootdown
+xen_symbols.crashpath.checks.filenotes xen_symbols.crashpath.checks.notes xen_symbols.crashpath.checks.registers
+xen_symbols.crashpath.checks.running xen_symbols.crashpath.checks.shootdown
 """.split()
 COSTLY = {"ast", "asyncio", "dataclasses", "dis", "inspect", "mmap", "pathlib", "socket",
           "subprocess", "tempfile", "tokenize", "traceback", "urllib"}  # fmt: skip

@@ -19,6 +19,7 @@ from xen_symbols.xen.console import read_console
 from xen_symbols.xen.ist import IST_SSP_SIZE, ist_numbers
 from xen_symbols.xen.lapic import BOOT_MODES
 from xen_symbols.xen.memory import XenMemory
+from xen_symbols.xen.owned import Owned
 from xen_symbols.xen.reads import Read, absent, in_memory
 from xen_symbols.xen.state import CpuState, State
 
@@ -349,6 +350,11 @@ class Context:
             return read.value
         mode = apic.Mode.X2APIC if read.value else apic.Mode.XAPIC
         return str(mode.value)
+
+    @cached_property
+    def owned(self) -> Owned:
+        """What belongs to each CPU that was online, to hold its registers against."""
+        return Owned(self.memory, self.state, sorted(self.position.online))
 
     @cached_property
     def console_tail(self) -> str | Absent:

@@ -55,6 +55,8 @@ def _subjects(subject: Subject, context: Context) -> list[int]:
         return [cpu for cpu in context.cpus if _may_have_table(context.state.of(cpu))]
     if subject is Subject.CPUS:
         return context.cpus
+    if subject is Subject.CRASHING:
+        return [] if context.position.crashing_cpu is None else [context.position.crashing_cpu]
     if subject is Subject.OTHERS:
         return [] if context.position.crashing_cpu is None else context.others
     return sorted(context.position.online)

@@ -72,6 +72,7 @@ EXCEPTION_TABLE = Object("exception_table[2]", Code("do_nmi"), field="exception_
 NMI_CALLBACK = Object("nmi_callback", Value.IDLE_CALLBACK, field="nmi_callback", exists=lambda generation: True)
 NMI_ENTRIES = Object("its entries into the handler", 0)
 NMI_LATCH = Object("its NMI latch")
+INTERRUPTS = Object("its interrupts")
 ONLINE = Object("its bit in cpu_online_map", True, offline=False, field="online")
 SAVE_DONE = Object("its crash_save_done", False)
 LAPIC_MODE = Object("its LAPIC's mode", Value.RUNNING_MODE)
@@ -239,6 +240,7 @@ PATH: tuple[Write, ...] = (
     Write(NOTES, Whose.CRASHING, CrashStep.SAVED, "saved", _SAVE_CPU),
 
     # machine_crash_shutdown() and nmi_shootdown_cpus(), before the NMI is sent
+    Write(INTERRUPTS, Whose.CRASHING, CrashStep.ARMED, "off", _ARM),
     Write(WAITING_COUNT, Whose.MACHINE, CrashStep.ARMED, "the number of other CPUs", _ARM, _COUNT),
     Write(WAITING_MASK, Whose.OTHER, CrashStep.ARMED, True, _ARM, _MASK),
     Write(NMI_HANDLER, Whose.CRASHING, CrashStep.ARMED, Code("trap_nop"), _OWN_NMI_GATE, _OWN_GATE),

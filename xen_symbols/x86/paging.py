@@ -10,7 +10,7 @@ CR0_PG = 1 << 31
 
 PRESENT = 1 << 0
 PAGE_SIZE_BIT = 1 << 7  # PS: this entry maps a superpage
-_ADDRESS_MASK = 0x000F_FFFF_FFFF_F000
+ADDRESS_MASK = 0x000F_FFFF_FFFF_F000
 _LEVELS = (("PML4E", 39), ("PDPTE", 30), ("PDE", 21), ("PTE", 12))
 
 ReadPhysical = Callable[[int, int], bytes]
@@ -51,7 +51,7 @@ def walk(read_physical: ReadPhysical, cr3: int, address: int) -> Mapping:
     """
     if not is_canonical(address):
         raise Unreadable(f"{address:#x} is not a canonical address")
-    table = cr3 & _ADDRESS_MASK
+    table = cr3 & ADDRESS_MASK
     entries = []
     for level, shift in _LEVELS:
         where = table + 8 * (address >> shift & 0x1FF)
@@ -65,9 +65,9 @@ def walk(read_physical: ReadPhysical, cr3: int, address: int) -> Mapping:
             raise _untranslated(why, address, shift, unread=False)
         if level == "PTE" or (entry & PAGE_SIZE_BIT and level in ("PDPTE", "PDE")):
             size = 1 << shift
-            base = entry & _ADDRESS_MASK & -size
+            base = entry & ADDRESS_MASK & -size
             return Mapping(base + address % size, size, tuple(entries))
-        table = entry & _ADDRESS_MASK
+        table = entry & ADDRESS_MASK
     raise AssertionError("the last level always returns")
 
 

@@ -24,6 +24,7 @@ RELOCATION_STEP = 2 << 20
 RELOCATION_LIMIT = 4 << 30
 ROOT = "idle_pg_table"
 HYPERVISOR_CS = 0xE008  # the same file, __HYPERVISOR_CS64
+HYPERVISOR_DS = 0xE010  # __HYPERVISOR_DS32; in 64-bit mode a null selector does as well
 
 
 def image_region(address: int) -> int:

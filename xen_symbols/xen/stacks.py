@@ -6,9 +6,10 @@ pages at the top, and at the very end lies struct cpu_info, which begins with th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.absence import Absent
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86 import gate, tss
 from xen_symbols.x86.paging import PAGE_SIZE
@@ -35,6 +36,8 @@ _CPU_INFOS = (
     _CpuInfo(96, 64, 56, "xen/include/asm-x86/current.h with XPTI's fields: 4.11 to 4.20, fixed releases since 4.7.5"),
     _CpuInfo(80, 64, 56, "xen/arch/x86/include/asm/current.h without the segment registers of vm86 mode (4.21.0)"),
 )
+# A page of TSS (4.13) begins with ist_ssp[] (4.14): where the TSS is in it follows from its content.
+_TSS_AT = (IST_SSP_SIZE, 0)
 REGS_SIZE = 168  # struct cpu_user_regs from r15 to ss, in every release
 
 
@@ -83,27 +86,69 @@ class CpuStacks(NamedTuple):
 
 def stacks_of(memory: XenMemory, state: State, cpu: CpuState) -> CpuStacks | Absent:
     """A CPU's stacks by its TSS; Absent when that cannot be read or is no TSS of Xen's."""
-    if isinstance(cpu.tss, Absent):
-        return cpu.tss
+    return stacks_of_each(memory, state, [cpu])[cpu.cpu]
+
+
+def stacks_of_each(memory: XenMemory, state: State, cpus: Sequence[CpuState]) -> dict[int, CpuStacks | Absent]:
+    """The same of several CPUs, in two batches: what their TSSs hold, and the struct cpu_info that these lead to."""
+    numbers = ist_numbers(state)
+    asked = [(cpu, cpu.tss + offset) for cpu in cpus if not isinstance(cpu.tss, Absent) for offset in _TSS_AT]
+    pages = memory.read_many([(address, tss.SIZE) for _, address in asked])
+    found: dict[int, CpuStacks | Absent] = {cpu.cpu: cpu.tss for cpu in cpus if isinstance(cpu.tss, Absent)}
+    layouts: dict[int, _Layout] = {}
+    for (cpu, address), page in zip(asked, pages, strict=True):
+        if cpu.cpu in layouts or cpu.cpu in found:
+            continue
+        layout = _layout(address, page, cpu)
+        if isinstance(layout, _Layout):
+            layouts[cpu.cpu] = layout
+        elif isinstance(layout, Absent):
+            found[cpu.cpu] = layout
+    fields = [(layout.end - at, size) for layout in layouts.values()
+              for at, size in ((layout.info.processor_id, 4), (layout.info.current, 8))]  # fmt: skip
+    answers = iter(memory.read_many(fields))
+    for number, layout in layouts.items():
+        found[number] = _stacks(layout, next(answers), next(answers), numbers)
+    for cpu in cpus:
+        if cpu.cpu not in found:
+            found[cpu.cpu] = Absent(f"what lies at {cpu.tss:#x} is no TSS of Xen's: {_NOT_ONE_CPUS}")
+    return found
+
+
+_NOT_ONE_CPUS = "its stack pointers are not in one CPU's stacks"
+
+
+class _Layout(NamedTuple):
+    """What one TSS says."""
+
+    tss: Tss
+    base: int
+    info: _CpuInfo
+    found_by: str
+
+    @property
+    def end(self) -> int:
+        return self.base + STACK_SIZE
+
+
+def _layout(address: int, raw: bytes | Absent, cpu: CpuState) -> _Layout | Absent | None:
+    """None where no TSS of Xen's lies."""
+    if isinstance(raw, Absent):
+        return Absent(f"its TSS could not be read: {raw}")
+    found = tss.decode(raw)
+    base = (found.rsp[0] - 1) & -STACK_SIZE
+    info = next((row for row in _CPU_INFOS if base + STACK_SIZE - found.rsp[0] == row.above_rsp0), None)
+    if info is None or not all(base < found.ist[ist - 1] <= base + STACK_SIZE for ist in (1, 2, 3)):
+        return None
     loaded = cpu.physical.tr_base if isinstance(cpu.physical, PhysicalCpu) else None
-    # A page of TSS (4.13) begins with ist_ssp[] (4.14): where the TSS is in it follows from its content.
-    for address in (cpu.tss + IST_SSP_SIZE, cpu.tss):
-        try:
-            found = tss.decode(memory.read(address, tss.SIZE))
-        except Unreadable as error:
-            return Absent(f"its TSS could not be read: {error.absent}")
-        base = (found.rsp[0] - 1) & -STACK_SIZE
-        info = next((row for row in _CPU_INFOS if base + STACK_SIZE - found.rsp[0] == row.above_rsp0), None)
-        if info is not None and all(base < found.ist[ist - 1] <= base + STACK_SIZE for ist in (1, 2, 3)):
-            by = f"the TSS at {address:#x}" + (", which TR points to" if loaded == address else "")
-            return _by_tss(memory, found, base, info, by, ist_numbers(state))
-    return Absent(f"what lies at {cpu.tss:#x} is no TSS of Xen's: its stack pointers are not in one CPU's stacks")
+    by = f"the TSS at {address:#x}" + (", which TR points to" if loaded == address else "")
+    return _Layout(found, base, info, by)
 
 
-def _by_tss(
-    memory: XenMemory, found: Tss, base: int, info: _CpuInfo, by: str, numbers: IstNumbers | Absent
-) -> CpuStacks | Absent:
-    end = base + STACK_SIZE
+def _stacks(
+    layout: _Layout, id_raw: bytes | Absent, current: bytes | Absent, numbers: IstNumbers | Absent
+) -> CpuStacks:
+    found, base, end = layout.tss, layout.base, layout.end
     page = (found.ist[0] - 1 - base) // PAGE_SIZE
     numbers, numbering = _agreed(numbers, page)
     stacks = []
@@ -114,10 +159,9 @@ def _by_tss(
             stacks.append(Stack(name, (top - 1) & -PAGE_SIZE, top, ist, vector))
     stacks.sort(key=lambda stack: stack.start)
     stacks.append(Stack("primary", end - _PRIMARY_SIZE, end))
-    id_raw, current = memory.read_many([(end - info.processor_id, 4), (end - info.current, 8)])
     return CpuStacks(
         base=base,
-        found_by=by,
+        found_by=layout.found_by,
         numbering=numbering,
         stacks=tuple(stacks),
         guest_regs=found.rsp[0] - REGS_SIZE,

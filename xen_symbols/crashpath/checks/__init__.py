@@ -3,7 +3,7 @@
 A row's `judge` says which values are allowed, given how far each CPU has come, and what was observed.
 """
 
-from xen_symbols.crashpath.checks import cpus, gates, lapic, machine, notes, shootdown
+from xen_symbols.crashpath.checks import cpus, filenotes, gates, lapic, machine, notes, running, shootdown
 from xen_symbols.crashpath.checks.model import Check
 
 # In the order of reports.
@@ -12,7 +12,9 @@ CHECKS: tuple[Check, ...] = (
     *gates.CHECKS,
     *shootdown.CHECKS,
     *notes.CHECKS,
+    *filenotes.CHECKS,
     *machine.CHECKS,
     *lapic.CHECKS,
+    *running.CHECKS,
     *cpus.LEFT,
 )

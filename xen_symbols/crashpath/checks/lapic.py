@@ -112,7 +112,9 @@ def _lapic_self_nmi(context: Context, cpu: int) -> Outcome:
         return early
 
     def target(lapic: Lapic) -> str | Absent:
-        for part in (lapic.apic_base, lapic.icr_low, lapic.icr_high, lapic.apic_id):
+        # Xen's number for it, not the record's own: that may be another CPU's.
+        own = context.state.of(cpu).apic_id.value
+        for part in (lapic.apic_base, lapic.icr_low, lapic.icr_high, own):
             if isinstance(part, Absent):
                 return part
         assert isinstance(lapic.icr_low, int) and isinstance(lapic.icr_high, int) and isinstance(lapic.apic_base, int)
@@ -122,7 +124,7 @@ def _lapic_self_nmi(context: Context, cpu: int) -> Outcome:
         if low & (apic.ICR_SHORTHAND | apic.ICR_DESTINATION_LOGICAL):
             return f"an NMI by shorthand or logical destination (ICR {low:#x})"
         destination = apic.icr_destination(lapic.icr_high, apic.mode(lapic.apic_base))
-        return "an NMI to itself" if destination == lapic.apic_id else f"an NMI to APIC id {destination}"
+        return "an NMI to itself" if destination == own else f"an NMI to APIC id {destination}"
 
     return expect(_read(context, cpu, target), ("an NMI to itself",))
 

@@ -31,6 +31,7 @@ class Subject(enum.Enum):
     TABLES = "each CPU that has an IDT"
     FOLLOWED = "each CPU that has an IDT, from stop to stop of a trace"
     ONLINE = "each CPU that was online"
+    CRASHING = "the crashing CPU"
     OTHERS = "each other CPU that was online"
     CPUS = "each CPU that exists, or was online"
 

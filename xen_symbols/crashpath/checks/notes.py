@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from xen_symbols.absence import Absent, Kind
+from xen_symbols.crashpath.checks import registers
 from xen_symbols.crashpath.checks.model import (
     Check,
     Need,
@@ -16,8 +17,6 @@ from xen_symbols.crashpath.checks.model import (
 )
 from xen_symbols.crashpath.context import MACHINE, Context
 from xen_symbols.crashpath.timeline import CRASH_INFO, NOTES
-from xen_symbols.symbols.table import TEXT
-from xen_symbols.xen.memory import HYPERVISOR_CS
 from xen_symbols.xen.reads import Read
 
 
@@ -26,23 +25,19 @@ def _crash_notes(context: Context, cpu: int) -> Outcome:
     allowed = context.allowed(NOTES, cpu)
     if isinstance(read.value, Absent) or isinstance(allowed, Absent):
         return expect(read, allowed)
-    notes = read.value
-    observed = notes.progress
-    if observed == "saved" and not _plausible(context, notes.registers, notes.control):
-        observed = "not Xen's registers"
+    observed = read.value.progress
+    if observed == "saved" and cpu in context.position.online and "saved" in allowed:
+        parts = registers.parts(context, cpu, read.value)
+        if len(allowed) == 1:
+            return registers.outcome(parts, read.evidence)
+        observed = "saved" if all(part.right is True for part in parts) else _NOT_ITS_OWN
     if len(allowed) > 1:  # it may be writing them right now
-        allowed = (*allowed, "half written", "not Xen's registers")
+        allowed = (*allowed, "half written", _NOT_ITS_OWN)
     outcome = expect(Read(observed, read.evidence), allowed)
     return because(outcome, "saved-cpus") if observed == "empty" else outcome
 
 
-def _plausible(context: Context, registers: dict[str, int], control: dict[str, int]) -> bool:
-    """Xen's own registers inside kexec_crash_save_cpu: code of Xen's, its code segment, and page tables."""
-    found = context.symbols.lookup(registers["rip"])
-    in_text = found is not None and found[0].kind in TEXT
-    return in_text and registers["cs"] == HYPERVISOR_CS and control["cr3"] != 0
-
-
+_NOT_ITS_OWN = "not Xen's registers"
 CRASH_NOTES = Check(
     "crash-notes", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
     "its registers are missing from the dump, or are not its own", _crash_notes,

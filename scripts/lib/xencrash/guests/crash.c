@@ -246,7 +246,8 @@ static void nmi_shootdown_cpus(void)
 {
     unsigned int cpu = smp_processor_id();
 
-    local_irq_disable();
+    step ( DISABLE_INTERRUPTS, cpu )
+        local_irq_disable();
     crashing_cpu = cpu;
     irq_stat[cpu].__local_irq_count = 0;
 

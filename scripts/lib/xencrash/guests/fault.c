@@ -146,6 +146,21 @@ static bool restore_callback(unsigned int cpu)
 }
 #endif
 
+/* The crash may have begun where they are off already, in the console's interrupt. */
+static bool leave_interrupts_on(unsigned int cpu)
+{
+    local_irq_enable();
+    return true;
+}
+
+static bool run_guest(unsigned int cpu)
+{
+    static char vcpu;
+
+    get_cpu_info()->current_vcpu = &vcpu;
+    return false;
+}
+
 static bool send_vm_exit(unsigned int cpu)
 {
     send_IPI(x86_cpu_to_apicid[cpu], VM_EXIT_VECTOR);
@@ -434,7 +449,9 @@ static const struct row {
 #if HOOKS_GATES
     ONE(HANDLERS_EXCHANGED,     HOOKED,                 ANY,        exchange_handlers),
 #endif
+    ONE(SHOOTDOWN_INTERRUPTS,   DISABLE_INTERRUPTS,     ANY,        leave_interrupts_on),
     ONE(NMI_NOT_SENT,           SEND_NMI,               FAULTY,     leave_out),
+    ONE(NMI_BY_VM_EXIT,         SETTLE,                 FAULTY,     run_guest),
     ONE(NMI_BY_VM_EXIT,         SEND_NMI,               FAULTY,     send_vm_exit),
     ONE(STUCK,                  SETTLE,                 FAULTY,     take_earlier_nmi),
     ONE(STUCK,                  EARLIER_NMI,            FAULTY,     stick),

@@ -27,6 +27,7 @@
     F(HOOK_RESTORED,            "hook-restored")                \
     F(NMI_GATE_NOT_HOOKED,      "nmi-gate-not-hooked")          \
     F(HANDLERS_EXCHANGED,       "handlers-exchanged")           \
+    F(SHOOTDOWN_INTERRUPTS,     "shootdown-interrupts-on")      \
     F(NMI_NOT_SENT,             "nmi-not-sent")                 \
     F(NMI_BY_VM_EXIT,           "nmi-by-vm-exit")               \
     F(STUCK,                    "stuck")                        \
@@ -113,6 +114,7 @@ enum step {
     WRITE_NOTES,
     INFO_NOTE,                                  /* and crash.c */
     /* crash.c: the crashing CPU */
+    DISABLE_INTERRUPTS,
     OWN_MC_IST_OFF,
     MC_IST_OFF,                                 /* of another CPU's gate, on either CPU */
     HOOK_NMI,                                   /* of one CPU, where each has its own */

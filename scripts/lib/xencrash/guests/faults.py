@@ -156,6 +156,9 @@ FAULTS: tuple[Fault, ...] = (
           ("HOOKS_GATES",), (Expected("nmi-gate-handler", "C", "shootdown"),
                              Expected("nmi-gate-handler", "O", "shootdown")), nobody_signs_off=True),
     Fault("nmi-not-sent", "One CPU is left out when the NMI is sent.", (), (_SILENT,)),
+    Fault("shootdown-interrupts-on", "The crashing CPU has its interrupts on in the shootdown, as without "
+          "local_irq_disable().", (), (Expected("crashing-cpu-interrupts", "C", "shootdown"),), cpus=1,
+          not_in_a_dump="machine_kexec() switches them off (2de77fa3cd)"),
     Fault("nmi-by-vm-exit", "A CPU in VMX non-root mode takes the NMI as a VM exit, whose handler calls do_nmi() past "
           "the hooked gate, as until 4.5.0 on Intel.", ("HOOKS_GATES", "!REWRITES_GATES"), (_SILENT,)),
     Fault("stuck", "A CPU never leaves another NMI's handler: the shootdown's NMI stays pending there.",

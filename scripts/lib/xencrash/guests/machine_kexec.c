@@ -43,6 +43,7 @@ noinline void machine_kexec(void)
 {
     unsigned int cpu = smp_processor_id();
 
+    local_irq_disable();                        /* again: 2de77fa3cd */
 #if HARDENED
     neutralise_machine_checks();
     reached(MC_NEUTRALISED, cpu);
