@@ -299,8 +299,13 @@ def test_real_xen_crashes_on_a_chosen_cpu() -> None:
 def test_real_xen_without_a_crash_kernel() -> None:
     with ready(crash_kernel=False) as lab:
         hint = "no crash kernel was loaded: load one with kexec -p in dom0"
-        report = follow(lab, trigger=lab.crash, timeout=3)  # the key does nothing at all
+        told: list[str] = []
+        report = follow(lab, trigger=lab.crash, timeout=3, notice=told.append)  # the key does nothing at all
         assert report["undecided"] == f"Xen did not crash within 3 s; {hint}"
+        assert [text[:60] for text in told] == ["this trace will end early: no crash kernel is loaded: kexec_c"[:60]]
+        output = gdb(lab, "xen crash trace --timeout 1", "xen preflight")
+        assert output.startswith(f"{told[0]}\n{WAITING}")
+        assert re.search(r"^fail +crash-image +not loaded\nfail +crash-area +nothing$", output, re.MULTILINE)
         report = follow(lab, trigger=lambda: lab.crash("panic"), timeout=30)
         assert report["undecided"].startswith("no crash kernel is loaded: kexec_crash() returns at once")
         assert stages(report) == ["normal", "crash-entry"]
