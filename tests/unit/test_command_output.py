@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import jsonschema
@@ -17,13 +19,17 @@ import pytest
 from tests.machines.changed import Machine
 from tests.machines.recorded import write_files
 from tests.schema import SCHEMA
+from xen_symbols.crashpath.engine import TOOL
+from xen_symbols.report.model import Report
 from xencrash import judging, several
+from xencrash import trace as following
 from xencrash.cli import main
 from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
 from xencrash.lab import judged, progress
 from xencrash.lab.commands.status import show
 
 COMMAND = (sys.executable, "-c", "import sys; from xencrash.cli import main; sys.exit(main())")
+UNKNOWN_SYMBOLS: Any = {"path": None, "build_id": None, "match": None}
 TEXT = "no dump, \N{SNOWMAN}"  # a file's name
 
 
@@ -178,6 +184,39 @@ def test_nor_what_a_run_of_the_lab_left(tmp_path: Path) -> None:
         (tmp_path / name).write_text("green")
     judged.folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]  # which is not the lab's
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupted_trace_leaves_what_it_saw(begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of one that had seen nothing."""
+
+    class Session(contextlib.AbstractContextManager["Session"]):
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def xen(self, name: str, *_: str) -> Any:
+            if not begun:
+                raise KeyboardInterrupt
+            report = Report(TOOL, {"kind": "live", "format": "QEMU gdbstub", "location": "gdb:/s"}, UNKNOWN_SYMBOLS)
+            return {"report": report.to_json(), "early": [], "unseen": None, "breakpoints": ["0x10"], "wait": None}
+
+        def set_breakpoints(self, _: object) -> None:
+            pass
+
+        def run(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(following, "open_session", lambda *_, **__: Session())
+    report = tmp_path / "report"
+    report.write_text("green")
+    assert main(["trace", "gdb:/s", "--format", "json", "--output", str(report)]) == 130
+    if begun:
+        found = json.loads(report.read_text())
+        jsonschema.validate(found, SCHEMA)
+        assert found["verdict"] == "unknown"
+        assert found["undecided"] == "interrupted before the crash path came to its end"
+    else:
+        assert report.read_text() == ""
 
 
 def test_what_is_read_is_not_written_to(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

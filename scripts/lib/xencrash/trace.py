@@ -29,6 +29,10 @@ def _silent(text: str) -> None:
     pass
 
 
+def _unreported(report: contract.Report) -> None:
+    pass
+
+
 def trace(
     target: str,
     symbols: str | None = None,
@@ -43,6 +47,7 @@ def trace(
     leave_stopped: bool = False,
     allow_mismatch: bool = False,
     gates: bool = False,
+    interrupted: Callable[[contract.Report], None] = _unreported,
     gdb: str | None = None,
 ) -> contract.Report:
     """Follow the crash of a machine, with a gdb for this alone; `gdb` is the program to use (None: `find_gdb`).
@@ -52,7 +57,7 @@ def trace(
     with open_session(target, symbols, qmp, allow_mismatch=allow_mismatch, gdb=gdb, notice=notice) as session:
         return follow(
             session, timeout=timeout, stall=stall, progress=progress, notice=notice, trigger=trigger, on_stop=on_stop,
-            leave_stopped=leave_stopped, gates=gates,
+            leave_stopped=leave_stopped, gates=gates, interrupted=interrupted,
         )  # fmt: skip
 
 
@@ -67,6 +72,7 @@ def follow(
     on_stop: Callable[[GdbSession], None] | None = None,
     leave_stopped: bool = False,
     gates: bool = False,
+    interrupted: Callable[[contract.Report], None] = _unreported,
 ) -> contract.Report:
     """Wait for Xen to crash, judge every stage of its crash path, let it run on, and return the JSON report.
 
@@ -76,7 +82,8 @@ def follow(
     stage as the report has it and its findings, the machine still stopped. `notice` is given, before the machine runs,
     what will end the trace early and what will not be seen, and why. `leave_stopped` ends at the handover and leaves
     the machine there; `gates` lists every change of a gate in the report. What ends a trace early stands in the report
-    as `undecided`; what prevents its beginning is raised as Undecidable.
+    as `undecided`; what prevents its beginning is raised as Undecidable. `interrupted` is given the report so far on
+    Ctrl-C, which is raised on.
     """
     report: contract.Report | None = None
     try:
@@ -105,10 +112,19 @@ def follow(
     except Undecidable as error:
         if report is None:
             raise
-        report["undecided"] = str(error)
-        found = (Verdict.of(finding["verdict"]) for finding in report["findings"])
-        report["verdict"] = verdict_of(found, report["undecided"]).word
+        _give_up(report, str(error))
+    except KeyboardInterrupt:
+        if report is not None:
+            _give_up(report, "interrupted before the crash path came to its end")
+            interrupted(report)
+        raise
     return report
+
+
+def _give_up(report: contract.Report, why: str) -> None:
+    report["undecided"] = why
+    found = (Verdict.of(finding["verdict"]) for finding in report["findings"])
+    report["verdict"] = verdict_of(found, why).word
 
 
 def _to_the_end(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from xencrash.errors import UsageError, complain
 from xencrash.judging import attempt
 from xencrash.options import JUDGED, LIVE_TARGET, Request, add_output, add_target, request, seconds
-from xencrash.output import begin, finish
+from xencrash.output import begin, finish, write
 from xencrash.renderers.table import show_stage
 from xencrash.trace import trace
 
@@ -58,6 +58,7 @@ def run(args: Namespace) -> int:
             progress=show_stage,
             notice=complain,
             trigger=_say_waiting,
+            interrupted=lambda report: write(report, args.format, args.output),
         )
 
     return finish(attempt(asked, follow), args.format, args.output)
