@@ -217,4 +217,4 @@ def chosen(state: State, cpu: int | None) -> list[CpuState]:
     return [state.of(cpu)]
 
 
-CPU = Argument("CPU", "cpu", "Xen's number of a CPU (not gdb's thread, not the APIC id); default: every CPU", True)
+CPU = Argument("CPU", "cpu", "Xen's number of a CPU (not gdb's thread or the APIC ID); default: every CPU", True)

@@ -39,7 +39,7 @@ def measure_modes(memory: XenMemory) -> dict[int, int | Absent]:
             thread.switch()
             frame = gdb.newest_frame()
             if image_region(frame.pc()) != region or int(frame.read_register("cs")) & 3:
-                found[index] = Absent("it does not run Xen: Xen's text is not mapped there for certain")
+                found[index] = Absent("it does not run Xen: Xen's text may not be mapped there")
                 continue
             found[index] = _step(address)
     return found
@@ -66,7 +66,7 @@ def _step(address: int) -> int | Absent:
         gdb.execute("stepi", to_string=True)
         frame = gdb.newest_frame()
         if frame.pc() != address + len(_RDMSR):
-            return Absent(f"the step ended at {frame.pc():#x}, not behind the rdmsr")
+            return Absent(f"the step ended at {frame.pc():#x}, not after the rdmsr")
         low, high = (int(frame.read_register(name)) & 0xFFFFFFFF for name in ("rax", "rdx"))
         return high << 32 | low
     finally:

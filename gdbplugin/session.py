@@ -141,7 +141,7 @@ class Session:
     def look_again(self, memory: XenMemory) -> Iterator[None]:
         target = self.target()
         if target is not memory.target:
-            raise Undecidable("gdb was connected anew while a crash was followed: the trace is lost")
+            raise Undecidable("gdb was reconnected while a crash was followed: the trace is lost")
         with target.batch():
             yield
 

@@ -185,8 +185,8 @@ def _show_percpu(answer: Json) -> Sequence[Block]:
 
 COMMANDS = (
     Command(
-        ("cpus",), "Show every CPU: Xen's number, gdb's thread, the APIC id, and where it is.",
-        "The three numberings are different things; CPUs are matched by APIC id.", (), _cpus, _show_cpus,
+        ("cpus",), "Show every CPU: Xen's number, gdb's thread, the APIC ID, and where it is.",
+        "The three numberings differ; CPUs are matched by APIC ID.", (), _cpus, _show_cpus,
     ),
     Command(
         ("bt",), "Show where each CPU is and how it got there, across its exception stacks.",

@@ -134,7 +134,7 @@ def _follow(session: Session, step: Json, say: Say) -> None:
                 raise Undecidable("interrupted before the crash path came to its end")
 
 
-_TIMEOUT = Argument("--timeout SECONDS", "seconds", "how long to wait for a crash; default: as long as it takes", True)
+_TIMEOUT = Argument("--timeout SECONDS", "seconds", "how long to wait for a crash; default: no limit", True)
 
 COMMANDS = (
     Command(
@@ -147,13 +147,13 @@ COMMANDS = (
         (_TIMEOUT,), _trace, report_blocks,
         (
             Step("begin", _begin, (
-                Argument("gates", "flag", "list every change of a gate, too, and who made it", True),
-                Argument("stay", "flag", "end at the handover, and stay there", True), _TIMEOUT,
+                Argument("gates", "flag", "also list every change of a gate, and who made it", True),
+                Argument("stay", "flag", "end at the handover, and stay stopped there", True), _TIMEOUT,
                 Argument("--stall SECONDS", "seconds", "how long to wait for the next stage", True),
             )),
             Step("stop", _stop, (
                 Argument("expired", "flag", "it was stopped because the time to wait was over", True),
-                Argument("--signal NAME", "word", "it was stopped by somebody else", True),
+                Argument("--signal NAME", "word", "it was stopped by something else", True),
             )),
             Step("end", _end),
         ),

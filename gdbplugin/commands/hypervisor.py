@@ -92,12 +92,12 @@ def _show_notes(answer: Json) -> Sequence[Block]:
 
 COMMANDS = (
     Command(
-        ("symbols",), "Show which symbols are used, whether they fit, what they lack, and which crash path Xen has.",
+        ("symbols",), "Show which symbols are used, whether they match, what they lack, and which crash path Xen has.",
         "Symbols come from set xen symbols, or else from the file that gdb has loaded.", (), _symbols, _show_symbols,
     ),
     Command(
         ("log",), "Show Xen's console ring, from its oldest line.",
-        "Control characters are shown as escapes, so that no terminal obeys them.", (), _log, _show_log,
+        "Control characters are shown as escapes.", (), _log, _show_log,
     ),
     Command(
         ("notes",), "Show the crash notes: what each CPU has saved, and what Xen says of itself.",

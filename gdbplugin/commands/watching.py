@@ -51,7 +51,7 @@ def _watch(session: Session, *, say: Say) -> Json:
     watched = _begin(session)
     try:
         if "writers_absent" in watched:
-            say([Lines([[Cell(f"without the writers: {watched['writers_absent']}", "unknown")]])])
+            say([Lines([[Cell(f"writers not seen: {watched['writers_absent']}", "unknown")]])])
         say([Lines([[Cell(f"watching {watched['gates']} gates: Ctrl-C ends it", "dim")]])])
         session.run(None)
     finally:
@@ -61,7 +61,7 @@ def _watch(session: Session, *, say: Say) -> Json:
 
 COMMANDS = (
     Command(
-        ("watch", "gates"), "List what changes the NMI and #MC gates of the CPUs while the machine runs.",
+        ("watch", "gates"), "List changes of the CPUs' NMI and #MC gates while the machine runs, and who makes them.",
         "Lets the machine run until Ctrl-C or a breakpoint stops it, and lists each gate that is not as it was:\n"
         "whose, which property, before and after, and the writer's CPU, function and offset where a write\n"
         "watchpoint saw it. A gate that changed and changed back is not listed; a writer is missed where several\n"

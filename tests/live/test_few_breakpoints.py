@@ -136,11 +136,11 @@ def test_the_command_says_it_before_it_waits(lab: Machine) -> None:
             lab.serial.send(b"C")
             report, rest = process.stdout.read(), process.stderr.read()
     assert said[0] == "xencrash: only 3 hardware breakpoints can be set, and 4 are needed: cpu-save cannot be seen\n"
-    assert said[1] == f"xencrash: without the writers: gdb:{socket} takes fewer than 8 watchpoints of 16 bytes\n"
+    assert said[1] == f"xencrash: writers not seen: gdb:{socket} takes fewer than 8 watchpoints of 16 bytes\n"
     assert re.fullmatch(r"normal +93 pass, 1 unknown\n", said[2]) and said[3].startswith("waiting for Xen to crash")
     assert process.returncode == 3 and "handover" in rest and "Traceback" not in rest
     assert re.search(r"^UNKNOWN +\d+ pass, 1 unknown", report, re.MULTILINE), report
-    assert re.search(r"^without the writers: gdb:\S+ takes fewer than 8 watchpoints", report, re.MULTILINE)
+    assert re.search(r"^writers not seen: gdb:\S+ takes fewer than 8 watchpoints", report, re.MULTILINE)
 
 
 # -- inside gdb -------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_gates_watched_by_hand_without_their_writers(lab: Machine) -> None:
 
     output = in_gdb(lab, Stub(4, watched=8), "xen watch gates", when={"watching ": crash})
     lines = output.strip().splitlines()
-    assert re.fullmatch(r"without the writers: gdb:\S+ takes fewer than 8 watchpoints of 16 bytes", lines[0])
+    assert re.fullmatch(r"writers not seen: gdb:\S+ takes fewer than 8 watchpoints of 16 bytes", lines[0])
     assert lines[1] == "watching 8 gates: Ctrl-C ends it"
     assert re.search(r"^ *0 +NMI +handler nmi -> trap_nop.* not seen$", output, re.MULTILINE), output
 

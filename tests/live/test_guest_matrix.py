@@ -250,7 +250,7 @@ def test_one_silent_cpu_explains_one_of_the_two_that_the_rfc_counts(followed: Fo
     failures = [f for f in followed.report["findings"] if f["verdict"] == "fail"]
     counts = [f for f in failures if f["check"] == "waiting-cpus"]
     assert counts and all("follows" not in f and f["observed"] == 2 for f in counts)
-    assert "nmi-answered of CPU 1 would make it 1, and no more" in counts[0]["reason"]
+    assert "nmi-answered of CPU 1 would account for 1 only" in counts[0]["reason"]
     assert {f["cpu"] for f in failures if f.get("follows") == "nmi-answered"} == {1}
 
 

@@ -135,7 +135,7 @@ def test_one_that_qemu_cannot_load_is_dropped_and_booted(cache: Path) -> None:
         kept.make(snapshot, save)
     lab, said = started(spec)
     with lab:
-        assert f"the snapshot {snapshot.folder} does not start, and is dropped: " in said and "QEMU ended" in said
+        assert f"the snapshot {snapshot.folder} does not start, and is deleted: " in said and "QEMU ended" in said
         assert "dom0 is up" in said
         assert lab.serial_log.read_text(errors="replace").count("Xen version 4.17") == 1
     assert snapshot.problem() is None and (snapshot.folder / "state").stat().st_size > 100_000

@@ -27,7 +27,7 @@ from xen_symbols.absence import Absent
 from xen_symbols.x86 import tss
 from xen_symbols.x86.call import follows_indirect_call, follows_relative_call
 
-BEFORE = "what lies before it is not known: "
+BEFORE = "what was before it is not known: "
 
 def calls(step: dict[str, Any]) -> list[str]:
     return [call["symbol"].partition("+")[0] for call in step["calls"]]
@@ -150,7 +150,7 @@ def test_which_vcpu_ran_may_not_be_known(machine: Stacks) -> None:
     del machine.memory[TEXT + 0x304000 + 8]
     machine.at("idle_loop", machine.guest_regs - 0x100)
     trace = machine.trace()
-    assert trace["guest"] is None and trace["lost"] and "which vCPU ran is not known" in trace["end"]
+    assert trace["guest"] is None and trace["lost"] and "it is not known which vCPU ran" in trace["end"]
 
 
 # -- frames that mislead ----------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_the_tss_is_not_believed_blindly(machine: Stacks) -> None:
     in_nmi_crash(machine)
     machine.put_tss(TSS_PAGE + 64 * machine.new, machine.guest_regs + 168, [POISON] * 7)
     trace = machine.trace()
-    why = f"what lies at {TSS_PAGE:#x} is no TSS of Xen's: its stack pointers are not in one CPU's stacks"
+    why = f"what lies at {TSS_PAGE:#x} is not Xen's TSS: its stack pointers are not in one CPU's stacks"
     assert (trace["stacks"], trace["stacks_absent"]) == (None, why)
     assert trace["lost"] and trace["frames"] == [] and trace["steps"][0]["calls"] == []
     for at in range(TSS_PAGE, TSS_PAGE + 0x200, 8):
@@ -283,7 +283,7 @@ def test_tr_is_evidence_for_the_tss(machine: Stacks) -> None:
 def test_fred_is_not_decoded(machine: Stacks) -> None:
     in_nmi_crash(machine)
     trace = machine.trace(fred=1)
-    why = "FRED delivers events: its stacks and frames are not known here"
+    why = "FRED delivers events: its stacks and frames are not decoded"
     assert (trace["stacks"], trace["stacks_absent"]) == (None, why)
 
 

@@ -116,7 +116,7 @@ def test_usage(dumps: Dumps, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert dumps.check(dumps.good, dumps.bad, "--output", str(tmp_path / "file")) == 2
     assert capsys.readouterr().err.endswith("/file: File exists; several dumps need a directory\n")
     assert dumps.check(dumps.good, "gdb:localhost:1") == 2
-    assert capsys.readouterr().err == "xencrash: gdb:localhost:1 is a live machine: check it alone\n"
+    assert capsys.readouterr().err == "xencrash: gdb:localhost:1 is a live machine: check it by itself\n"
 
 
 @pytest.mark.parametrize("base", ["zz", "-1", "0x10000000000000", "1.5"])
@@ -131,4 +131,4 @@ def test_the_help_says_which_status_wins(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["check", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 when a check of any failed, else 3 when any could not be decided or opened" in said
+    assert "1 if a check failed in any of them, else 3 if any could not be decided or opened" in said

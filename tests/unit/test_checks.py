@@ -264,7 +264,7 @@ def test_silent_cpus_explain_a_count_only_up_to_their_number(
     silent(machine, *cpus)
     finding = of_the_count(machine, count)
     assert (finding.verdict, finding.expected, finding.observed, finding.follows) == (Verdict.FAIL, 0, count, follows)
-    assert ("nmi-answered of CPU 2 would make it 1, and no more" in str(finding.reason)) is (cpus == (2,) and count > 1)
+    assert ("nmi-answered of CPU 2 would account for 1 only" in str(finding.reason)) is (cpus == (2,) and count > 1)
 
 
 def test_cpus_stopped_midway_explain_a_count() -> None:
@@ -640,7 +640,7 @@ def test_a_failures_consequence_depends_on_what_was_expected() -> None:
     assert "its IRET returns to garbage" in str(reason(lambda m: m.gate(0, NMI, 4, b"\x02")))
     assert "the stack that happens to be current" in str(reason(lambda m: m.gate(2, NMI, 4, b"\x00")))
     assert "instead of being ignored" in str(reason(lambda m: handler(m, 1, MC, "machine_check")))
-    assert "counts as done already" in str(reason(lambda m: m.per_cpu("crash_save_done", 0, b"\1")))
+    assert "is already marked as done" in str(reason(lambda m: m.per_cpu("crash_save_done", 0, b"\1")))
     assert "signs it off again" in str(reason(lambda m: m.per_cpu("crash_save_done", 2, b"\0")))
 
 
@@ -659,8 +659,8 @@ def test_a_xen_that_fits_no_generation_is_shown_the_nearest(monkeypatch: pytest.
     with pytest.raises(Undecidable) as caught:
         identify(Machine().memory)
     assert str(caught.value).endswith(
-        "needs a row in xen_symbols/crashpath/generations.py, beside that of 4.3.2 (of which is not so: symbol "
-        "nmi_crash), or 4.3.4 (of which is not so: symbol exception_table or symbol dummy_nmi_callback)"
+        "needs a row in xen_symbols/crashpath/generations.py, beside that of 4.3.2 (not true here:  symbol "
+        "nmi_crash), or 4.3.4 (not true here:  symbol exception_table or symbol dummy_nmi_callback)"
     )
 
 

@@ -152,7 +152,7 @@ def test_damaged_headers_are_not_an_empty_note(name: str, at: int, junk: bytes) 
     found = next(f for f in report.findings if f.check == "crash-info-note")
     assert (found.verdict, found.observed) == (Verdict.UNKNOWN, None)
     assert found.reason == ("CPU 0's buffer of crash notes holds no CRASH_INFO" if at else
-                            "the buffer has no note headers of Xen's")  # fmt: skip
+                            "the buffer does not have Xen's note headers")  # fmt: skip
 
 
 def test_an_owner_that_has_a_name_and_was_not_read_is_unknown() -> None:
@@ -183,14 +183,14 @@ def test_a_function_of_which_a_part_would_be_read_is_not_read(monkeypatch: pytes
     machine = Machine()
     start, _ = machine.symbols.extent("do_nmi_crash")
     monkeypatch.setattr(machine.symbols, "extent", lambda name: (start, start + 0x10001))
-    with pytest.raises(Unreadable, match="do_nmi_crash would be 65537 bytes long by the recorded example: they lack"):
+    with pytest.raises(Unreadable, match="do_nmi_crash would be 65537 bytes long by the recorded example: its end"):
         function_text(machine.memory, "do_nmi_crash")
 
 
 # -- what a failure is reported to do----------------------------------------------------------
 
 DISPATCH = next(check for check in CHECKS if check.id == "nmi-dispatch")
-BEFORE = "an ordinary NMI stops a CPU of a machine that has not crashed"
+BEFORE = "an ordinary NMI stops a CPU although the machine has not crashed"
 
 
 def handler(symbol: str | None) -> dict[str, Any]:

@@ -126,7 +126,7 @@ MISMATCH = "--allow-build-id-mismatch is for --symbols, and none are given: leav
         ("info vmcore --allow-build-id-mismatch", MISMATCH),
         ("trace gdb:/s --allow-build-id-mismatch", MISMATCH),
         ("trace vmcore --qmp s", "vmcore is not a live machine: trace takes gdb:HOST:PORT or gdb:SOCKET; "
-         "a dump takes check"),
+         "use check for a dump"),
     ],
 )  # fmt: skip
 def test_an_option_that_would_have_no_effect_is_refused(

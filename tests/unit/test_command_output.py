@@ -224,7 +224,7 @@ def test_what_is_read_is_not_written_to(files: Files, tmp_path: Path, capsys: py
     link.symlink_to(files.text)
     for words in (["x", "--symbols", str(link), "--output", files.text], [files.text, "--output", str(link)]):
         assert main(["check", *words]) == 2
-        assert capsys.readouterr().err.endswith("would overwrite what is to be read: give another file\n")
+        assert capsys.readouterr().err.endswith("would overwrite the input: give another file\n")
     assert Path(files.text).read_text() == "no dump"
 
 
@@ -275,7 +275,7 @@ def test_one_that_is_killed_leaves_the_others(
     monkeypatch.setattr(several, "judge_dump", killed)
     assert main([*files.words(files.good, files.text), "--format", "json"]) == 3
     reports = json.loads(capsys.readouterr().out)
-    why = f"{files.text}: the process that judged it was killed (SIGKILL); check it alone"
+    why = f"{files.text}: the process that judged it was killed (SIGKILL); check it by itself"
     assert [report.get("undecided") for report in reports] == [None, why]
 
 

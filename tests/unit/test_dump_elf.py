@@ -238,14 +238,14 @@ def test_other_files_are_named(tmp_path: Path, start: bytes, expected: str) -> N
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert refusal(tmp_path, b"") == "empty; name a dump file"
+    assert refusal(tmp_path, b"") == "empty; give a dump file"
     with pytest.raises(Undecidable, match=r"No such file or directory$"):
         open_dump(str(tmp_path / "none"))
-    with pytest.raises(Undecidable, match="a directory; name a dump file$"):
+    with pytest.raises(Undecidable, match="a directory; give a dump file$"):
         open_dump(str(tmp_path))
     os.mkfifo(tmp_path / "fifo")
     for path in ("/dev/null", str(tmp_path / "fifo")):  # a FIFO without a writer: opening must not block
-        with pytest.raises(Undecidable, match="not a regular file; name a dump file$"):
+        with pytest.raises(Undecidable, match="not a regular file; give a dump file$"):
             open_dump(path)
 
 
@@ -287,7 +287,7 @@ def test_a_read_of_a_negative_size(address: int, size: int, flat: bool, write, t
 
 
 def test_a_base_for_a_file_with_its_own_addresses_is_refused(tmp_path: Path) -> None:
-    said = "the file says itself what is where (ELF core); a base is for a raw image of memory"
+    said = "the file itself gives its addresses (ELF core); a base is for a raw image of memory"
     assert refusal(tmp_path, core(), base=0) == said
 
 

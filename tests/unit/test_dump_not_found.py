@@ -55,7 +55,7 @@ def test_a_page_names_a_decompressor_that_is_missing(machine: CrashedXen, monkey
     path = machine.kdump(compression=2, compress=lambda page: b"anything")
     monkeypatch.setitem(sys.modules, "lzallright", None)
     page = machine.xen.root & -PAGE
-    why = f"what xen_phys_start in the crash info note leads to cannot be read (physical {page:#x}: {LZO})"
+    why = f"what xen_phys_start in the crash info note points to cannot be read (physical {page:#x}: {LZO})"
     assert refusal(path) == (
         f"no symbol table of Xen's own was found in {path}: {why}; "
         "give its xen-syms with --symbols, or take the dump again"
@@ -68,7 +68,7 @@ def test_a_page_names_a_decompressor_that_is_missing(machine: CrashedXen, monkey
 def test_memory_that_the_notes_name_and_the_dump_lacks(machine: CrashedXen) -> None:
     path = machine.elf(RANGES[1:])
     page = f"{machine.xen.root >> 12:#x}"
-    why = f"what xen_phys_start in the crash info note leads to cannot be read (physical {page}"
+    why = f"what xen_phys_start in the crash info note points to cannot be read (physical {page}"
     assert why in refusal(path)
     assert why in refusal(path, machine.symbols)
 
@@ -202,7 +202,7 @@ def test_a_mismatch_that_cannot_be_allowed(machine: CrashedXen, capsys: pytest.C
     path = machine.elf()
     theirs, ours = elfwriter.BUILD_ID.hex(), BUILD_ID.hex()
     said = f"the symbols are of another build: {other} has build-id {theirs}, the Xen in {path} has {ours}"
-    why = " (its page tables cannot be found with them: a mismatch cannot be allowed)"
+    why = " (its page tables cannot be found with them, so a mismatch cannot be allowed)"
     for words, more in ([], ""), (["--allow-build-id-mismatch"], why):
         assert main(["check", str(path), "--symbols", str(other), *words]) == 3
         assert capsys.readouterr().err == f"xencrash: {said}{more}; give its own xen-syms with --symbols\n"

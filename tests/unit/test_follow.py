@@ -73,7 +73,7 @@ def test_a_stage_is_waited_for_and_the_machine_looked_at(clock: Clock, monkeypat
     assert result.finished and result.stage is None
     (finding,) = result.findings
     assert (finding.check, finding.verdict) == ("trace-complete", Verdict.FAIL)
-    assert finding.reason and finding.reason.startswith("nothing more was reached in 7 s: no crash kernel starts")
+    assert finding.reason and finding.reason.startswith("no further stage was reached in 7 s: no crash kernel starts")
 
 
 def test_a_machine_whose_cpus_have_paging_off_was_reset(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

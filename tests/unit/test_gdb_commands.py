@@ -162,7 +162,7 @@ CORE_AT, CONTROL_AT = 20, 372  # offset of the contents in a CPU's buffer
         (CONTROL_AT, bytes(32), "half written", "without CRASH_REGS: it was interrupted, or something overwrote it"),
         (CORE_AT + 112 + 8 * 16, bytes(8), "half written", "without rip: it was interrupted, or something overwrote "
          "it"),
-        (0, b"\xff" * 12, "damaged", "the buffer has no note headers of Xen's"),
+        (0, b"\xff" * 12, "damaged", "the buffer does not have Xen's note headers"),
         (CONTROL_AT + 16, b"\1", "saved", "complete"),
     ],
 )  # fmt: skip

@@ -158,11 +158,11 @@ def test_the_listing_in_words(capsys):
     [
         ("--guest 9.9", "--guest 9.9: the generations are 4.2.0, rfc-v1"),
         ("--guest 4.3.0 --fault none", "--fault none: xencrash lab guests lists the faults"),
-        ("--guest 4.2.0 --fault no-self-nmi", "--fault no-self-nmi makes sense in rfc-v1, "),
+        ("--guest 4.2.0 --fault no-self-nmi", "--fault no-self-nmi applies to rfc-v1, "),
         ("--guest 4.3.0 --fault stuck --cpus 1", "with 1 CPU: give --cpus 2 or more"),
         ("--guest 4.3.0 --fault mc-gate-ist-twice --cpus 2", "give --cpus 3 or more"),
         ("--guest 4.3.0 --fault lapic-mode-kept", "which QEMU 7.2 does not emulate: give --qemu 10.0"),
-        ("--guest 4.3.0 --fault firmware-x2apic --qemu 10.0 --lapic xapic", "is one of x2APIC mode"),
+        ("--guest 4.3.0 --fault firmware-x2apic --qemu 10.0 --lapic xapic", "needs x2APIC mode"),
         ("--guest 4.3.0 --lapic x2apic", "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate"),
         ("--guest 4.3.0 --cpu 4", "--cpu 4: the machine's CPUs are 0 to 3"),
         ("--guest 4.3.0 --cpu -1", "--cpu -1: the machine's CPUs are 0 to 3"),

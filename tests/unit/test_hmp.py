@@ -117,7 +117,7 @@ def test_host_threads() -> None:
     assert hmp.parse_host_threads("unknown command: 'info cpus'\r\n") == []
     assert hmp.parse_selected_cpu(text) == 0
     assert hmp.parse_selected_cpu("  CPU #0: thread_id=4711\r\n* CPU #1: thread_id=4712\r\n") == 1
-    with pytest.raises(Unreadable, match="does not say which CPU is its own: 'info cpus' said \"unknown command"):
+    with pytest.raises(Unreadable, match="does not say which CPU is selected: 'info cpus' said \"unknown command"):
         hmp.parse_selected_cpu("unknown command: 'info cpus'\r\n")
 
 

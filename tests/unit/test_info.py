@@ -104,7 +104,7 @@ def test_a_machine_between_two_stages(live: LiveSession, capsys: pytest.CaptureF
     assert main(WORDS) == 3
     said = capsys.readouterr()
     assert said.err == (
-        "xencrash: gdb:/s: Xen is somewhere on the crash path, or stuck there: how far it came cannot be determined\n"
+        "xencrash: gdb:/s: Xen is somewhere on the crash path, or stuck there: how far it got cannot be determined\n"
     )
     assert json.loads(said.out)["stage"] == "crashing"
 

@@ -47,7 +47,7 @@ def test_gdb_on_a_dump_has_symbols(machine: CrashedXen, given: bool) -> None:
     assert "$2 = 0x2\n" in done.stdout
     assert " in kexec_crash_save_cpu ()\n" in done.stdout
     whose = f"of {machine.symbols}" if given else "that Xen carries in its image"
-    said = f"xencrash: gdb has the symbols {whose}, and no types; xen bt knows Xen's stacks\n"
+    said = f"xencrash: gdb has the symbols {whose}, and no types; use xen bt for Xen's stacks\n"
     assert (done.returncode, done.stderr) == (0, said)
     (shown,) = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("symbols ")]
     if given:
@@ -106,7 +106,7 @@ def test_a_xen_with_undetermined_cpus_starts_no_gdb(machine: CrashedXen, capsys:
     assert main(["gdb", str(path)]) == 3
     machine.elf()
     assert capsys.readouterr().err == (
-        f"xencrash: {path}: nr_cpu_ids is 0, which no Xen has: Xen has not set it yet, or the symbols are wrong\n"
+        f"xencrash: {path}: nr_cpu_ids is 0, which is impossible: it is not set yet, or the symbols are wrong\n"
     )
 
 

@@ -38,5 +38,5 @@ def test_the_image_is_whole_and_the_code_comes_first() -> None:
 
 @pytest.mark.parametrize("image", [b"", b"MZ" + bytes(64), b"\x7fELF\x02\x01" + bytes(64)])
 def test_what_is_not_such_an_image_is_refused(image: bytes) -> None:
-    with pytest.raises(LabError, match="no 32-bit ELF file"):
+    with pytest.raises(LabError, match="not a 32-bit ELF file"):
         with_x2apic_on(image)

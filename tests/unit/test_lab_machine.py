@@ -195,7 +195,7 @@ def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_lab(tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="finding the lab: none in"):
+    with pytest.raises(LabError, match="finding the lab: no machine in"):
         machine.attach(tmp_path)
     (tmp_path / "state.json").write_text('{"pid": 1')
     with pytest.raises(LabError, match=r"state\.json cannot be read"):
@@ -264,7 +264,7 @@ def test_a_crash_waits_for_a_machine_that_gdb_has_just_let_run(monkeypatch: pyte
 
     stub, statuses = "unix:/run/gdb.sock,server=on", itertools.repeat("paused")
     monkeypatch.setattr(crash, "_RESUMES_IN", 0.05)
-    with pytest.raises(LabError, match=r"a debugger holds the machine \(paused\): let it run first"):
+    with pytest.raises(LabError, match=r"a debugger is attached to the machine \(paused\): let it run first"):
         crash._require_running(lab)
 
 
@@ -334,7 +334,7 @@ def test_a_domu_runs_when_each_of_its_vcpus_has_gone_on(monkeypatch: pytest.Monk
     assert said["domu rounds"] == []
     monkeypatch.setattr(domu, "BUSY_ANSWERS", 0.0)
     said["domu rounds"] += ["11\n5\n", "12\n5\n", "13\n5\n", "14\n5\n"]
-    with pytest.raises(LabError, match=r"^running domain 7: a vCPU does not go on: nothing after 0 s"):
+    with pytest.raises(LabError, match=r"^running domain 7: a vCPU makes no progress: nothing after 0 s"):
         lab.require_busy()
 
 
@@ -377,7 +377,7 @@ def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(
         with pytest.raises(LabError, match="booting dom0: silence"):
             run.booted()
     assert len(started) == boots
-    assert said == ["booting dom0: silence (now *.stalled.log); starting it once more"] * min(stalls, 1)
+    assert said == ["booting dom0: silence (now *.stalled.log); starting again"] * min(stalls, 1)
     if stalls:  # what the first one said can still be read
         kept = {path.name: path.read_text() for path in tmp_path.glob("*.stalled.log")}
         assert kept == dict.fromkeys(("serial.stalled.log", "line.stalled.log", "qemu.stalled.log"), "boot 0")

@@ -198,10 +198,10 @@ def test_a_package_that_the_index_lacks_is_gone(apt: FakeApt, tmp_path: Path) ->
     ("failed", "words"),
     [
         ((100, "", "E: Write error - write (28: No space left on device)"), "status 100: E: Write error"),
-        ((-9, "", ""), "status -9: it gave no record, and no reason"),
+        ((-9, "", ""), "status -9: it printed no record and no reason"),
         ((100, RECORDS, "E: Could not get lock /l/lock - open (11: Resource temporarily unavailable)"), "get lock"),
         ((100, "", "E: No packages found\nE: The package lists or status file could not be parsed"), "not be parsed"),
-        ((0, "", ""), "status 0: it gave no record"),
+        ((0, "", ""), "status 0: it printed no record"),
     ],
 )
 def test_a_failure_of_apt_cache_itself_is_ours(
@@ -266,6 +266,6 @@ def test_two_runs_do_not_fill_the_cache_at_once(apt: FakeApt, tmp_path: Path) ->
         other.start()
         other.join(0.5)
         assert other.is_alive()
-        assert messages == ["waiting for another run that fills the cache"]
+        assert messages == ["waiting for another run that is filling the cache"]
     other.join(10)
     assert (tmp_path / "packages/tool_2.0-1_amd64.deb").read_bytes() == apt.content

@@ -92,7 +92,7 @@ def test_a_damaged_snapshot_is_dropped_and_reported(name: str, damage: str, tmp_
         assert not snapshot.exists()
         kept.make(snapshot, saving())
     assert len(said) == 1
-    assert said[0].startswith(f"the snapshot {kept.root / KEY} is dropped, and the machine booted: ")
+    assert said[0].startswith(f"the snapshot {kept.root / KEY} is deleted, and the machine booted: ")
     with kept.reserved(KEY) as snapshot:
         assert snapshot.exists()
 
@@ -167,7 +167,7 @@ def test_one_in_use_is_not_removed(tmp_path: Path) -> None:
 def test_one_larger_than_the_limit_is_not_kept(tmp_path: Path) -> None:
     kept = store(tmp_path, limit=2 * MIB)
     make(kept, "small")
-    with pytest.raises(OSError, match=r"it takes 3 MiB, and all may take 2 \(\$XENCRASH_SNAPSHOTS\)"):
+    with pytest.raises(OSError, match=r"it takes 3 MiB of a limit of 2 \(\$XENCRASH_SNAPSHOTS\)"):
         make(kept, "large", 3 * MIB)
     assert names(kept) == ["small"]
 
@@ -387,7 +387,7 @@ def test_one_that_does_not_start_is_dropped_and_booted(starting: Any) -> None:
     starting.ran["load"] = LabError("loading the machine: QEMU ended")
     how, said = starting()
     assert how == "booted and kept"
-    assert len(said) == 1 and said[0].endswith("does not start, and is dropped: loading the machine: QEMU ended")
+    assert len(said) == 1 and said[0].endswith("does not start, and is deleted: loading the machine: QEMU ended")
     starting.ran["load"] = None
     assert starting() == ("loaded", [])
 

@@ -373,7 +373,7 @@ NO_MAP = f"is not `address kind name`, so this is neither an ELF file nor a .map
         (gzip.compress(MAP.encode(), mtime=0)[:-9], "truncated gzip data; fetch the file again"),
         (gzip.compress(b"", mtime=0), "empty when decompressed; fetch the file again"),
         (xen_syms(SYMBOLS, machine=183), "for ELF machine 183, not x86-64; give the symbols of an x86 Xen"),
-        (xen_syms(SYMBOLS, kind=4), "a core file, not symbols: name it as the target"),
+        (xen_syms(SYMBOLS, kind=4), "a core file, not symbols: give it as the target"),
         (xen_syms(SYMBOLS, kind=1), "an object file; give xen-syms, its .map, or Xen's image"),
         (xen_syms([]), "no ELF symbol table, and none embedded by Xen's build; give xen-syms or its .map"),
     ],

@@ -16,7 +16,7 @@ class TraceCheck(NamedTuple):
 
 
 COMPLETE = TraceCheck(
-    "trace-complete", "the crashing CPU, at the end of a trace; a stage that no hardware breakpoint is left for",
+    "trace-complete", "the crashing CPU, at the end of a trace; a stage for which no hardware breakpoint is left",
     {
         "crash-entry": "xen/common/kexec.c, kexec_crash and kexec_common_shutdown",
         **dict.fromkeys(

@@ -321,7 +321,7 @@ class Context:
             return False
         if self.symbols.get(_SINCE_XSA_244) is not None:
             return True
-        return Absent(f"{_IST_0_TOO}: the guest is about to be entered, or this Xen is without the fix of XSA-244 "
+        return Absent(f"{_IST_0_TOO}: the guest is about to be entered, or this Xen lacks the fix of XSA-244 "
                       "(cc08c73c8c)")  # fmt: skip
 
     def in_svm_guest(self, cpu: CpuState) -> bool:

@@ -224,7 +224,7 @@ class Follower:
             None,
         )
         if cpu is None:
-            raise Undecidable(f"the machine's CPU {index} stopped on the crash path, and is not one of Xen's CPUs")
+            raise Undecidable(f"the machine's CPU {index} stopped on the crash path, but is not one of Xen's CPUs")
         stage = self._stage(cpu, pc)
         if stage is None:
             self.writes.look(state)
@@ -367,7 +367,7 @@ class Follower:
 
     def _stalled(self) -> Finding:
         """The crash began and never reached its end: a failure, named after where it was seen last."""
-        why = f"nothing more was reached in {self._stall:.0f} s"
+        why = f"no further stage was reached in {self._stall:.0f} s"
         where = "; ".join([f"{why}: {COMPLETE.consequence}", *self._whereabouts()])
         return self._complete(False, where)
 

@@ -54,7 +54,7 @@ def explain(
                 follows = None if (finding.check, cpu) in own else causes[0]
             elif cpu is None and again.allowed != failure.outcome.allowed:
                 whose = ", ".join(f"{check} of CPU {number}" for number, (check, _) in late.items())
-                reason = f"{reason}; {whose} would make it {again.allowed}, and no more"
+                reason = f"{reason}; {whose} would account for {again.allowed} only"
         follows = follows or _because_of(failure.outcome, cpu, known, context.position.crashing_cpu)
         if follows or reason != finding.reason:
             findings[failure.place] = finding._replace(follows=follows, reason=reason)

@@ -55,7 +55,7 @@ def function_text(memory: XenMemory, name: str) -> tuple[int, bytes]:
     """(address, code) of a function. Raises Unreadable."""
     start, end = memory.symbols.extent(name)
     if end - start > _FUNCTION_MAX:
-        raise Unreadable(f"{name} would be {end - start} bytes long by the {memory.symbols.source}: they lack its end")
+        raise Unreadable(f"{name} would be {end - start} bytes long by the {memory.symbols.source}: its end is missing")
     return start, memory.read(start, end - start)
 
 
@@ -231,13 +231,13 @@ def identify(memory: XenMemory) -> Identification:
     names = ", ".join(generation.id for generation in holding)
     if unread:
         possible = "; ".join(filter(None, [names, *unread]))
-        raise Undecidable(f"which generation of the crash path this is could not be decided: it may be {possible}")
+        raise Undecidable(f"the generation of the crash path could not be determined: it may be {possible}")
     if holding:
         raise Undecidable(f"the evidence fits several generations of the crash path: {names}; it was not judged")
     raise Undecidable(
         f"no generation of the crash path fits {memory.symbols.path}: is it Xen with kexec support? "
         "A newer Xen needs a row in xen_symbols/crashpath/generations.py, beside that of "
-        + ", or ".join(f"{near} (of which is not so: {'; '.join(missing)})" for near, missing in _nearest(memory))
+        + ", or ".join(f"{near} (not true here:  {'; '.join(missing)})" for near, missing in _nearest(memory))
     )
 
 

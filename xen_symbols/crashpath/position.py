@@ -119,7 +119,7 @@ def crashing_cpu(state: State, generation: Generation) -> tuple[int, tuple[str, 
     (cpu, most), *rest = Counter(vote.cpu for vote in found).most_common()
     if rest and rest[0][1] == most:
         listed = ", ".join(f"{vote.says}: CPU {vote.cpu}" for vote in found)
-        raise Undecidable(f"which CPU crashed is contradictory: {listed}")
+        raise Undecidable(f"the evidence for which CPU crashed is contradictory: {listed}")
     return cpu, tuple(vote.says for vote in found if vote.cpu == cpu)
 
 

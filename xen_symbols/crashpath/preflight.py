@@ -30,7 +30,7 @@ _IMAGE_CRASH_BASE = 2
 _FLAG_CRASH_POS = 5
 _MOST_SEGMENTS = 16  # KEXEC_SEGMENT_MAX (xen/include/xen/kimage.h)
 NO_IMAGE = (
-    "no crash kernel is loaded: kexec_crash() returns at once and nothing of the crash path runs; "
+    "no crash kernel is loaded: kexec_crash() returns at once and the crash path does not run; "
     "load one with kexec -p in dom0"
 )
 

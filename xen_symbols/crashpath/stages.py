@@ -58,7 +58,7 @@ STAGES = (
     Stage("shutdown-entry", Role.CRASHING, ("machine_crash_shutdown",), CrashStep.SAVED,
           says="its own notes are saved"),
     Stage("shootdown", Role.CRASHING, ("smp_send_nmi_allbutself",), CrashStep.ARMED,
-          says="the hook is installed, the NMI not yet sent"),
+          says="the hook is installed, the NMI is not sent yet"),
     Stage("nmi-taken", Role.OTHER, ("do_nmi_crash", "crash_nmi_callback"), CrashStep.ARMED, OtherStep.NMI_TAKEN,
           says="another CPU took the NMI", source="do_nmi_crash since 77ad1faa6b (4.3.0)"),
     Stage("cpu-save", Role.OTHER, ("kexec_crash_save_cpu",), CrashStep.ARMED, OtherStep.MC_IST_CLEARED,

@@ -274,7 +274,7 @@ PATH: tuple[Write, ...] = (
 
     # nmi_shootdown_cpus() after its wait. disable_IO_APIC() leaves the crashing CPU's LAPIC, software-enabled and
     # unmasked, in virtual-wire mode: its enable bit and LVT have no rows.
-    Write(REPORT, Whose.MACHINE, CrashStep.WAITED, "Shot down all CPUs, or which not", _SAY, {"announces": True}),
+    Write(REPORT, Whose.MACHINE, CrashStep.WAITED, "Shot down, or failed to shoot down", _SAY, {"announces": True}),
     Write(LAPIC_MODE, Whose.CRASHING, CrashStep.STOPPED, Value.BOOT_MODE, _LAPIC_OFF),
     Write(ONLINE, Whose.CRASHING, CrashStep.STOPPED, False, _STOP),
     Write(X2APIC_ENABLED, Whose.MACHINE, CrashStep.STOPPED, Value.IS_BOOT_MODE, _ARM),

@@ -29,10 +29,10 @@ _STRING_MAX = 256
 _KNOWN = {
     ("CORE", NT_PRSTATUS): "NT_PRSTATUS: a CPU's registers",
     ("Xen", XEN_CRASH_REGS): "CRASH_REGS: a CPU's control registers, by Xen",
-    ("Xen", XEN_CRASH_INFO): "CRASH_INFO: which Xen, and where it lies",
+    ("Xen", XEN_CRASH_INFO): "CRASH_INFO: which Xen, and where it is",
     ("VMCOREINFO_XEN", 0): "Xen's VMCOREINFO: symbols and structures for dump tools",
     ("VMCOREINFO", 0): "Linux's VMCOREINFO",
-    ("QEMU", 0): "QEMUCPUState: a CPU as QEMU has it",
+    ("QEMU", 0): "QEMUCPUState: a CPU's registers, by QEMU",
 }
 
 
@@ -155,7 +155,7 @@ def describe_info(target: Target, info: CrashInfo) -> Json:
 def _string(target: Target, address: int) -> str | Absent:
     """A string of Xen's by its physical address, up to its NUL."""
     if not address:
-        return Absent("the note has no address of it")
+        return Absent("the note has no address for it")
     try:
         # It may lie at the very end of what the target holds: a piece at a time.
         raw = b""

@@ -75,7 +75,7 @@ MAGICS = (
     Magic(b"LinuxGuestRecord", "a domain saved by xm", advice=_DOMAIN, source="xen 4.2 XendCheckpoint.py"),
     Magic(b"XenSavedDom", "a domain saved by XAPI", advice=_DOMAIN, source="xenopsd suspend_image.ml"),
     # Disks and file systems; a kernel image begins with a boot sector
-    Magic(b"HdrS", "a Linux kernel", advice="it is not a dump; name the vmcore", offset=0x202,
+    Magic(b"HdrS", "a Linux kernel", advice="it is not a dump; give the vmcore", offset=0x202,
           source="Linux Documentation/arch/x86/boot.rst"),
     Magic(b"QFI\xfb", "a qcow2 disk image", advice=_DISK, source="QEMU docs/interop/qcow2.rst"),
     Magic(b"KDMV", "a VMDK disk image", advice=_DISK, source="QEMU block/vmdk.c"),
@@ -121,10 +121,10 @@ MAGICS = (
     Magic(b"\xed\xab\xee\xdb", "an RPM package", advice=_UNPACK, source="rpm lib/rpmlead"),
     Magic(b"version https://git-lfs", "a pointer of Git LFS", advice="fetch the file itself (git lfs pull)",
           source="Git LFS specification"),
-    Magic(b"MZ", "a PE image (xen.efi, perhaps)", symbols="pe", advice="it is not a dump; name the vmcore", weak=True,
+    Magic(b"MZ", "a PE image (xen.efi, perhaps)", symbols="pe", advice="it is not a dump; give the vmcore", weak=True,
           source="PE format, MS-DOS stub"),
 )  # fmt: skip
-TEXT = Magic(b"", "a text file", advice="a log or a map is not a dump; name the vmcore", weak=True)
+TEXT = Magic(b"", "a text file", advice="a log or a map is not a dump; give the vmcore", weak=True)
 _NEAR = 4096  # of two that match, one that is nearer than this is meant
 _LONGEST = max(len(row.magic) for row in MAGICS)
 _SAMPLE = 512  # of a text

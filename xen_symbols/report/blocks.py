@@ -389,7 +389,7 @@ def report_blocks(report: contract.Report) -> list[Block]:
     if "gate_changes" in report:
         blocks.append(gate_changes_table(report))
         if "writers_absent" in report:
-            blocks.append(Lines([[Cell(f"without the writers: {report['writers_absent']}", "unknown")]]))
+            blocks.append(Lines([[Cell(f"writers not seen: {report['writers_absent']}", "unknown")]]))
     if report["cpus"]:
         last = report["stages"][-1]["stage"] if report["stages"] else "none"
         blocks.append(cpus_table(report["cpus"], last))

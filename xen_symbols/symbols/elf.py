@@ -19,7 +19,7 @@ from xen_symbols.symbols.table import Symbol, SymbolTable
 SOURCE = "ELF symbol table"
 _TYPES = {
     elf.ET_REL: "an object file; give xen-syms, its .map, or Xen's image",
-    elf.ET_CORE: "a core file, not symbols: name it as the target",
+    elf.ET_CORE: "a core file, not symbols: give it as the target",
 }
 _SYMBOL_SIZE = ELF64.symbol.size
 # Far above any image of Xen; they bound what a hostile file can cost.
@@ -192,7 +192,7 @@ def read_symbols(path: str, content: Content) -> SymbolTable:
     strtab = headers.sections[symtab.link]
     rows = ElfRows(content.read(symtab.offset, symtab.size), content.read(strtab.offset, strtab.size), headers.sections)
     if not rows.in_bounds():
-        raise Undecidable("corrupt: its ELF symbol table names strings beyond the string table")
+        raise Undecidable("corrupt: its ELF symbol table refers to strings beyond the string table")
     allocated = sorted((s.address, s.address + s.size) for s in headers.sections if s.flags & elf.SHF_ALLOC and s.size)
     table = SymbolTable(
         path,

@@ -27,7 +27,7 @@ def bounded(address: int, size: int) -> None:
     """Raises Unreadable for more than one read may ask for, which a length in damaged memory may, and for less than
     nothing."""
     if size > READ_MAX:
-        raise Unreadable(f"{size} bytes at {address:#x} are too many for one read; {READ_MAX} are the most")
+        raise Unreadable(f"{size} bytes at {address:#x} are too many for one read, which takes at most {READ_MAX}")
     if size < 0 or address < 0:
         raise Unreadable(f"{size} bytes at {address:#x}: not a valid range of memory")
 

@@ -58,7 +58,7 @@ def open_dump(path: str, *, base: int | None = None, maps: Sequence[Map] = ()) -
     except OSError as error:
         raise Undecidable(f"{path}: {error.strerror}") from None
     except WrongFile as error:
-        raise Undecidable(f"{path}: {error}; name a dump file") from None
+        raise Undecidable(f"{path}: {error}; give a dump file") from None
     except Undecidable as error:
         raise Undecidable(f"{path}: {error}") from None
     except Unreadable as error:  # bookkeeping that a flattened file does not hold
@@ -76,7 +76,7 @@ def _open(file: File, base: int | None, maps: Sequence[Map]) -> Opened:
     if isinstance(opened, Wrapped):
         opened = _within(opened)
     if is_raw:
-        raise Undecidable(f"the file says itself what is where ({opened.format}); a base is for a raw image of memory")
+        raise Undecidable(f"the file itself gives its addresses ({opened.format}); a base is for a raw image of memory")
     return opened
 
 

@@ -63,7 +63,7 @@ def _program_headers(content: Content) -> bytes:
     if count == elf.PN_XNUM:
         count = _extended_count(content, header.shoff)
     if count > _MAX_HEADERS:
-        raise Undecidable(f"{count} program headers; more than {_MAX_HEADERS} are not believable")
+        raise Undecidable(f"{count} program headers; more than {_MAX_HEADERS} are too many")
     if header.phoff + count * size > content.size:
         return require(content, header.phoff, count * size, f"{count} program headers")
     try:
@@ -112,7 +112,7 @@ def _read_notes(content: Content, table: bytes) -> list[Note]:
         total += segment.filesz
         where = f"program header {number} (notes)"
         if total > _MAX_NOTE_BYTES:
-            raise Undecidable(f"{where}: {total} bytes of notes; more than {_MAX_NOTE_BYTES} are not believable")
+            raise Undecidable(f"{where}: {total} bytes of notes; more than {_MAX_NOTE_BYTES} are too many")
         if segment.offset + segment.filesz > FILE_END:
             raise Undecidable(f"{where}: they end at offset {segment.offset + segment.filesz:#x}; the file is damaged")
         notes += parse_notes(as_held(content, segment.offset, segment.filesz), where, segment.filesz)

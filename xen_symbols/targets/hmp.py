@@ -75,11 +75,11 @@ def _cpu(index: int, text: str) -> PhysicalCpu:
     found = {name: int(value, 16) for name, value in _REGISTER.findall(text)}
     tables = {name: [int(word, 16) for word in words.split()] for name, words in _SEGMENT.findall(text)}
     if len(tables.get("IDT", ())) != 2 or len(tables.get("TR", ())) != 4 or "HLT" not in found:
-        raise Unreadable(f"QEMU's monitor printed the registers of CPU {index} in a layout that is not known here")
+        raise Unreadable(f"QEMU's monitor printed the registers of CPU {index} in an unknown layout")
     return PhysicalCpu(
         index=index,
         registers={ours: found[theirs] for theirs, ours in _NAMES.items() if theirs in found},
-        apic_id=Absent("QEMU's monitor names no APIC for it"),
+        apic_id=Absent("QEMU's monitor lists no APIC for it"),
         idtr=(tables["IDT"][0], tables["IDT"][1]),
         tr_base=tables["TR"][1],
         halted=bool(found["HLT"]),
@@ -149,7 +149,7 @@ def parse_selected_cpu(text: str) -> int:
     """
     selected = re.search(r"^\* CPU #(\d+):", text, re.MULTILINE)
     if selected is None:
-        raise Unreadable(f"QEMU's monitor does not say which CPU is its own: 'info cpus' said {text.strip()[:60]!r}")
+        raise Unreadable(f"QEMU's monitor does not say which CPU is selected: 'info cpus' said {text.strip()[:60]!r}")
     return int(selected[1])
 
 

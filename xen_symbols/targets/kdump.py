@@ -65,7 +65,7 @@ class KdumpMemory(Memory):
         if version >= 6:
             frames = sub[13]
         if frames > _MAX_FRAMES:
-            raise Undecidable(f"kdump header: {frames:#x} page frames; more than {_MAX_FRAMES:#x} are not believable")
+            raise Undecidable(f"kdump header: {frames:#x} page frames; more than {_MAX_FRAMES:#x} are too many")
         bitmaps_at, bitmaps_size = (1 + sub_blocks) * PAGE_SIZE, bitmap_blocks * PAGE_SIZE
         believable = sub_blocks <= _MAX_SUB_BLOCKS and bitmap_blocks == _blocks(frames)
         if bitmaps_at + bitmaps_size > content.size and not believable:
@@ -92,7 +92,7 @@ class KdumpMemory(Memory):
         offset, size = self._notes_at
         if size > _MAX_NOTE_BYTES:
             raise Undecidable(
-                f"kdump sub header +0x38: {size} bytes of notes; {_MAX_NOTE_BYTES} is the most believable"
+                f"kdump sub header +0x38: {size} bytes of notes; {_MAX_NOTE_BYTES} is the most accepted"
             )
         if not size:
             return []
@@ -135,7 +135,7 @@ class KdumpMemory(Memory):
         if not 0 <= frame < self._frames:
             raise Unreadable("the dump has no memory there")
         if frame >= self._known:
-            raise Unreadable(f"whether the dump has it is not known: {self.truncated}")
+            raise Unreadable(f"it is not known whether the dump has it: {self.truncated}")
         if not self._bit(self._memory_at, frame):
             raise Unreadable("the dump has no memory there")
         if not self._bit(self._dumped_at, frame):

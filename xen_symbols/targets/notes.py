@@ -194,7 +194,7 @@ def cpus_of(notes: Sequence[Note]) -> list[PhysicalCpu]:
             status = None
     if status is not None:
         raise Undecidable(
-            f"the NT_PRSTATUS note of CPU {len(cpus)} has no CRASH_REGS note of Xen's behind it; the dump is damaged"
+            f"the NT_PRSTATUS note of CPU {len(cpus)} has no CRASH_REGS note of Xen's after it; the dump is damaged"
         )
     return cpus
 
@@ -210,4 +210,4 @@ def _xen_cpu(number: int, general: dict[str, int] | Absent, control: dict[str, i
 
 def _require_size(what: str, desc: bytes, size: int, *, exact: bool) -> None:
     if len(desc) < size or (exact and len(desc) != size):
-        raise Undecidable(f"a {what} note of {len(desc)} bytes, {size} are expected; the dump is damaged or foreign")
+        raise Undecidable(f"a {what} note of {len(desc)} bytes, {size} are expected; the dump is damaged, or not Xen's")

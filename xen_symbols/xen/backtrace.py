@@ -80,7 +80,7 @@ def backtrace(memory: XenMemory, state: State, cpu: CpuState) -> Backtrace:
     fred = state.system["fred"]
     stacks = stacks_of(memory, state, cpu)
     if fred.present and fred.value == 1:
-        stacks = Absent("FRED delivers events: its stacks and frames are not known here")
+        stacks = Absent("FRED delivers events: its stacks and frames are not decoded")
     physical = cpu.physical
     if isinstance(physical, Absent):
         trace = Backtrace(cpu.cpu, "none", physical, stacks, lost=True)
@@ -143,7 +143,7 @@ class _Walk:
                 return
             if stack is None or isinstance(stacks, Absent):
                 why = str(stacks) if isinstance(stacks, Absent) else f"rsp {step.rsp:#x} is on {step.place}"
-                self._lose(f"what lies before it is not known: {why}")
+                self._lose(f"what was before it is not known: {why}")
                 return
             if stack in self._visited:
                 self._lose(f"another {stack.name} came while the first was handled, and overwrote its frame")
@@ -153,7 +153,7 @@ class _Walk:
                 self._scan(step, stack.end - REGS_SIZE)
                 frame = self._top(stack, step.rsp)
                 if isinstance(frame, Absent):
-                    self._lose(f"what lies before it is not known: {frame}")
+                    self._lose(f"what was before it is not known: {frame}")
                     return
                 self._interrupted(frame)
             else:
@@ -249,7 +249,7 @@ class _Walk:
             self._trace.end = "the beginning of the stack: no PV guest's registers are there"
             return
         if idle is None:
-            self._lose("a guest's registers are there, perhaps of an earlier one: which vCPU ran is not known")
+            self._lose("a guest's registers are there, perhaps an earlier one's: it is not known which vCPU ran")
             return
         self._trace.guest = frame
         self._trace.end = f"a guest was running, and entered Xen by {frame.name}"
@@ -297,7 +297,7 @@ def _remaining(memory: XenMemory, stacks: CpuStacks, trace: Backtrace) -> Iterat
         if frame.address in current:
             yield Found(stack, frame, name, "current", f"{stack.name} is being handled")
         elif trace.lost:
-            yield Found(stack, frame, name, "unknown", f"of {stack.name}, now or earlier: the way back is not known")
+            yield Found(stack, frame, name, "unknown", f"of {stack.name}, now or earlier: the call chain is not known")
         elif _moved(memory, stacks, frame, trace):
             says = (
                 f"{stack.name} is being handled: it interrupted a guest, and its frame was moved to the primary stack"

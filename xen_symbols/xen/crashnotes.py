@@ -90,5 +90,5 @@ def parse(raw: bytes) -> CpuNotes:
             else Absent("only CPU 0's buffer holds it", Kind.NOT_APPLICABLE),
         )
     except (Undecidable, KeyError):
-        absent = Absent("the buffer has no note headers of Xen's")
+        absent = Absent("the buffer does not have Xen's note headers")
         return CpuNotes(absent, absent, absent, damaged=True)

@@ -60,7 +60,7 @@ def problem(frame: Frame, xen: int, vector: int | None = None) -> str | None:
     if not is_canonical(frame.rip) or not is_canonical(frame.rsp):
         return "rip or rsp there is not canonical"
     if not frame.rflags & _RFLAGS_ONE or frame.rflags & _RFLAGS_ZERO:
-        return f"rflags there are {frame.rflags:#x}, which no CPU has"
+        return f"rflags there are {frame.rflags:#x}, which is impossible"
     if frame.ss & 3 != frame.ring:
         return f"cs {frame.cs:#x} and ss {frame.ss:#x} there are of different rings"
     if frame.ring == 0 and frame.cs != HYPERVISOR_CS:

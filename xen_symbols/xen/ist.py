@@ -42,4 +42,4 @@ def ist_numbers(state: State) -> IstNumbers | Absent:
     rows = [row for row in IST_NUMBERS if row.df in seen]
     if len(rows) == 1 and len(seen) == 1:
         return rows[0]
-    return Absent(f"the #DF gates use IST {sorted(seen) or 'none'}, which fits no Xen known here")
+    return Absent(f"the #DF gates use IST {sorted(seen) or 'none'}, which fits no known Xen")

@@ -49,7 +49,7 @@ class Unread:
     def note(self, named_by: str, error: Unreadable) -> None:
         """A page that is not mapped was read: its page tables were."""
         if self._is_dump and self.why is None and (not isinstance(error, paging.Untranslated) or error.unread):
-            self.why = f"what {named_by} leads to cannot be read ({error})"
+            self.why = f"what {named_by} points to cannot be read ({error})"
 
 
 def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False) -> XenMemory:
@@ -68,7 +68,7 @@ def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False
             _require_link(target, symbols, booted)
         if other and symbols.build_id and other != symbols.build_id:
             if not allow_mismatch or memory is None:
-                even = " (its page tables cannot be found with them: a mismatch cannot be allowed)"
+                even = " (its page tables cannot be found with them, so a mismatch cannot be allowed)"
                 raise Undecidable(
                     f"the symbols are of another build: {symbols.path} has build-id {symbols.build_id.hex()}, "
                     f"the Xen in {target.location} has {other.hex()}{even * allow_mismatch}; "
@@ -83,7 +83,7 @@ def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False
         if symbols.build_id and not allow_mismatch:
             raise Undecidable(
                 f"{target.location} shows no build-id where {symbols.path} says it lies: the symbols are of another "
-                "build, or the note was left out of the dump; --allow-build-id-mismatch goes on without it"
+                "build, or the note was left out of the dump; --allow-build-id-mismatch continues without it"
             )
     return memory
 

@@ -16,7 +16,7 @@ def cpu_count(memory: XenMemory) -> int:
     """nr_cpu_ids: how many CPUs are possible. Raises Unreadable, also for a number that no Xen can have."""
     count = memory.variable("nr_cpu_ids", 4, DATA)
     if not 0 < count <= NR_CPUS_MAX:
-        raise Unreadable(f"nr_cpu_ids is {count}, which no Xen has: Xen has not set it yet, or the symbols are wrong")
+        raise Unreadable(f"nr_cpu_ids is {count}, which is impossible: it is not set yet, or the symbols are wrong")
     return count
 
 

@@ -119,7 +119,7 @@ def tables(target: Target, limit: int, progress: Progress | None = None) -> Iter
             places += 1
             if places == _MOST_PLACES or tried == _MOST_TABLES:
                 raise Undecidable(
-                    f"too much in {target.location} looks like Xen's symbol table: Xen cannot be located; "
+                    f"too much in {target.location} looks like Xen's symbol table: Xen cannot be found; "
                     "give its own xen-syms with --symbols"
                 )
             at = data.find(embedded.DIGITS, at + 1)

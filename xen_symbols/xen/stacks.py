@@ -85,7 +85,7 @@ class CpuStacks(NamedTuple):
 
 
 def stacks_of(memory: XenMemory, state: State, cpu: CpuState) -> CpuStacks | Absent:
-    """A CPU's stacks by its TSS; Absent when that cannot be read or is no TSS of Xen's."""
+    """A CPU's stacks by its TSS; Absent when that cannot be read or is not Xen's TSS."""
     return stacks_of_each(memory, state, [cpu])[cpu.cpu]
 
 
@@ -111,7 +111,7 @@ def stacks_of_each(memory: XenMemory, state: State, cpus: Sequence[CpuState]) ->
         found[number] = _stacks(layout, next(answers), next(answers), numbers)
     for cpu in cpus:
         if cpu.cpu not in found:
-            found[cpu.cpu] = Absent(f"what lies at {cpu.tss:#x} is no TSS of Xen's: {_NOT_ONE_CPUS}")
+            found[cpu.cpu] = Absent(f"what lies at {cpu.tss:#x} is not Xen's TSS: {_NOT_ONE_CPUS}")
     return found
 
 

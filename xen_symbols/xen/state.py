@@ -181,7 +181,7 @@ def _tss(symbols: SymbolTable) -> int | Absent:
 
 def _apic_id(apic_ids: Asked, cpu: int) -> Read:
     read = apic_ids.part(4 * cpu, 4).read(unsigned, "x86_cpu_to_apicid")
-    return absent("it has no APIC id", Kind.NOT_APPLICABLE) if read.value == BAD_APICID else read
+    return absent("it has no APIC ID", Kind.NOT_APPLICABLE) if read.value == BAD_APICID else read
 
 
 def _missing_cpu(cpu: int, offset: int, apic_id: Read) -> CpuState:

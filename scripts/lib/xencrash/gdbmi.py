@@ -192,13 +192,13 @@ class GdbSession:
         except Timeout:
             self._process.kill()  # it would go on trying
             raise Timeout(
-                f"{target} takes connections and answers nothing: another debugger is attached to it (QEMU serves one "
+                f"{target} accepts connections but does not answer: another debugger is attached (QEMU serves one "
                 "at a time: detach that one), or it is not a gdbstub"
             ) from None
         except MiError as error:
             why = str(error).rstrip(".")
             raise Undecidable(
-                f"nothing to attach to at {target}: {why}; start QEMU with -gdb, or see whether it still runs"
+                f"nothing to attach to at {target}: {why}; start QEMU with -gdb, or check that it still runs"
             ) from None
         self._attached, self._lost = True, False
         self._stops.clear()

@@ -43,7 +43,7 @@ def plugin_script() -> Path:
     """The file to `source` in gdb. It is found, not imported: only gdb can import what it loads."""
     found = importlib.util.find_spec("gdbplugin")
     if found is None or found.origin is None:
-        raise Undecidable("the gdb plugin is not installed beside this command: install xencrash again")
+        raise Undecidable("the gdb plugin is not installed with this command: reinstall xencrash")
     return Path(found.origin).with_name("load.py")
 
 

@@ -1,4 +1,4 @@
-"""Options that several sub-commands have, and what they are taken for."""
+"""Options that several sub-commands share, and what they mean."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from typing import NamedTuple
@@ -18,7 +18,7 @@ exit status:
 
 
 class Request(NamedTuple):
-    """What is to be looked at, and how: a TARGET and the options about it."""
+    """What to look at, and how: a TARGET and its options."""
 
     target: str
     symbols: str | None = None
@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
 
 def add_target(parser: ArgumentParser, *, several: bool = False, dumps: bool = True) -> None:
-    """TARGET and what says how to read it: for `request`, or where there may be several for `requests`."""
+    """TARGET and how to read it: for `request`, or for `requests` if there may be several."""
     if several:
         parser.add_argument("target", nargs="+", metavar="TARGET", help="dumps, or one gdb:…")
     else:
@@ -44,7 +44,7 @@ def add_target(parser: ArgumentParser, *, several: bool = False, dumps: bool = T
     )
     parser.add_argument(
         "--qmp", metavar="SOCKET",
-        help="QEMU's QMP, a unix socket or HOST:PORT: a live machine's LAPIC modes, NMI latches, IDTRs",
+        help="QEMU's QMP, a unix socket or HOST:PORT: for a live machine's LAPIC modes, NMI latches and IDTRs",
     )
     if dumps:
         parser.add_argument(
@@ -57,12 +57,12 @@ def add_target(parser: ArgumentParser, *, several: bool = False, dumps: bool = T
     else:
         parser.set_defaults(base=None, map=[])
     parser.add_argument(
-        "--allow-build-id-mismatch", action="store_true", help="go on with symbols of another build; the report says so"
+        "--allow-build-id-mismatch", action="store_true", help="use symbols of another build; the report says so"
     )
 
 
 def requests(args: Namespace) -> list[Request]:
-    """What is asked for, a request for each TARGET. Raises UsageError for an option that would have no effect."""
+    """A request for each TARGET. Raises UsageError for an option that would have no effect."""
     if args.allow_build_id_mismatch and args.symbols is None:
         raise UsageError("--allow-build-id-mismatch is for --symbols, and none are given: leave it out")
     targets = args.target if isinstance(args.target, list) else [args.target]
@@ -70,7 +70,7 @@ def requests(args: Namespace) -> list[Request]:
 
 
 def request(args: Namespace, *, symbols_may_follow: bool = False) -> Request:
-    """The same for one TARGET; with `symbols_may_follow` --allow-build-id-mismatch is for those that gdb is given."""
+    """The same for one TARGET. With `symbols_may_follow`, gdb may be given the symbols of another build later."""
     return _request(args.target, args) if symbols_may_follow else requests(args)[0]
 
 

@@ -33,7 +33,7 @@ def begin(output: str | None, *inputs: str | None) -> None:
         return
     mode, file = _identity(output)
     if file is not None and file in [_identity(path)[1] for path in inputs if path]:
-        raise UsageError(f"--output {output} would overwrite what is to be read: give another file")
+        raise UsageError(f"--output {output} would overwrite the input: give another file")
     if mode is None or stat.S_ISREG(mode):  # a pipe's reader would take an empty report for the report
         to(output, lambda stream: None)
 

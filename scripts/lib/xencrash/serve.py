@@ -25,7 +25,7 @@ from xen_symbols.xen.state import read_state
 # a refusing answer only gets "Cannot access memory".
 GDB_SETTINGS = ("set may-write-registers off", "set may-write-memory off", "set may-insert-breakpoints off")
 
-READ_ONLY = "this is a dump: it can be read, and neither changed nor continued"
+READ_ONLY = "this is a dump: it can be read, but not changed or continued"
 _PACKET_SIZE = 0x4000
 _PAGE = 4096
 _EFAULT = b"E14"
@@ -135,7 +135,7 @@ def served(memory: XenMemory, base: int | None = None, maps: Sequence[Map] = ())
     able = [thread.cpu for thread in threads if "rip" in thread.registers]
     if not able:
         able = [len(state.cpus) + len(state.unmatched)]
-        threads.append(Thread(able[0], {"rip": 0}, "no CPU: the dump has no registers, and gdb must begin somewhere"))
+        threads.append(Thread(able[0], {"rip": 0}, "no CPU: the dump has no registers, and gdb needs a thread"))
     target = memory.target
     return Served(
         path=target.location,

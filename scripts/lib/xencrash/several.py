@@ -36,7 +36,7 @@ def judge(asked: Sequence[Request], format: str, folder: str | None) -> int:
     """
     for one in asked:
         if one.live:
-            raise UsageError(f"{one.target} is a live machine: check it alone")
+            raise UsageError(f"{one.target} is a live machine: check it by itself")
     if folder:
         _prepare(Path(folder))
     verdicts: list[Verdict] = []
@@ -131,7 +131,8 @@ class _Job(NamedTuple):
         process.join()
         status = process.exitcode or 0
         how = f"was killed ({signal.Signals(-status).name})" if status < 0 else "ended"
-        return undecided(self.asked, f"{self.asked.target}: the process that judged it {how}; check it alone").to_json()
+        why = f"{self.asked.target}: the process that judged it {how}; check it by itself"
+        return undecided(self.asked, why).to_json()
 
 
 def _by_workers(jobs: Sequence[_Job], wait: _Wait) -> Iterator[tuple[int, contract.Report]]:

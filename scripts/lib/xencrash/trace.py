@@ -97,7 +97,7 @@ def follow(
         if begin["unseen"]:
             notice(begin["unseen"])
         if "writers_absent" in report:
-            notice(f"without the writers: {report['writers_absent']}")
+            notice(f"writers not seen: {report['writers_absent']}")
         for stage in report["stages"]:
             progress(stage, report["findings"])
         if "undecided" in report:

@@ -100,7 +100,7 @@ def _outside_xen(context: Context, physical: PhysicalCpu) -> bool:
 FOUND = (
     Check(
         "cpus-found", Subject.MACHINE, "xen/arch/x86/percpu.c and smpboot.c (7cfb005362)",
-        "it does not fail: a CPU that was online and was not found among Xen's is unknown, and so is the verdict",
+        "never fails; UNKNOWN if a CPU that was online is not found among Xen's",
         _cpus_found, shows=Shows.NOT_BROKEN,
     ),
 )  # fmt: skip
@@ -122,9 +122,9 @@ def _physical_read(context: Context, cpu: int, of: Callable[[PhysicalCpu], Any])
 def on_its_way(context: Context, cpu: int) -> Outcome | None:
     """What the last steps of another CPU leave can be judged once Xen hands over; None means judge it now."""
     if not context.crash.reached(CrashStep.NEUTRALISED):
-        return skip("Xen has not handed over")
+        return skip("Xen has not handed over yet")
     if context.other(cpu).before(OtherStep.SELF_NMI):
-        return skip("it has not come so far")
+        return skip("it has not got that far")
     physical = context.physical(cpu)
     if isinstance(physical, Absent) or not physical.current or context.other(cpu).reached(OtherStep.PARKED):
         return None
@@ -183,8 +183,8 @@ def _latch(blocked: bool) -> str:
 
 LATCH = Check(
     "nmi-latch", Subject.ONLINE, "xen/arch/x86/machine_kexec.c, enable_nmis (77ad1faa6b)",
-    "the crash kernel starts with NMIs blocked and its watchdog is dead, or a parked CPU can be woken", _nmi_latch,
-    {"unblocked": "the crash kernel starts with NMIs blocked: its watchdog and its own crash NMIs are dead",
+    "the crash kernel starts with NMIs blocked and without a watchdog, or a parked CPU can be woken", _nmi_latch,
+    {"unblocked": "the crash kernel starts with NMIs blocked: its watchdog and its own crash NMIs do not work",
      "blocked": "NMIs are unblocked on this CPU while it runs its NMI handler, or is parked in it: the next one starts "
      "it again"},
     Need.DEVICE_STATE, Shows.SO_ALREADY,
@@ -263,7 +263,7 @@ def _idtr(context: Context, cpu: int) -> Outcome:
             return physical.idtr
         if context.guest_state_loaded(state) is True:
             return Absent("it runs outside Xen with an HVM guest's state: IDTR is the guest's", Kind.NOT_APPLICABLE)
-        return Absent(f"it runs outside Xen, in an HVM guest perhaps, whose IDTR this is: {physical.guest_mode.reason}")
+        return Absent(f"it runs outside Xen, in perhaps an HVM guest, whose IDTR this is: {physical.guest_mode.reason}")
 
     if not state.idt.present:
         return from_absence(state.idt.value)

@@ -124,14 +124,14 @@ def _lapic_self_nmi(context: Context, cpu: int) -> Outcome:
         if low & (apic.ICR_SHORTHAND | apic.ICR_DESTINATION_LOGICAL):
             return f"an NMI by shorthand or logical destination (ICR {low:#x})"
         destination = apic.icr_destination(lapic.icr_high, apic.mode(lapic.apic_base))
-        return "an NMI to itself" if destination == own else f"an NMI to APIC id {destination}"
+        return "an NMI to itself" if destination == own else f"an NMI to APIC ID {destination}"
 
     return expect(_read(context, cpu, target), ("an NMI to itself",))
 
 
 SELF = Check(
     "lapic-self-nmi", Subject.OTHERS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",
-    "nothing is queued behind the NMI latch: a later iret on this CPU (from a machine check) would let it run on",
+    "no NMI is pending while NMIs are blocked: a later IRET on this CPU (from a machine check) would let it run on",
     _lapic_self_nmi, needs=Need.DEVICE_STATE,
 )  # fmt: skip
 

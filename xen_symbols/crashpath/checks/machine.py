@@ -40,7 +40,7 @@ OWNER = Check(
 ON_ITS_WAY = Check(
     "kexecing", Subject.MACHINE, "xen/common/kexec.c, kexec_crash; read by disable_local_APIC",
     "the local APICs are not returned to the mode in which the firmware left them, as the crash kernel expects",
-    as_written(KEXECING, variable(KEXECING)), {False: "Xen behaves as on its way into a crash kernel, and it is not"},
+    as_written(KEXECING, variable(KEXECING)), {False: "Xen behaves as if on its way into a crash kernel, but is not"},
 )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def _dispatch(context: Context, _cpu: int) -> Outcome:
 DISPATCH = Check(
     "nmi-dispatch", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus (cbeeaa7da0, e7f147bf4a)",
     "the shootdown NMI runs the normal handler: no other CPU saves its state or stops", _dispatch,
-    dict.fromkeys(_DISPATCHED_BEFORE, "an ordinary NMI stops a CPU of a machine that has not crashed"),
+    dict.fromkeys(_DISPATCHED_BEFORE, "an ordinary NMI stops a CPU although the machine has not crashed"),
 )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ SIGNS = (
     Check(
         "saved-cpus", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
         "its registers are missing from the dump, or would be saved twice", as_written(SAVED, bit(SAVED)),
-        {False: "its notes count as saved although they are not: its registers are missing from the dump",
+        {False: "its notes are marked as saved although they are not: its registers are missing from the dump",
          True: "its registers are missing from the dump"},
     ),
     Check(
@@ -160,7 +160,7 @@ SIGNS = (
         "a second NMI stops it twice, or its first one saves nothing",
         as_written(SAVE_DONE, _read_save_done, never="this generation has no crash_save_done",
                    because_of={False: ("online-cpus",)}),  # the stop comes first
-        {False: "it counts as done already: a shootdown NMI that finds it so saves nothing and stops no LAPIC",
+        {False: "it is already marked as done: a shootdown NMI then saves nothing and does not stop the LAPIC",
          True: "a second NMI, such as the one it queued to itself, stops it and signs it off again: a count then "
          "leaves out a CPU that has not answered"},
     ),

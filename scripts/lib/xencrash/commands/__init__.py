@@ -10,8 +10,8 @@ from xencrash.subcommands import Command, add_commands
 
 COMMANDS = {
     "trace": Command("xencrash.commands.trace", "follow a crash live, stage by stage, and judge each"),
-    "check": Command("xencrash.commands.check", "judge what is there now: a dump, or a stopped or parked live machine"),
-    "preflight": Command("xencrash.commands.preflight", "would a crash work? Of a Xen that runs, before one is needed"),
+    "check": Command("xencrash.commands.check", "judge the present state of a dump, or of a stopped live machine"),
+    "preflight": Command("xencrash.commands.preflight", "would a crash work? For a running Xen, before one is needed"),
     "gdb": Command("xencrash.commands.gdb", "an interactive gdb with the plugin loaded"),
     "info": Command(
         "xencrash.commands.info", "what this is: format, notes, CPUs, symbols, build-id, generation and evidence"

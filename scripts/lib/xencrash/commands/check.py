@@ -1,9 +1,9 @@
 """Judge the state that a dump or a live machine is in.
 
-Several dumps give a line each (as json a list of reports, as junit one
-document); --output then names a directory for a report of each. The status is
-the worst: 1 when a check of any failed, else 3 when any could not be decided
-or opened.
+Several dumps get a line each (with --format json a list of reports, with junit
+one document); --output then names a directory for their reports. The exit status
+is the worst: 1 if a check failed in any of them, else 3 if any could not be
+decided or opened.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ EPILOG = f"""\
 
 exit status:
   gdb's own, or
-  2  bad usage     3  no gdb, or what was named cannot be opened (the reason is on standard error)
+  2  bad usage     3  no gdb, or a file or socket cannot be opened (the reason is on standard error)
 """
 
 
@@ -89,7 +89,7 @@ def _symbol_files(path: str | None, table: SymbolTable | None) -> Iterator[tuple
             yield given
             return
         whose = f"of {path}" if path else "that Xen carries in its image"
-        print(f"xencrash: gdb has the symbols {whose}, and no types; xen bt knows Xen's stacks", file=sys.stderr)
+        print(f"xencrash: gdb has the symbols {whose}, and no types; use xen bt for Xen's stacks", file=sys.stderr)
         made = Path(folder) / "xen-syms"
         made.write_bytes(symbol_file(table))
         yield given[0], str(made)

@@ -1,4 +1,4 @@
-"""Say what a target is and what is known of it, without judging it."""
+"""Show what a target is and what is known about it, without judging it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run(args: Namespace) -> int:
     data = describe(asked)
     if data.get("stage") == CRASHING.id:
         data["undecided"] = (
-            f"{asked.target}: Xen is {CRASHING.says}, or stuck there: how far it came cannot be determined"
+            f"{asked.target}: Xen is {CRASHING.says}, or stuck there: how far it got cannot be determined"
         )
     if args.format == "json":
         to(args.output, lambda stream: print(json.dumps(data, indent=2), file=stream))

@@ -30,7 +30,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--gates",
         action="store_true",
-        help="also list every change of an NMI or #MC gate, and who wrote it where that was seen",
+        help="also list every change of an NMI or #MC gate, and who wrote it, if seen",
     )
     parser.add_argument(
         "--leave-stopped", action="store_true", help="end at the handover, and leave the machine stopped there"
@@ -41,7 +41,7 @@ def run(args: Namespace) -> int:
     """Follow a crash, a line for each stage on standard error."""
     if not args.target.startswith("gdb:"):
         raise UsageError(
-            f"{args.target} is not a live machine: trace takes gdb:HOST:PORT or gdb:SOCKET; a dump takes check"
+            f"{args.target} is not a live machine: trace takes gdb:HOST:PORT or gdb:SOCKET; use check for a dump"
         )
     asked = request(args)
     begin(args.output, asked.symbols)

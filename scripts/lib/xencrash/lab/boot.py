@@ -1,4 +1,4 @@
-"""Making the machine that a specification asks for: its images, its QEMU, and its boot as far as it is waited for."""
+"""Makes the machine that a specification asks for: its images, its QEMU, and its boot up to the point waited for."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from xencrash.lab.specification import Specification
 CRASH_KERNEL_MIB = 256
 DOM0_MIB = 512
 BOOT_TIMEOUT = 600.0  # 32 vCPUs on two busy host cores boot within this
-_STALLED = 180.0  # seconds without a word on the console: a boot of dom0 under TCG hangs for good once in a long while
+_STALLED = 180.0  # seconds without console output: under TCG, a boot of dom0 very occasionally hangs
 _WORDS = 3  # lines
 _DIED = rb"Panic on CPU \d+|Kernel panic - not syncing|Hardware Dom0 halted"
 
 
 class Stalled(LabError):
-    """A boot that came to a standstill."""
+    """A boot that made no more progress."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What QEMU is given for a specification."""
+    """The files and command lines that QEMU gets for a specification."""
 
     specification: Specification
     program: Program
@@ -67,8 +67,8 @@ class Recipe:
         return with_x2apic_on(image) if self.specification.lapic_row.firmware else image
 
     def key(self) -> str:
-        """A name for the machine that comes of it: of all files that QEMU reads, of its command line, and of what is
-        done once dom0 is up. What changes the machine changes the key."""
+        """A name for the resulting machine: a digest of all files that QEMU reads, its command line, and what is done
+        once dom0 is up. Whatever changes the machine changes the key."""
         spec = self.specification
         everything = {
             "command": self.command(Paths(Path("/run")), Ram(Path("/ram"))),
@@ -86,7 +86,7 @@ class Recipe:
 
 
 def recipe_of(specification: Specification, cache: Cache) -> Recipe:
-    """The recipe, with what it needs in the cache. Raises LabError for what cannot be got."""
+    """The recipe, with what it needs in the cache. Raises LabError for what cannot be fetched."""
     spec = specification
     cpu = ",".join(filter(None, (spec.qemu_row.cpu[spec.lapic_row.mode], "-rdtscp" * spec.pvh, spec.cpu_args)))
     program = Program(images.qemu_words(cache, spec.qemu_row), cpu)
@@ -131,12 +131,12 @@ def up(
     fresh: bool = False,
     shared_ram: bool = False,
 ) -> Machine:
-    """The machine, as far as its specification waits for; on failure nothing of it is left but its logs.
+    """The machine, booted as far as its specification says; on failure only its logs are left.
 
-    Where dom0 is waited for it starts from a snapshot: of an earlier boot, or of this one, for later. `fresh` boots it,
-    and keeps none. One from a snapshot has RAM of its own that no file shows, unless `shared_ram` asks for one: a copy,
+    If dom0 is waited for, it starts from a snapshot of an earlier boot, or saves one for later. `fresh` boots it and
+    saves none. A machine from a snapshot has private RAM that no file shows, unless `shared_ram` asks for one: a copy,
     which takes some tenths of a second.
-    An owned machine dies with the thread that called this; one that is not is for `attach` and `down`. Raises LabError.
+    An owned machine dies with the thread that called this; any other is for `attach` and `down`. Raises LabError.
     """
     cache = Cache(progress=progress)
     recipe = recipe_of(specification, cache)
@@ -152,19 +152,19 @@ def up(
             try:
                 return run.loaded(snapshot, shared_ram)
             except LabError as error:
-                progress(f"the snapshot {snapshot.folder} does not start, and is dropped: {error}")
+                progress(f"the snapshot {snapshot.folder} does not start, and is deleted: {error}")
                 run.remove_logs()
     raise AssertionError("one that is made anew is not there before")
 
 
 def _keep(machine: Machine, snapshots: Snapshots, snapshot: Snapshot) -> None:
-    """Make the snapshot. Where that fails the machine runs on, and it is booted again the next time."""
+    """Make the snapshot. If that fails the machine keeps running, and is booted again next time."""
     try:
         snapshots.make(snapshot, lambda folder: saved.save(machine, folder))
     except (OSError, LabError) as error:
         machine.progress(f"no snapshot is kept of this machine: {error}")
         if (status := machine.qmp("query-status")["status"]) != "running":
-            raise LabError(f"keeping a snapshot: the machine is {status} since: {machine.where_to_look()}") from error
+            raise LabError(f"saving a snapshot: the machine is now {status}: {machine.where_to_look()}") from error
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,13 @@ class Run:
     progress: Progress
 
     def booted(self, then: Callable[[Machine], None] = lambda machine: None) -> Machine:
-        """Boot it, and do something to it when it is up. One whose boot comes to a standstill is booted once more."""
+        """Boot it, and do something to it when it is up. If the boot hangs it is tried once more."""
         try:
             return self._boot(then)
         except Stalled as stalled:
             for log in self.paths.logs:
                 log.replace(log.with_suffix(".stalled.log"))
-            self.progress(f"{stalled} (now *.stalled.log); starting it once more")
+            self.progress(f"{stalled} (now *.stalled.log); starting again")
         return self._boot(then)
 
     def _boot(self, then: Callable[[Machine], None]) -> Machine:
@@ -216,7 +216,7 @@ class Run:
             wait_for_qemu(machine)
             saved.load(machine, snapshot.folder, snapshot.about())
             if not self.owned:
-                machine.dom0.run("true")  # sets its clock, which who attaches does not know to be late
+                machine.dom0.run("true")  # sets its clock, since whoever attaches does not know that it is late
         return machine
 
     def remove_logs(self) -> None:
@@ -257,13 +257,13 @@ def _down_on_failure(machine: Machine) -> Iterator[None]:
 
 
 def wait_for_qemu(machine: Machine) -> None:
-    """Wait until QEMU answers; from then on `attach` finds it."""
+    """Wait until QEMU answers; after that `attach` finds it."""
     machine.paths.state.write_text(json.dumps(asdict(machine.state), indent=1))
     machine.until("starting QEMU", 30, lambda: all(path.exists() for path in machine.paths.sockets) or None)
 
 
 def wait_until_up(machine: Machine, spec: Specification) -> None:
-    """Wait for as much of a boot as the specification asks for."""
+    """Wait for as much of the boot as the specification asks for."""
     wait_for_qemu(machine)
     if spec.paused or not spec.boots_xen or spec.wait == "none":
         return
@@ -291,7 +291,7 @@ def _boots(machine: Machine, step: str, log: Path, sign: bytes) -> None:
         nonlocal size, heard
         console = machine.read_log(machine.serial_log)
         if died := re.search(_DIED, console):
-            raise LabError(f"{step}: it died: {last_words(console[died.start() :])}; see {machine.serial_log}")
+            raise LabError(f"{step}: Xen or dom0 died: {last_words(console[died.start() :])}; see {machine.serial_log}")
         if re.search(sign, machine.read_log(log), re.MULTILINE):
             return True
         if (now := machine.serial.size()) != size:

@@ -1,5 +1,5 @@
-"""The cells of the matrix: each Xen, QEMU, gdb and LAPIC mode of the lab; a few of them that cover all; and crashes at
-random moments over them."""
+"""The cells of the matrix: each Xen, QEMU, gdb and LAPIC mode of the lab; a few that cover all pairs; and crashes at
+random moments across them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from xencrash.lab.own import OwnXen, own_xen
 from xencrash.lab.rows import GDBS, QEMUS, SUITES, XENS
 
 CPUS = 4
-_LONGEST_DELAY = 2.0  # seconds; what dom0 and Xen do after a boot has settled long before
+_LONGEST_DELAY = 2.0  # seconds; dom0 and Xen settle long before this after a boot
 DIMENSIONS = ("xen", "qemu", "gdb", "lapic")
-# The ways of crashing, and whether a domU runs then (where the QEMU is one for it), dealt to the cells in turn.
+# The ways of crashing, and whether a domU runs (if the QEMU allows it), assigned to the cells in turn.
 _WAYS = (("key", None), *(("panic", cpu) for cpu in range(CPUS)))
 _DOMU = (False, True)
 
@@ -54,11 +54,11 @@ class Cell:
 
 
 def cells(own: OwnXen | None = None) -> tuple[Cell, ...]:
-    """Every cell there is, of all rows or of one own Xen: a LAPIC mode that a QEMU does not have makes none."""
+    """Every cell, of all rows or of one own Xen: none for a LAPIC mode that a QEMU does not have."""
     made = []
     image, symbols = (str(own.image), str(own.symbols)) if own else ("", "")
     names = [own.name] if own else list(XENS)
-    for number, xen in enumerate(names):  # each Xen begins elsewhere, or all would be crashed alike
+    for number, xen in enumerate(names):  # each Xen starts at another way, or all would be crashed alike
         ways = itertools.islice(itertools.cycle(_WAYS), number, None)
         domus = itertools.islice(itertools.cycle(_DOMU), number, None)
         for qemu, gdb in itertools.product(QEMUS, GDBS):
@@ -75,7 +75,7 @@ def cells(own: OwnXen | None = None) -> tuple[Cell, ...]:
 
 
 def settled(cells: Iterable[Cell]) -> tuple[Cell, ...]:
-    """Those of the cells whose packages are the same tomorrow: no suite that they come from is a moving one."""
+    """The cells whose packages do not change: none comes from a moving suite."""
     return tuple(cell for cell in cells if not any(SUITES[suite].moving for suite in _suites(cell)))
 
 
@@ -87,7 +87,7 @@ def _suites(cell: Cell) -> set[str]:
 
 
 def covering(cells: Iterable[Cell]) -> tuple[Cell, ...]:
-    """Some of the cells, in which each pair of values of two dimensions appears that appears in any."""
+    """A selection of the cells with every pair of values of two dimensions that occurs in any cell."""
     left = {cell: _pairs(cell) for cell in cells}
     chosen = []
     while any(left.values()):
@@ -104,12 +104,12 @@ def _pairs(cell: Cell) -> frozenset[tuple[str, ...]]:
 
 
 def wanted(options: Mapping[str, Any]) -> dict[str, Collection[str]]:
-    """The rows that options name, by dimension: of --xen, --qemu, --gdb and --lapic those that are given."""
+    """The rows that options name, by dimension: --xen, --qemu, --gdb and --lapic, if given."""
     return {name: options[name] for name in DIMENSIONS if options[name]}
 
 
 def chosen(names: Mapping[str, Collection[str]], cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """Those of the cells that have what is named in each dimension. Raises BadSpecification for none."""
+    """The cells that have the named rows in each dimension. Raises BadSpecification for none."""
     left = tuple(cell for cell in cells if all(getattr(cell, name) in values for name, values in names.items()))
     if not left:
         reasons = "; ".join(f"QEMU {row.name}: {row.reason}" for row in QEMUS.values())
@@ -118,7 +118,7 @@ def chosen(names: Mapping[str, Collection[str]], cells: Sequence[Cell]) -> tuple
 
 
 def moments(count: int, seed: int, cells: tuple[Cell, ...]) -> list[Cell]:
-    """`count` crashes, over the cells in turn; what is random in them follows from `seed`."""
+    """`count` crashes, across the cells in turn; `seed` determines their random parts."""
     chance = random.Random(seed)
     order = list(cells)
     chance.shuffle(order)

@@ -1,4 +1,4 @@
-"""Crashing Xen: how, on which CPU, and what that needs of the machine."""
+"""Crashing Xen: how, on which CPU, and what the machine needs for that."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Crash:
         return self.how or ("key" if self.cpu is None else "panic")
 
     def require_cpu(self, cpus: int) -> None:
-        """Raise BadSpecification where a machine of so many CPUs does not have the chosen one."""
+        """Raise BadSpecification if a machine with this many CPUs does not have the chosen one."""
         if self.cpu is not None and not 0 <= self.cpu < cpus:
             raise BadSpecification(f"--cpu {self.cpu}: the machine's CPUs are 0 to {cpus - 1}")
 
     def require_vcpus(self, cpus: int, dom0_vcpus: int) -> None:
-        """Raise BadSpecification where dom0 cannot panic on the chosen CPU."""
+        """Raise BadSpecification if dom0 cannot panic on the chosen CPU."""
         self.require_cpu(cpus)
         if self.cpu is not None and dom0_vcpus != cpus:
             raise BadSpecification(
@@ -91,7 +91,7 @@ def _require_running(process: Process) -> None:
     deadline = time.monotonic() + _RESUMES_IN
     told = False
     while (status := process.qmp("query-status")["status"]) != "running":
-        who = "a debugger holds the machine" if held_by_debugger(process) else "the machine is stopped"
+        who = "a debugger is attached to the machine" if held_by_debugger(process) else "the machine is stopped"
         if time.monotonic() > deadline:
             raise LabError(f"crashing Xen: {who} ({status}): let it run first")
         if not told:

@@ -1,4 +1,4 @@
-"""Crashes of real Xen, one machine each, and what came of them: what `lab matrix` and `lab repeat` are made of."""
+"""Crashes of real Xen, one machine each, and their outcomes, for `lab matrix` and `lab repeat`."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 
 def crash(cell: Cell, output: Path, fresh: bool = False) -> Json:
-    """Start a machine, crash it, judge every stage and the vmcore. Returns the cell and what came of it.
+    """Start a machine, crash it, judge every stage and the vmcore. Returns the cell and its outcome.
 
-    `verdict` is the worst of the two reports; `unknown` when the crash did not come about, or was not the one that
-    was asked for; `skip` when something that the cell needs could not be got (`gone`: its source itself has it no
-    more). `reason` is why it is not `pass`. Reports and logs stay in `output`; so does a vmcore that did not pass.
+    `verdict` is the worst of the two reports; `unknown` if Xen did not crash, or not in the way that was asked
+    for; `skip` if something that the cell needs could not be fetched (`gone`: its source no longer has it). `reason`
+    is why it is not `pass`. Reports and logs stay in `output`; so does a vmcore that did not pass.
     """
     begun = time.monotonic()
     reports: list[contract.Report] = []
@@ -140,7 +140,7 @@ def _unlike(cell: Cell, reports: Sequence[contract.Report]) -> Iterator[tuple[Ve
 
 
 def crash_all(cells: Sequence[Cell], output: Path, jobs: int = 1, fresh: bool = False) -> list[Json]:
-    """What came of each cell, in their order; a line for each on standard error as it ends.
+    """The outcome of each cell, in their order; a line for each on standard error as it ends.
 
     Each has its own process: a machine ends with the process that started it, and so does what a killed cell
     leaves. `output` gets a folder for each.
@@ -173,7 +173,7 @@ def crash_all(cells: Sequence[Cell], output: Path, jobs: int = 1, fresh: bool = 
 
 
 def _work(cell: Cell, output: Path, fresh: bool, outcome: Connection) -> None:
-    """In its own process, which ends, and its machine with it, when asked to or when its parent has gone."""
+    """In a separate process, which ends, with its machine, when asked to or when its parent is gone."""
 
     def end_with_parent() -> None:
         parent = multiprocessing.parent_process()
@@ -191,7 +191,7 @@ def _received(connection: Connection, cell: Cell) -> Json:
     try:
         outcome: Json = connection.recv()
     except EOFError:
-        return _outcome(cell, Verdict.UNKNOWN, "its process ended without an answer")
+        return _outcome(cell, Verdict.UNKNOWN, "its process ended without a result")
     return outcome
 
 

@@ -1,4 +1,4 @@
-"""Digests of files, each made once in a process for as long as the file is not written to."""
+"""Digests of files, each computed once in a process until the file is written to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from xencrash.lab.sparse import blocks
 
-_RECENT = 2.0  # seconds in which a file's times may not show that it was written to once more
+_RECENT = 2.0  # seconds within which a file's times may not show another write
 
 
 def sha256_of(path: Path) -> str:
@@ -20,7 +20,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sparse_digest(path: Path) -> str:
-    """A SHA-256 of the blocks that are not all zeros, with their places: quick where a file is mostly holes."""
+    """A SHA-256 of the blocks that are not all zeros, with their offsets: fast for a file that is mostly holes."""
     return _known(_sparse, path)
 
 

@@ -1,4 +1,4 @@
-"""Commands in dom0, over the lab's own serial line (initramfs.DOM0_INIT answers there)."""
+"""Commands in dom0, over the lab's serial line (initramfs.DOM0_INIT answers there)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xencrash.lab.serial import Line
 
 READY = rb"^@dom0 ready\r?\n"
 LOADED = rb"^@crash-kernel-loaded 0\r?$"
-BUSY_ANSWERS = 600.0  # seconds for a word of a dom0 that shares each CPU with loops and a domU, on a busy host
+BUSY_ANSWERS = 600.0  # seconds for an answer from a dom0 that shares each CPU with loops and a domU, on a busy host
 _LOADS_IN = 300.0  # seconds for kexec to load the crash kernel, on a busy host
 # no_timer_check: on a busy host too few of TCG's timer interrupts come in time for Linux, which would panic.
 KEXEC = (
@@ -48,9 +48,9 @@ class Dom0:
         return int(match[2]), match[1].decode(errors="replace").replace("\r\n", "\n")
 
     def begin(self, command: str) -> str:
-        """Begin a shell command, and return the token that is printed, before its exit status, when it has ended."""
+        """Start a shell command, and return the token that is printed, with its exit status, when it has ended."""
         if not re.search(READY, self._process.read_log(self._process.paths.line_log), re.MULTILINE):
-            raise LabError(f"in dom0: no shell answers (yet) to {command!r}: {self._process.where_to_look()}")
+            raise LabError(f"in dom0: no shell answers {command!r}: {self._process.where_to_look()}")
         token = secrets.token_hex(4)
         if self.clock_is_late:
             command = f"date -s @{time.time():.0f} >/dev/null; {command}"
@@ -67,12 +67,12 @@ class Dom0:
         self._process.progress("crash kernel loaded")
 
     def load(self, loops: int) -> None:
-        """Keep dom0 busy with so many more endless loops."""
+        """Keep dom0 busy with this many more endless loops."""
         for _ in range(loops):
             self._loops.add(int(self.run("while :; do :; done >/dev/null 2>&1 & echo $!", BUSY_ANSWERS)))
 
     def require_busy(self) -> None:
-        """Raise LabError unless each loop runs, by what Linux says of it."""
+        """Raise LabError unless Linux says that each loop runs."""
         if self._loops:
             stats = " ".join(f"/proc/{pid}/stat" for pid in sorted(self._loops))
             said = self.run(f"cat {stats} 2>&1; true", BUSY_ANSWERS)

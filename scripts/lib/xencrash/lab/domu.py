@@ -11,7 +11,7 @@ from xencrash.lab.process import Process
 
 
 class DomUs:
-    """The domUs that run. A machine has `domu` in dom0 where it was specified with `domu_vcpus`."""
+    """The running domUs. A machine specified with `domu_vcpus` has `domu` in dom0."""
 
     def __init__(self, process: Process, dom0: Dom0) -> None:
         self._process = process
@@ -30,7 +30,7 @@ class DomUs:
         return domid
 
     def require_busy(self) -> None:
-        """Wait until each vCPU has counted since it was last looked at; raises LabError where one does not."""
+        """Wait until each vCPU has counted since the last look; raises LabError if one does not."""
         for domid, before in self.rounds.items():
 
             def counts(domid: int = domid, before: list[int] = before) -> list[int] | None:
@@ -38,7 +38,7 @@ class DomUs:
                 return now if all(count > then for count, then in zip(now, before, strict=True)) else None
 
             self.rounds[domid] = self._process.until(
-                f"running domain {domid}: a vCPU does not go on", BUSY_ANSWERS, counts
+                f"running domain {domid}: a vCPU makes no progress", BUSY_ANSWERS, counts
             )
 
     def dump_core(self, domid: int, path: str | Path) -> Path:

@@ -1,7 +1,7 @@
 """A machine whose firmware left the local APICs in x2APIC mode, which SeaBIOS does not do: Xen's image does it first.
 
 Xen's multiboot image gets one more segment, with the new entry point. Its code turns x2APIC on, on the boot CPU, and
-goes on to Xen's own entry with the registers that multiboot defines, EAX and EBX, as they were.
+jumps to Xen's own entry with the registers that multiboot defines, EAX and EBX, as they were.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CODE = bytes.fromhex(
 
 
 def with_x2apic_on(image: bytes) -> bytes:
-    """The ELF32 multiboot image with the code in front. Raises LabError for another file."""
+    """The ELF32 multiboot image with the code added. Raises LabError for another file."""
     size = ELF32.header.size
     if image[:6] != ELF32.ident[:6] or len(image) < size:
-        raise LabError("preparing Xen: its image is no 32-bit ELF file, to which code could be added")
+        raise LabError("preparing Xen: its image is not a 32-bit ELF file, so no code can be added")
     header = Header(*ELF32.header.unpack_from(image))
     table_end = header.phoff + header.phnum * ELF32.program.size
     segments = list(ELF32.programs(image[header.phoff : table_end]))

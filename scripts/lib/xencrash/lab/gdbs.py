@@ -28,7 +28,7 @@ def gdb_words(cache: Cache, row: GdbRow) -> tuple[str, ...]:
             cache.progress(f"installing {row.requirement}")
             shutil.rmtree(environment, ignore_errors=True)
             _install(environment, row)
-    # It would ask about debuginfod, and nobody is there to answer.
+    # It would ask about debuginfod, with nobody there to answer.
     return (str(gdb), "-iex", "set debuginfod enabled off")
 
 
@@ -48,7 +48,7 @@ def _install(environment: Path, row: GdbRow) -> None:
 
 
 def _answers(gdb: Path) -> bool:
-    """Whether this gdb starts and runs Python: half an installation does not."""
+    """Whether this gdb starts and runs Python: an incomplete installation does not."""
     with tempfile.TemporaryDirectory() as elsewhere:
         try:
             done = subprocess.run(

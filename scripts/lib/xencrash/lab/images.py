@@ -1,4 +1,4 @@
-"""What is made from packages: QEMU, and what it is given: Xen, its symbols, the dom0 kernel and its initramfs.
+"""What is made from packages: QEMU, and its input: Xen, its symbols, the dom0 kernel and its initramfs.
 
 Everything made is kept in the cache under a key of its inputs, with the SHA-256 of each file, and compared
 with it before each use. The packages are fetched, and compared with the signed index, where something is to be made.
@@ -70,7 +70,7 @@ class Wanted:
 
 
 def xen_images(cache: Cache, row: XenRow) -> XenImages:
-    """The images of a row, fetched and made where the cache has none that are whole."""
+    """The images of a row, fetched and made if the cache has no complete ones."""
     wanted = [
         *_kexec(row),
         Wanted(row.suite, lambda cache: cache.packages(row.suite, row.packages)),
@@ -156,7 +156,7 @@ def _kernel_packages(cache: Cache) -> list[Package]:
 
 
 def _kexec(row: XenRow) -> list[Wanted]:
-    """kexec, its libraries, and this Xen's own libxenctrl where that is another."""
+    """kexec, its libraries, and this Xen's own libxenctrl if that differs."""
     return [
         Wanted(row.kexec_suite, lambda cache: cache.with_libraries(row.kexec_suite, ["kexec-tools"])),
         Wanted(row.suite, lambda cache: _libxenctrl(cache, row)),
@@ -174,7 +174,7 @@ def _made(
 ) -> Path:
     """The folder that `build(folder, files…)` makes, from the files of each that is wanted and from source files.
 
-    It is whole and checked. Its name is of the packages' names, which hold their versions, and of the sources' content.
+    It is complete and checked. Its name is a digest of the packages' names, with versions, and of the sources' content.
     """
     recipe = hashlib.sha256()
     for source in (Path(__file__), Path(initramfs.__file__), *sources):
@@ -186,7 +186,7 @@ def _made(
             whole.update(name.encode() + b"\0")
         return cache.root / "made" / f"{kind}-{whole.hexdigest()[:16]}"
 
-    with contextlib.suppress(LabError):  # whatever is wrong with an index is for `collect` to say, or to mend
+    with contextlib.suppress(LabError):  # `collect` reports or repairs a broken index
         made = folder_of(package.file for want in wanted for package in want.choose(cache))
         if _usable(cache, made):
             return made
@@ -274,7 +274,7 @@ def _build_qemu(folder: Path, packages: list[Path], data: list[Path]) -> None:
 
 
 def _kexec_files(packages: list[Path], libxenctrl_as: str) -> list[initramfs.Entry]:
-    """kexec from these packages (of which later ones go before) and the libraries that it loads."""
+    """kexec from these packages (later ones take precedence) and the libraries that it loads."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         for package in packages:

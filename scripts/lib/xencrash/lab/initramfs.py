@@ -1,4 +1,4 @@
-"""Initial RAM file systems for dom0 and for the crash kernel: what is in them, and the cpio archive itself.
+"""Initial RAM file systems for dom0 and for the crash kernel: their content, and the cpio archive itself.
 
 Archive format: the kernel's Documentation/driver-api/early-userspace/buffer-format.rst ("newc").
 """
@@ -54,7 +54,7 @@ sleep 100000
 """
 )
 
-# With the size, so that the reader knows what a whole vmcore is.
+# With the size, so that the reader knows when the vmcore is complete.
 CRASH_INIT = (
     _HEAD.format(loglevel=4)
     + f"""exec >{LINE} 2>&1

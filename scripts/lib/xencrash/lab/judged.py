@@ -1,4 +1,4 @@
-"""One crash of a machine: followed, and judged at every stage and in the vmcore, with what that leaves in a folder."""
+"""One crash of a machine: traced, and judged at every stage and in the vmcore; a folder keeps the results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from xen_symbols.report import contract
 
 
-# Seconds. The guest is up in a fraction of one, and Xen's crash key is answered at once; but dom0's panic waits for its
-# turn beside loops and a domU, on a busy host.
+# Seconds. The guest is up in a fraction of one, and Xen handles its crash key at once; but on a busy host dom0's panic
+# waits for its turn beside loops and a domU.
 _CRASH_BEGINS_IN = 300.0
 # What a run leaves besides the logs.
 _TRACE = {"trace.json": json, "trace.xml": junit}
@@ -33,11 +33,10 @@ _CHECK, _VMCORE = "check.json", "vmcore"
 def unlike(
     reports: Sequence[contract.Report], generation: str | None, lapic: str | None, cpu: int | None
 ) -> Iterator[str]:
-    """How the crash that was judged differs from the one that was asked for: its verdict then says nothing of that.
+    """How the crash that was judged differs from the one asked for: its verdict then says nothing about the latter.
 
     `generation` is that of the crash path, `lapic` the mode of all local APICs before the crash, `cpu` the one that
-    crashes; None for any. That a domU or
-    dom0's loops run is seen to before the crash (`Machine.require_busy`).
+    crashes; None for any. `Machine.require_busy` checks before the crash that a domU and dom0's loops run.
     """
     told, modes, cpus = generations(reports), lapic_modes(reports), {report["crashing_cpu"] for report in reports}
     if reports and generation is not None and told != [generation]:
@@ -60,8 +59,8 @@ def lapic_modes(reports: Sequence[contract.Report]) -> list[str]:
 
 
 def folder(path: str | Path) -> Path:
-    """A folder for what a run leaves, made where it is not there, without what an earlier run left: if this one ends
-    early, that is not taken for its reports. Raises LabError."""
+    """A folder for the results of a run, made if it does not exist, and without an earlier run's: they would be taken
+    for this one's if it ends early. Raises LabError."""
     with _left_in(Path(path)):
         Path(path).mkdir(parents=True, exist_ok=True)
         for name in (*_TRACE, _CHECK, _VMCORE):
@@ -87,7 +86,7 @@ def machine(
 
 @contextlib.contextmanager
 def _left_in(output: Path) -> Iterator[None]:
-    """What a run leaves cannot be left: a step that failed, not bad usage. Raises LabError."""
+    """The results of a run cannot be written: a failed step, not bad usage. Raises LabError."""
     try:
         yield
     except OSError as error:

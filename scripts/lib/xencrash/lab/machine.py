@@ -1,4 +1,4 @@
-"""A running machine of the lab. What is done to it has a module for each subject: serial, dom0, domu, crash, dumps."""
+"""A running machine of the lab. Each thing done to it has a module: serial, dom0, domu, crash, dumps."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Machine(Process):
 
     @property
     def qmp_socket(self) -> Path:
-        """For tools; the lab itself uses another one."""
+        """For tools; the lab itself uses another socket."""
         return self.paths.qmp
 
     @property
@@ -88,7 +88,7 @@ class Machine(Process):
     def ram_file(self) -> Path:
         """The guest's RAM as a file that can be mapped: the offset is the physical address (RAM below 2 GiB).
 
-        LabError for a machine whose RAM is its own alone: one from a snapshot, unless `up` was asked for `shared_ram`.
+        LabError for a machine with private RAM: one from a snapshot, unless `up` was asked for `shared_ram`.
         """
         for link in Path(f"/proc/{self.state.pid}/fd").iterdir():
             with contextlib.suppress(OSError):
@@ -101,12 +101,12 @@ class Machine(Process):
         crash.cause(Crash(how, cpu), self, self.serial, self.dom0)
 
     def require_busy(self) -> None:
-        """Raise LabError unless what was to run beside Xen does: dom0's loops, and each vCPU of each domU."""
+        """Raise LabError unless dom0's loops and each vCPU of each domU run."""
         self.dom0.require_busy()
         self.domus.require_busy()
 
     def status(self) -> dict[str, Any]:
-        """What runs, how far it came, and where everything is."""
+        """What runs, how far it got, and where everything is."""
         alive = self.alive()
         logs = {"line": self.read_log(self.paths.line_log), "serial": self.read_log(self.paths.serial_log)}
         boots = list(re.finditer(XEN_UP + b"|" + GUEST_UP, logs["serial"], re.MULTILINE))
@@ -140,7 +140,7 @@ class Machine(Process):
 
 
 def logs_say_why(error: BaseException | None) -> bool:
-    """Whether the logs of a machine may say why: they do not of an end that was asked for (Ctrl-C, SIGTERM)."""
+    """Whether a machine's logs may say why it ended: not if that was asked for (Ctrl-C, SIGTERM)."""
     return isinstance(error, Exception)
 
 
@@ -150,7 +150,7 @@ def attach(run_dir: str | Path, progress: Progress = lambda text: None) -> Machi
 
 
 def running() -> list[Machine]:
-    """The machines that run in folders made by the lab, and what is left of those that died."""
+    """The machines that run in folders made by the lab, and the remains of those that died."""
     found = []
     for folder in sorted(runs_folder().glob("*")):
         with contextlib.suppress(LabError):  # a run that just ended, or never began

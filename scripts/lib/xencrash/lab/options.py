@@ -1,4 +1,4 @@
-"""Options that several of the lab's steps have, and what they are taken for."""
+"""Options that several of the lab's steps share, and what they mean."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEP = "exit status: 0 done, 2 bad usage, 3 a step failed (which, why and what t
 CRASHES = """\
 exit status: 0 every crash passed, 1 at least one failed, 2 bad usage, 3 one could
 not be decided, or what it needs could not be fetched (a package that its source
-does not have any more is reported, and does not count)"""
+no longer has is reported, but does not count)"""
 
 
 def add_machine(parser: ArgumentParser) -> None:
@@ -28,10 +28,10 @@ def add_machine(parser: ArgumentParser) -> None:
     parser.add_argument("--xen", choices=XENS, help=f"default: {DEFAULT_XEN}")
     add_own_xen(parser)
     parser.add_argument("--qemu", choices=QEMUS, default=DEFAULT_QEMU, help=f"default: {DEFAULT_QEMU}")
-    parser.add_argument("--lapic", choices=LAPICS, help="default: what this QEMU and Xen do by themselves")
+    parser.add_argument("--lapic", choices=LAPICS, help="default: as this QEMU and Xen set it up")
     parser.add_argument("--cpus", type=count, default=4, metavar="N", help="default: 4")
     parser.add_argument("--memory", type=count, metavar="MIB", help="default: 1024")
-    parser.add_argument("--dom0-vcpus", type=count, metavar="N", help="as many as CPUs: pinned; default: 1")
+    parser.add_argument("--dom0-vcpus", type=count, metavar="N", help="default: 1; pinned if as many as CPUs")
     parser.add_argument(
         "--domu-vcpus", type=count, metavar="N",
         help="create a PVH domU that spins on CPUs 0 to N-1, in SVM guest mode, once dom0 is up; default: none",
@@ -39,7 +39,7 @@ def add_machine(parser: ArgumentParser) -> None:
     parser.add_argument("--xen-args", metavar="WORDS", help="added to Xen's command line")
     parser.add_argument("--dom0-args", metavar="WORDS", help="added to dom0's command line")
     parser.add_argument("--guest", metavar="GENERATION", help="boot the reference guest of this generation, not Xen")
-    parser.add_argument("--fault", metavar="NAME", help="a fault for the reference guest to have")
+    parser.add_argument("--fault", metavar="NAME", help="the fault that the reference guest has")
 
 
 def add_own_xen(parser: ArgumentParser) -> None:
@@ -106,7 +106,7 @@ def add_fresh(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_run_dir(parser: ArgumentParser, text: str = "of the machine; default: the only one there is") -> None:
+def add_run_dir(parser: ArgumentParser, text: str = "the machine's folder; default: that of the only machine") -> None:
     parser.add_argument("--run-dir", metavar="DIR", help=text)
 
 

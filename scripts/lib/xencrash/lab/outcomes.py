@@ -1,4 +1,4 @@
-"""What came of crashes: shown, and added up to an exit status."""
+"""The outcomes of crashes: shown, and combined into an exit status."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def words(outcome: Json) -> list[str]:
 
 
 def summary(outcomes: Sequence[Json]) -> str:
-    """How many came to which verdict, the bad ones first."""
+    """The number of outcomes with each verdict, bad ones first."""
     verdicts = [outcome["verdict"] for outcome in outcomes]
     counts = [f"{verdicts.count(name)} {name}" for name in ("fail", "unknown", "skip", "pass") if name in verdicts]
     return f"{len(verdicts)} crashes: {', '.join(counts)}"
@@ -81,7 +81,7 @@ def _finding(outcome: Json) -> Json:
 
 
 def finish(outcomes: Sequence[Json], format: str, title: str) -> int:
-    """Print the outcomes, say on standard error what is not as it should be, and return the exit status."""
+    """Print the outcomes, report problems on standard error, and return the exit status."""
     text = render(outcomes, format, f"{title}, {time.strftime('%Y-%m-%d')}")
     to(None, lambda stream: stream.write(text))
     for outcome in outcomes:

@@ -1,7 +1,7 @@
 """Debian packages in a cache, fetched with apt's own client.
 
-apt gets its own sources, state and cache for each suite, so that the machine's configuration is neither
-needed nor touched; only the mirror (and apt's proxy settings) are the machine's own. apt checks the
+For each suite apt gets separate sources, state and cache, so that the machine's configuration is neither
+needed nor changed; only the mirror (and apt's proxy settings) are the machine's own. apt checks the
 signatures; the SHA-256 of the signed index is kept, and every package is compared with it whenever it is read.
 """
 
@@ -26,7 +26,7 @@ Progress = Callable[[str], None]
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _LIBRARY = re.compile(r"lib|zlib1g$")  # how Debian names the packages of shared libraries
 _GONE = re.compile(r"404\s+Not Found|410\s+Gone|does not have a Release file|no longer has a Release file")
-_NONE_OF_THEM = ["E: No packages found"]  # all that apt-cache says, with a status of 100, where no name is in the index
+_NONE_OF_THEM = ["E: No packages found"]  # apt-cache's whole output, with status 100, if no name is in the index
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Cache:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self.progress("waiting for another run that fills the cache")
+                self.progress("waiting for another run that is filling the cache")
                 fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
@@ -138,7 +138,7 @@ class Cache:
             (self._folder(suite) / name).unlink(missing_ok=True)
 
     def packages(self, suite: str, names: Iterable[str]) -> list[Package]:
-        """What the index says of each name, from the record of an earlier run where there is one."""
+        """What the index says about each name, from the record of an earlier run if there is one."""
         wanted = list(names)
         known = self._known(suite)
         missing = [name for name in wanted if name not in known]
@@ -159,7 +159,7 @@ class Cache:
         return list(found.values())
 
     def fetch(self, suite: str, packages: Iterable[Package]) -> list[Path]:
-        """The packages' files, each compared with the signed index's SHA-256; fetched where missing or broken."""
+        """The packages' files, each compared with the signed index's SHA-256; fetched if missing or broken."""
         folder = self.root / "packages"
         folder.mkdir(parents=True, exist_ok=True)
         wanted = list(packages)
@@ -194,7 +194,7 @@ class Cache:
             if len(found) != 1 or sha256_of(found[0]) != package.sha256:
                 raise LabError(
                     f"fetching packages: what arrived as {package.name} {package.version} is not what the signed index "
-                    f"of {suite} describes; nothing of it was kept: try again"
+                    f"of {suite} describes; it was discarded: try again"
                 )
             found[0].rename(folder / package.file)
 
@@ -224,13 +224,13 @@ class Cache:
         if missing is None and not shown.returncode:
             return {name: found[name] for name in names}
         errors = [line for line in shown.stderr.splitlines() if line.startswith("E:")]
-        # A status of 0 and no record at all is of a name that other packages provide: not known to be gone.
+        # Status 0 without any record means a name that other packages provide: it is not known to be gone.
         if missing and (errors == _NONE_OF_THEM if shown.returncode else found):
             raise PackageGone(
                 f"packages: the index of {suite} has no {missing}: the suite may have dropped it; "
                 "xencrash lab fetch --refresh asks again"
             )
-        said = " ".join((errors or shown.stderr.splitlines() or ["it gave no record, and no reason"])[-1].split())
+        said = " ".join((errors or shown.stderr.splitlines() or ["it printed no record and no reason"])[-1].split())
         raise LabError(
             f"packages: apt-cache show {' '.join(names)} failed with status {shown.returncode}: {said}; "
             "check the disk and the memory, then try again"
@@ -284,7 +284,7 @@ class Cache:
 
 
 def apt_failure(step: str, suite: str, output: str) -> LabError:
-    """What apt's output says: the source has the thing no more, or something else went wrong."""
+    """The error in apt's output: the source no longer has it, or something else went wrong."""
     reasons = [line for line in output.splitlines() if line.startswith(("E:", "Err:", "W:"))] or output.splitlines()
     reason = " ".join((reasons or ["apt said nothing"])[-1].split())
     if gone := _GONE.search(output):
@@ -311,4 +311,4 @@ def _call(command: list[str], cwd: Path | None) -> subprocess.CompletedProcess[s
             check=False,
         )
     except FileNotFoundError as error:
-        raise LabError(f"packages: {command[0]} is not here: the lab needs a Debian with apt") from error
+        raise LabError(f"packages: {command[0]} is missing: the lab needs a Debian with apt") from error

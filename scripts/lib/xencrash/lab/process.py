@@ -1,4 +1,4 @@
-"""One QEMU process of the lab: its files, what it printed, its monitor, and waiting for what it does."""
+"""One QEMU process of the lab: its files, its output, its monitor, and waiting for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Process:
         self.state = state
         self.progress = progress
         self._temporary = temporary
-        self._child = child  # where this process started it
+        self._child = child  # if this process started it
 
     def alive(self) -> bool:
         return self.state.alive()
@@ -54,7 +54,7 @@ class Process:
         deadline = time.monotonic() + timeout
         pause = 0.002
         while True:
-            alive = self.alive()  # before looking: what a dying QEMU printed last is seen
+            alive = self.alive()  # before looking, so that the last output of a dying QEMU is seen
             if (found := ready()) is not None:
                 return found
             if not alive:
@@ -97,7 +97,7 @@ class Process:
         return next((line for line in reversed(lines) if line), "")
 
     def end(self, keep: bool) -> None:
-        """End QEMU and remove what is of no more use; the logs stay if `keep` or the folder was given."""
+        """End QEMU and remove what is no longer useful; the logs stay if `keep` or the folder was given."""
         end(self.state.pid, self.state.started)
         if self._child is not None:
             self._child.kill()  # no-op once it is gone; makes the wait below end

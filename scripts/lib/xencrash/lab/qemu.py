@@ -1,4 +1,4 @@
-"""QEMU's command line, and one QEMU process that does not outlive who owns it."""
+"""QEMU's command line, and one QEMU process that does not outlive its owner."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Paths:
 
     @property
     def kernel(self) -> Path:
-        """What is booted, where it was made for this run alone."""
+        """The kernel, if it was made for this run alone."""
         return self.run_dir / "xen-of-this-run"
 
     @property
@@ -137,7 +137,7 @@ def command_line(
     incoming: bool = False,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """The whole command. With `incoming` QEMU waits to be given a saved machine, and does not run it then."""
+    """The whole command. With `incoming` QEMU waits for a saved machine, and does not start it."""
     share = "on" if ram.shared else "off"
     backend = f"memory-backend-file,id=ram,size={memory_mib}M,mem-path={_escaped(ram.path)},share={share}"
     smp = f"{cpus},maxcpus={max_cpus}" if max_cpus else f"{cpus}"
@@ -164,7 +164,7 @@ def command_line(
 
 
 def _serial(name: str, socket: Path, log: Path) -> tuple[str, ...]:
-    """A serial port that a client may join, and whose output is logged whether or not one has."""
+    """A serial port that a client may connect to; its output is always logged."""
     where = f"path={_escaped(socket)},server=on,wait=off,logfile={_escaped(log)},logappend=on"
     return ("-chardev", f"socket,id={name},{where}", "-serial", f"chardev:{name}")
 

@@ -1,6 +1,6 @@
 """What the lab can run: one row for each suite of packages, Xen, QEMU and gdb, with the reason for it.
 
-Another Xen is another row here, and nothing else.
+Another Xen is one more row here, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 class Suite:
     """Where packages come from: pairs of the label in the archive's Release file and the suite.
 
-    What comes from a `moving` suite is another version any day: cells with it are not in the default selection.
+    Packages of a `moving` suite may change any day: its cells are not in the default selection.
     """
 
     name: str
@@ -50,7 +50,7 @@ class XenRow:
 
     kexec comes from `kexec_suite`. It talks to the hypervisor through libxenctrl, which fits its own Xen
     only (4.17's fails on 4.14: "Cannot load /boot/vmlinuz"): `libxenctrl` is the package that has this Xen's,
-    in `suite`, and `libxenctrl_as` the name under which kexec asks for it, where that is another Xen's.
+    in `suite`, and `libxenctrl_as` the name under which kexec asks for it, if that is another Xen's.
     """
 
     name: str
@@ -66,7 +66,7 @@ class XenRow:
 
     @property
     def version(self) -> str:
-        """How its version begins, as it says it on its console: 4.20 of the rows 4.20 and 4.20-sid."""
+        """The beginning of its version, as printed on its console: 4.20 for the rows 4.20 and 4.20-sid."""
         return self.name.partition("-")[0]
 
 
@@ -112,7 +112,7 @@ DEFAULT_XEN = "4.17"
 
 @dataclass(frozen=True)
 class QemuRow:
-    """One QEMU, from a suite. `cpu` gives `-cpu` by LAPIC mode; what is not in it this QEMU cannot do.
+    """One QEMU, from a suite. `cpu` gives `-cpu` by LAPIC mode; this QEMU has no other modes.
 
     Without SMAP: a PV dom0 dies at once in create_bounce_frame when TCG has it (seen with Xen 4.17).
     """
@@ -123,7 +123,7 @@ class QemuRow:
     default_lapic: str
     iommu: str  # `-device`: Xen builds a PVH dom0 only with one. Not amd-iommu: QEMU dies saving its device state
     reason: str
-    # Whether crashes by the dozen are to have a domU. With 10.0's TCG Xen fares well, but processes of a busy dom0 die:
+    # Whether runs of many crashes may have a domU. With 10.0's TCG Xen works, but processes of a busy dom0 die:
     # 6 of 60 of SIGSEGV, beside 4 busy loops. What that QEMU does wrong is not known.
     domu: bool = False
 
@@ -146,7 +146,7 @@ QEMUS = {
             {"x2apic": "max,-smap", "xapic": "max,-smap,-x2apic"},
             "x2apic",
             "intel-iommu,intremap=on,eim=on",
-            "backported to Debian 12 from 13; Xen turns x2APIC on by itself where the CPU has it",
+            "backported to Debian 12 from 13; Xen turns x2APIC on by itself if the CPU has it",
         ),
         QemuRow(
             "sid",
@@ -154,13 +154,13 @@ QEMUS = {
             {"x2apic": "max,-smap", "xapic": "max,-smap,-x2apic"},
             "x2apic",
             "intel-iommu,intremap=on,eim=on",
-            "the newest that Debian has, whichever that is (11.1 in November 2026)",
+            "the newest in Debian (11.1 in November 2026)",
         ),
     )
 }
 @dataclass(frozen=True)
 class LapicRow:
-    """How the local APICs are to be. `mode` is the one that Xen runs in; with `firmware` it is the boot mode, too."""
+    """How the local APICs are to be. `mode` is the one that Xen runs in; with `firmware` it is also the boot mode."""
 
     name: str
     mode: str
@@ -181,7 +181,7 @@ LAPICS = {
         ),
     )
 }
-# What of QEMU the lab needs: the program and its libraries; TCG, where it is a module; the firmware.
+# The parts of QEMU that the lab needs: the program and its libraries; TCG, where it is a module; the firmware.
 QEMU_PACKAGE = "qemu-system-x86"
 QEMU_DATA_PACKAGES = ("qemu-system-common", "qemu-system-data", "seabios")
 QEMU_FILES = (
@@ -194,7 +194,7 @@ DEFAULT_QEMU = "7.2"
 
 @dataclass(frozen=True)
 class GdbRow:
-    """One gdb: the one that is installed, or (`requirement`) one from PyPI in its own environment."""
+    """One gdb: the one that is installed, or (`requirement`) one from PyPI in a separate environment."""
 
     name: str
     reason: str

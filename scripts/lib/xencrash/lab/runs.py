@@ -1,4 +1,4 @@
-"""The folders of the lab's runs: each holds a machine's sockets and logs, and says which process it is."""
+"""The folders of the lab's runs: each holds a machine's sockets and logs, and names its process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def known_run(run_dir: str | Path) -> tuple[Paths, State, bool]:
     try:
         state = State(**json.loads(paths.state.read_text()))
     except FileNotFoundError as error:
-        raise LabError(f"finding the lab: none in {run_dir}: xencrash lab status lists those that run") from error
+        raise LabError(f"finding the lab: no machine in {run_dir}: xencrash lab status lists those that run") from error
     except (OSError, ValueError, TypeError) as error:
         raise LabError(f"finding the lab: {paths.state} cannot be read ({error}): boot a new one") from error
     return paths, state, (paths.run_dir / _TEMPORARY).exists()
@@ -57,12 +57,12 @@ def _runs(folder: Path) -> bool:
 
 
 def runs_folder() -> Path:
-    """Where runs without a given folder live: short, because sockets' paths are limited to 107 bytes."""
+    """Where runs without a given folder are: a short path, because sockets' paths are limited to 107 bytes."""
     return Path("/tmp") / f"xencrash-{os.getuid()}"
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what failed and killed runs left a day ago or earlier."""
+    """Remove what failed or killed runs left at least a day ago."""
     for folder in parent.glob("*"):
         with contextlib.suppress(FileNotFoundError):  # another machine has just ended
             if not _runs(folder) and time.time() - folder.stat().st_mtime > 86400:

@@ -1,7 +1,7 @@
 """A machine saved to files and started from them: QEMU's migration, with the RAM beside the stream.
 
-The stream (`x-ignore-shared`) holds the devices alone. The RAM is copied once, and mapped privately by each machine
-that starts from it: none changes the file. Since QEMU 8.2 only RAM in a file that QEMU opens by name counts as shared:
+The stream (`x-ignore-shared`) holds only the devices. The RAM is copied once, and mapped privately by each machine
+that starts from it, so none changes it. Since QEMU 8.2 only RAM in a file that QEMU opens by name counts as shared:
 qemu.Memory is one, by its name under /proc.
 """
 
@@ -24,7 +24,7 @@ _TIMEOUT = 120.0
 
 
 def save(machine: Machine, folder: Path) -> dict[str, Any]:
-    """Save a running machine's RAM, devices, disk and logs; it runs on. Returns what `load` needs beside the files."""
+    """Save a running machine's RAM, devices, disk and logs; it keeps running. Returns what else `load` needs."""
     machine.qmp("stop")
     try:
         _ignore_ram(machine)
@@ -40,14 +40,14 @@ def save(machine: Machine, folder: Path) -> dict[str, Any]:
 
 
 def write_files(folder: Path, paths: Paths) -> None:
-    """Write the disk and the logs of a machine that is about to be loaded; it writes on."""
+    """Write the disk and the logs of a machine that is about to be loaded, and that continues them."""
     copy_packed(folder / _DISK, paths.disk)
     for log in (paths.serial_log, paths.line_log):
         shutil.copyfile(folder / log.name, log)
 
 
 def load(machine: Machine, folder: Path, about: dict[str, Any]) -> None:
-    """Have a QEMU that waits for it (`-incoming defer -S`) go on from where the machine was saved."""
+    """Have a waiting QEMU (`-incoming defer -S`) continue from where the machine was saved."""
     _ignore_ram(machine)
     machine.qmp("migrate-incoming", uri=f"exec:cat {shlex.quote(str(folder / _STATE))}")
     _migrated(machine, "loading the machine")

@@ -13,7 +13,7 @@ from xencrash.lab.process import Process
 
 
 class Line:
-    """A serial port's socket, connected at first use, kept open and emptied: a full one would stop the guest's output.
+    """A serial port's socket, connected at first use, kept open and drained: a full one would block the guest's output.
 
     What is printed is in its log.
     """
@@ -76,7 +76,7 @@ class Serial:
         return self._process.wait_log(self._process.paths.serial_log, pattern, timeout, step, since)
 
     def to_xen(self) -> None:
-        """Have Xen, not dom0, read what is typed."""
+        """Switch the console's input from dom0 to Xen."""
         for _ in range(2):  # three Ctrl-A switch the input to the next of dom0 and Xen
             since = self.size()
             self.send(b"\x01\x01\x01")
@@ -84,7 +84,7 @@ class Serial:
             if match[1] == b"Xen":
                 return
         raise LabError(
-            f"switching the console to Xen: Ctrl-A three times does not lead there: {self._process.where_to_look()}"
+            f"switching the console to Xen: Ctrl-A three times had no effect: {self._process.where_to_look()}"
         )
 
     def close(self) -> None:

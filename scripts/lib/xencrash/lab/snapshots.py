@@ -1,7 +1,8 @@
-"""The snapshots of booted machines, in the cache: made whole or not at all, checked before use, bounded in space.
+"""The snapshots of booted machines, in the cache: complete or absent, checked before use, limited in size.
 
-A snapshot is a folder, named by its key, with a lock beside it. Who holds the lock exclusively may make or remove it;
-who shares it may use it. A folder whose name begins with a dot is being made or removed, or was when its process died.
+A snapshot is a folder, named by its key, with a lock beside it. The holder of the exclusive lock may make or remove it;
+holders of the shared lock may use it. A folder whose name begins with a dot is being made or removed, or was when its
+process died.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def limit_of_space() -> int:
 
 
 class Snapshot:
-    """One snapshot: the files that were saved, and `about`, what else must be known to go on from there."""
+    """One snapshot: the saved files, and `about`, what else is needed to start from them."""
 
     def __init__(self, root: Path, key: str) -> None:
         self.key = key
@@ -50,7 +51,7 @@ class Snapshot:
         return about
 
     def problem(self) -> str | None:
-        """Why it cannot be used: a file is not what was saved. None if all is as it was."""
+        """Why it cannot be used: a file is not as it was saved. None if all are."""
         try:
             files = json.loads((self.folder / _MANIFEST).read_text())["files"]
             for name, (size, digest) in files.items():
@@ -81,9 +82,9 @@ class Snapshots:
 
     @contextlib.contextmanager
     def reserved(self, key: str, anew: bool = False) -> Iterator[Snapshot]:
-        """The snapshot of a key: whole, to be used; or not there, to be made by the caller alone while others wait.
+        """The snapshot of a key: complete, to be used; or absent, to be made by the caller alone while others wait.
 
-        With `anew` one that is there is removed.
+        With `anew` an existing one is removed.
         """
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         snapshot = Snapshot(self.root, key)
@@ -94,16 +95,16 @@ class Snapshots:
                     os.utime(snapshot.folder)
                     yield snapshot
                     return
-            self.progress(f"the snapshot {snapshot.folder} is dropped, and the machine booted: {problem}")
+            self.progress(f"the snapshot {snapshot.folder} is deleted, and the machine booted: {problem}")
         with self._locked(snapshot, fcntl.LOCK_EX):
             if anew or not snapshot.exists() or snapshot.problem() is not None:
                 snapshot.remove()
             yield snapshot
 
     def make(self, snapshot: Snapshot, save: Callable[[Path], dict[str, Any]]) -> None:
-        """Have `save` write files into a folder, and keep them, whole, with what it returns as `about`.
+        """Have `save` write files into a folder, and keep them with what it returns as `about`.
 
-        Others, least recently used first, give way. Raises OSError; whatever is raised, nothing is left.
+        Others are removed for it, least recently used first. Raises OSError; after any exception nothing is left.
         """
         folder = snapshot.unfinished
         try:
@@ -119,7 +120,7 @@ class Snapshots:
     def _make_room(self, size: int) -> None:
         """Remove what is not in use, until `size` more bytes are within the limit."""
         if size > self.limit:
-            raise OSError(28, f"it takes {size >> 20} MiB, and all may take {self.limit >> 20} (${LIMIT_VARIABLE})")
+            raise OSError(28, f"it takes {size >> 20} MiB of a limit of {self.limit >> 20} (${LIMIT_VARIABLE})")
         with _flock(self.root / "lock", fcntl.LOCK_EX):
             self._sweep()
             kept = sorted(self.kept(), key=lambda other: other.folder.stat().st_mtime)
@@ -155,7 +156,7 @@ class Snapshots:
 
 @contextlib.contextmanager
 def _flock(path: Path, how: int, waiting: Callable[[], None] = lambda: None) -> Iterator[int]:
-    """Hold the lock on a file (flock(2)). `waiting` is called where that takes time; BlockingIOError with LOCK_NB."""
+    """Hold the lock on a file (flock(2)). `waiting` is called if that takes time; BlockingIOError with LOCK_NB."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

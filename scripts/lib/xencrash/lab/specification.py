@@ -1,4 +1,4 @@
-"""What a machine of the lab is to be, and every rule on what goes together.
+"""The specification of a machine of the lab, and every rule on what goes together.
 
 A rule's message names the option of the command line, which a field's name is: `domu_vcpus` is --domu-vcpus.
 """
@@ -18,13 +18,13 @@ from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, LAPICS, QEMUS, XENS, La
 
 WAITS = ("dom0", "xen", "none")
 _GUEST_MIB, _XEN_MIB = 64, 1024
-# What is said of real Xen only, by the option; the reference guest has no use for it.
+# Options for real Xen only; the reference guest has no use for them.
 _OF_XEN = ("xen", "xen_image", "memory", "dom0_vcpus", "domu_vcpus", "xen_args", "dom0_args", "how", "no_crash_kernel")
 
 
 @dataclass(frozen=True)
 class Specification:
-    """A machine to be made. Raises BadSpecification for what cannot be, or would have no effect.
+    """A machine to make. Raises BadSpecification for what is impossible, or would have no effect.
 
     What it boots is one of: `xen`, a row of the lab, with dom0 and a crash kernel (the default); `xen_image`, a Xen
     that no row has, in its place; `guest`, a generation of the reference guest, which may have a `fault`; `kernel`,
@@ -65,7 +65,7 @@ class Specification:
         for problem in self._problems():
             raise BadSpecification(problem)
 
-    # What follows from it.
+    # Derived properties.
 
     @property
     def name(self) -> str:
@@ -158,16 +158,16 @@ class Specification:
         if self.fault:
             yield from self._hidden(BY_ID[self.fault], guest)
         if self.lapic_row.firmware:
-            yield f"--lapic {self.lapic} is for Xen: the reference guest has it as --fault firmware-x2apic"
+            yield f"--lapic {self.lapic} is for Xen: for the reference guest it is --fault firmware-x2apic"
 
     def _hidden(self, fault: Fault, guest: str) -> Iterator[str]:
         """Why a machine would not show the fault."""
         if guest not in fault.generations:
-            yield f"--fault {fault.id} makes sense in {', '.join(fault.generations)}, not in {guest}"
+            yield f"--fault {fault.id} applies to {', '.join(fault.generations)}, not to {guest}"
         if self.cpus < fault.cpus:
-            yield f"--fault {fault.id} is not to be seen with {self.cpus} CPU: give --cpus {fault.cpus} or more"
+            yield f"--fault {fault.id} cannot be seen with {self.cpus} CPU: give --cpus {fault.cpus} or more"
         if fault.x2apic and self.lapic == "xapic":
-            yield f"--fault {fault.id} is one of x2APIC mode: give --lapic x2apic, or leave --lapic out"
+            yield f"--fault {fault.id} needs x2APIC mode: give --lapic x2apic, or leave --lapic out"
         if fault.x2apic:
             yield from self._without_x2apic(f"--fault {fault.id}")
 

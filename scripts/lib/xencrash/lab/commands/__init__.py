@@ -11,12 +11,12 @@
 
   xencrash lab run                     all of that at once
   xencrash lab matrix                  the same for several Xens, QEMUs, gdbs and LAPIC modes
-  xencrash lab repeat -n 50            and many times, at random moments
+  xencrash lab repeat -n 50            many times, at random moments
   xencrash lab storm                   an NMI or a machine check at every instruction of it
 
-A machine whose dom0 is up is kept as a snapshot, from which it starts the next time in a fraction of a second; --fresh
-boots it. Snapshots are in the cache ($XENCRASH_CACHE, else ~/.cache/xencrash), about 130 MB each. They take 8 GiB at
-most ($XENCRASH_SNAPSHOTS is another number of GiB; 0 keeps none): then the least recently used are removed.
+Once dom0 is up the machine is saved as a snapshot, and next time starts from that in a fraction of a second; --fresh
+boots it. Snapshots are kept in the cache ($XENCRASH_CACHE, else ~/.cache/xencrash), about 130 MB each and 8 GiB at most
+($XENCRASH_SNAPSHOTS sets another number of GiB; 0 keeps none); the least recently used are removed first.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ COMMANDS = {
     ),
     "dump": Command("xencrash.lab.commands.dump", "take a dump of the machine"),
     "status": Command(
-        "xencrash.lab.commands.status", "what runs, how far it came, and where its sockets and logs are"
+        "xencrash.lab.commands.status", "which machines run, how far they got, and where their sockets and logs are"
     ),
-    "down": Command("xencrash.lab.commands.down", "end a machine and remove what it leaves"),
+    "down": Command("xencrash.lab.commands.down", "end a machine and remove its sockets and disk"),
     "guests": Command("xencrash.lab.commands.guests", "the generations and faults that the reference guest knows"),
 }
 EPILOG = STEP
@@ -59,14 +59,14 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def around(run: Callable[[Namespace], int], args: Namespace) -> int:
-    """Run a step so that SIGTERM, or the terminal's end, leaves no more behind than Ctrl-C does.
+    """Run a step so that SIGTERM or a closed terminal leaves no more behind than Ctrl-C does.
 
-    Raises UsageError for a machine that cannot be.
+    Raises UsageError for an impossible machine.
     """
 
     def end(number: int, frame: object) -> None:
         for sign in _ENDING:
-            signal.signal(sign, signal.SIG_IGN)  # once is enough, and is not to disturb the cleaning up
+            signal.signal(sign, signal.SIG_IGN)  # a second one must not disturb the cleanup
         print(f"xencrash: ended by {signal.Signals(number).name}", file=sys.stderr)
         sys.exit(128 + number)
 

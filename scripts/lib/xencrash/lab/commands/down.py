@@ -1,5 +1,5 @@
-"""End QEMU and remove the sockets and the disk. The logs stay where --run-dir was
-given to `lab up`.
+"""End QEMU and remove the sockets and the disk. The logs stay if `lab up` was given
+--run-dir.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fill the cache ($XENCRASH_CACHE, else ~/.cache/xencrash) with what a Xen and a
-QEMU need, so that `lab up` needs no network. What is there already is checked
-against its SHA-256, and fetched again where broken.
+QEMU need, so that `lab up` needs no network. What is already there is checked
+against its SHA-256, and fetched again if it is broken.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The reference guest is a small bare-metal program with Xen's crash path, in
-every generation of it, with faults to be found:
-`lab up --guest GENERATION --fault NAME`.
+"""The reference guest is a small bare-metal program with Xen's crash path, in each
+of its generations, and with faults to find: `lab up --guest GENERATION --fault NAME`.
 """
 
 from __future__ import annotations

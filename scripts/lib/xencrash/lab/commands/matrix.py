@@ -1,11 +1,11 @@
 """Boot, crash and judge a machine for each cell of the matrix of the lab's rows,
 some with a domU that runs on every CPU, and show a table of verdicts.
 
-Without options the cells are a few in which every pair of rows appears (without
-those of a suite whose packages change from day to day); --xen, --qemu, --gdb and
---lapic take all that have what is named. What a cell needs and cannot get is
-`skip`, with the reason. Reports and logs of every cell, and what went wrong, stay
-in the output folder.
+By default a few cells are run, in which every pair of rows appears (except those of
+a suite whose packages change from day to day); --xen, --qemu, --gdb and --lapic
+select all cells with the named rows. A cell is `skip`, with the reason, if what it
+needs no longer exists. Reports, logs and errors of every cell stay in the output
+folder.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Boot, crash and judge one machine after the other, over the cells of the matrix:
+"""Boot, crash and judge one machine after another, across the cells of the matrix:
 by the crash key or by dom0's panic on a random CPU, with dom0 idle or busy on all
 its vCPUs, with or without a domU that runs on every CPU, after a random time.
 
-Every one must pass: one that does not is a false alarm, or a find. --seed repeats
-a run.
+Every one must pass: a failure is a false alarm or a real bug. --seed repeats a run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ EPILOG = CRASHES
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("-n", "--number", type=count, default=50, metavar="N", help="default: 50")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the random choices; default: a new one, printed")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the random choices; default: a new one, printed")
     add_cells(parser, "xencrash-repeat")
 
 

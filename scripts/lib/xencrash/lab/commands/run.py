@@ -1,6 +1,6 @@
-"""Boot a machine, crash it, follow and judge every stage, take the vmcore, judge
-it too, and end the machine. The exit status is the trace's; the vmcore's when
-the trace passed.
+"""Boot a machine, crash it, follow and judge every stage, take the vmcore and judge
+it too, and end the machine. The exit status is the trace's, or the vmcore's if the
+trace passed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(args: Namespace) -> int:
     tell = progress.on_stderr()
     with judged.machine(output, wanted, tell, args.fresh) as machine:
         tell("following the crash")
-        # A fault may be one that only a trace of who writes to gates shows.
+        # Some faults are shown only by a trace of the writers to gates.
         gates = wanted.fault is not None and BY_ID[wanted.fault].gates
         report = judged.follow(machine, output, lambda: _crash(machine, wanted), progress=show_stage, gates=gates)
         status = finish(report)
@@ -66,7 +66,7 @@ def _crash(machine: Machine, wanted: Specification) -> None:
 
 
 def as_asked(wanted: Specification, reports: Sequence[contract.Report]) -> ExitStatus:
-    """Undecided, with the reason on standard error, where the crash was not the one that was asked for."""
+    """Undecided, with the reason on standard error, if the crash was not the one asked for."""
     if wanted.guest:  # a fault may set the mode, and a guest is given its crashing CPU at boot
         reasons = list(judged.unlike(reports, wanted.generation, None, None))
     else:

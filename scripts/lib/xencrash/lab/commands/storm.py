@@ -1,14 +1,14 @@
-"""Crash one machine again and again from a snapshot, each time with something else in
-its way: an NMI or a machine check before an instruction, a CPU that is late or never
-comes, CPUs in another order. Every time a crash kernel must start.
+"""Crash one machine again and again from a snapshot, each time with a different
+disturbance: an NMI or a machine check before an instruction, a CPU that is late or
+never comes, CPUs in another order. Each time the crash kernel must start.
 
-It judges what the crash path does, not what gates and flags are, and needs no table of
-generations. An ID is the whole experiment, and does it again:
+It judges what the crash path does, not the values of gates and flags, and needs no
+table of generations. An ID describes an experiment completely, and repeats it:
 
   nmi@0:kexec_crash+0x12        an NMI on CPU 0, before it executes that instruction
   mc>2@0:kexec_reloc+0x5        a machine check on CPU 2, when CPU 0 is there
-  yield@1:do_nmi_crash+0x6a~2   CPU 1, there for the second time, lets all others go first
-  stop@1:do_nmi_crash           CPU 1 stands still there for good
+  yield@1:do_nmi_crash+0x6a~2   CPU 1, when there for the second time, lets the others run first
+  stop@1:do_nmi_crash           CPU 1 stops there for good
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from xencrash.output import to
 
 EPILOG = """\
 exit status: 0 no experiment failed, 1 at least one failed, 2 bad usage, 3 none could be
-made, or one could not be decided"""
+run, or one could not be decided"""
 
 
 def add_options(parser: ArgumentParser) -> None:
     add_machine(parser)
     add_crash(parser)
-    parser.add_argument("--minutes", type=float, metavar="N", help="end after so long, and report what was done")
-    parser.add_argument("--experiments", type=count, metavar="N", help="make so many; default: all")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order, and of what is random")
+    parser.add_argument("--minutes", type=float, metavar="N", help="end after N minutes, and report what was done")
+    parser.add_argument("--experiments", type=count, metavar="N", help="run N experiments; default: all")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the order and of random experiments")
     parser.add_argument("--jobs", type=count, default=2, metavar="N", help="machines to run in parallel; default: 2")
     parser.add_argument("--kind", choices=KINDS, action="append", help="only these; default: all but random")
     parser.add_argument(
-        "--switches", type=count, default=1, metavar="N", help="the most forced switches in an order; default: 1"
+        "--switches", type=count, default=1, metavar="N", help="at most N forced switches in an order; default: 1"
     )
-    parser.add_argument("--replay", metavar="ID", help="make this experiment alone")
-    parser.add_argument("--repeat", type=count, default=1, metavar="N", help="with --replay: so many times")
+    parser.add_argument("--replay", metavar="ID", help="run only this experiment")
+    parser.add_argument("--repeat", type=count, default=1, metavar="N", help="with --replay: run it N times")
     parser.add_argument(
         "--stop-at", type=int, metavar="N", help="with --replay: stop after N of its events, for gdb to attach"
     )
@@ -109,7 +109,7 @@ def _named(text: str, scenery: Scenery) -> Experiment:
 
 
 def _replay(args: Namespace, storm: Storm) -> int:
-    """One experiment, again and again; each result says whether it is as the first. Returns how many."""
+    """One experiment, repeated; each result says whether it is the same as the first. Returns how many."""
     chosen = _named(args.replay, storm.scenery)
     results = [run_one(storm.scenery, number, chosen) for number in range(args.repeat)]
     same = None if args.repeat == 1 else len({result.outcome for result in results}) == 1
@@ -118,7 +118,7 @@ def _replay(args: Namespace, storm: Storm) -> int:
 
 
 def _all(args: Namespace, storm: Storm) -> int | None:
-    """Everything that is planned. Returns how many experiments that is; None for no end of them."""
+    """All planned experiments. Returns how many there are; None if there is no end."""
     plain_crash(storm.scenery)
     bounded = args.minutes is not None or args.experiments is not None
     experiments, planned = plan(storm.scenery, args.kind or DEFAULT_KINDS, args.switches, args.seed, bounded)
@@ -130,14 +130,14 @@ def _all(args: Namespace, storm: Storm) -> int | None:
 
 
 def _stop_at(scenery: Scenery, experiment: Experiment, events: int) -> int:
-    """Leave the machine standing there until Enter is pressed, or the input ends."""
+    """Leave the machine stopped there until Enter is pressed, or the input ends."""
     with scenery.snapshot.machine() as live:
         driver = Driver(live, scenery.scene, experiment)
         driver.until(events)
         happened = len(experiment.events) - len(driver.left)
         live.rsp.close()
         symbols = scenery.snapshot.recipe.boot.symbols
-        print(f"{happened} of {len(experiment.events)} events have happened; the machine stands still:")
+        print(f"{happened} of {len(experiment.events)} events have happened; the machine is stopped:")
         print(f"  xencrash gdb gdb:{live.paths.gdb} --qmp {live.paths.qmp} --symbols {symbols}")
         print("Enter ends it.", flush=True)
         sys.stdin.readline()
@@ -155,12 +155,12 @@ def _render(args: Namespace, report: dict[str, Any], stream: IO[str]) -> None:
 
 
 def status(results: Sequence[Result]) -> ExitStatus:
-    """The exit status; what is not as it should be is said on standard error."""
+    """The exit status; problems are reported on standard error."""
     verdict = verdict_of(results)
     if verdict is Verdict.PASS:
         return ExitStatus.PASSED
     if not results:
-        complain("storm: no experiment was made")
+        complain("storm: no experiment was run")
         return ExitStatus.UNDECIDED
     first = next(result for result in results if result.outcome.verdict is verdict)
     count = sum(result.outcome.verdict is verdict for result in results)

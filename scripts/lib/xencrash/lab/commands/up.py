@@ -1,5 +1,5 @@
-"""Boot a machine in the background, and print its run's folder, where its
-sockets and logs are. `lab down` ends it.
+"""Boot a machine in the background, and print the folder of its sockets and logs.
+`lab down` ends it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EPILOG = STEP
 def add_options(parser: ArgumentParser) -> None:
     add_machine(parser)
     parser.add_argument(
-        "--paused", action="store_true", help="stop before the first instruction, for a debugger to go on"
+        "--paused", action="store_true", help="stop before the first instruction, until a debugger continues"
     )
     add_fresh(parser)
     parser.add_argument(

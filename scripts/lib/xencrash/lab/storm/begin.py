@@ -1,4 +1,4 @@
-"""From a specification to the snapshot of its crash's first instruction, and the scene that all experiments share."""
+"""From a specification to the snapshot at its crash's first instruction, and the scene that all experiments share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LINUX = b"Linux version"
 
 
 class Scenery(NamedTuple):
-    """All that the experiments of a run have in common."""
+    """What the experiments of a run have in common."""
 
     snapshot: Snapshot
     scene: Scene
@@ -38,7 +38,7 @@ class Scenery(NamedTuple):
 
 
 def begin(specification: Specification, folder: Path, progress: Progress) -> Scenery:
-    """Boot, crash, keep, and step through once. Raises LabError."""
+    """Boot, crash, save, and single-step once. Raises LabError."""
     if specification.cpus < 2:
         raise LabError("storm: a machine of one CPU has no other to shoot down: give --cpus 2 or more")
     snapshot = Snapshot(boot.recipe_of(specification, Cache(progress=progress)), folder)
@@ -49,13 +49,13 @@ def begin(specification: Specification, folder: Path, progress: Progress) -> Sce
         crashing = _crash(machine, specification, symbols, snapshot)
     with snapshot.machine() as live:
         scene = set_scene(live.target, symbols, crashing, _GUEST_KERNEL if specification.guest else _LINUX)
-        progress(f"CPU {crashing} crashes; recording what it and the others do, instruction by instruction")
+        progress(f"CPU {crashing} crashes; recording its path and the others', instruction by instruction")
         recording = Recorder(live, scene, progress).record()
     return Scenery(snapshot, scene, recording)
 
 
 def _crash(machine: Machine, specification: Specification, symbols: SymbolTable, snapshot: Snapshot) -> int:
-    """Crash the machine, keep it at its first instruction, and return the CPU that crashes."""
+    """Crash the machine, save it at the first instruction, and return the crashing CPU."""
     entry = symbols.get("kexec_crash", TEXT)
     if entry is None:
         raise LabError("storm: the symbols do not name kexec_crash")
@@ -68,7 +68,7 @@ def _crash(machine: Machine, specification: Specification, symbols: SymbolTable,
             crash.cause(specification.crash, machine, machine.serial, machine.dom0)
         stop = rsp.wait(_CRASHES_IN)
         if stop is None or rsp.registers(stop.cpu)["rip"] != entry:
-            raise LabError(f"storm: the machine did not come to kexec_crash: {machine.where_to_look()}")
+            raise LabError(f"storm: the machine did not reach kexec_crash: {machine.where_to_look()}")
         rsp.break_at([entry], on=False)
         # QEMU does not start a machine from a stream that says that it stands at a breakpoint: one that was interrupted
         # does not say so. The crashing CPU stays where it is.

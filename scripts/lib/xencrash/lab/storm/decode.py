@@ -24,7 +24,7 @@ class Access(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One instruction; `operands` are its operands in memory, but for what it pushes or pops."""
+    """One instruction; `operands` are its operands in memory, except what it pushes or pops."""
 
     pc: int
     size: int
@@ -33,7 +33,7 @@ class Instruction(NamedTuple):
     operands: tuple[Operand, ...]
 
     def accesses(self, registers: Mapping[str, int]) -> list[Access]:
-        """The memory that it touches, with the registers as they are before it."""
+        """The memory that it accesses, by the registers before it."""
         return [operand.access(self.pc + self.size, registers) for operand in self.operands]
 
 
@@ -45,7 +45,7 @@ class Operand(NamedTuple):
     segment: str | None
     size: int
     writes: bool
-    bit: str | int | None = None  # of a bit test with a register: the bits go on beyond the operand
+    bit: str | int | None = None  # of a bit test with a register: the bit may lie beyond the operand
     repeated: bool = False
 
     def access(self, following: int, registers: Mapping[str, int]) -> Access:
@@ -73,7 +73,7 @@ def _engine() -> tuple[Any, Any]:
         capstone = load("capstone")
     except ImportError:
         raise LabError(
-            "storm: the disassembler capstone is missing, by which the words that CPUs share are found: "
+            "storm: the disassembler capstone, which finds the words that CPUs share, is missing: "
             "pip install 'xencrash[storm]'"
         ) from None
     engine = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)

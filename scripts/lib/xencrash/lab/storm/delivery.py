@@ -1,4 +1,4 @@
-"""What an NMI or a machine check would do on a CPU as it stands there, from its tables alone."""
+"""What an NMI or a machine check would do on a CPU in its present state, from its tables alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TSS_IST = 0x24  # SDM vol. 3, "64-Bit TSS Format": IST1
 
 
 class Delivery(NamedTuple):
-    """`handler` and `frame`: where it would begin, and where RSP would point; None where the tables do not lead so far.
+    """`handler` and `frame`: where it would begin, and where RSP would point; None if the tables do not lead that far.
 
-    `obstacle` is the first thing that is not there; with one, the machine ends by a triple fault, whatever code is in
-    the handler.
+    `obstacle` is the first thing that is missing; with one, the machine ends in a triple fault, whatever the handler's
+    code.
     """
 
     handler: int | None
@@ -52,7 +52,7 @@ def foresee(target: Target, cpu: PhysicalCpu, vector: int) -> Delivery:
 
 
 def _frame(space: AddressSpace, cpu: PhysicalCpu, ist: int) -> int | None:
-    """From ring 0: the stack is the IST's, or goes on where it is (SDM vol. 3, "Stack Switching in IA-32e Mode")."""
+    """From ring 0: the stack is the IST's, or continues where it is (SDM vol. 3, "Stack Switching in IA-32e Mode")."""
     if ist == 0 and cpu.registers["cs"] & 3:
         at = _TSS_IST - 32  # RSP0
     elif ist == 0:
@@ -67,7 +67,7 @@ def _frame(space: AddressSpace, cpu: PhysicalCpu, ist: int) -> int | None:
 
 
 def _has_segment(space: AddressSpace, cpu: PhysicalCpu, selector: int) -> bool:
-    """Whether the selector is of a present code segment (SDM vol. 3, "Segment Descriptors")."""
+    """Whether the selector names a present code segment (SDM vol. 3, "Segment Descriptors")."""
     offset = selector & ~7
     if offset + 7 > cpu.registers["gdt_limit"]:
         return False

@@ -1,7 +1,7 @@
-"""One experiment on one machine: the CPUs run one at a time, in an order that its events alone decide.
+"""One experiment on one machine: the CPUs run one at a time, in an order that only its events decide.
 
-Without events the order is the plainest: the crashing CPU until it has sent the NMIs, each other CPU until it halts,
-the crashing one to its end. Nothing depends on how fast the host is, but for what Xen itself measures with a clock.
+Without events the order is the simplest: the crashing CPU until it has sent the NMIs, each other CPU until it halts,
+the crashing one to its end. Nothing depends on the host's speed, except what Xen itself measures with a clock.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from xencrash.lab.storm.snapshot import Live
 
 # Seconds. Xen waits for one second of its own for the other CPUs, which on a busy host are many more.
 HANG = 60.0
-SPIN = 0.4  # for another CPU that neither halts nor comes to a place: the rest may be what it waits for
+SPIN = 0.4  # for another CPU that neither halts nor reaches a place: it may be waiting for the others
 _PIECE = 0.2
 _SAMPLES = 9  # of the registers: where a third of them are different at most, it goes round in circles for good
-_PATIENCE = 3  # so many times it is let run again
-_HALTS = 0.003  # for a HLT, behind which there is nothing to come
+_PATIENCE = 3  # how often it is let run again
+_HALTS = 0.003  # for a HLT with nothing after it
 _STEP = 0.2
-_TRIES = 5  # once in about a hundred times, on a busy host, QEMU says that a CPU has stepped which has not
+_TRIES = 5  # about once in a hundred times, on a busy host, QEMU reports a step that did not happen
 _IF = 0x200  # RFLAGS: interrupts are taken
 
 
@@ -47,7 +47,7 @@ class End(enum.Enum):
 
 @dataclass
 class Injected:
-    """What was seen of one injection."""
+    """What was observed of one injection."""
 
     event: Event
     pc: int  # of its target
@@ -62,12 +62,12 @@ class Injected:
 
 @dataclass
 class Course:
-    """All that was seen of one experiment."""
+    """Everything observed of one experiment."""
 
     end: End = End.HANG
     how: str = ""
     injected: list[Injected] = field(default_factory=list)
-    unfired: tuple[Event, ...] = ()  # places that were not come to
+    unfired: tuple[Event, ...] = ()  # places that were not reached
     late: frozenset[int] = frozenset()  # other CPUs that were not done at the handover
     stopped: frozenset[int] = frozenset()  # for good
     spinning: frozenset[int] = frozenset()  # at the end
@@ -75,7 +75,7 @@ class Course:
     at_end: tuple[Finding, ...] = ()
     notes_changed: frozenset[int] = frozenset()  # CPUs whose notes were complete, and then written again
     running: dict[int, str] = field(default_factory=dict)  # other CPUs that are not parked at the end, and why not
-    kernel: bool | None = None  # whether the crash kernel began; None where it was not waited for
+    kernel: bool | None = None  # whether the crash kernel started; None if it was not waited for
     where: dict[int, str] = field(default_factory=dict)
     console: str = ""
 
@@ -90,7 +90,7 @@ class Driver:
         self._breakpoints: set[int] = set()
         self._returns: dict[int, list[tuple[int, int, Injected]]] = {cpu: [] for cpu in range(scene.cpus)}
         self._sent = self._let_go = self._handed_over = False
-        self._stands = dict.fromkeys(range(scene.cpus), False)  # its place was dealt with, and it has not gone on
+        self._stands = dict.fromkeys(range(scene.cpus), False)  # its place was handled, and it has not continued
         self._patience: Counter[int] = Counter()
         self._notes: dict[int, bytes] = {}
         self._done: set[int] = set()
@@ -98,7 +98,7 @@ class Driver:
         self._over = False
 
     def run(self) -> Course:
-        """Raises LabError where the lab, not the machine, failed."""
+        """Raises LabError if the lab, not the machine, failed."""
         try:
             while self.queue and not self._over:
                 self._turn(self.queue.popleft())
@@ -112,7 +112,7 @@ class Driver:
         return course
 
     def until(self, count: int) -> None:
-        """Only until so many events have happened (for a debugger to look); all of them if there are fewer."""
+        """Only until this many events have happened (for a debugger); all of them if there are fewer."""
         wanted = max(0, len(self.left) - count)
         while self.queue and not self._over and len(self.left) > wanted:
             self._turn(self.queue.popleft(), wanted)
@@ -121,7 +121,7 @@ class Driver:
     # One CPU's turn.
 
     def _turn(self, cpu: int, wanted: int = -1) -> None:
-        """Let one CPU run until it gives way to others."""
+        """Let one CPU run until it yields to others."""
         while not self._over:
             registers = self.rsp.registers(cpu)
             pc, rsp = registers["rip"], registers["rsp"]
@@ -150,7 +150,7 @@ class Driver:
         return next((event for event in self.left if event.place == here), None)
 
     def _happens(self, event: Event, cpu: int) -> bool:
-        """Whether the CPU gives way by that."""
+        """Whether the CPU yields because of that."""
         if event.action is Action.YIELD:
             self.queue.append(cpu)
             return True
@@ -192,7 +192,7 @@ class Driver:
         )
 
     def _go_on(self, cpu: int, pc: int) -> bool:
-        """Run the CPU to the next of its places; False if it gives way, because it halts or seems to spin."""
+        """Run the CPU to the next of its places; False if it yields, because it halts or seems to spin."""
         self._set_breakpoints(self._places_of(cpu))
         self._stands[cpu] = False
         if pc == self.scene.parks.get(cpu):
@@ -208,7 +208,7 @@ class Driver:
         return self._runs(cpu)
 
     def _step_off(self, cpu: int, pc: int) -> bool:
-        """Go on from a breakpoint; False where the CPU halts by that."""
+        """Continue from a breakpoint; False if the CPU halts by that."""
         self.rsp.masking(SSTEP_MASKED)
         for _ in range(_TRIES):
             if self.rsp.step(cpu, _STEP) is None and self.rsp.is_halted(cpu):
@@ -216,7 +216,7 @@ class Driver:
                 return False
             if self.rsp.registers(cpu)["rip"] != pc:
                 return True
-        # It loops on the spot: its breakpoint must not stop it there for ever.
+        # It loops on one instruction: its breakpoint must not stop it there for ever.
         self._set_breakpoints(self._breakpoints - {pc})
         return True
 
@@ -243,7 +243,7 @@ class Driver:
         return False
 
     def _wakes(self, cpu: int) -> bool:
-        """Whether an NMI is about to wake a CPU that halts, to which the host has not given time yet."""
+        """Whether an NMI is about to wake a halted CPU that the host has not run yet."""
         physical = self._physical()[cpu]
         return physical.nmi_pending is True and physical.nmi_blocked is not True
 
@@ -267,7 +267,7 @@ class Driver:
         self._breakpoints = wanted
 
     def _halted(self, cpu: int) -> None:
-        """Its notes are complete when it halts for good, which an idle CPU does not: it takes interrupts."""
+        """Its notes are complete when it halts for good; an idle CPU does not, as it takes interrupts."""
         for_good = not self.rsp.registers(cpu)["eflags"] & _IF
         if for_good:
             self._done.add(cpu)

@@ -1,9 +1,9 @@
-"""What one experiment does to a crash: events at places of the crash path, written as a line that does it again.
+"""What one experiment does to a crash: events at places of the crash path, written as a line that repeats it.
 
     nmi@0:kexec_crash+0x12          an NMI on CPU 0, before it executes that instruction
     mc>2@0:kexec_reloc+0x5          a machine check on CPU 2, when CPU 0 is there
-    yield@1:do_nmi_crash+0x6a~2     CPU 1, when it is there the second time, stands still until all others are done
-    stop@1:do_nmi_crash             CPU 1 stands still there for good
+    yield@1:do_nmi_crash+0x6a~2     CPU 1, when there for the second time, stops until all others are done
+    stop@1:do_nmi_crash             CPU 1 stops there for good
 
 Events are joined by commas. Those of one CPU at one place happen in the order in which they are written.
 """
@@ -33,7 +33,7 @@ class Action(enum.Enum):
 
 
 class Place(NamedTuple):
-    """A moment: this CPU is about to execute the instruction at `pc`, and comes there for the `hit`-th time."""
+    """A moment: this CPU is about to execute the instruction at `pc` for the `hit`-th time."""
 
     cpu: int
     pc: int
@@ -47,10 +47,10 @@ class Event(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """Events, in the order in which they are written; none is the crash as it is."""
+    """Events, in the order in which they are written; without any it is the undisturbed crash."""
 
     events: tuple[Event, ...] = ()
-    kind: str = ""  # why it is made: injection, delay, order, combination, random; no part of what it does
+    kind: str = ""  # its kind: injection, delay, order, combination, random; does not affect what it does
 
 
 def event(action: Action, place: Place, target: int | None = None) -> Event:
@@ -62,7 +62,7 @@ _ADDRESS = re.compile(r"(?P<name>.+?)(?:\+(?P<offset>0x[0-9a-f]+))?")
 
 
 def describe_place(pc: int, symbols: SymbolTable) -> str:
-    """What `parse_place` finds the address by: a name, with the symbol's file where that is needed, or the number."""
+    """The text from which `parse_place` finds the address: a name, with the symbol's file if needed, or a number."""
     found = symbols.lookup(pc)
     if found is not None:
         symbol, offset = found
@@ -130,7 +130,7 @@ def fewer(experiment: Experiment) -> Iterator[Experiment]:
 
 
 def shrink(experiment: Experiment, fails: Callable[[Experiment], bool]) -> Experiment:
-    """The fewest of its events that fail as all of them do. There are a handful: each subset is tried."""
+    """The fewest of its events that fail as all of them do. There are only a few: each subset is tried."""
     return next((smaller for smaller in fewer(experiment) if fails(smaller)), experiment)
 
 

@@ -1,4 +1,4 @@
-"""Which experiments there are, from the recording of the crash as it is."""
+"""Which experiments there are, from the recording of the undisturbed crash."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xencrash.lab.storm.scene import Scene
 
 KINDS = ("injection", "delay", "order", "combination", "random")
 DEFAULT_KINDS = KINDS[:-1]
-_RANDOM = 200  # experiments, where nothing else bounds them
+_RANDOM = 200  # experiments, if nothing else limits them
 _INJECTIONS = (Action.NMI, Action.MC)
 _MOST_EVENTS = 3  # of a random experiment
 
@@ -21,8 +21,8 @@ _MOST_EVENTS = 3  # of a random experiment
 def plan(
     scenery: Scenery, kinds: Sequence[str], switches: int, seed: int, bounded: bool
 ) -> tuple[Iterable[Experiment], int | None]:
-    """The experiments in an order that follows from the seed, and their number; the random ones come last, and have no
-    end (None) where something else bounds the run."""
+    """The experiments in an order determined by the seed, and their number; random ones come last, without end (None)
+    if something else limits the run."""
     known = every_kind(scenery.recording, scenery.scene, kinds, switches)
     random.Random(seed).shuffle(known)
     if "random" not in kinds:
@@ -45,8 +45,8 @@ def every_kind(recording: Recording, scene: Scene, kinds: Sequence[str], switche
 
 
 def injections(recording: Recording, scene: Scene) -> Iterator[Experiment]:
-    """Before each instruction of the crashing CPU and of one other; on others, where the crashing CPU touches what they
-    share, and from the handover on."""
+    """Before each instruction of the crashing CPU and of one other; on others, where the crashing CPU accesses shared
+    memory, and from the handover on."""
     other = _an_other(recording, scene)
     for action in _INJECTIONS:
         for cpu in filter(lambda cpu: cpu is not None, (scene.crashing, other)):
@@ -70,8 +70,8 @@ def _an_other(recording: Recording, scene: Scene) -> int | None:
 
 
 def _places_to_hold(recording: Recording, scene: Scene) -> dict[int, list[Place]]:
-    """Where it matters which CPU comes first: before each access to a shared word; for the crashing CPU once it has
-    sent the NMIs, because before there is nobody to come first."""
+    """Where it matters which CPU comes first: before each access to a shared word; for the crashing CPU only after it
+    has sent the NMIs, because before that no other CPU is on the path."""
     found = shared_places(recording)
     sent = _index_of_sent(recording.of(scene.crashing), scene)
     since = {step.place for step in recording.of(scene.crashing)[sent:] if not step.after}
@@ -96,8 +96,8 @@ def delays(recording: Recording, scene: Scene) -> Iterator[Experiment]:
 
 
 def orders(recording: Recording, scene: Scene, switches: int) -> Iterator[Experiment]:
-    """Each set of at most so many forced switches, before accesses to shared words. Of one CPU at least one is forced,
-    of each only where it goes on: in the order in which it comes there."""
+    """Each set of at most this many forced switches, before accesses to shared words. A CPU's places are in the order
+    in which it reaches them."""
     places = [place for found in _places_to_hold(recording, scene).values() for place in found]
     for count in range(1, switches + 1):
         for chosen in itertools.combinations(places, count):
@@ -105,8 +105,8 @@ def orders(recording: Recording, scene: Scene, switches: int) -> Iterator[Experi
 
 
 def combinations(recording: Recording, scene: Scene) -> Iterator[Experiment]:
-    """An NMI that is pending while a machine check comes, whose handler's IRET lets it in: on a CPU that is late, when
-    machine checks lead nowhere already; and on the crashing CPU, in this order and the other."""
+    """An NMI that is pending while a machine check arrives, whose handler's IRET unblocks it: on a late CPU, when
+    machine checks already lead to trap_nop; and on the crashing CPU, in either order."""
     other = _an_other(recording, scene)
     if other is not None:
         for step in recording.first_hits(other):
@@ -119,7 +119,7 @@ def combinations(recording: Recording, scene: Scene) -> Iterator[Experiment]:
 
 
 def at_random(recording: Recording, scene: Scene, seed: int) -> Iterator[Experiment]:
-    """Without end: up to three events, of any kind, anywhere; what they are follows from the seed."""
+    """Without end: up to three events of any kind, anywhere, determined by the seed."""
     chance = random.Random(seed)
     held = [place for found in _places_to_hold(recording, scene).values() for place in found]
     steps = [step.place for step in recording.steps if step.place.hit <= 2]

@@ -1,4 +1,4 @@
-"""What an experiment showed: from what was seen of it alone, without a table of what each Xen should do."""
+"""The outcome of an experiment: from what was observed alone, without a table of what each Xen should do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PRESENT = "not present"
 
 
 class Verdict(enum.IntEnum):
-    """`WINDOW`: the machine was lost, and by nothing that this crash path could do."""
+    """`WINDOW`: the machine was lost, and the crash path could not have prevented it."""
 
     PASS = 0
     WINDOW = 1
@@ -31,14 +31,14 @@ class Verdict(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """`what` is one of a few words to count by; `says` is the line for it."""
+    """`what` is one of a few words for counting; `says` is the line shown."""
 
     verdict: Verdict
     what: str
     says: str
 
 
-PASSED = Outcome(Verdict.PASS, "handed-over", "handed over, and the crash kernel began")
+PASSED = Outcome(Verdict.PASS, "handed-over", "handed over, and the crash kernel started")
 
 
 def judge(course: Course, scene: Scene) -> Outcome:
@@ -65,9 +65,9 @@ def _window(course: Course, scene: Scene) -> tuple[str, str] | None:
         if seen.said:
             return "ends-machine", f"CPU {cpu} cannot take a machine check: QEMU said {seen.said!r}"
         if seen.taken and seen.foreseen.handler == scene.own_handlers["mc"]:
-            return "own-mc-handler", f"the machine check came to Xen's own handler, on CPU {cpu}"
+            return "own-mc-handler", f"the machine check reached Xen's own handler on CPU {cpu}"
         if seen.taken and not scene.is_xen(seen.foreseen.handler or 0):
-            return "kernel-mc-handler", f"the machine check came to the crash kernel's own handler, on CPU {cpu}"
+            return "kernel-mc-handler", f"the machine check reached the crash kernel's own handler on CPU {cpu}"
     return None
 
 
@@ -85,11 +85,11 @@ def _problem(course: Course, scene: Scene) -> tuple[str, str] | None:
     if failed := _unexcused(course.at_handover, course):
         return "check", _of_findings(failed)
     if course.kernel is False:
-        return "no-kernel", f"handed over, but the crash kernel does not begin: {_places(course, scene)}"
+        return "no-kernel", f"handed over, but the crash kernel does not start: {_places(course, scene)}"
     if failed := _unexcused_at_end(course.at_end, course):
         return "check", _of_findings(failed)
     if course.notes_changed:
-        return "notes-changed", f"{_cpus(course.notes_changed)}: its notes were written again after it had halted"
+        return "notes-changed", f"{_cpus(course.notes_changed)}: notes written again after it had halted"
     if course.running:
         cpu, why = next(iter(course.running.items()))
         return "not-parked", f"CPU {cpu} is not parked after the handover: {why} (at {course.where[cpu]})"
@@ -100,17 +100,17 @@ def _badly_taken(seen: Injected, scene: Scene) -> tuple[str, str] | None:
     cpu, name = seen.event.target, seen.event.action.value
     if not seen.taken:
         blocked = seen.nmi_blocked and seen.event.action is Action.NMI
-        return None if blocked else ("not-taken", f"CPU {cpu} did not take the {name} that it was sent")
+        return None if blocked else ("not-taken", f"CPU {cpu} did not take the {name} sent to it")
     if seen.frame != seen.foreseen.frame:
         return "wrong-stack", f"CPU {cpu} took the {name} on the stack at {seen.frame or 0:#x}, not as its gate says"
     if cpu == scene.crashing and not seen.returned and scene.is_xen(seen.pc):
         at = scene.symbols.describe(seen.pc)
-        return "no-return", f"the handler of the {name} did not come back to {at} on the crashing CPU"
+        return "no-return", f"the handler of the {name} did not return to {at} on the crashing CPU"
     return None
 
 
 def _unexcused(findings: Iterable[Finding], course: Course) -> list[Finding]:
-    """Without what follows from CPUs that the experiment itself held."""
+    """Without failures that follow from CPUs that the experiment itself held."""
     held = course.late
     return [
         finding
@@ -149,7 +149,7 @@ def _cpus(cpus: Iterable[int]) -> str:
 
 def _places(course: Course, scene: Scene) -> str:
     if scene.crashing not in course.where:
-        return "no CPU goes on"
+        return "no CPU makes progress"
     return f"CPU {scene.crashing} is {_at(course.where[scene.crashing])}"
 
 

@@ -1,4 +1,4 @@
-"""Xen in a machine of the storm's, as every reader of `xen_symbols` sees it."""
+"""Xen in one of the storm's machines, as a target of `xen_symbols`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xencrash.lab.storm.rsp import Rsp
 
 
 class StormTarget(Target):
-    """`forget` when the machine has run: its CPUs are read once."""
+    """Call `forget` when the machine has run: its CPUs are read once."""
 
     kind = "live"
     format = "QEMU gdbstub"

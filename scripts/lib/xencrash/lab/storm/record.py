@@ -1,4 +1,4 @@
-"""The crash stepped through once: which CPU executes what, and which words of memory CPUs share."""
+"""The crash single-stepped once: which CPU executes what, and which words of memory the CPUs share."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from xencrash.lab.storm.snapshot import Live
 
 Progress = Callable[[str], None]
 
-_LOOPS = 16  # an instruction that comes so often after the NMIs were sent is one of a loop that waits
+_LOOPS = 16  # an instruction executed this often after the NMIs were sent is in a loop that waits
 _HALTS = 0.05  # seconds: a step that takes longer does not complete, because the CPU halts
 _LONGEST = 400_000  # instructions of one CPU
 _AFTER = 600  # of the crashing CPU, after the handover, at most
-_AFTER_LIDT = 8  # and so many behind its next IDT: from there on NMIs are the crash kernel's affair
+_AFTER_LIDT = 8  # and this many after its next IDT: from there on NMIs are the crash kernel's business
 _WORD = 8
 _INSTRUCTION = 15  # bytes: the longest there is
 
@@ -44,18 +44,18 @@ class Touch(NamedTuple):
 class Recording:
     steps: list[Step] = field(default_factory=list)
     touches: list[Touch] = field(default_factory=list)
-    texts: dict[int, str] = field(default_factory=dict)  # of each instruction, where a disassembler is there
+    texts: dict[int, str] = field(default_factory=dict)  # of each instruction, if there is a disassembler
 
     def of(self, cpu: int) -> list[Step]:
         return [step for step in self.steps if step.place.cpu == cpu]
 
     def first_hits(self, cpu: int) -> list[Step]:
-        """Each instruction of a CPU once, in the order in which they come."""
+        """Each instruction of a CPU once, in order of execution."""
         return [step for step in self.of(cpu) if step.place.hit == 1]
 
 
 def shared_words(touches: Iterable[Touch]) -> frozenset[int]:
-    """Those that more than one CPU touches, and at least one writes."""
+    """Those that more than one CPU accesses, and at least one writes."""
     readers: dict[int, set[int]] = {}
     written: set[int] = set()
     for touch in touches:
@@ -80,7 +80,7 @@ def words_of(address: int, size: int) -> range:
 
 
 class Recorder:
-    """Steps the machine through its crash, in the order in which an experiment without events runs."""
+    """Steps the machine through its crash, in the order of an experiment without events."""
 
     def __init__(self, live: Live, scene: Scene, progress: Progress) -> None:
         self.live, self.rsp, self.scene, self.progress = live, live.rsp, scene, progress
@@ -93,7 +93,7 @@ class Recorder:
         self._noted: dict[int, Mapping[str, int]] = {}
 
     def record(self) -> Recording:
-        """Raises LabError for a crash that does not come to its handover. Completes the scene."""
+        """Raises LabError for a crash that does not reach the handover. Completes the scene."""
         scene, crashing = self.scene, self.scene.crashing
         scene.sent = self._to_the_wait(crashing)
         for cpu in scene.others:
@@ -139,7 +139,7 @@ class Recorder:
                 break
             last = self._note(cpu, registers)
             if self._hits[cpu, last.pc] > _LONGEST:
-                raise LabError(f"storm: CPU {cpu} does not halt: it is at {self.scene.symbols.describe(last.pc)}")
+                raise LabError(f"storm: CPU {cpu} does not halt; it is at {self.scene.symbols.describe(last.pc)}")
         if last is not None:
             self.scene.parks[cpu] = last.pc
 
@@ -152,8 +152,8 @@ class Recorder:
             self._note(cpu, registers)
             if self.rsp.step(cpu, _HALTS) is None and self.rsp.is_halted(cpu):
                 at = self.scene.symbols.describe(registers["rip"])
-                raise LabError(f"storm: the crash as it is halts at {at}, and does not come to {what}")
-        raise LabError(f"storm: the crash as it is does not come to {what} within {_LONGEST} instructions")
+                raise LabError(f"storm: the undisturbed crash halts at {at}, before it reaches {what}")
+        raise LabError(f"storm: the undisturbed crash does not reach {what} within {_LONGEST} instructions")
 
     def _onwards(self, cpu: int) -> None:
         """From the handover to where the crash kernel has its own IDT."""
@@ -169,7 +169,7 @@ class Recorder:
 
     def _note(self, cpu: int, registers: Mapping[str, int], after: bool = False) -> Place:
         pc = registers["rip"]
-        if registers == self._noted.get(cpu):  # QEMU says now and then that it has stepped, and it has not
+        if registers == self._noted.get(cpu):  # QEMU now and then reports a step that did not happen
             return Place(cpu, pc, self._hits[cpu, pc])
         self._noted[cpu] = registers
         self._hits[cpu, pc] += 1
@@ -185,7 +185,7 @@ class Recorder:
         return place
 
     def _is_memory(self, address: int) -> bool:
-        """Not a device: the local APICs all lie at one address, and each CPU touches its own there."""
+        """Not a device: all local APICs have the same address, where each CPU accesses its own."""
         page = address >> 12
         if page not in self._is_ram:
             try:
@@ -209,7 +209,7 @@ class Recorder:
 
 
 def functions(places: Sequence[Place], scene: Scene) -> dict[str, list[Place]]:
-    """By function, in the order in which the CPUs come to them."""
+    """By function, in the order in which the CPUs reach them."""
     found: dict[str, list[Place]] = {}
     for place in places:
         symbol = scene.symbols.lookup(place.pc)

@@ -1,4 +1,4 @@
-"""What a storm found: the JSON that schema.json describes, and its renderings."""
+"""A storm's report: the JSON that schema.json describes, and its renderings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STYLES = {"pass": "pass", "window": "unknown", "fail": "fail", "undecided": "un
 _LETTERS = {"pass": ".", "window": "w", "fail": "F", "undecided": "?"}
 _KERNEL = "(crash kernel)"
 _WHY_INEXACT = (
-    "Xen measures its waits with clocks, and QEMU's go on in the host's time: an experiment that waits may differ"
+    "Xen measures its waits with clocks, and QEMU's run on host time: an experiment that waits may differ"
 )
 
 
@@ -53,7 +53,7 @@ def to_json(results: Sequence[Result], scenery: Scenery, about: Mapping[str, Any
 
 
 def verdict_of(results: Iterable[Result]) -> Verdict:
-    """The worst; windows are no failure. Without any result nothing is decided."""
+    """The worst; windows are not failures. Without any result nothing is decided."""
     found = [result.outcome.verdict for result in results]
     worst = max(found, default=Verdict.UNDECIDED)
     return Verdict.PASS if worst is Verdict.WINDOW else worst
@@ -80,7 +80,7 @@ def _experiment(result: Result) -> Object:
 
 
 def _functions(results: Sequence[Result], recording: Recording, scene: Scene) -> Iterator[Object]:
-    """Coverage: what each CPU's role executes of each function, and what was done there with what outcome."""
+    """Coverage: what each CPU's role executes of each function, what was injected there, and the outcomes."""
     by_place: dict[tuple[str, int], list[tuple[str, Result]]] = {}
     for result in results:
         for event in result.experiment.events:
@@ -111,7 +111,7 @@ def _functions(results: Sequence[Result], recording: Recording, scene: Scene) ->
 
 
 def _outcomes_at(done: Iterable[tuple[str, Result]]) -> dict[str, str]:
-    """By kind of event the worst outcome of the experiments that have just that event."""
+    """By kind of event, the worst outcome of the experiments that have only that event."""
     found: dict[str, Verdict] = {}
     for action, result in done:
         if len(result.experiment.events) == 1:
@@ -124,7 +124,7 @@ def _role(cpu: int, scene: Scene) -> str:
 
 
 def _windows(results: Sequence[Result], scene: Scene) -> Iterator[Object]:
-    """Where the machine is lost and no code can help: how many instructions, by event and reason."""
+    """Where the machine is lost and no code can help: the number of instructions, by event and reason."""
     found: dict[tuple[str, str, str], dict[int, None]] = {}
     for result in results:
         if result.outcome.verdict is Verdict.WINDOW and len(result.experiment.events) == 1:
@@ -183,7 +183,7 @@ def _coverage(report: Object) -> Table:
             *(Cell(str(outcomes.get(name, "")), _STYLES[name]) for name in ("pass", "window", "fail")),
         ])  # fmt: skip
     columns = ["function", "CPU", "instructions", "NMI", "#MC", "yield", "stop", "pass", "window", "fail"]
-    return Table("What was executed, and what was done there", columns, rows)
+    return Table("What was executed and injected", columns, rows)
 
 
 def _window_table(report: Object) -> list[Block]:
@@ -203,10 +203,10 @@ def _failures(report: Object) -> list[Block]:
         return []
     rows = []
     for one in bad:
-        exact = {True: "same again", False: "not the same again", None: ""}[one.get("exact")]
+        exact = {True: "same again", False: "different outcome", None: ""}[one.get("exact")]
         says = one["says"] + (f" (enough: {one['shrunk']})" if one.get("shrunk") else "")
         rows.append([Cell(one["id"], "strong"), Cell(one["what"], _STYLES[one["verdict"]]), Cell(exact), Cell(says)])
-    return [Table("Failures (--replay ID does one again)", ["ID", "what", "again", "what happened"], rows)]
+    return [Table("Failures (--replay ID repeats one)", ["ID", "what", "again", "what happened"], rows)]
 
 
 def _picture(function: Object) -> Table:

@@ -1,6 +1,6 @@
-"""A bare client of QEMU's gdbstub: one CPU run while the others stay put, and memory read and written.
+"""A bare client of QEMU's gdbstub: it runs one CPU while the others are stopped, and reads and writes memory.
 
-It writes to the machine, which only the lab may do, and only to machines that it owns. Packets are those of the GDB
+Only the lab may write to a machine, and only to its own. Packets are those of the GDB
 manual, appendix E, "Remote Protocol", and QEMU's own (gdbstub.c: `Qqemu.sstep`, `Qqemu.PhyMemMode`).
 
 CPUs are QEMU's cpu_index here; the stub numbers threads from 1.
@@ -43,7 +43,7 @@ class Gone(LabError):
 
 
 class Stop(NamedTuple):
-    """Why the machine stands still: a signal (5: a breakpoint or a step), on which CPU."""
+    """Why the machine is stopped: a signal (5: a breakpoint or a step), on which CPU."""
 
     signal: int
     cpu: int
@@ -74,7 +74,7 @@ def parse_stop(answer: str) -> Stop | None:
 
 
 class Rsp:
-    """One connection; the machine stands still when the constructor returns. Raises Gone, or LabError in time."""
+    """One connection; the machine is stopped when the constructor returns. Raises Gone, or LabError in time."""
 
     def __init__(self, path: str | Path, timeout: float = 10.0) -> None:
         self.path = str(path)
@@ -95,7 +95,7 @@ class Rsp:
             raise
 
     def _greet(self) -> None:
-        """QEMU 7.2 sends a stop reply that nobody asked for, others do not: what `qSupported` answers comes last."""
+        """QEMU 7.2 sends an unsolicited stop reply, others do not: the answer to `qSupported` comes last."""
         self._socket.sendall(framed("qSupported"))
         while "PacketSize" not in self._packet(time.monotonic() + self.timeout):
             pass
@@ -114,7 +114,7 @@ class Rsp:
     # Packets.
 
     def _packet(self, deadline: float) -> str:
-        """The next packet. QEMU takes our next one for the acknowledgement of it (gdb_read_byte)."""
+        """The next packet. QEMU takes our next one as its acknowledgement (gdb_read_byte)."""
         while True:
             start = self._pending.find(b"$")
             end = self._pending.find(b"#", start)
@@ -137,7 +137,7 @@ class Rsp:
             self._pending += received
 
     def ask_many(self, packets: Sequence[str]) -> list[str]:
-        """The answers to packets that go out together, which costs a fifth of one after the other."""
+        """The answers to packets that are sent together, which takes a fifth of the time."""
         deadline = time.monotonic() + self.timeout
         try:
             self._socket.sendall(b"".join(map(framed, packets)))
@@ -168,10 +168,10 @@ class Rsp:
         return self._run(f"vCont;s:{cpu + 1:x}", timeout)
 
     def run(self, cpus: Iterable[int], timeout: float) -> Stop | None:
-        """Let some CPUs run until one stops, while the others stay put; None if none did in time, and the machine is
+        """Let some CPUs run until one stops, while the others are stopped; None if none did in time, and the machine is
         stopped again. Raises Gone.
 
-        A breakpoint where a CPU stands is met at once: step that CPU first.
+        A breakpoint where a CPU is now is hit at once: step that CPU first.
         """
         return self._run("vCont;" + ";".join(f"c:{cpu + 1:x}" for cpu in cpus), timeout)
 
@@ -230,7 +230,7 @@ class Rsp:
         return parse_registers(self.ask_many(packets)[-1])
 
     def write_register(self, cpu: int, name: str, value: int) -> None:
-        """Raises LabError where the stub refuses. General registers and rip only."""
+        """Raises LabError if the stub refuses. General registers and rip only."""
         number = _GENERAL.index(name)
         self.registers(cpu)  # selects it
         self._must(f"P{number:x}={value.to_bytes(8, 'little').hex()}")
@@ -251,7 +251,7 @@ class Rsp:
                 self._must("Qqemu.PhyMemMode:0")
 
     def is_halted(self, cpu: int) -> bool:
-        """As the stub's `info threads` says it (gdb_handle_query_thread_extra)."""
+        """From what the stub says for `info threads` (gdb_handle_query_thread_extra)."""
         return "halted" in bytes.fromhex(self.ask(f"qThreadExtraInfo,{cpu + 1:x}")).decode(errors="replace")
 
     def read_many(self, requests: Sequence[tuple[int, int]]) -> list[bytes | None]:

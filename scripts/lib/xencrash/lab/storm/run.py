@@ -1,4 +1,4 @@
-"""Many experiments, each on a machine of its own from one snapshot, until all are done or time is up."""
+"""Many experiments, each on a separate machine from one snapshot, until all are done or time is up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AGAIN = 20  # failures that are run once more, and shrunk
 
 @dataclass(frozen=True)
 class Budget:
-    """What bounds a run; None does not."""
+    """The limits of a run; None for no limit."""
 
     seconds: float | None = None
     experiments: int | None = None
@@ -37,13 +37,13 @@ class Result:
     id: str
     outcome: Outcome
     seconds: float
-    unfired: int = 0  # events whose place was not come to
-    exact: bool | None = None  # whether the same came of it once more; None if it was not tried
+    unfired: int = 0  # events whose place was not reached
+    exact: bool | None = None  # whether a second run had the same outcome; None if it was not tried
     shrunk: str | None = None  # fewer events that fail, too
 
 
 def attempt(scenery: Scenery, experiment: Experiment, using: Callable[[Live], None]) -> Course:
-    """One experiment. Raises LabError where the lab failed."""
+    """One experiment. Raises LabError if the lab failed."""
     with scenery.snapshot.machine() as live:
         using(live)
         return Driver(live, scenery.scene, experiment).run()
@@ -67,7 +67,7 @@ def run_one(
 
 
 class Storm:
-    """A run. Ctrl-C, and whoever sets `ended`, end it: what is under way is dropped, what was done is kept."""
+    """A run. Ctrl-C, and whoever sets `ended`, end it: what is under way is dropped, what is done is kept."""
 
     def __init__(self, scenery: Scenery, budget: Budget, progress: Progress) -> None:
         self.scenery, self.budget, self.progress = scenery, budget, progress
@@ -130,7 +130,7 @@ class Storm:
         try:
             self._make(numbered)
         except BaseException as error:
-            if not self.ended.is_set():  # of a machine that was killed under it, any error may come
+            if not self.ended.is_set():  # if its machine was killed meanwhile, any error may result
                 self._error = error
             self.ended.set()
 
@@ -155,10 +155,10 @@ class Storm:
             one.kill()
 
     def look_again(self) -> None:
-        """Run failures once more, to see whether the same comes of them, and leave out what they do not need."""
+        """Run failures once more, to see whether the outcome is the same, and reduce them to what they need."""
         failures = [result for result in self.results if result.outcome.verdict is Verdict.FAIL][:_AGAIN]
         for result in failures:
-            self.progress(f"once more: {result.id}")
+            self.progress(f"again: {result.id}")
             again = run_one(self.scenery, result.number, result.experiment)
             shrunk = None
             if len(result.experiment.events) > 1:
@@ -181,7 +181,7 @@ class Storm:
 
 
 def plain_crash(scenery: Scenery) -> None:
-    """Raise LabError where the crash without any event is not as it should be: nothing would follow from the others."""
+    """Raise LabError if the crash without any event fails: the other results would mean nothing."""
     course = attempt(scenery, Experiment(), lambda _: None)
     outcome = judge(course, scenery.scene)
     if course.end is not End.HANDOVER:

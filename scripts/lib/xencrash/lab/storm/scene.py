@@ -17,7 +17,7 @@ from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import IMAGE_REGION, XenMemory, image_region
 from xencrash.lab.errors import LabError
 
-# Reached within a crash, each is the end of it: Xen gives up, or begins anew.
+# Reaching one of these ends the crash: Xen gives up, or starts again.
 _ENDS = {"panic": "Xen panics", "machine_restart": "Xen restarts the machine", "__start_xen": "Xen boots again"}
 _NOTE_SIZE = 404  # xen/common/kexec.c: the notes of registers, of each CPU
 
@@ -37,7 +37,7 @@ class Scene:
     send: int  # smp_send_nmi_allbutself
     handover: int  # kexec_reloc
     ends: Mapping[int, str]
-    own_handlers: Mapping[str, int]  # Xen's own of NMIs and machine checks, by the name of the event
+    own_handlers: Mapping[str, int]  # Xen's own handlers of NMIs and machine checks, by the name of the event
     notes: Mapping[int, int]  # address of each CPU's
     kernel_sign: bytes  # what the crash kernel prints first
     # From the recording:
@@ -67,7 +67,7 @@ class Scene:
 
 
 def set_scene(target: Target, symbols: SymbolTable, crashing: int, kernel_sign: bytes) -> Scene:
-    """Of a machine at the beginning of its crash. Raises LabError for one that the storm cannot be used on."""
+    """From a machine at the beginning of its crash. Raises LabError if a storm cannot use it."""
     try:
         memory = locate(target, symbols)
         identification = identify(memory)
@@ -80,7 +80,7 @@ def set_scene(target: Target, symbols: SymbolTable, crashing: int, kernel_sign: 
     except (Unreadable, Undecidable) as error:
         raise LabError(f"storm: {error}") from error
     if apic_ids != [cpu.apic_id for cpu in target.cpus()]:
-        raise LabError(f"storm: Xen's CPUs are not QEMU's in their order: their APIC IDs are {apic_ids}")
+        raise LabError(f"storm: Xen's CPUs are not in QEMU's order: their APIC IDs are {apic_ids}")
     places = {stage: anchor_address(symbols, BY_ID[stage]) for stage in ("crash-entry", "shootdown", "handover")}
     begins, send, handover = places.values()
     if begins is None or send is None or handover is None:

@@ -1,4 +1,4 @@
-"""A machine at the beginning of its crash, kept, and started again as often as wanted, each time as it was.
+"""A machine at the beginning of its crash, saved, and started again as often as wanted, each time in the same state.
 
 The devices are QEMU's migration stream, without the RAM (`x-ignore-shared`); the RAM is a file that each machine maps
 privately, so that none changes it. A snapshot belongs to one QEMU, one command line and one set of images.
@@ -31,7 +31,7 @@ _POLL = 0.002
 
 @dataclass(eq=False)
 class Live:
-    """A machine of the storm's that stands still: it is ours to write to."""
+    """A stopped machine of the storm's, which may be written to."""
 
     paths: Paths
     process: subprocess.Popen[bytes] | None  # None: somebody else's to end
@@ -40,19 +40,19 @@ class Live:
     target: StormTarget
 
     def console(self) -> bytes:
-        """What it printed since it was started from the snapshot."""
+        """What it printed after it was started from the snapshot."""
         try:
             return self.paths.serial_log.read_bytes()
         except FileNotFoundError:
             return b""
 
     def ended(self) -> str:
-        """How QEMU came to its end, once it has: by which event of the machine's, or by what happened to QEMU."""
+        """How QEMU ended, if it has: by which event of the machine, or by what happened to QEMU."""
         assert self.process is not None
         try:
             status = self.process.wait(_START)
         except subprocess.TimeoutExpired:
-            return "QEMU closed its sockets, and did not end"
+            return "QEMU closed its sockets, but did not exit"
         shutdowns = [event["data"] for event in self.qmp.last_events() if event["event"] == "SHUTDOWN"]
         if status == 0 and shutdowns:
             return f"the machine was reset ({shutdowns[-1].get('reason', 'for no reason given')})"
@@ -67,7 +67,7 @@ class Live:
             self.process.wait()
 
     def kill(self) -> None:
-        """From another thread: whoever uses the machine finds it gone."""
+        """From another thread; whoever uses the machine finds it gone."""
         if self.process is not None:
             self.process.kill()
 
@@ -98,7 +98,7 @@ class Snapshot:
 
     @contextlib.contextmanager
     def machine(self) -> Iterator[Live]:
-        """A machine as it was kept; it ends with the context. It dies with the thread that asks for it."""
+        """A machine as it was saved; it ends with the context. It dies with the thread that asks for it."""
         folder = Path(tempfile.mkdtemp(prefix="m", dir=self.folder))
         try:
             paths = Paths(folder)
@@ -117,7 +117,7 @@ class Snapshot:
 
 
     def _write_files(self, paths: Paths) -> None:
-        """No experiment goes on to where the crash kernel reads or writes its disk."""
+        """No experiment runs until the crash kernel reads or writes its disk."""
         with paths.disk.open("wb") as disk:
             disk.truncate((self.recipe.specification.memory_mib + 64) << 20)  # as the machine that was kept has it
         if self.recipe.specification.lapic_row.firmware:
@@ -126,7 +126,7 @@ class Snapshot:
 
 @contextlib.contextmanager
 def folder_for_snapshot() -> Iterator[Path]:
-    """In memory where there is room: it is read by every experiment. Its name is short, for the sockets in it."""
+    """In memory if there is room: every experiment reads it. Its name is short, for the sockets in it."""
     shared = "/dev/shm"
     parent = shared if os.access(shared, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix=f"xencrash-storm-{os.getpid()}-", dir=parent))
@@ -137,7 +137,7 @@ def folder_for_snapshot() -> Iterator[Path]:
 
 
 def connected(process: subprocess.Popen[bytes], paths: Paths, ram: list[tuple[int, int]]) -> Live:
-    """A QEMU that was just started, with both its sockets open. Raises LabError, and ends it."""
+    """A QEMU just started, with both its sockets open. On LabError it is ended."""
     opened: list[Qmp | Rsp] = []
     try:
         deadline = time.monotonic() + _START
