@@ -122,6 +122,8 @@ def follow(
 
 
 def _give_up(report: contract.Report, why: str) -> None:
+    if [stage["stage"] for stage in report["stages"]][-1:] == ["handover"]:
+        why += "; this was after the handover: whether the other CPUs came to rest was not seen"
     report["undecided"] = why
     found = (Verdict.of(finding["verdict"]) for finding in report["findings"])
     report["verdict"] = verdict_of(found, why).word
