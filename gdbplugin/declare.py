@@ -1,4 +1,4 @@
-"""What a command, a setting and a convenience function are declared by, and what commands ask of the debugger.
+"""Declarations of commands, settings and convenience functions, and what commands need from the debugger.
 
 Nothing here knows gdb: `gdbplugin.register` binds the declarations to it, and documentation and tests walk them.
 """
@@ -29,26 +29,26 @@ Say = Callable[[Sequence[Block]], None]
 # Of a write that a watchpoint caught: the gate, the target's index of the CPU, where that goes on, all the gates.
 NoteWrite = Callable[[Key, int, int, Mapping[Key, bytes]], None]
 
-# What a handler may raise that is an answer to the user, not a fault of ours.
+# Exceptions of a handler that are an answer to the user, not a bug of the plugin.
 ERRORS = (Undecidable, Unreadable)
 
 
 class Stop(NamedTuple):
-    """Why the machine, which was let run, is stopped."""
+    """Why the machine stopped after it was let run."""
 
-    expired: bool = False  # nothing happened for as long as was allowed, and it was stopped then
+    expired: bool = False  # nothing happened in the time allowed, and it was stopped
     interrupted: bool = False  # by Ctrl-C
 
 
 class Session(Protocol):
-    """What the commands ask of the debugger."""
+    """What the commands need from the debugger."""
 
     report: contract.Report | None  # the last one, by a check or a trace
     follower: Follower | None  # of the trace that has begun
     gate_watch: GateWatch | None
 
     def look(self) -> AbstractContextManager[XenMemory]:
-        """Xen in the stopped machine, for the length of one look. Raises Undecidable."""
+        """Xen in the stopped machine, for one look. Raises Undecidable."""
         ...
 
     def symbols(self) -> SymbolTable: ...
@@ -72,7 +72,7 @@ class Session(Protocol):
     # -- letting the machine run --------------------------------------------------------------
 
     def look_again(self, memory: XenMemory) -> AbstractContextManager[None]:
-        """The stopped machine in which this Xen was found, for one look, even if Xen is there no more. Raises
+        """The stopped machine in which this Xen was found, for one look, even if Xen is no longer there. Raises
         Undecidable when the debugger was connected anew."""
         ...
 
@@ -81,12 +81,12 @@ class Session(Protocol):
         ...
 
     def settable(self, addresses: Sequence[int]) -> int:
-        """How many of these can have a hardware breakpoint at the same time. Nothing stays set."""
+        """How many of these can have a hardware breakpoint at the same time. None stays set."""
         ...
 
     def breakpoints(self) -> AbstractContextManager[Callable[[Sequence[int]], None]]:
-        """What is called with the addresses at which hardware breakpoints are set, and no others of ours; none at the
-        end. The user sees nothing of them."""
+        """A function to call with the addresses for hardware breakpoints, and with none at the end; any others of ours
+        are removed. The user does not see them."""
         ...
 
     def run(self, seconds: float | None) -> Stop:
@@ -114,7 +114,7 @@ class Argument:
 
     @property
     def keyword(self) -> str | None:
-        """How the answer calls an option or a flag; None for what is given by its place."""
+        """The answer's name for an option or a flag; None for a positional argument."""
         if self.name.startswith("--"):
             return self.name.split()[0].removeprefix("--").replace("-", "_")
         return self.name if self.kind == "flag" else None
@@ -126,7 +126,7 @@ def usage(name: str, arguments: Sequence[Argument]) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """One of the MI commands that stand for a command which lets the machine run. It does not let it run itself: gdb
+    """One of the MI commands that replace a command which lets the machine run. It does not let it run itself: gdb
     drops the result of an MI command that does."""
 
     name: str
@@ -136,10 +136,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Command:
-    """`answer` gives the JSON; `blocks` the tables for people. The MI twin is `-xen-` and the words, hyphenated.
+    """`answer` gives the JSON; `blocks` the tables for users. The MI twin is `-xen-` and the words, hyphenated.
 
-    With `steps` it lets the machine run: `answer` is given `say`, to print blocks as it goes on, and the MI twin is
-    each step, by its name after a hyphen.
+    With `steps` it lets the machine run: `answer` gets `say`, to print blocks while it runs, and the MI twin is one
+    command for each step, with its name after a hyphen.
     """
 
     words: tuple[str, ...]

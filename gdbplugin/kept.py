@@ -1,4 +1,4 @@
-"""What a command changes of gdb's own state for a while, and puts back."""
+"""Parts of gdb's state that a command changes for a while, and restores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kept_selection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def setting(name: str, value: str) -> Iterator[None]:
-    """One of gdb's own settings has another value meanwhile."""
+    """One of gdb's settings has another value inside."""
     before = gdb.parameter(name)
     if isinstance(before, bool):
         before = "on" if before else "off"

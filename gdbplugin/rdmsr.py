@@ -1,7 +1,7 @@
-"""Reading IA32_APIC_BASE by an rdmsr that Xen's own text has, executed on each CPU in turn.
+"""Reads IA32_APIC_BASE with an rdmsr in Xen's own text, executed on each CPU in turn.
 
-This changes registers of a CPU for the length of one instruction and puts them back; it happens only after
-`set xen rdmsr on`. A halted CPU would never finish the step, and is not touched.
+This changes registers of a CPU for one instruction and restores them; it happens only after `set xen rdmsr on`. A
+halted CPU would never finish the step, and is left alone.
 """
 
 from __future__ import annotations

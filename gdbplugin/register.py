@@ -1,4 +1,4 @@
-"""Binding the declared commands to gdb: command line, machine interface, settings and convenience functions."""
+"""Binds the declared commands to gdb: command line, machine interface, settings and convenience functions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 class _Words:
-    """Arguments as the user typed them become what an answer takes."""
+    """Converts arguments as typed to those of an answer."""
 
     def __init__(self, session: Session, name: str, arguments: Sequence[Argument]) -> None:
         self._session = session
@@ -70,7 +70,7 @@ class _Words:
         self._by_place = [a for a in arguments if a.keyword is None]
 
     def parse(self, words: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
-        """Those given by place, and the others by keyword."""
+        """Positional arguments, and the others by keyword."""
         left, places, keywords = list(words), [], {}
         while left:
             word = left.pop(0)
@@ -132,7 +132,7 @@ class _Words:
             with self._session.look() as memory:
                 return [str(cpu) for cpu in per_cpu_areas(memory).existing if str(cpu).startswith(word)]
         except (*ERRORS, gdb.error):
-            return []  # nothing can be proposed: there are no symbols, or no machine, yet
+            return []  # nothing to propose: there are no symbols yet, or no machine
 
 
 class _CliCommand(gdb.Command):
@@ -213,7 +213,7 @@ class _Gate(gdb.Function):
 
 
 def _taken(call: str, arguments: Sequence[gdb.Value], count: int) -> Sequence[gdb.Value]:
-    """The arguments of a convenience function, if there are as many as it takes."""
+    """The arguments of a convenience function, if their number is right."""
     if len(arguments) != count:
         raise Undecidable(f"usage: {call}")
     return arguments
@@ -227,7 +227,7 @@ def _number(name: str, value: gdb.Value) -> int:
 
 
 def write_blocks(blocks: Sequence[Block], from_tty: bool) -> None:
-    """To gdb's output: with colours on a terminal that has them, if rich is there; else plain."""
+    """To gdb's output: with colours on a terminal that has them, if rich is installed; else plain."""
     text = None
     if from_tty and _terminal() and not _piped():
         text = coloured(blocks, gdb.parameter("width") or shutil.get_terminal_size().columns)
@@ -240,7 +240,7 @@ def _terminal() -> bool:
 
 
 def _piped() -> bool:
-    """Whether gdb's `pipe` command runs this one: gdb does not say so, but then a child reads what we write."""
+    """Whether gdb's `pipe` command runs this one: gdb does not say so, but then a child process reads our output."""
     try:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         ours = {str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}

@@ -1,4 +1,4 @@
-"""Letting the machine run from gdb's command line, with hardware breakpoints of which the user sees nothing."""
+"""Lets the machine run from gdb's command line, with hardware breakpoints that the user does not see."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REFUSED = ("Command aborted", "Cannot insert hardware", "Could not insert hardw
 
 @contextlib.contextmanager
 def breakpoints() -> Iterator[Callable[[Sequence[int]], None]]:
-    """What is called with the addresses to break on from now on, and no others of ours; none at the end."""
+    """A function to call with the addresses to break on from now on, and with none at the end."""
     made: dict[int, gdb.Breakpoint] = {}
 
     def keep(addresses: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ def let_run(seconds: float | None) -> Stop:
 
     def interrupt() -> None:
         fired.set()
-        os.kill(os.getpid(), signal.SIGINT)  # what gdb turns into a stop of the machine
+        os.kill(os.getpid(), signal.SIGINT)  # which gdb turns into a stop of the machine
 
     timer = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, interrupt)
     timer.daemon = True

@@ -100,7 +100,7 @@ class Session:
 
     @contextlib.contextmanager
     def look(self) -> Iterator[XenMemory]:
-        """Xen in the stopped machine. Nothing read in one look is kept for the next."""
+        """Xen in the stopped machine. Nothing read in one look is reused in the next."""
         target = self.target()
         if isinstance(target, LiveTarget):
             target.measured_modes = {}
@@ -112,7 +112,7 @@ class Session:
             yield self._xen(target)
 
     def _xen(self, target: LiveTarget | ServedDump) -> XenMemory:
-        """Xen where it was found before, or else looked for anew: another connection, other symbols, another boot."""
+        """Xen where it was found before, or else located again: after a new connection, other symbols, another boot."""
         chosen = self._chosen()
         memory = self._memory
         same = memory is not None and memory.target is target and (chosen is None or memory.symbols is chosen)

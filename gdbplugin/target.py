@@ -1,8 +1,8 @@
 """A live machine: physical memory and CPUs through gdb's connection to QEMU's gdbstub.
 
 Memory is read by the stub's physical mode with packets of our own, so neither the selected CPU's page tables nor gdb's
-caches have a part in it. The mode is the stub's, global, and outlives a connection: it is switched on for the length
-of a `batch` and always off again. In that mode an address without RAM reads as zeros, so only what the machine's memory
+caches matter. The mode is the stub's, global, and outlives a connection: it is switched on for the length of a
+`batch` and always off again. In that mode an address without RAM reads as zeros, so only what the machine's memory
 map calls RAM or ROM is ever asked for.
 """
 
@@ -29,7 +29,7 @@ from xen_symbols.targets.qmp import Qmp, QmpError
 from xen_symbols.targets.raw import Map
 from xen_symbols.x86 import gate
 
-_APIC_IDS = 1 << 12  # no machine of QEMU's has larger ones
+_APIC_IDS = 1 << 12  # no machine of QEMU's has more
 # The stub sends the monitor's text line by line and reads nothing before the command ends; gdb acknowledges each line.
 # A unix socket holds 277 of these single bytes; then both sides wait forever. `info mtree -f` prints up to 13 lines for
 # each CPU (seen: 290 lines with 16 CPUs go well, 500 with 32 do not); over QMP it is one answer.
@@ -39,7 +39,7 @@ _CPUS_BY_UNIX_SOCKET = 16
 class LiveTarget(Target):
     """The connection that gdb has selected.
 
-    `cpus()` is read once per batch. Raises Undecidable where the stub is not QEMU's or is gone.
+    `cpus()` is read once per batch. Raises Undecidable if the stub is not QEMU's or is gone.
     """
 
     kind = "live"
@@ -82,7 +82,7 @@ class LiveTarget(Target):
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """Everything inside sees one moment: the mode is switched once, and the CPUs are read once."""
+        """Everything inside sees the same moment: the mode is switched once, and the CPUs are read once."""
         if self._batching:
             yield
             return
@@ -94,7 +94,7 @@ class LiveTarget(Target):
         finally:
             self._batching = False
             self._cpus = None
-            # When the connection is lost there is no mode left to reset from here: attaching does it.
+            # When the connection is lost the mode cannot be reset from here: attaching does it.
             with contextlib.suppress(Undecidable):
                 self._set_mode(False)
 
@@ -108,7 +108,7 @@ class LiveTarget(Target):
         return "tcg" if hmp.is_tcg(self._monitor("info jit")) else Absent("QEMU names neither KVM nor TCG")
 
     def settable(self, addresses: Sequence[int]) -> int:
-        """How many of these can have a hardware breakpoint at the same time: it is tried, and nothing stays set."""
+        """How many of these can have a hardware breakpoint at the same time: this is tried, and none stays set."""
         return self._accepted([f"1,{address:x},1" for address in addresses])
 
     def unwatchable(self, gates: Sequence[int]) -> str | None:
@@ -150,7 +150,7 @@ class LiveTarget(Target):
             raise Undecidable(f"{self.location}: {error}") from None
 
     def _require_room(self) -> None:
-        """That the memory map of so many CPUs comes through this connection."""
+        """Checks that the memory map of this many CPUs fits through the connection."""
         count = len(hmp.parse_host_threads(self._monitor("info cpus")))
         if count > _CPUS_BY_UNIX_SOCKET and Path(self.connection.details).is_socket():
             raise Undecidable(
@@ -235,7 +235,7 @@ class LiveTarget(Target):
         return hmp.with_lapics(cpus, found)
 
     def _registers(self) -> str:
-        """What `info registers -a` says, asked for CPU by CPU: of all at once it may be more than the socket holds."""
+        """The output of `info registers -a`, read CPU by CPU: for all at once it may overrun the socket."""
         listed = self._monitor("info cpus")
         indexes = range(len(hmp.parse_host_threads(listed)))
         texts = [self._monitor(f"info registers {index}") for index in indexes[:1]]
@@ -253,7 +253,7 @@ class LiveTarget(Target):
             self._monitor(f"cpu {selected}")
 
     def _with_measured(self, cpu: PhysicalCpu) -> PhysicalCpu:
-        """The LAPIC mode that rdmsr gave, where QEMU's device state did not give it."""
+        """The LAPIC mode from rdmsr, if QEMU's device state did not give it."""
         base = self.measured_modes.get(cpu.index)
         if base is None or isinstance(cpu.lapic, Absent) or not isinstance(cpu.lapic.apic_base, Absent):
             return cpu
@@ -261,7 +261,7 @@ class LiveTarget(Target):
         return cpu._replace(lapic=cpu.lapic._replace(apic_base=base, source=source))
 
     def _require_same_machine(self, qmp: Qmp) -> None:
-        """A QMP socket of another machine would answer just as well. Asked once for each socket."""
+        """A QMP socket of another machine would answer just as well. Checked once for each socket."""
         if qmp.path == self._trusted:
             return
         ours = hmp.parse_host_threads(self._monitor("info cpus"))
@@ -275,7 +275,7 @@ class LiveTarget(Target):
 
 
 class ServedDump(Dump):
-    """A dump that `xencrash gdb` serves: the same file, opened here, answers at once what the connection would."""
+    """A dump that `xencrash gdb` serves: the same file, opened here, is faster than the connection."""
 
     def __init__(self, connection: gdb.TargetConnection, dump: Dump) -> None:
         super().__init__(dump.location, dump.opened, dump.base)
@@ -299,7 +299,7 @@ def open_target(connection: gdb.TargetConnection) -> LiveTarget | ServedDump:
 
 
 def cpu_index(thread: gdb.InferiorThread) -> int:
-    """QEMU's number of the CPU that a thread is: the stub numbers them from 1 (gdbstub.c, gdb_get_cpu_index)."""
+    """QEMU's number of a thread's CPU: the stub numbers them from 1 (gdbstub.c, gdb_get_cpu_index)."""
     return int(thread.ptid[1]) - 1
 
 

@@ -1,4 +1,4 @@
-"""Write watchpoints on gates: who changed one, where that is seen.
+"""Write watchpoints on gates: who changed one, if that is seen.
 
 Only on writes: one that also catches reads makes QEMU lose the NMI that reads the gate. A hit is lost where several
 CPUs write at once, so what changed is determined by reading the gates again; a watchpoint only adds the writer.
@@ -47,7 +47,7 @@ def _contents() -> dict[Key, bytes]:
 
 
 def watch(addresses: Mapping[Key, int], note: NoteWrite) -> str | None:
-    """Watch gates until `end_watching`. Returns why gdb would not have the machine do it; None if it will."""
+    """Watch gates until `end_watching`. Returns why gdb cannot have the machine do it; None if it can."""
     for key, address in addresses.items():
         point = _Gate(key, address, note)
         _watchpoints.append(point)

@@ -5,16 +5,16 @@ from typing import NamedTuple
 
 
 class Kind(enum.Enum):
-    """Why a value is absent. What a check makes of it follows from this alone."""
+    """Why a value is absent. A check's verdict follows from this alone."""
 
-    UNREAD = "unread"  # could have been read and was not: a check is `unknown`
+    UNREAD = "unread"  # could have been read but was not: a check is `unknown`
     NOT_HELD = "not held"  # this kind of target cannot hold it: a check is `skip`
     NO_SYMBOL = "no symbol"  # the symbols at hand do not name it: a check is `unknown`
     NOT_APPLICABLE = "not applicable"  # this Xen has no such thing: a check is `skip`
 
 
 class Absent(NamedTuple):
-    """A value that is not there. `reason` is one clause that says why."""
+    """An absent value. `reason` is one clause that says why."""
 
     reason: str
     kind: Kind = Kind.UNREAD
@@ -32,7 +32,7 @@ class Unreadable(Exception):
 
 
 class Undecidable(Exception):
-    """The question cannot be answered for this input at all: exit status 3.
+    """The question cannot be answered for this input: exit status 3.
 
     The message is one line that says what is wrong and what to do.
     """

@@ -28,7 +28,7 @@ def open_dump(
 
     `symbols` is xen-syms, xen.efi, a .map or an image; without it the table that Xen carries is used. `base` is the
     physical address of a raw image's first byte, or `maps` has (physical address, offset in the file, size) of each
-    stretch of memory in it. `allow_mismatch` goes on with symbols of another build.
+    stretch of memory in it. `allow_mismatch` accepts symbols of another build.
     A dump whose notes show no Xen is searched for it; `progress` is called with (bytes searched, bytes in all).
     """
     target = dump.open_dump(os.fspath(path), base=base, maps=[Map(*one) for one in maps])

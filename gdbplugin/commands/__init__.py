@@ -1,6 +1,6 @@
-"""The xen commands, in one table: each row stands beside the function that answers it, in a module by subject.
+"""The xen commands, in one table: each row is beside the function that answers it, in a module for its subject.
 
-An answer holds the JSON contract's names; addresses are hex strings. Nothing here knows gdb.
+An answer uses the names of the JSON contract; addresses are hex strings. Nothing here knows gdb.
 """
 
 from __future__ import annotations

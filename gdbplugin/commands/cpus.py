@@ -1,4 +1,4 @@
-"""Where each CPU is, and its own variables."""
+"""Where each CPU is, and its variables."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _physical(session: Session, symbols: SymbolTable, number: int | None, cpu: P
 
 
 def _show_cpus(answer: Json) -> Sequence[Block]:
-    columns = ["CPU", "thread", "APIC id", "online", "at", "halted", "NMIs", "NMI pending", "LAPIC"]
+    columns = ["CPU", "thread", "APIC ID", "online", "at", "halted", "NMIs", "NMI pending", "LAPIC"]
     rows = []
     for cpu in answer["cpus"]:
         if not cpu["exists"]:
@@ -102,7 +102,7 @@ def _bt(session: Session, cpu: int | None = None) -> Json:
 
 
 def _show_bt(answer: Json) -> Sequence[Block]:
-    """Running text: a CPU's steps, each with its calls, from where it is back to where it began."""
+    """Running text: a CPU's steps, each with its calls, from the innermost frame outwards."""
     lines: list[list[Cell]] = [[Cell("Calls are found by scanning the stacks; some may be left from earlier.", "dim")]]
     for cpu in answer["cpus"]:
         lines += [[], *_bt_head(cpu)]
@@ -169,7 +169,7 @@ def _percpu(session: Session, name: str, cpu: int | None = None) -> Json:
 
 
 def _number(raw: bytes) -> str | None:
-    """An integer's worth of bytes as a number: what they are is not known without debug information."""
+    """The bytes of an integer as a number: without debug information their type is not known."""
     return hex(int.from_bytes(raw, "little")) if len(raw) in (1, 2, 4, 8) else None
 
 

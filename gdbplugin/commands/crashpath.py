@@ -1,4 +1,4 @@
-"""Where on its crash path Xen is, and whether all is as it should be."""
+"""Where on its crash path Xen is, and whether its state is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Xen says of itself: its build, its console, its crash notes."""
+"""What Xen says about itself: its build, its console, its crash notes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changes the NMI and #MC gates while the machine runs, on the way of a crash or not: `xen watch gates`."""
+"""What changes the NMI and #MC gates while the machine runs, in a crash or not: `xen watch gates`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _begin(session: Session) -> Json:
-    """Watch every gate that there is. {"gates": how many}, and "writers_absent": why no writer can be seen, if so."""
+    """Watch every gate. {"gates": how many}, and "writers_absent": why no writer can be seen, if so."""
     session.end_watching()
     with session.look() as memory:
         if memory.target.kind != "live":

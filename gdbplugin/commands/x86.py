@@ -97,7 +97,7 @@ def _lapic_of(state: State, cpu: CpuState) -> Json:
 
 
 def _show_lapic(answer: Json) -> Sequence[Block]:
-    columns = ["CPU", "APIC id", "mode", "by", "APIC_BASE", "enabled", "SPIV", "ICR", "LVT unmasked"]
+    columns = ["CPU", "APIC ID", "mode", "by", "APIC_BASE", "enabled", "SPIV", "ICR", "LVT unmasked"]
     rows = []
     for cpu in answer["cpus"]:
         icr = None if cpu.get("icr_low") is None else f"{cpu['icr_high']}:{cpu['icr_low']}"

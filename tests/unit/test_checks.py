@@ -443,7 +443,7 @@ def test_with_memory_alone_no_change_passes(what: str) -> None:
 def test_with_memory_alone_an_unfinished_crash_is_unknown(name: str) -> None:
     report = memory_alone(name).report()
     assert (report.verdict, bad(report), [s.stage for s in report.stages]) == (Verdict.UNKNOWN, set(), ["crashing"])
-    assert "how far it came cannot be determined" in str(report.undecided)
+    assert "how far it got cannot be determined" in str(report.undecided)
 
 
 def test_a_crash_between_two_stages_or_stuck_there_does_not_pass() -> None:

@@ -1,1 +1,1 @@
-"""What the crash path promises, generation by generation, and whether it was kept."""
+"""What the crash path promises, by generation, and whether it kept it."""

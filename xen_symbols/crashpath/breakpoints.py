@@ -43,7 +43,7 @@ class Anchors:
         return list(dict.fromkeys(self.of.values()))
 
     def unseen(self) -> list[Stage]:
-        """The stages that are not broken on whenever they may be reached."""
+        """The stages that may be reached without a breakpoint."""
         if not self.slots:
             return [BY_ID[name] for name in self.of]
         kept = (*_OTHERS[: self.slots - 1], *([UNBLOCKED.id] if self.slots > 1 else []))

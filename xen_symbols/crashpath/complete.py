@@ -1,4 +1,4 @@
-"""The one check of a trace as a whole: that the crash path came to its end, and that every stage could be seen."""
+"""The one check of a trace as a whole: that the crash path reached its end, and that every stage could be seen."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,7 +7,7 @@ _SHOOTDOWN = "xen/arch/x86/crash.c, nmi_shootdown_cpus"
 
 
 class TraceCheck(NamedTuple):
-    """What a trace judges besides CHECKS; `sources` says where the crash path goes on from the stage it came to."""
+    """What a trace judges besides CHECKS; `sources` says where the crash path continues from the last stage reached."""
 
     id: str
     subject: str

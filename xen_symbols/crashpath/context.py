@@ -36,7 +36,7 @@ _SINCE_XSA_244 = "per_cpu__tss_page"
 
 
 class Followed(NamedTuple):
-    """What a trace alone knows of a moment.
+    """What only a trace knows about a moment.
 
     `nmi_entries`: into the crash path's NMI handler, by CPU; None where they are not counted. `gates_before`: each gate
     and what it was at the last stop. `unblocked`: how NMIs were unblocked on the crashing CPU. `looks`: how often the
@@ -50,7 +50,7 @@ class Followed(NamedTuple):
 
 
 class EntryPoint(NamedTuple):
-    """What a gate may lead to, by the names that Xen has had for it, newest first."""
+    """The handlers that a gate may have, by their names in Xen, newest first."""
 
     names: tuple[str, ...]
     source: str
@@ -96,7 +96,7 @@ def _owed(value: Any) -> Any:
 
 
 class _Standing:
-    """Where a CPU stands on the path, which thousands share, and what the table says of each object there."""
+    """A CPU's position on the path, which thousands share, and what the table says about each object there."""
 
     def __init__(self, role: Whose, span: Span) -> None:
         self.role, self.span = role, span
@@ -145,7 +145,7 @@ class Context:
         self._standings: dict[int, _Standing] = {}
 
     def assuming(self, spans: Mapping[int, Span]) -> "Context":
-        """The same moment, with some of the other CPUs elsewhere."""
+        """The same moment, with other positions of some other CPUs."""
         position = self.position._replace(others={**self.position.others, **spans})
         return Context(self.memory, self.state, position, self.generation, self.followed)
 
@@ -211,7 +211,7 @@ class Context:
         return writes[-1].made(self.crash, standing.span) if writes else False
 
     def values(self, written: Object, cpu: int) -> tuple[Any, ...]:
-        """What it may be, as the table says it."""
+        """What it may be, in the table's values."""
         standing = self._standing(cpu)
         values = standing.values.get(written)
         if values is None:
@@ -284,7 +284,7 @@ class Context:
         named = (self.address(name) for name in self.generation.idle_callbacks)
         return (*none, *(address for address in named if isinstance(address, int)))
 
-    # What is known of a CPU
+    # What is known about a CPU
 
     def physical(self, cpu: int) -> PhysicalCpu | Absent:
         physical = self.state.of(cpu).physical
@@ -331,7 +331,7 @@ class Context:
         inside = not isinstance(physical, Absent) and physical.guest_mode is True
         return inside and cpu.df_gate.present and not cpu.df_gate.value.ist
 
-    # What is known of the machine
+    # What is known about the machine
 
     @cached_property
     def boot_mode(self) -> str | Absent:

@@ -92,8 +92,8 @@ def evaluate(memory: XenMemory, identification: Identification | None = None) ->
         if is_memory_alone(state):
             why = "the dump holds no registers of any CPU, and memory does not show that Xen handed over"
         report.undecided = (
-            f"{memory.target.location}: Xen is on its way through the crash path, or stuck there, and how far it came "
-            f"cannot be determined: {why}; every step was allowed for"
+            f"{memory.target.location}: Xen is on its way through the crash path, or stuck there, and how far it got "
+            f"cannot be determined: {why}; every step was allowed"
         )
     if position.crashing_cpu is not None:
         report.target = {**report.target, "crashing_cpu_by": list(crashing_cpu(state, identification.generation)[1])}

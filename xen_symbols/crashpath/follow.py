@@ -1,4 +1,4 @@
-"""Following a crash live: what to break on, what each stop means, and when it is over. No gdb in here.
+"""Following a crash live: what to break on, what each stop means, and when it is over. Nothing here knows gdb.
 
 A driver sets hardware breakpoints on `breakpoints` and no others, lets the machine run for as long as `wait` allows,
 and hands what happened to `stop`, until that says that the trace is finished. Every stop reads every gate and every
@@ -213,7 +213,7 @@ class Follower:
         return False
 
     def _at(self, index: int, pc: int) -> StopResult:
-        """What it means that this CPU is there."""
+        """What it means that this CPU is at this place."""
         if pc == self._anchors.reset:
             raise Undecidable(self._reset())
         if pc not in self._anchors.of.values():
@@ -366,7 +366,7 @@ class Follower:
         )  # fmt: skip
 
     def _stalled(self) -> Finding:
-        """The crash began and never reached its end: a failure, named after where it was seen last."""
+        """The crash began and never reached its end: a failure, located where it was last seen."""
         why = f"no further stage was reached in {self._stall:.0f} s"
         where = "; ".join([f"{why}: {COMPLETE.consequence}", *self._whereabouts()])
         return self._complete(False, where)

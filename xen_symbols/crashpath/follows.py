@@ -1,4 +1,4 @@
-"""Which failures follow from others: of one cause, everything that it brings about fails as well."""
+"""Which failures follow from others: everything that one cause affects fails as well."""
 
 from collections.abc import Container, Sequence
 from typing import NamedTuple
@@ -22,9 +22,9 @@ class Failure(NamedTuple):
 
 _SILENT = "nmi-answered"
 _SAID_ONCE = "shootdown-report"  # of how things were when the wait was over
-# What a CPU leaves last of all that is judged for each, in the generations that have it: it has signed off.
+# The last thing judged for each CPU, in the generations that have it: it has signed off.
 _SIGNS = (("waiting-cpus", WAITING_MASK), ("crash-save-done", SAVE_DONE), ("online-cpus", ONLINE))
-# All that a CPU which did not answer can have completed.
+# What a CPU that did not answer can have completed.
 _NO_ANSWER = Span(OtherStep.NOTHING, OtherStep.NMI_TAKEN)
 
 

@@ -13,7 +13,7 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.symbols.table import DATA, TEXT
 from xen_symbols.xen.memory import XenMemory
 
-_FUNCTION_MAX = 1 << 16  # bytes; none of Xen's that is read here is nearly as long
+_FUNCTION_MAX = 1 << 16  # bytes; far more than any of Xen's functions that are read here
 
 
 class Hook(enum.Enum):

@@ -1,4 +1,4 @@
-"""What a build's symbols do not name of all that is looked up in them."""
+"""Which of the symbols that are looked up a build lacks."""
 
 from __future__ import annotations
 

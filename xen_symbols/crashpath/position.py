@@ -190,7 +190,7 @@ def _neutralised(state: State, generation: Generation) -> bool:
 
 
 def handed_over(state: State, crashing: PhysicalCpu | Absent) -> bool:
-    """Whether Xen has left the machine to the crash kernel: its CPU runs outside Xen, or the dump is the kernel's."""
+    """Whether Xen has handed the machine over: its CPU runs outside Xen, or the dump is the kernel's."""
     if isinstance(crashing, Absent):
         return False
     if not crashing.current:

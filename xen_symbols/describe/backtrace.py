@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def describe_backtrace(trace: Backtrace) -> Json:
-    """One CPU's way back, from where it is to where it began."""
+    """One CPU's call chain, from the innermost frame outwards."""
     out: Json = {"cpu": trace.cpu, "source": trace.source, "current": trace.current}
     if trace.registers is not None:
         out["absent"] = trace.registers.reason

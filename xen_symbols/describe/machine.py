@@ -1,4 +1,4 @@
-"""A target, its symbols and its CPUs as the JSON contract gives them. What is not known is null, with the reason."""
+"""A target, its symbols and its CPUs as the JSON contract gives them. Unknown values are null, with the reason."""
 
 from __future__ import annotations
 

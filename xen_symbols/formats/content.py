@@ -1,4 +1,4 @@
-"""The bytes of a file, read where they are asked for."""
+"""The bytes of a file, read on demand."""
 
 from __future__ import annotations
 

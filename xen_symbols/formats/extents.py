@@ -1,4 +1,4 @@
-"""Stretches of a file standing for stretches of an address space."""
+"""Stretches of a file that back stretches of an address space."""
 
 from __future__ import annotations
 

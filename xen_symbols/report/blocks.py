@@ -1,4 +1,4 @@
-"""A report as blocks of text and tables, before anything knows how they are printed. Reads the JSON contract only."""
+"""A report as blocks of text and tables, independent of how they are printed. Reads the JSON contract only."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def header(report: contract.Report) -> Lines:
 
 
 def crash_path(generation: Mapping[str, Any]) -> str:
-    """A generation, by what people know: the releases that have it, and the commit that brought it."""
+    """A generation, by the releases that have it and the commit that introduced it."""
     releases = generation.get("releases")
-    if releases is None:  # a report of before they stood in it
+    if releases is None:  # a report from before it had them
         return f"generation {generation['id']}"
     if releases[0].isdecimal():
         return f"as in Xen {releases} ({generation['introduced']})"
@@ -100,7 +100,7 @@ def crash_path(generation: Mapping[str, Any]) -> str:
 
 
 def target_line(target: contract.Target) -> str:
-    """What was looked at, in what form, and what runs it."""
+    """The target, its format, and what runs it."""
     by = target.get("accelerator")
     return f"{target['location']} ({target['format']}{', ' + by.upper() if by else ''})"
 
@@ -231,7 +231,7 @@ def _property_change(change: contract.GateChange, name: str) -> str:
 
 
 def has_not_crashed(report: contract.Report) -> bool:
-    """Whether Xen runs as if nothing had happened: the last stage seen is `normal`."""
+    """Whether Xen runs normally: the last stage seen is `normal`."""
     return bool(report["stages"]) and report["stages"][-1]["stage"] == "normal"
 
 
@@ -344,7 +344,7 @@ def missing_lines(missing: Sequence[Json]) -> list[str]:
 
 
 def verdict_line(report: contract.Report) -> Lines:
-    """The last line: the verdict, and what it rests on."""
+    """The last line: the verdict, and the number of findings behind it."""
     count = Counter(finding["verdict"] for finding in report["findings"])
     parts = (
         ", ".join(f"{count[v]} {v}" for v in ("pass", "fail", "unknown", "skip") if count[v]) or "nothing was judged"

@@ -91,5 +91,5 @@ def plain(blocks: Sequence[Block]) -> str:
 
 
 def _shown(cell: Cell) -> str:
-    """A cell's text with nothing in it that a terminal would obey: a file's name may be anything."""
+    """A cell's text without control characters: a file's name may contain any."""
     return escaped(cell.text, keep="\t")

@@ -1,4 +1,4 @@
-"""What was found: findings, and the report that they add up to. Renderers read this; nothing here computes a check."""
+"""Findings, and the report that they make up. Renderers read this; nothing here computes a check."""
 
 import enum
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ class Verdict(enum.IntEnum):
 
     @classmethod
     def of(cls, word: str) -> "Verdict":
-        """The verdict that a report names so."""
+        """The verdict with this name in a report."""
         return cls[word.upper()]
 
 
@@ -131,7 +131,7 @@ class StageSeen(NamedTuple):
 
 
 class Report:
-    """Context, CPUs, stages and findings of one run; they are added as it goes on."""
+    """Context, CPUs, stages and findings of one run; they are added as it proceeds."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Each CPU itself: whether every one was found, and where those that answered are left."""
+"""Each CPU itself: whether all were found, and how those that answered are left."""
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -37,7 +37,7 @@ _AT_REST = {"play_dead", "default_dead_idle", "acpi_dead_idle", "stop_this_cpu"}
 
 
 def _cpus_found(context: Context, _cpu: int) -> Outcome:
-    """Whether every CPU that Xen's masks, the machine or the dump's notes know of is one of those that are judged."""
+    """Whether every CPU that Xen's masks, the machine or the dump's notes mention is among those judged."""
     state, online = context.state, context.position.online
     known, lost = set(online), []
     evidence: tuple[Evidence, ...] = ()
@@ -72,7 +72,7 @@ def _cpus_found(context: Context, _cpu: int) -> Outcome:
 
 
 def _at_work(context: Context, physical: PhysicalCpu) -> str | None:
-    """How it is seen that a CPU is, or was, one of those that Xen runs on; None when it is not."""
+    """The evidence that a CPU is, or was, one that Xen runs on; None if there is none."""
     if not physical.current:
         return "saved its registers" if physical.registers else None
     rip = physical.registers.get("rip")
@@ -206,7 +206,7 @@ PENDING = Check(
     _nmi_pending, needs=Need.DEVICE_STATE,
 )  # fmt: skip
 
-# -- Where it is left -------------------------------------------------------------------------
+# -- How it is left ---------------------------------------------------------------------------
 
 
 def _cpu_parked(context: Context, cpu: int) -> Outcome:

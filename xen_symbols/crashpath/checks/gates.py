@@ -63,7 +63,7 @@ def _ist(written: GateProperty) -> Judge:
             outcome = expect(read, (0,), of=lambda gate: gate.ist)
             return outcome._replace(reason=_IN_GUEST) if outcome.verdict is Verdict.FAIL else outcome
         cleared = read.present and read.value.ist == 0
-        if isinstance(allowed, Absent):  # as when every CPU holds a guest's state: no #DF gate shows the numbers
+        if isinstance(allowed, Absent):  # e.g. every CPU holds a guest's state, so no #DF gate shows the numbers
             if cleared and context.guest_state_loaded(context.state.of(cpu)) is True:
                 return expect(read, (0,), of=lambda gate: gate.ist)
             return from_absence(allowed)
@@ -86,7 +86,7 @@ def _reserved(bits: tuple[int, int]) -> str:
 def _constant(
     vector: int, of: Callable[[Gate], Any], allowed: Any, show: Callable[[Any], Any] | None = None
 ) -> Judge:
-    """The path leaves it as it is."""
+    """The path does not change it."""
 
     def judge(context: Context, cpu: int) -> Outcome:
         return expect(_read(context, cpu, vector), (allowed,), show, of)
@@ -97,7 +97,7 @@ def _constant(
 _CRASH_C = "xen/arch/x86/crash.c, nmi_shootdown_cpus and do_nmi_crash (77ad1faa6b)"
 _KEXEC_C = "xen/arch/x86/machine_kexec.c, machine_kexec (77ad1faa6b)"
 _GATE_HELPERS = "xen/arch/x86/traps.c and its _set_gate helpers; SDM vol. 3, 6.14.1"
-# What another handler than the expected one does.
+# The effect of another handler than the expected one.
 _INSTEAD_OF_HANDLER = {
     "nmi_crash": "the shootdown NMI runs the code observed on that CPU: unless that leads to do_nmi_crash, the CPU "
     "saves nothing and does not stop",
@@ -152,7 +152,7 @@ _STRANGER = (
     "writes to, and when, is not known"
 )
 _WRITER_UNSEEN = "what changed is judged; the writer was not seen, and is not judged"
-# A gate's properties as people read them.
+# A gate's properties as shown.
 _SHOWN: Mapping[str, Callable[[Any], Any]] = {
     "selector": hex,
     "present": lambda present: "yes" if present else "no",

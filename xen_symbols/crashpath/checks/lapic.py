@@ -48,9 +48,9 @@ def _lapic_mode(context: Context, cpu: int) -> Outcome:
     allowed = tuple(modes[value] for value in context.values(LAPIC_MODE, cpu))
     late = context.is_other(cpu) and not context.written(LAPIC_MODE, cpu)
     if late and context.written(X2APIC_ENABLED, MACHINE) is not False:
-        # x2apic_enabled may be the crashing CPU's alone by now: it does not show the mode in which this one ran.
+        # x2apic_enabled may describe only the crashing CPU by now, and not the mode in which this one ran.
         allowed = (*allowed, apic.Mode.XAPIC.value, apic.Mode.X2APIC.value)
-    if len(allowed) > 1:  # from x2APIC back to xAPIC the way is through disabled (SDM vol. 3, 11.12.5)
+    if len(allowed) > 1:  # from x2APIC to xAPIC a CPU must go through disabled (SDM vol. 3, 11.12.5)
         allowed = (*allowed, apic.Mode.DISABLED.value)
     missing = next((value for value in allowed if isinstance(value, Absent)), None)
     if missing is not None:

@@ -1,4 +1,4 @@
-"""The machine as a whole: who crashed, what Xen says that it does, and its report of the shootdown."""
+"""The machine as a whole: who crashed, what Xen says it is doing, and its report of the shootdown."""
 
 import re
 from collections.abc import Sequence

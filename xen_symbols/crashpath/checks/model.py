@@ -37,7 +37,7 @@ class Subject(enum.Enum):
 
 
 class Need(enum.Enum):
-    """What a target must have for a check to be made, or the check is skipped or unknown there."""
+    """What a target must have for a check; without it the check is skipped or unknown."""
 
     MEMORY = "Xen's memory"  # every target has it
     REGISTERS = "each CPU's registers as they are now: a live machine, or QEMU's notes in a dump"

@@ -1,4 +1,4 @@
-"""The crash notes: what each CPU saved in Xen's memory, what the dump's own notes make of it, and CRASH_INFO."""
+"""The crash notes: what each CPU saved in Xen's memory, whether the dump's own notes agree, and CRASH_INFO."""
 
 from collections.abc import Sequence
 

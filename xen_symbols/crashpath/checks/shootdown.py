@@ -1,4 +1,4 @@
-"""The shootdown: whether the NMI leads to the path, who answered, and how far each CPU's own signs say that it came."""
+"""The shootdown: whether the NMI leads to the path, who answered, and how far each CPU got by its own signs."""
 
 from xen_symbols.absence import Absent, Kind
 from xen_symbols.crashpath.checks.model import (
@@ -75,7 +75,7 @@ WAITING = (
     Check(
         "waiting-cpus", Subject.CPUS, "xen/arch/x86/crash.c, do_nmi_crash (f12c1f0b09)",
         "the crashing CPU waits a full second for it although it answered, or leaves while it still runs",
-        # Done is set just before a CPU signs off: without it, it did not come so far.
+        # Done is set just before a CPU signs off: without it, it did not get that far.
         as_written(WAITING_MASK, bit(WAITING_MASK), never="this generation counts the CPUs that it waits for",
                    because_of={True: ("crash-save-done",)}),
         {False: "the crashing CPU waits a full second for it, and says that it could not shoot it down",
