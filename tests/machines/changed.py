@@ -123,6 +123,7 @@ CHANGES: dict[str, tuple[Callable[[Machine], object], str, int | None]] = {
     "crash info empty": (lambda m: m.poke(m.notes(0) + 420, bytes(80)), "crash-info-note", None),
     "LAPIC left in x2APIC mode": (lambda m: m.lapic(1, apic_base=0xFEE00C00, icr_high=1), "lapic-mode", 1),
     "LAPIC in the invalid mode": (lambda m: m.lapic(0, apic_base=0xFEE00500), "lapic-mode", 0),
+    "LAPIC with another CPU's id": (lambda m: m.lapic(1, apic_id=2), "lapic-id", 1),
     "LAPIC not stopped": (lambda m: m.lapic(1, spiv=0x1FF), "lapic-enabled", 1),
     "LAPIC of the crashing CPU off": (lambda m: m.lapic(0, spiv=0xFF), "lapic-enabled", 0),
     "an LVT entry unmasked": (lambda m: m.lapic(2, lvt=(0x10000, 0x10000, 0x10000, 0x700, 0x10000, 0x10000)),

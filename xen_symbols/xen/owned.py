@@ -27,12 +27,18 @@ class Owned:
     def stacks(self, cpu: int) -> CpuStacks | Absent:
         return self._stacks[cpu]
 
+    def owner(self, rsp: int) -> int | None:
+        """The CPU among whose stacks a stack pointer is."""
+        return next((cpu for cpu, stacks in self._stacks.items()
+                     if not isinstance(stacks, Absent) and stacks.base < rsp <= stacks.end), None)  # fmt: skip
+
     def whose(self, rsp: int) -> str:
-        """Whose stack a stack pointer is on, in words."""
-        for cpu, stacks in self._stacks.items():
-            if not isinstance(stacks, Absent) and stacks.base < rsp <= stacks.end:
-                return f"CPU {cpu}'s {stack.name} stack" if (stack := stacks.at(rsp)) else f"no stack of CPU {cpu}'s"
-        return "no CPU's stack"
+        """The same in words, and on which of them."""
+        cpu = self.owner(rsp)
+        stacks = None if cpu is None else self._stacks[cpu]
+        if stacks is None or isinstance(stacks, Absent):
+            return "no CPU's stack"
+        return f"CPU {cpu}'s {stack.name} stack" if (stack := stacks.at(rsp)) else f"no stack of CPU {cpu}'s"
 
     def is_idle(self, cpu: int) -> bool | Absent:
         """Whether its idle vCPU runs on it: then it interrupted no guest."""

@@ -16,6 +16,7 @@ from xen_symbols.crashpath.checks.model import (
     expect,
     from_absence,
     skip,
+    unknown,
 )
 from xen_symbols.crashpath.context import MACHINE, Context
 from xen_symbols.crashpath.timeline import LAPIC_ENABLED, LAPIC_LVT, LAPIC_MODE, SELF_NMI, X2APIC_ENABLED, Value
@@ -66,6 +67,25 @@ MODE = Check(
     "lapic-mode", Subject.ONLINE, "xen/arch/x86/apic.c, disable_local_APIC",
     "the crash kernel finds the LAPIC in a mode that it does not expect and hangs or faults", _lapic_mode,
     needs=Need.DEVICE_STATE, shows=Shows.SO_ALREADY,
+)  # fmt: skip
+
+
+_XAPIC_IDS = 255  # of eight bits, and the last one is everybody's (SDM vol. 3, 11.4.6)
+
+
+def _lapic_id(context: Context, cpu: int) -> Outcome:
+    own = context.state.of(cpu).apic_id
+    if own.present and own.value >= _XAPIC_IDS:
+        return skip("an APIC id of more than eight bits is not in the LAPIC's registers as QEMU has them")
+    if isinstance(own.value, Absent):
+        return unknown(own.value.reason)
+    return expect(_read(context, cpu, lambda lapic: lapic.apic_id), (own.value,))
+
+
+ID = Check(
+    "lapic-id", Subject.ONLINE, "xen/arch/x86/smpboot.c, x86_cpu_to_apicid; do_nmi_crash goes by the register",
+    "what Xen sends to this CPU reaches another, and the NMI that it sends to itself does, too", _lapic_id,
+    needs=Need.LAPIC, shows=Shows.NOT_BROKEN,
 )  # fmt: skip
 
 
@@ -135,4 +155,4 @@ SELF = Check(
     _lapic_self_nmi, needs=Need.DEVICE_STATE,
 )  # fmt: skip
 
-CHECKS = (X2APIC, MODE, ENABLED, LVT, SELF)
+CHECKS = (X2APIC, MODE, ID, ENABLED, LVT, SELF)

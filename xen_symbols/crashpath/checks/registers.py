@@ -46,6 +46,7 @@ def parts(context: Context, cpu: int, notes: CpuNotes) -> list[Part]:
         Part("ss", f"0x0 or {HYPERVISOR_DS:#x}", hex(saved["ss"]), saved["ss"] in (0, HYPERVISOR_DS)),
         _selectors(saved),
         Part("cr0", "protection and paging on", hex(saved["cr0"]), control.is_cr0_of_64_bit_mode(saved["cr0"])),
+        _cr2(context, cpu, saved["cr2"]),
         _cr3(context, cpu, saved["cr3"], saved["cr4"]),
         Part("cr4", "PAE on", hex(saved["cr4"]), control.is_cr4_of_64_bit_mode(saved["cr4"])),
     ]
@@ -122,14 +123,24 @@ def _selectors(saved: dict[str, int]) -> Part:
     return Part("ds es fs gs", "selectors", observed, all(saved[name] < 1 << 16 for name in names))
 
 
+def _cr2(context: Context, cpu: int, cr2: int) -> Part:
+    """No page fault comes after it was saved."""
+    now = _as_now(context, cpu, "cr2")
+    return Part("cr2", "any address" if now is None else f"{now:#x}, as now", hex(cr2), now in (None, cr2))
+
+
 def _cr3(context: Context, cpu: int, cr3: int, cr4: int) -> Part:
     maps = context.owned.maps_xen(cr3) if control.is_cr3(cr3, cr4) else False
-    expected = "page tables that map Xen"
-    physical = context.physical(cpu)
-    if isinstance(physical, Absent) or not physical.current or "cr3" not in physical.registers:
+    expected, now = "page tables that map Xen", _as_now(context, cpu, "cr3")
+    if now is None or maps is not True:
         return Part("cr3", expected, hex(cr3), maps)
-    # A CPU that has stopped loads no other.
-    if context.is_other(cpu) and context.other(cpu).reached(OtherStep.NOTES_SAVED) and maps is True:
-        return Part("cr3", f"{expected}: {physical.registers['cr3']:#x}, as now", hex(cr3),
-                    cr3 == physical.registers["cr3"])  # fmt: skip
-    return Part("cr3", expected, hex(cr3), maps)
+    return Part("cr3", f"{expected}: {now:#x}, as now", hex(cr3), cr3 == now)
+
+
+def _as_now(context: Context, cpu: int, name: str) -> int | None:
+    """A register of a CPU that has saved it and is on its way into the halt loop, or there: it keeps it."""
+    physical = context.physical(cpu)
+    if isinstance(physical, Absent) or not physical.current:
+        return None
+    stopped = context.is_other(cpu) and context.other(cpu).reached(OtherStep.NOTES_SAVED)
+    return physical.registers.get(name) if stopped else None

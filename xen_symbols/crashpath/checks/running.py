@@ -78,12 +78,24 @@ def _in_the_crash(context: Context, cpu: int) -> bool:
     return context.other(cpu).reached(OtherStep.NOTES_SAVED)
 
 
+_MAY_BE_A_GUESTS = skip("it may run a guest, or be on its way into Xen: no stack of Xen's is in use there")
+
+
 def _stack(context: Context, cpu: int) -> Outcome:
-    if not _in_the_crash(context, cpu):
-        return skip("it may run a guest, or be on its way into Xen")
+    sure = _in_the_crash(context, cpu)
+    if not sure and context.position.crashing_cpu is None:
+        return _MAY_BE_A_GUESTS
     rsp, physical = _register(context, cpu, "rsp")
     if isinstance(rsp, Absent) or physical is None:
-        return from_absence(rsp) if isinstance(rsp, Absent) else skip("")
+        absence = rsp if isinstance(rsp, Absent) else _UNREAD
+        return from_absence(absence) if sure else _MAY_BE_A_GUESTS
+    if not sure:
+        whose = context.owned.owner(rsp)
+        if whose is None:
+            return _MAY_BE_A_GUESTS
+        at = f"{rsp:#x}, on {context.owned.whose(rsp)}"
+        verdict = Verdict.PASS if whose == cpu else Verdict.FAIL
+        return because(Outcome(verdict, "on a stack of its own", at, said_by(physical.source)), "tr")
     part = registers.stack_pointer(context, cpu, rsp)
     if isinstance(part.right, Absent):
         return from_absence(part.right, part.expected)
