@@ -266,10 +266,10 @@ def dumps_table(reports: Iterable[contract.Report]) -> Table:
 
 
 _SAID = ("check", "verdict", "expected", "observed", "reason", "follows", "source")
-_CPUS_WITH_EVIDENCE = 4  # more of the same says nothing new; the JSON report has all of it
+CPUS_WITH_EVIDENCE = 4  # more of the same says nothing new; the JSON report has all of it
 
 
-def _alike(findings: Iterable[contract.Finding]) -> list[list[list[contract.Finding]]]:
+def alike(findings: Iterable[contract.Finding]) -> list[list[list[contract.Finding]]]:
     """Failures and unknowns in order. Those of a CPU that say just the same at later stops are together, and then the
     CPUs of which the same is said at the same stages."""
 
@@ -295,7 +295,7 @@ def problems(report: contract.Report) -> Lines | None:
     """Every failure and unknown, in words: what, where first, expected, observed, consequence, where to look. Those
     that follow from another come last."""
     lines: list[list[Cell]] = []
-    for cpus in sorted(_alike(report["findings"]), key=lambda cpus: bool(cpus[0][0].get("follows"))):
+    for cpus in sorted(alike(report["findings"]), key=lambda cpus: bool(cpus[0][0].get("follows"))):
         finding = cpus[0][0]
         verdict = finding["verdict"]
         stages = dict.fromkeys(same["stage"] for same in cpus[0])
@@ -319,19 +319,19 @@ def problems(report: contract.Report) -> Lines | None:
 
 def _evidence(findings: Sequence[contract.Finding]) -> list[list[Cell]]:
     lines = []
-    for finding in findings[:_CPUS_WITH_EVIDENCE]:
+    for finding in findings[:CPUS_WITH_EVIDENCE]:
         for item in finding["evidence"]:
             place = " ".join(str(item[key]) for key in ("source", "symbol", "address") if key in item)
-            raw = f": {_shorten(item['raw'])}" if "raw" in item else ""
+            raw = f": {shorten(item['raw'])}" if "raw" in item else ""
             whose = f"of CPU {finding['cpu']} " if len(findings) > 1 else ""
             lines.append([Cell(f"         evidence {whose}{place}{raw}", "dim")])
-    if findings[0]["evidence"] and len(findings) > _CPUS_WITH_EVIDENCE:
-        rest = len(findings) - _CPUS_WITH_EVIDENCE
+    if findings[0]["evidence"] and len(findings) > CPUS_WITH_EVIDENCE:
+        rest = len(findings) - CPUS_WITH_EVIDENCE
         lines.append([Cell(f"         evidence of {rest} more CPUs is in the JSON report", "dim")])
     return lines
 
 
-def _shorten(raw: str) -> str:
+def shorten(raw: str) -> str:
     return raw if len(raw) <= 64 else f"{raw[:64]}… ({len(raw) // 2} bytes)"
 
 

@@ -21,7 +21,9 @@ FORMATS = {
     "table": "xencrash.renderers.table",
     "json": "xencrash.renderers.json",
     "junit": "xencrash.renderers.junit",
+    "html": "xencrash.renderers.html",
 }
+INDEXES = {"html": ("index.html", "xencrash.renderers.html:write_index")}  # of a folder of reports
 
 
 def begin(output: str | None, *inputs: str | None) -> None:

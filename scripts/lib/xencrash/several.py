@@ -21,7 +21,7 @@ from xencrash.errors import UsageError, complain
 from xencrash.judging import attempt, judge_dump, undecided
 from xencrash.lazy import load
 from xencrash.options import Request
-from xencrash.output import FORMATS, verdict_in, write, write_several
+from xencrash.output import FORMATS, INDEXES, to, verdict_in, write, write_several
 
 if TYPE_CHECKING:
     from xen_symbols.report import contract
@@ -39,12 +39,17 @@ def judge(asked: Sequence[Request], format: str, folder: str | None) -> int:
             raise UsageError(f"{one.target} is a live machine: check it by itself")
     if folder:
         _prepare(Path(folder))
+    names = _names(asked, format)
+    files = [str(Path(folder) / name) for name in names] if folder else None
     verdicts: list[Verdict] = []
+    listed: list[contract.Report] = []
 
     def reports() -> Iterator[contract.Report]:
         with contextlib.suppress(KeyboardInterrupt):
-            for report in _in_order(asked, format, folder, ctrl_c.wait):
+            for report in _in_order(asked, format, files, ctrl_c.wait):
                 verdicts.append(verdict_in(report))
+                if folder:  # it holds no more than what is wrong
+                    listed.append(report)
                 if report.get("undecided"):
                     complain(report["undecided"])
                 elif sys.stderr.isatty():
@@ -53,6 +58,9 @@ def judge(asked: Sequence[Request], format: str, folder: str | None) -> int:
 
     with _CtrlC() as ctrl_c:
         write_several(reports(), "table" if folder else format)
+        if folder and format in INDEXES:
+            name, writer = INDEXES[format]
+            to(str(Path(folder) / name), lambda stream: load(writer)(listed, names[: len(listed)], stream))
     if ctrl_c.pressed:
         raise KeyboardInterrupt
     return exit_status(*verdicts)
@@ -102,15 +110,18 @@ def _prepare(folder: Path) -> None:
         raise UsageError(f"{folder}: {error.strerror}; several dumps need a directory") from None
 
 
+def _names(asked: Sequence[Request], format: str) -> list[str]:
+    """The name of each report's file."""
+    digits = len(str(len(asked) - 1))  # so that they sort
+    suffix = load(FORMATS[format]).SUFFIX
+    return [f"{number:0{digits}}-{Path(one.target).name}{suffix}" for number, one in enumerate(asked)]
+
+
 def _in_order(
-    asked: Sequence[Request], format: str, folder: str | None, wait: _Wait
+    asked: Sequence[Request], format: str, files: Sequence[str] | None, wait: _Wait
 ) -> Iterator[contract.Report]:
     """The reports in the order of the dumps, each as soon as it and those before it are made."""
-    digits = len(str(len(asked) - 1))  # so that names sort
-    names = [f"{number:0{digits}}-{Path(one.target).name}" for number, one in enumerate(asked)]
-    suffix = load(FORMATS[format]).SUFFIX
-    files = [str(Path(folder) / f"{name}{suffix}") if folder else None for name in names]
-    jobs = [_Job(one, judge_dump, format, file) for one, file in zip(asked, files, strict=True)]
+    jobs = [_Job(one, judge_dump, format, files[number] if files else None) for number, one in enumerate(asked)]
     made: dict[int, contract.Report] = {}
     done = 0
     for number, report in _by_workers(jobs, wait):

@@ -23,7 +23,7 @@ EPILOG = f"{ANY_TARGET}\n\n{JUDGED}"
 
 def add_options(parser: ArgumentParser) -> None:
     add_target(parser, several=True)
-    add_output(parser, "table", "json", "junit")
+    add_output(parser, "table", "json", "junit", "html")
 
 
 def run(args: Namespace) -> int:

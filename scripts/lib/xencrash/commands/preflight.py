@@ -25,7 +25,7 @@ EPILOG = f"{ANY_TARGET}\n\n{JUDGED}"
 
 def add_options(parser: ArgumentParser) -> None:
     add_target(parser)
-    add_output(parser, "table", "json", "junit")
+    add_output(parser, "table", "json", "junit", "html")
 
 
 def run(args: Namespace) -> int:

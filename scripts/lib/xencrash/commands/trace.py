@@ -25,7 +25,7 @@ EPILOG = f"TARGET is {LIVE_TARGET}.\n\n{JUDGED}"
 
 def add_options(parser: ArgumentParser) -> None:
     add_target(parser, dumps=False)
-    add_output(parser, "table", "json", "junit")
+    add_output(parser, "table", "json", "junit", "html")
     parser.add_argument("--timeout", type=seconds, metavar="S", help="give up after S seconds without a crash")
     parser.add_argument(
         "--gates",

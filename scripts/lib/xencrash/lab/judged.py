@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from xencrash.judging import judge_dump
@@ -15,7 +16,7 @@ from xencrash.lab.machine import Machine
 from xencrash.lab.process import Progress
 from xencrash.lab.specification import Specification
 from xencrash.options import Request
-from xencrash.renderers import json, junit
+from xencrash.renderers import html, json, junit
 from xencrash.trace import trace
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 # waits for its turn beside loops and a domU.
 _CRASH_BEGINS_IN = 300.0
 # What a run leaves besides the logs.
-_TRACE = {"trace.json": json, "trace.xml": junit}
-_CHECK, _VMCORE = "check.json", "vmcore"
+_TRACE = {"trace.json": json, "trace.xml": junit, "trace.html": html}
+_CHECK = {"check.json": json, "check.html": html}
+_VMCORE = "vmcore"
 
 
 def unlike(
@@ -63,7 +65,7 @@ def folder(path: str | Path) -> Path:
     for this one's if it ends early. Raises LabError."""
     with _left_in(Path(path)):
         Path(path).mkdir(parents=True, exist_ok=True)
-        for name in (*_TRACE, _CHECK, _VMCORE):
+        for name in (*_TRACE, *_CHECK, _VMCORE):
             if (old := Path(path) / name).is_file():
                 old.unlink()
     return Path(path)
@@ -94,7 +96,7 @@ def _left_in(output: Path) -> Iterator[None]:
 
 
 def follow(machine: Machine, output: Path, crash: Callable[[], None], **options: Any) -> contract.Report:
-    """The report on a crash that `crash` causes, also left as `trace.json` and `trace.xml`; `options` are `trace`'s."""
+    """The report on a crash that `crash` causes, also left as the files of _TRACE; `options` are `trace`'s."""
     report = trace(
         f"gdb:{machine.gdb_socket}",
         str(machine.symbols),
@@ -103,17 +105,20 @@ def follow(machine: Machine, output: Path, crash: Callable[[], None], **options:
         trigger=crash,
         **options,
     )
-    with _left_in(output):
-        for name, renderer in _TRACE.items():
-            with (output / name).open("w", encoding="utf-8") as file:
-                renderer.write(report, file)
+    _leave(report, output, _TRACE)
     return report
 
 
 def check_vmcore(machine: Machine, output: Path) -> contract.Report:
-    """The report on the vmcore that the crash kernel takes, also left as `check.json` beside the `vmcore`."""
+    """The report on the vmcore that the crash kernel takes, also left as the files of _CHECK beside the `vmcore`."""
     vmcore = machine.dumps.vmcore(output / _VMCORE)
     checked = judge_dump(Request(str(vmcore), str(machine.symbols))).to_json()
-    with _left_in(output), (output / _CHECK).open("w", encoding="utf-8") as file:
-        json.write(checked, file)
+    _leave(checked, output, _CHECK)
     return checked
+
+
+def _leave(report: contract.Report, output: Path, files: Mapping[str, ModuleType]) -> None:
+    with _left_in(output):
+        for name, renderer in files.items():
+            with (output / name).open("w", encoding="utf-8") as file:
+                renderer.write(report, file)

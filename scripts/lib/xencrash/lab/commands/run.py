@@ -37,7 +37,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Leaves `trace.json`, `trace.xml` and the logs in the folder, and of a real Xen `vmcore` and `check.json`."""
+    """Leaves the logs in the folder, `trace` as JSON, JUnit and HTML, and of a real Xen `vmcore` and `check`."""
     wanted = specification(args)
     output = judged.folder(args.output)
     tell = progress.on_stderr()

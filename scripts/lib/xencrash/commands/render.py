@@ -1,0 +1,54 @@
+"""Write a JSON report, of check, trace or a run of the lab, in another format. A list of
+reports, as check writes it for several dumps, becomes one page, table or document.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from xen_symbols.absence import Undecidable
+from xen_symbols.report.model import ExitStatus
+from xencrash.lazy import load
+from xencrash.options import add_output
+from xencrash.output import FORMATS, begin, to
+
+EPILOG = """\
+exit status: 0 written, 2 bad usage, 3 not a report (the reason is on standard error)"""
+_MEMBERS = ("tool", "target", "symbols", "generation", "crashing_cpu", "cpus", "stages", "findings", "verdict")
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("report", metavar="REPORT", help="a JSON report")
+    add_output(parser, "html", "table", "junit")
+
+
+def run(args: Namespace) -> int:
+    """Raises Undecidable for what is not a report."""
+    begin(args.output, args.report)
+    reports = _reports(args.report)
+    renderer = load(FORMATS[args.format])
+    write, what = (renderer.write_several, reports) if isinstance(reports, list) else (renderer.write, reports)
+    try:
+        to(args.output, lambda stream: write(what, stream))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        # What is read is anybody's: that it keeps the contract, field by field, is seen when it is shown.
+        raise Undecidable(f"{args.report}: damaged, or not a report ({type(error).__name__}: {error})") from None
+    return ExitStatus.PASSED
+
+
+def _reports(path: str) -> Any:
+    """A report, or a list of them. Raises Undecidable."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            read = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise Undecidable(f"{path}: not JSON: {error}") from None
+    for one in read if isinstance(read, list) else [read]:
+        if not isinstance(one, dict) or (missing := [name for name in _MEMBERS if name not in one]):
+            why = f"it has no {missing[0]}" if isinstance(one, dict) else "it holds something else"
+            raise Undecidable(f"{path}: not a report: {why}; give what --format json writes")
+        if one.get("schema") != 1:
+            raise Undecidable(f"{path}: a report by schema {one.get('schema')!r}: only 1 can be read")
+    return read

@@ -1,0 +1,253 @@
+"""Reports as HTML: what stands in the picture, where its links lead, and that nothing read from a dump is obeyed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.machines.changed import Machine
+from tests.machines.pages import HOSTILE, Element, parsed, traced
+from tests.machines.recorded import write_files
+from xen_symbols.report.page import page, pages
+from xencrash.cli import main
+
+STAGES = ("4.17-normal", "4.17-shootdown", "4.17-handover")
+
+
+@pytest.fixture(scope="module")
+def trace() -> Any:
+    return traced(*STAGES)
+
+
+@pytest.fixture(scope="module")
+def drawn(trace: Any) -> Element:
+    return parsed("".join(page(trace)))
+
+
+def rows(root: Element) -> dict[str, list[Element]]:
+    """The cells of each row of the picture, by its head."""
+    (picture,) = root.all("table", class_="picture")
+    (body,) = picture.all("tbody")
+    found = {}
+    for row in body.all("tr"):
+        head, _names, *cells = [child for child in row.children if isinstance(child, Element)]
+        found[str(head.children[0])] = cells
+    return found
+
+
+def lines(cell: Element) -> list[str]:
+    return [line.text() for line in cell.all("div")]
+
+
+def test_cpus_down_and_stages_across(drawn: Element) -> None:
+    (picture,) = drawn.all("table", class_="picture")
+    assert [head.text() for head in picture.all("th", scope="col")] == ["normal", "shootdown CPU 0", "handover CPU 0"]
+    assert {name: len(cells) for name, cells in rows(drawn).items()} == {
+        "Machine": 3, "CPU 0": 3, "CPUs 1-2": 3, "CPU 3": 3
+    }  # fmt: skip
+
+
+def test_a_cell_has_both_gates_the_lapic_and_the_latch_and_marks_what_changed(drawn: Element) -> None:
+    crashing = rows(drawn)["CPU 0"]
+    assert lines(crashing[0])[:3] == ["nmi/2", "machine_check/1", "xapic, on"]
+    assert lines(crashing[1])[:3] == ["trap_nop/0", "machine_check/0", "xapic, on"]
+    assert lines(crashing[2]) == ["trap_nop/0", "trap_nop/0", "xapic, on", "unblocked"]
+    changed = [[line.text() for line in cell.all("div", class_="new")] for cell in crashing]
+    assert changed == [[], ["trap_nop/0", "machine_check/0"], ["trap_nop/0"]]
+    assert [line.text() for line in crashing[2].all("div", class_="same")] == ["trap_nop/0", "xapic, on"]
+
+
+def test_what_failed_leads_to_its_finding(drawn: Element) -> None:
+    cells = rows(drawn)["CPUs 1-2"]
+    assert [cell.attributes["class"] for cell in cells] == ["pass", "fail", "pass"]
+    (link,) = cells[1].all("a")
+    assert link.text() == "\u2717 nmi-gate-ist"
+    (finding,) = [one for one in drawn.all("details") if f"#{one.attributes.get('id')}" == link.attributes["href"]]
+    assert finding.all("summary")[0].text() == "\u2717 FAIL nmi-gate-ist CPUs 1-2 at shootdown"
+    names = [name.text() for name in finding.all("dt")]
+    said = dict(zip(names, [one.text() for one in finding.all("dd")], strict=True))
+    assert (said["Expected"], said["Observed"]) == ("2", "0")
+    assert said["Bytes"] == "CPU 2: memory idt_tables[2][NMI] 0xffff83003fd6d020 b01e08e0008e2040d082ffff00000000"
+    assert names.count("Bytes") == 2 and said["Source"].startswith("xen/arch/x86/crash.c")
+    assert said["In a crash"]
+
+
+def test_what_could_not_be_decided_says_why() -> None:
+    machine = Machine("4.17-handover")
+    machine.physical(1, lambda p: p._replace(registers={}))
+    report = machine.report().to_json()
+    unknown = [f for f in report["findings"] if f["verdict"] == "unknown"]
+    root = parsed("".join(page(report)))
+    found = {one.all("code")[0].text(): one for one in root.all("details", class_="unknown")}
+    assert set(found) == {f["check"] for f in unknown} and unknown
+    assert unknown[0]["reason"] in found[unknown[0]["check"]].text()
+
+
+def test_every_link_leads_to_an_element_of_the_page(trace: Any) -> None:
+    for text in ("".join(page(trace)), "".join(pages([trace, trace]))):
+        root = parsed(text)
+        ids = [one.attributes["id"] for one in root.all() if "id" in one.attributes]
+        assert len(ids) == len(set(ids))
+        links = [one.attributes["href"] for one in root.all("a")]
+        assert len(links) > 1 and {link.removeprefix("#") for link in links} <= set(ids)
+
+
+def test_the_page_refers_to_nothing_and_allows_its_own_style_alone(trace: Any) -> None:
+    text = "".join(page(trace))
+    root = parsed(text)
+    assert not re.search(r"https?:|//|url\(|@import|\bsrc=|javascript:", text.replace("xen/", ""))
+    assert {one.tag for one in root.all()} & {"script", "link", "img", "iframe", "object", "form", "base"} == set()
+    assert not [one for one in root.all() for name in one.attributes if name.startswith("on") or name == "style"]
+    (style,) = root.all("style")
+    digest = b64encode(hashlib.sha256(style.text().encode()).digest()).decode()
+    (policy,) = [one for one in root.all("meta") if one.attributes.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.attributes["content"] == (
+        f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def poisoned(value: Any) -> Any:
+    """Every text in a report but those of which the contract lists the values, and every name of a check or stage."""
+    if isinstance(value, dict):
+        return {name: one if name in ("verdict", "role") else poisoned(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [poisoned(one) for one in value]
+    if not isinstance(value, str) or re.fullmatch("0x[0-9a-f]+|[a-z]+-gate-[a-z]+", value):
+        return value
+    return value + HOSTILE
+
+
+def test_hostile_text_stays_text(trace: Any) -> None:
+    clean, hostile = (parsed("".join(page(report))) for report in (trace, poisoned(trace)))
+    shown = [[(one.tag, sorted(one.attributes)) for one in root.all()] for root in (clean, hostile)]
+    assert set(map(str, shown[1])) == set(map(str, shown[0]))
+    text = hostile.text()
+    assert "</script><img src=x onerror=alert(1)>\\x1b[31m\"'&\\u202e<b>" in text
+    assert "\x1b" not in text and "\u202e" not in text
+    assert "".join(page(poisoned(trace))).isascii()
+
+
+def test_equal_cpus_are_one_row_and_others_are_not() -> None:
+    report = many(4096)
+    text = "".join(page(report))
+    assert list(rows(parsed(text))) == ["Machine", "CPU 0", "CPUs 1-4095"]
+    assert len(text) < 100_000
+    report["cpus"][7]["nmi_gate"] = None
+    for finding in report["findings"]:
+        if finding["cpu"] == 7 and finding["check"] == "nmi-gate-handler":
+            finding["observed"] = {"address": "0x1", "symbol": "wrong"}
+    assert list(rows(parsed("".join(page(report))))) == ["Machine", "CPU 0", "CPUs 1-6, 8-4095", "CPU 7"]
+
+
+def test_a_page_on_which_every_cpu_fails_in_its_own_way_is_small_enough() -> None:
+    report = many(4096)
+    for finding in report["findings"]:
+        if finding["cpu"] and finding["check"].startswith("nmi-gate-"):
+            finding.update(verdict="fail", observed=f"wrong {finding['cpu']}", reason="because")
+    text = "".join(page(report))
+    root = parsed(text)
+    assert len(text) < 5_000_000 and len(rows(root)) == 2 + 4095
+    (more,) = [one for one in root.all("p") if one.attributes.get("id") == "more"]
+    groups = 4095 * len({f["check"] for f in report["findings"] if f["check"].startswith("nmi-gate-")})
+    assert more.text() == f"{groups - 500} more are in the JSON report."
+
+
+def many(cpus: int) -> Any:
+    """A report on so many CPUs: a recorded one of which CPU 1 is multiplied."""
+    report: Any = copy.deepcopy(Machine("4.17-crashed-vmcore").report().to_json())
+    one = [finding for finding in report["findings"] if finding["cpu"] == 1]
+    report["findings"] = [finding for finding in report["findings"] if finding["cpu"] in (None, 0)]
+    report["findings"] += [{**finding, "cpu": cpu} for cpu in range(1, cpus) for finding in one]
+    report["cpus"] = report["cpus"][:1] + [{**report["cpus"][1], "cpu": cpu} for cpu in range(1, cpus)]
+    return report
+
+
+class Files:
+    def __init__(self, folder: Path) -> None:
+        machine = Machine("4.17-crashed-vmcore")
+        good, symbols = write_files(folder / "good", machine.target, machine.symbols)
+        machine.gate(2, 18, 4, b"\x01")
+        bad, _ = write_files(folder / "<bad> #1", machine.target, machine.symbols)
+        self.good, self.bad, self.symbols = str(good), str(bad), str(symbols)
+
+    def check(self, *words: str) -> int:
+        return main(["check", *words, "--symbols", self.symbols])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("files"))
+
+
+def test_check_writes_a_page_and_render_the_same_later(files: Files, tmp_path: Path) -> None:
+    html, report, later = tmp_path / "check.html", tmp_path / "check.json", tmp_path / "later.html"
+    assert files.check(files.bad, "--format", "html", "--output", str(html)) == 1
+    assert files.check(files.bad, "--format", "json", "--output", str(report)) == 1
+    assert main(["render", str(report), "--output", str(later)]) == 0
+    assert html.read_text() == later.read_text()
+    assert f"fail: {files.bad}" in parsed(html.read_text()).all("title")[0].text()
+
+
+def test_several_dumps_are_one_page_with_an_index(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert files.check(files.good, files.bad, "none", "--format", "html") == 1
+    root = parsed(capsys.readouterr().out)
+    assert root.all("h1")[0].text() == "3 dumps: 1 fail, 1 unknown, 1 pass"
+    table = root.all("table")[0]
+    assert [link.text() for link in table.all("a")] == [files.good, files.bad, "none"]
+    sections = [section.attributes["id"] for section in root.all("section")]
+    assert [link.attributes["href"] for link in table.all("a")] == [f"#{name}" for name in sections]
+
+
+def test_a_folder_of_pages_has_an_index(files: Files, tmp_path: Path) -> None:
+    assert files.check(files.good, files.bad, "--format", "html", "--output", str(tmp_path)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0-vmcore.html", "1-vmcore.html", "index.html"]
+    root = parsed((tmp_path / "index.html").read_text())
+    assert [link.attributes["href"] for link in root.all("a")] == ["0-vmcore.html", "1-vmcore.html"]
+    assert rows(parsed((tmp_path / "1-vmcore.html").read_text()))["CPU 2"][0].attributes["class"] == "fail"
+
+
+@pytest.mark.parametrize("format", ["table", "junit"])
+def test_render_in_another_format(
+    format: str, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "check.json"
+    files.check(files.good, files.bad, "--format", "json")
+    report.write_text(capsys.readouterr().out)
+    files.check(files.good, files.bad, "--format", format)
+    said = capsys.readouterr().out
+    assert main(["render", str(report), "--format", format]) == 0
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a report: it holds something else"),
+        ('{"schema": 1}', "not a report: it has no tool"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_what_is_not_a_report(text: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    assert main(["render", str(path)]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith(f"xencrash: {path}: {why}") and said.count("\n") == 1
+
+
+def test_a_damaged_report_is_one_line(trace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    for damage in ({"cpus": [{}]}, {"findings": [{"cpu": 1}]}, {"target": []}, {"stages": [3]}, {"schema": 2}):
+        path.write_text(json.dumps({**trace, **damage}))
+        assert main(["render", str(path)]) == 3
+        assert capsys.readouterr().err.count("\n") == 1
+
+
