@@ -149,6 +149,41 @@ def test_what_wakes_after_the_handover_fails(monkeypatch: pytest.MonkeyPatch) ->
     assert wrong(after) == {("cpu-parked", 2, "fail")}
 
 
+def test_a_cpu_that_answers_late_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever stops at a stage is on its way, also where it comes to the same one a second time."""
+    trace = Trace(monkeypatch)
+    trace.unblock()
+    trace.wake()
+    trace.hand_over()
+    trace.leave()
+    for _ in range(2):
+        for name, stage in (("do_nmi_crash", "nmi-taken"), ("__stop_this_cpu", "cpu-stop")):
+            at = trace.machine.symbols.address(name)
+            trace.registers(2, rip=at)
+            due = trace.follower.wait()
+            late = trace.follower.stop(2, at)
+            assert late.stage is not None and late.stage.stage == stage and not late.finished
+            assert {check for check, cpu, _ in wrong(late) if cpu == 2} & {"cpu-parked", "nmi-pending"} == set()
+            assert of(late, "idtr", 0) == ("skip", "the crash kernel runs on it")
+            assert trace.follower.wait() == due  # it does not put off the look
+    trace.rest()
+    after = trace.look()
+    assert after.finished and of(after, "cpu-parked", 2)[0] == "pass"
+
+
+def test_a_stop_that_is_reported_again_does_not_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look comes while gdb lets a CPU step off its breakpoint."""
+    trace = Trace(monkeypatch)
+    trace.hand_over()
+    trace.leave()
+    trace.follower._entries.pop(2)
+    at = trace.machine.symbols.address("do_nmi_crash")
+    trace.registers(2, rip=at)
+    assert trace.follower.stop(2, at).stage is not None
+    assert trace.follower.stop(2, at) == StopResult(None)
+    assert trace.follower._entries[2] == 1
+
+
 @pytest.mark.parametrize(("awake", "verdict"), [(False, "skip"), (True, "unknown")])
 def test_a_cpu_that_the_crash_kernel_resets(awake: bool, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = Trace(monkeypatch)

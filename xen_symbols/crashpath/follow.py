@@ -97,6 +97,7 @@ class Follower:
         self._seen: dict[int, Span] = {}
         self._entries: dict[int, int] = {}
         self._again: set[int] = set()
+        self._stopped: dict[int, dict[str, int] | None] = {}  # other CPUs' registers at their last stop
         self._unblocked = False
         self._history = GateHistory()
         self.writes = Writes()
@@ -226,7 +227,7 @@ class Follower:
         if cpu is None:
             raise Undecidable(f"the machine's CPU {index} stopped on the crash path, but is not one of Xen's CPUs")
         stage = self._stage(cpu, pc)
-        if stage is None:
+        if stage is None or (stage.role is Role.OTHER and self._has_not_moved(state.of(cpu).physical, cpu)):
             self.writes.look(state)
             return StopResult(None)
         self._advance(state, stage, cpu)
@@ -258,6 +259,12 @@ class Follower:
                                  f"the crashing CPU has not come out of Xen, and nothing was looked at: {at}")
         self.report.findings.append(finding)
         return StopResult(None, (finding,), finished=True)
+
+    def _has_not_moved(self, physical: PhysicalCpu | Absent, cpu: int) -> bool:
+        """Whether its last stop is reported again: where the machine was stopped before the CPU had left it."""
+        registers = None if isinstance(physical, Absent) else dict(physical.registers)
+        before, self._stopped[cpu] = self._stopped.get(cpu), registers
+        return registers is not None and registers == before
 
     def _as_seen(self, state: State, position: Position, cpu: int) -> Position:
         """A stop of another CPU, when the crashing one has gone on without it, or when it was here before."""

@@ -123,7 +123,7 @@ def on_its_way(context: Context, cpu: int) -> Outcome | None:
     """What the last steps of another CPU leave can be judged once Xen hands over; None means judge it now."""
     if not context.crash.reached(CrashStep.NEUTRALISED):
         return skip("Xen has not handed over yet")
-    if context.other(cpu).before(OtherStep.SELF_NMI):
+    if context.other(cpu).before(OtherStep.SELF_NMI) or context.position.subject == cpu:  # it has stopped on its way
         return skip("it has not got that far")
     physical = context.physical(cpu)
     if isinstance(physical, Absent) or not physical.current or context.other(cpu).reached(OtherStep.PARKED):
