@@ -22,7 +22,8 @@ from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.targets.qmp import absolute
-from xen_symbols.xen.locate import carried_symbols, locate, still_there
+from xen_symbols.xen.images import carried_symbols
+from xen_symbols.xen.locate import locate, still_there
 from xen_symbols.xen.memory import ROOT, XenMemory
 
 if TYPE_CHECKING:

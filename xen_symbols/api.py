@@ -9,7 +9,8 @@ from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets import dump
 from xen_symbols.targets.raw import Map
-from xen_symbols.xen.locate import carried_symbols, locate
+from xen_symbols.xen.images import carried_symbols
+from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
 
 __all__ = ["evaluate", "open_dump"]

@@ -26,7 +26,8 @@ from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets.dump import open_dump
-from xen_symbols.xen.locate import carried_symbols, locate
+from xen_symbols.xen.images import carried_symbols
+from xen_symbols.xen.locate import locate
 
 SYNTHETIC = ((4, 4), (4, 64), (256, 4), (4096, 4))  # CPUs, GB
 # Runs the command and prints the peak of its resident memory, pages of a mapped dump included.

@@ -17,7 +17,8 @@ from xen_symbols.symbols import embedded
 from xen_symbols.targets import PhysicalCpu, Target, dump
 from xen_symbols.x86 import paging
 from xen_symbols.xen import search
-from xen_symbols.xen.locate import carried_symbols, locate
+from xen_symbols.xen.images import carried_symbols
+from xen_symbols.xen.locate import locate
 from xencrash.cli import main
 
 GB = 1 << 30

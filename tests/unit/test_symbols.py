@@ -190,6 +190,21 @@ def test_a_static_of_a_function_by_either_compiler(names: list[str], right: list
     assert table.get("other.c#crashing_cpu") is None
 
 
+@pytest.mark.parametrize(("count", "size"), [("symbols_num_syms", 0x70), ("symbols_num_addrs", 0x66)])
+def test_the_size_of_a_caller_is_what_this_xen_prints(tmp_path: Path, count: str, size: int) -> None:
+    """Since 4.21 Xen's own table has where a function ends; before, up to the next symbol."""
+    rows = [
+        function("kexec_crash", TEXT, 0x66), function("alias", TEXT, 0), function("next", TEXT + 0x70, 0),
+        function("last", TEXT + 0x80, 0x20), variable(count, DATA, 4),
+        Sym("_start", TEXT), Sym("_end", END, section=".bss"),
+    ]  # fmt: skip
+    table = loaded(tmp_path, xen_syms(rows))
+    assert table.describe_caller(TEXT + 0x64) == f"kexec_crash+0x64/{size:#x}"
+    assert table.describe_caller(TEXT + 0x68) == f"kexec_crash+0x68/{size:#x}"  # as Xen has it
+    assert table.describe_caller(TEXT + 0x74) == "next+0x4/0x10"
+    assert table.describe_caller(TEXT + 0x81) == ("last+0x1/0x20" if size == 0x66 else "last+0x1/0x1f80")
+
+
 def test_aliases_are_not_ambiguous(tmp_path: Path) -> None:
     table = loaded(tmp_path, xen_syms([file("a.c"), function("f", TEXT, 8, LOCAL), function("f", TEXT, 8)]))
     assert len(table.candidates("f")) == 2

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.symbols.functions import names_no_variables
 from xen_symbols.symbols.table import DATA, TEXT
 from xen_symbols.xen.memory import XenMemory
 
@@ -229,6 +230,8 @@ def identify(memory: XenMemory) -> Identification:
     if len(holding) == 1 and not unread:
         return Identification(holding[0], tuple(evidence.says for evidence in holding[0].evidence))
     names = ", ".join(generation.id for generation in holding)
+    if unread and memory.symbols.text_only:
+        raise Undecidable(names_no_variables(memory.symbols))
     if unread:
         possible = "; ".join(filter(None, [names, *unread]))
         raise Undecidable(f"the generation of the crash path could not be determined: it may be {possible}")

@@ -5,7 +5,7 @@ profiler and the variable in traps.c. `file#name` (Xen's own notation) says whic
 name that stands for several addresses is an error that lists them.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
@@ -267,7 +267,7 @@ class SymbolTable:
     def describe_caller(self, address: int) -> str:
         """`name+0x51/0x80` of a return address: of the function that calls, also where the call is its very end.
 
-        The size is up to the next symbol, as Xen's own traces have it.
+        The size is as Xen's own traces have it: up to the next symbol, which since 4.21 may be where the function ends.
         """
         found = self.lookup(address - 1)
         if found is None:
@@ -277,7 +277,21 @@ class SymbolTable:
         after = bisect_right(addresses, address - 1)
         bounds = self._range(address - 1)
         end = addresses[after] if after < len(addresses) else bounds[1] if bounds else address
+        if self._xen_has_ends:
+            end = min([end, *self._ends_of(symbol.address, after)])
         return f"{symbol.name}+{offset + 1:#x}/{end - symbol.address:#x}"
+
+    @cached_property
+    def _xen_has_ends(self) -> bool:
+        """Whether the table in Xen's image has entries that end functions (d3b637fba3, 4.21): its count is renamed."""
+        return bool(self._named("symbols_num_addrs"))
+
+    def _ends_of(self, start: int, after: int) -> list[int]:
+        """Where the symbols at `start` end, of those whose size is known; they come before `after`, by address."""
+        addresses, rows = self._by_address
+        first = bisect_left(addresses, start, 0, after)
+        sizes = [self.rows.size(row) for row in rows[first:after] if self.rows.addresses()[row] == start]
+        return [start + max(sizes)] if any(sizes) else []
 
     def extent(self, name: str) -> tuple[int, int]:
         """(start, end) of a function: by its size, or else up to the next symbol."""

@@ -6,20 +6,29 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.formats.elfnotes import Note
 from xen_symbols.symbols import buildid, embedded
+from xen_symbols.symbols.functions import names_no_variables
 from xen_symbols.symbols.links import Link, link_of
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu, Target
-from xen_symbols.targets.notes import XEN_CRASH_INFO, parse_address, parse_crash_info, parse_vmcoreinfo
-from xen_symbols.targets.raw import RawMemory
 from xen_symbols.x86 import paging
 from xen_symbols.xen import hole
+from xen_symbols.xen.images import (
+    BY_INFO,
+    BY_TABLES,
+    Unread,
+    and_base,
+    by_cr3,
+    carried,
+    images,
+    images_in_memory,
+    is_in_place,
+    pgd_l4,
+    xen_phys_start_of,
+)
 from xen_symbols.xen.memory import (
     IMAGE_MAX,
     IMAGE_MIN_OFFSET,
-    IMAGE_REGION,
-    IMAGE_REGIONS,
     RELOCATION_LIMIT,
     RELOCATION_STEP,
     ROOT,
@@ -27,29 +36,7 @@ from xen_symbols.xen.memory import (
     XenMemory,
     image_region,
 )
-from xen_symbols.xen.search import Progress, booted_last, roots
-
-# A bound on hostile page tables. The tables of a CPU that runs Xen map all of its image, and come first; those of a PV
-# guest's CPU may map some (XPTI).
-_MOST_IMAGES = 8
-_BY_INFO = "xen_phys_start in the crash info note"
-_BY_TABLES = "its page tables in physical memory"
-
-
-class Unread:
-    """The first place in a dump that should have shown Xen, and could not be read: where none is found, that is why.
-
-    Of a live machine it says nothing: a CPU in a guest has page tables that lead nowhere.
-    """
-
-    def __init__(self, target: Target) -> None:
-        self.why: str | None = None
-        self._is_dump = target.kind == "dump"
-
-    def note(self, named_by: str, error: Unreadable) -> None:
-        """A page that is not mapped was read: its page tables were."""
-        if self._is_dump and self.why is None and (not isinstance(error, paging.Untranslated) or error.unread):
-            self.why = f"what {named_by} points to cannot be read ({error})"
+from xen_symbols.xen.search import booted_last
 
 
 def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False) -> XenMemory:
@@ -96,7 +83,7 @@ def still_there(memory: XenMemory) -> bool:
     memory.forget()
     note = memory.symbols.note_address
     try:
-        if memory.physical(memory.symbols.address(ROOT)) != memory.root:
+        if memory.physical(memory.table) != memory.root:
             return False
         if note is None or isinstance(memory.build_id, Absent):
             return True
@@ -113,41 +100,52 @@ def _why_not(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], 
         return f"no Xen of {symbols.path} was found in {target.location}: {why}; take the dump again"
     return (
         f"no Xen of {symbols.path} was found in {target.location}: none of its page tables, nor its build-id; "
-        f"is it Xen{_and_base(target)}, and are these its symbols?"
+        f"is it Xen{and_base(target)}, and are these its symbols?"
     )
 
 
 def _by_evidence(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCpu], unread: Unread) -> XenMemory | None:
     """By the first root that maps `idle_pg_table` to itself: of those that notes and CPUs name, else any in memory."""
-    try:
-        table = symbols.address(ROOT)
-    except Unreadable as error:
-        raise Undecidable(f"{symbols.path} does not name {ROOT}: {error.absent}; are these Xen's symbols?") from None
+    table = _table_address(target, symbols)
     tried: set[int] = set()
     for root, found_by in _roots(target, cpus, table):
         if root in tried:
             continue
         tried.add(root)
-        memory = _rooted(target, symbols, root, found_by, unread)
+        memory = _rooted(target, symbols, table, root, found_by, unread)
         if memory is not None:
             return memory
     places = _roots_in_memory(target, symbols, table)
     guess = Unread(target)  # wherever it may lie: that memory is not there says nothing
-    found = [_rooted(target, symbols, root, found_by, guess) for root, found_by in places]
+    found = [_rooted(target, symbols, table, root, found_by, guess) for root, found_by in places]
     ran = [memory for memory in found if memory is not None and is_in_place(memory)]
     if len(ran) < 2:
         return ran[0] if ran else None
     return booted_last(ran)
 
 
-def _rooted(target: Target, symbols: SymbolTable, root: int, found_by: str, unread: Unread) -> XenMemory | None:
-    """Xen with its idle page tables, if `root` maps them."""
-    table = symbols.address(ROOT)
-    memory = XenMemory(target, symbols, root, found_by)
+def _table_address(target: Target, symbols: SymbolTable) -> int:
+    """Where ROOT is mapped: the symbols say it, or of functions alone the dump's VMCOREINFO. Raises Undecidable."""
+    try:
+        return symbols.address(ROOT)
+    except Unreadable as error:
+        why = f"{symbols.path} does not name {ROOT}: {error.absent}; are these Xen's symbols?"
+    if symbols.text_only:
+        if table := pgd_l4(target):
+            return table
+        why = names_no_variables(symbols)
+    raise Undecidable(why)
+
+
+def _rooted(
+    target: Target, symbols: SymbolTable, table: int, root: int, found_by: str, unread: Unread
+) -> XenMemory | None:
+    """Xen with its idle page tables, which are at `table`, if `root` maps them."""
+    memory = XenMemory(target, symbols, root, found_by, table)
     try:
         own = memory.physical(table)
         if own != root:  # a CPU's own tables: Xen's idle tables are where they say
-            memory = XenMemory(target, symbols, own, found_by)
+            memory = XenMemory(target, symbols, own, found_by, table)
             if memory.physical(table) != own:
                 return None
     except Unreadable as error:
@@ -166,7 +164,8 @@ def _shows_itself(memory: XenMemory) -> bool:
     base, symbols = memory.xen_phys_start, memory.symbols
     if memory.target.kind != "dump" or base <= 0:
         return False
-    offset, variable = _note_offset(symbols), symbols.get("xen_phys_start")
+    offset = _note_offset(symbols)
+    variable = None if symbols.text_only else symbols.get("xen_phys_start")
     if symbols.build_id and offset is not None:
         (raw,) = memory.target.read_physical_many([(base + offset, buildid.NOTE_SIZE)])
         return not isinstance(raw, Absent) and buildid.parse_note(raw) == symbols.build_id
@@ -176,34 +175,23 @@ def _shows_itself(memory: XenMemory) -> bool:
     return not isinstance(raw, Absent) and int.from_bytes(raw, "little") == base
 
 
-def is_in_place(memory: XenMemory) -> bool:
-    """Whether Xen is where its `xen_phys_start` says.
-
-    One that moved itself left behind a copy in which even the page tables are right, and this names the new place.
-    """
-    try:
-        return memory.variable("xen_phys_start") == memory.xen_phys_start
-    except Unreadable:
-        return True
-
-
 def _roots(target: Target, cpus: Sequence[PhysicalCpu], table: int) -> Iterator[tuple[int, str]]:
     offset = table - image_region(table)
     for note in target.notes():
-        if (start := _xen_phys_start(note)) is not None:
-            yield start + offset, _BY_INFO
+        if (start := xen_phys_start_of(note)) is not None:
+            yield start + offset, BY_INFO
     for cpu in cpus:
         if cpu.guest_mode is True or not cpu.registers.get("cr0", paging.CR0_PG) & paging.CR0_PG:
             continue
         if "cr3" in cpu.registers:
-            yield cpu.registers["cr3"] & ~0xFFF, _by_cr3(cpu)
+            yield cpu.registers["cr3"] & ~0xFFF, by_cr3(cpu)
 
 
 def _roots_in_memory(target: Target, symbols: SymbolTable, table: int) -> Iterator[tuple[int, str]]:
     offset = table - image_region(table)
 
     def offset_of(name: str) -> int | None:
-        address = symbols.get(name)
+        address = None if symbols.text_only else symbols.get(name)
         return None if address is None else address - image_region(address)
 
     if symbols.build_id and _note_offset(symbols) is not None:
@@ -213,7 +201,7 @@ def _roots_in_memory(target: Target, symbols: SymbolTable, table: int) -> Iterat
     elif target.kind == "dump":
         for base in _bases(target):
             hole.place(target, base, offset_of)
-            yield base + offset, _BY_TABLES
+            yield base + offset, BY_TABLES
 
 
 def _bases(target: Target) -> range:
@@ -249,7 +237,7 @@ def _build_id_in(memory: XenMemory, symbols: SymbolTable) -> bytes | None:
             build_id = None
         if build_id:
             return build_id
-    found = _scan(memory, image_region(symbols.address(ROOT)))
+    found = _scan(memory, image_region(memory.table))
     return found[0] if found else None
 
 
@@ -270,11 +258,11 @@ def _scan(memory: AddressSpace, region: int) -> tuple[bytes, Link] | None:
 
 def _other_xen(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> tuple[bytes | None, Link | None]:
     """(build-id, link) of whatever Xen is there, without any symbols."""
-    for memory, region in chain(_images(target, cpus, unread), _images_in_memory(target)):
+    for memory, region in chain(images(target, cpus, unread), images_in_memory(target)):
         found = _scan(memory, region)
         if found:
             return found
-        table = _carried(memory, region, unread)
+        table = carried(memory, region, unread)
         if table is not None and (link := link_of(table)):
             return None, link
     return None, None
@@ -288,121 +276,3 @@ def _require_link(target: Target, symbols: SymbolTable, booted: Link | None) -> 
             f"{symbols.path} has the symbols of the other link, {mine.value}: the Xen in {target.location} was booted "
             f"from {booted.value}, whose variables have other addresses; give {booted.symbols} with --symbols"
         )
-
-
-def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolTable:
-    """The symbol table that Xen carries in its own image, found without any other symbols.
-
-    A dump whose notes show no Xen is searched, up to 4 GiB of it: `progress` gets (bytes searched, bytes in all).
-    Raises Undecidable when there is none, or several and nothing shows which of them ran last.
-    """
-    unread = Unread(target)
-    for memory, region in _images(target, target.cpus(), unread):
-        table = _carried(memory, region, unread)
-        if table is not None:
-            return table
-    found = []
-    for memory, region in _images_in_memory(target, progress):
-        table = _carried(memory, region, unread)
-        if table is not None:
-            found.append(XenMemory(target, table, memory.root, memory.found_by))
-    ran = {memory.root: memory for memory in found if is_in_place(memory)}
-    if len(ran) > 1:
-        return booted_last(list(ran.values())).symbols
-    for memory in ran.values():
-        return memory.symbols
-    nothing = f"no symbol table of Xen's own was found in {target.location}"
-    if why := unread.why or target.truncated:
-        raise Undecidable(f"{nothing}: {why}; give its xen-syms with --symbols, or take the dump again")
-    raise Undecidable(f"{nothing}: is it Xen{_and_base(target)}? If so, give its xen-syms with --symbols")
-
-
-def _and_base(target: Target) -> str:
-    if isinstance(target.memory, RawMemory) and target.memory.given:
-        return ", and is what is where in the file as --map says"
-    return "" if target.base is None else f", with physical {target.base:#x} as its first byte (--base)"
-
-
-def _carried(memory: AddressSpace, region: int, unread: Unread) -> SymbolTable | None:
-    def read(address: int, size: int) -> bytes:
-        try:
-            return memory.read(address, size)
-        except Unreadable as error:
-            unread.note(memory.found_by, error)
-            raise
-
-    try:
-        return embedded.load_memory(memory.target.location, read, region + IMAGE_MIN_OFFSET, region + IMAGE_MAX)
-    except Undecidable:
-        return None
-
-
-def _images_in_memory(target: Target, progress: Progress | None = None) -> Iterator[tuple[AddressSpace, int]]:
-    """The same wherever a dump's memory itself shows one, unless its notes say where: there, and nowhere else."""
-    if target.kind == "dump" and all(_xen_phys_start(note) is None for note in target.notes()):
-        for root, region in roots(target, progress):
-            yield AddressSpace(target, root, _BY_TABLES), region
-
-
-def _images(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> Iterator[tuple[AddressSpace, int]]:
-    """(memory, XEN_VIRT_START) wherever the notes or a CPU's own page tables show something where Xen's image lies."""
-    tried: set[tuple[int, int]] = set()
-    shown = 0
-    for root, regions, found_by, start in _named(target, cpus):
-        memory = AddressSpace(target, root, found_by)
-        if start is not None:
-            memory.image = regions[0], regions[0] + IMAGE_MAX, start
-        for region in regions:
-            if (root, region) not in tried and _maps_some(memory, region, unread):
-                yield memory, region
-                shown += 1
-                if shown == _MOST_IMAGES:
-                    return
-            tried.add((root, region))
-
-
-def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, Sequence[int], str, int | None]]:
-    """(root of page tables, what XEN_VIRT_START may be there, who names it, where that is in physical memory)."""
-    start, root = None, None
-    for note in target.notes():
-        if (named := _xen_phys_start(note)) is not None:
-            start = named
-        elif note.name == "VMCOREINFO_XEN":
-            root = parse_address(parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)", ""))
-    if start is not None and root is not None and paging.is_canonical(root):
-        yield start + root - image_region(root), [image_region(root)], _BY_INFO, start
-    for cpu in sorted(cpus, key=_in_xen, reverse=True):
-        if cpu.guest_mode is not True and "cr3" in cpu.registers:
-            regions = [image_region(cpu.registers["rip"])] if _in_xen(cpu) else IMAGE_REGIONS
-            yield cpu.registers["cr3"] & ~0xFFF, regions, _by_cr3(cpu), None
-
-
-def _xen_phys_start(note: Note) -> int | None:
-    """Where the image begins in physical memory, if the note is Xen's crash info and says so."""
-    if (note.name, note.type) != ("Xen", XEN_CRASH_INFO):
-        return None
-    info = parse_crash_info(note.desc)
-    return None if isinstance(info, Absent) else info.xen_phys_start
-
-
-def _maps_some(memory: AddressSpace, region: int, unread: Unread) -> bool:
-    """Whether any page is mapped where an image in this region lies."""
-    address = region + IMAGE_MIN_OFFSET
-    while address < region + IMAGE_MAX:
-        try:
-            memory.walk(address)
-            return True
-        except paging.Untranslated as error:
-            unread.note(memory.found_by, error)
-            if memory.image and error.unread:
-                return True
-            address = error.end
-    return False
-
-
-def _by_cr3(cpu: PhysicalCpu) -> str:
-    return f"CR3 of CPU {cpu.index} ({cpu.source})"
-
-
-def _in_xen(cpu: PhysicalCpu) -> bool:
-    return any(region <= cpu.registers.get("rip", 0) < region + IMAGE_REGION for region in IMAGE_REGIONS)

@@ -152,16 +152,19 @@ class AddressSpace:
 class XenMemory(AddressSpace):
     """One build of Xen in one target: its idle page tables, and its symbols."""
 
-    def __init__(self, target: Target, symbols: SymbolTable, root: int, found_by: str) -> None:
+    def __init__(
+        self, target: Target, symbols: SymbolTable, root: int, found_by: str, table: int | None = None
+    ) -> None:
+        """`table` is the virtual address of ROOT, where another than the symbols say it."""
         super().__init__(target, root, found_by)
         self.symbols = symbols
+        self.table = symbols.address(ROOT) if table is None else table
         self.build_id: bytes | Absent = Absent("not looked for")
 
     @property
     def xen_phys_start(self) -> int:
         """The physical address of XEN_VIRT_START: the image is one piece."""
-        root = self.symbols.address(ROOT)
-        return self.root - (root - image_region(root))
+        return self.root - (self.table - image_region(self.table))
 
     def variable(self, name: str, size: int = 8, kinds: str | None = None) -> int:
         """An unsigned variable of Xen's, by its symbol. Raises Unreadable."""

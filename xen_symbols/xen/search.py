@@ -36,12 +36,19 @@ _TOKENS, _BEFORE, _BEHIND = 32 << 10, 2 << 20, 64 << 10
 _MOST_PLACES, _MOST_TABLES = 1024, 64
 
 
-def roots(target: Target, progress: Progress | None = None) -> Iterator[tuple[int, int]]:
-    """(physical address of `idle_pg_table`, XEN_VIRT_START) of each Xen that lies below 4 GiB and carries a table."""
+def roots(
+    target: Target, progress: Progress | None = None, functions_only: list[int] | None = None
+) -> Iterator[tuple[int, int]]:
+    """(physical address of `idle_pg_table`, XEN_VIRT_START) of each Xen that lies below 4 GiB and carries a table.
+
+    Where a table has no variables is added to `functions_only`.
+    """
     for place, table in tables(target, RELOCATION_LIMIT, progress):
         offset_of = {text[1:]: offset for offset, text in zip(table.offsets, table.texts, strict=True)}.get
         offset = offset_of(ROOT)
-        if offset is None:  # a table of functions only: 4.2 to 4.9
+        if offset is None:
+            if functions_only is not None:
+                functions_only.append(place)
             continue
         first = -(-max(0, place - IMAGE_MAX) // RELOCATION_STEP) * RELOCATION_STEP
         for base in range(first, place - IMAGE_MIN_OFFSET + 1, RELOCATION_STEP):

@@ -20,7 +20,8 @@ from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus
 from xen_symbols.report.notelines import buffer_lines, info_note_lines, note_lines
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets.dump import open_dump
-from xen_symbols.xen.locate import carried_symbols, locate
+from xen_symbols.xen.images import carried_symbols
+from xen_symbols.xen.locate import locate
 from xen_symbols.xen.state import read_state
 from xencrash import live
 from xencrash.errors import complain
@@ -141,7 +142,8 @@ def blocks(data: Json) -> list[Block]:
     if symbols:
         lines.append(line("Xen", f"at physical {target['xen_phys_start']}, found by {target['found_by']}"))
         lines.append(line("symbols", f"{symbols['path']} ({symbols['source']})"))
-        lines.append(line("build-id", f"{symbols['build_id']}, in memory {symbols['target_build_id']}"))
+        in_memory = symbols["target_build_id"] or "not found"
+        lines.append(line("build-id", f"{symbols['build_id'] or 'none'}, in memory {in_memory}"))
     lines += [line("missing", text) for text in missing_lines(data.get("missing", []))]
     if "crash_notes" in data:
         lines += [line("crash notes", text) for text in buffer_lines(data["crash_notes"]["buffers"])]
