@@ -2,14 +2,17 @@
 
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.complete import COMPLETE
+from xen_symbols.crashpath.generations import BY_ID as GENERATIONS_BY_ID
 from xen_symbols.crashpath.generations import GENERATIONS
 from xen_symbols.crashpath.stages import BY_ID as STAGES
 from xen_symbols.crashpath.stages import STAGES as ANCHORED
+from xen_symbols.crashpath.unblocking import unblocking
 from xen_symbols.formats.content import File
 from xen_symbols.symbols.elf import read_symbols
 from xencrash.cli import main
@@ -81,6 +84,19 @@ def test_a_build_has_every_anchor(generation):
     assert table.build_id
     assert table.address("idle_pg_table") & ~((1 << 30) - 1) == feature(generation, "XEN_VIRT_START")
     assert table.address("_start") == feature(generation, "XEN_VIRT_START") + feature(generation, "START_OFFSET")
+
+
+@pytest.mark.parametrize("generation", generations())
+def test_where_a_build_unblocks_nmis_is_found(generation):
+    """In a function of its own, or inline in machine_kexec(); 4.2.0 does not."""
+    table = symbols_of(generation)
+    found = unblocking(SimpleNamespace(symbols=table, read=table.image.read), GENERATIONS_BY_ID[generation])
+    if not feature(generation, "HARDENED"):
+        assert found == (None, None)
+        return
+    function = table.lookup(found.address)[0].name
+    assert function == ("enable_nmis" if feature(generation, "HAS_ENABLE_NMIS") else "machine_kexec")
+    assert table.image.read(found.address - 2, 2) == b"\x48\xcf"
 
 
 def test_the_two_rfcs_differ_in_one_feature_and_its_instruction():
