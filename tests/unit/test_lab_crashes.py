@@ -15,6 +15,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from tests.machines.pages import parsed
 from xencrash.cli import main
 from xencrash.lab import cells, crashes, judged
 from xencrash.lab.cells import Cell
@@ -144,6 +145,12 @@ def test_formats() -> None:
     assert json.loads(render(outcomes, "json", "T"))["cells"] == outcomes
     junit = ET.fromstring(render(outcomes, "junit", "T"))
     assert [len(case) for case in junit.iter("testcase")] == [0, 1]
+    page = parsed(render(outcomes, "html", "T"))
+    assert page.all("title")[0].text() == "T" and "2 crashes: 1 fail, 1 pass" in page.text()
+    rows = [[cell.text() for cell in row.all("td")] for row in page.all("tbody")[0].all("tr")]
+    assert [(row[4], row[7], row[9]) for row in rows] == [
+        ("panic on CPU 2", "pass", ""), (moment, "\u2717 fail", "why | so"),
+    ]  # fmt: skip
 
 
 CELL = Cell("one", "4.17", "7.2", "debian", "xapic", how="panic", cpu=2)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.machines.changed import Machine
-from tests.machines.pages import HOSTILE, Element, parsed, traced
+from tests.machines.pages import Element, parsed, poisoned, traced
 from tests.machines.recorded import write_files
 from xen_symbols.report.page import page, pages
 from xencrash.cli import main
@@ -113,17 +113,6 @@ def test_the_page_refers_to_nothing_and_allows_its_own_style_alone(trace: Any) -
     )
 
 
-def poisoned(value: Any) -> Any:
-    """Every text in a report but those of which the contract lists the values, and every name of a check or stage."""
-    if isinstance(value, dict):
-        return {name: one if name in ("verdict", "role") else poisoned(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [poisoned(one) for one in value]
-    if not isinstance(value, str) or re.fullmatch("0x[0-9a-f]+|[a-z]+-gate-[a-z]+", value):
-        return value
-    return value + HOSTILE
-
-
 def test_hostile_text_stays_text(trace: Any) -> None:
     clean, hostile = (parsed("".join(page(report))) for report in (trace, poisoned(trace)))
     shown = [[(one.tag, sorted(one.attributes)) for one in root.all()] for root in (clean, hostile)]
@@ -152,17 +141,15 @@ def test_a_page_on_which_every_cpu_fails_in_its_own_way_is_small_enough() -> Non
         if finding["cpu"] and finding["check"].startswith("nmi-gate-"):
             finding.update(verdict="fail", observed=f"wrong {finding['cpu']}", reason="because")
     text = "".join(page(report))
-    root = parsed(text)
-    assert len(text) < 5_000_000 and len(rows(root)) == 2 + 4095
-    (more,) = [one for one in root.all("p") if one.attributes.get("id") == "more"]
+    assert len(text) < 5_000_000 and text.count('<tr><th scope="row"') == 1 + 2 + 4095
     groups = 4095 * len({f["check"] for f in report["findings"] if f["check"].startswith("nmi-gate-")})
-    assert more.text() == f"{groups - 500} more are in the JSON report."
+    assert f'id="more">{groups - 500} more are in the JSON report.' in text and 'href="#more"' in text
 
 
 def many(cpus: int) -> Any:
     """A report on so many CPUs: a recorded one of which CPU 1 is multiplied."""
     report: Any = copy.deepcopy(Machine("4.17-crashed-vmcore").report().to_json())
-    one = [finding for finding in report["findings"] if finding["cpu"] == 1]
+    one = [finding for finding in report["findings"] if finding["cpu"] == 1 and finding["check"].startswith("nmi-")]
     report["findings"] = [finding for finding in report["findings"] if finding["cpu"] in (None, 0)]
     report["findings"] += [{**finding, "cpu": cpu} for cpu in range(1, cpus) for finding in one]
     report["cpus"] = report["cpus"][:1] + [{**report["cpus"][1], "cpu": cpu} for cpu in range(1, cpus)]

@@ -150,13 +150,14 @@ def _picture(report: contract.Report, grouped: Sequence[Group], place: str) -> s
 def _row(row: Row, lines: Sequence[int], place: str) -> str:
     role = f"<span>{_text(row.role)}</span>" if row.role else ""
     names = "".join(f"<div>{LINES[line]}</div>" for line in lines if row.squares[0].values)
-    squares = "".join(_square(square, lines, place) for square in row.squares)
+    before = [(), *(square.marks for square in row.squares)]
+    squares = "".join(_square(square, old, lines, place) for square, old in zip(row.squares, before, strict=False))
     return f'<tr><th scope="row">{_text(row.name)}{role}</th><td class="names">{names}</td>{squares}</tr>\n'
 
 
-def _square(square: Square, lines: Sequence[int], place: str) -> str:
+def _square(square: Square, before: Sequence[Mark], lines: Sequence[int], place: str) -> str:
     values = "".join(_value(square.values[line]) for line in lines) if square.values else ""
-    marks = "".join(_mark(mark, place) for mark in square.marks[:_MARKS])
+    marks = "".join(_mark(mark, mark in before, place) for mark in square.marks[:_MARKS])
     if (more := len(square.marks) - _MARKS) > 0:
         marks += f'<a href="{_href(square.marks[_MARKS].group, place)}">and {more} more</a>'
     if not values and not marks:
@@ -174,8 +175,9 @@ def _value(value: Value) -> str:
     return f'<div{new} title="{text}">{text}</div>'
 
 
-def _mark(mark: Mark, place: str) -> str:
-    return f'<a href="{_href(mark.group, place)}">{_SIGNS[mark.verdict]} {_text(mark.check)}</a>'
+def _mark(mark: Mark, again: bool, place: str) -> str:
+    kind = ' class="same"' if again else ""
+    return f'<a{kind} href="{_href(mark.group, place)}">{_SIGNS[mark.verdict]} <span>{_text(mark.check)}</span></a>'
 
 
 def _href(group: int, place: str) -> str:

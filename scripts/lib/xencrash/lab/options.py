@@ -87,7 +87,7 @@ def add_cells(parser: ArgumentParser, output: str) -> None:
     add_own_xen(parser)
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help="machines to run in parallel; default: 1")
     parser.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--format", choices=("table", "json", "junit", "markdown"), default="table")
+    parser.add_argument("--format", choices=("table", "json", "junit", "html", "markdown"), default="table")
     add_fresh(parser)
 
 

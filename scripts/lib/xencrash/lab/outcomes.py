@@ -11,6 +11,7 @@ from xen_symbols.report.blocks import Cell, Lines, Table
 from xen_symbols.report.console import plain
 from xen_symbols.report.junit import to_junit
 from xen_symbols.report.model import ExitStatus, Verdict, exit_status
+from xen_symbols.report.page import table_page
 from xencrash.errors import complain
 from xencrash.output import to
 
@@ -53,7 +54,7 @@ def summary(outcomes: Sequence[Json]) -> str:
 
 
 def render(outcomes: Sequence[Json], format: str, title: str) -> str:
-    """The outcomes as text as table, json, junit or markdown."""
+    """The outcomes as text as table, json, junit, html or markdown."""
     if format == "json":
         return json.dumps({"title": title, "summary": summary(outcomes), "cells": outcomes}, indent=2) + "\n"
     if format == "junit":
@@ -63,8 +64,12 @@ def render(outcomes: Sequence[Json], format: str, title: str) -> str:
         lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
         table = "".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in lines)
         return f"## {title}\n\n{summary(outcomes)}.\n\n{table}"
-    cells = [[Cell(text) for text in row] for row in rows]
-    return plain([Table(title, COLUMNS, cells), Lines([[Cell(summary(outcomes))]])])
+    verdict = COLUMNS.index("verdict")
+    cells = [[Cell(text, text if place == verdict else "") for place, text in enumerate(row)] for row in rows]
+    listed, total = Table("Crashes", COLUMNS, cells), Lines([[Cell(summary(outcomes))]])
+    if format == "html":
+        return "".join(table_page(title, [total, listed]))
+    return plain([listed._replace(title=title), total])
 
 
 def _finding(outcome: Json) -> Json:

@@ -1,0 +1,162 @@
+"""Pages in a real browser: Debian's chromium, without a window. A machine without it runs scripts/setup."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.machines.pages import HOSTILE, poisoned, traced
+from xen_symbols.report.page import page
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync"
+).split()
+Open = Callable[[Any], Any]
+
+
+@pytest.fixture(scope="module")
+def show(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
+    """Opens the page of a report in the one browser."""
+    from selenium import webdriver  # for this file alone: others are collected without it
+
+    folder = tmp_path_factory.mktemp("browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    for flag in (*FLAGS, f"--user-data-dir={folder / 'data'}", "--window-size=1280,1000"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+
+    def show(report: Any) -> Any:
+        path = folder / "page.html"
+        path.write_text("".join(page(report)))
+        driver.get("about:blank")
+        driver.get_log("performance")
+        driver.get_log("browser")
+        driver.get(path.as_uri())
+        return driver
+
+    yield show
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def trace() -> Any:
+    return traced("4.17-normal", "4.17-shootdown", "4.17-handover")
+
+
+def requested(driver: Any) -> set[str]:
+    """The addresses that the browser asked for since the page was opened, without those that the policy stopped."""
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    stopped = {one["params"]["requestId"] for one in events if one["params"].get("blockedReason") == "csp"}
+    asked = [one["params"] for one in events if one["method"] == "Network.requestWillBeSent"]
+    return {one["request"]["url"] for one in asked if one["requestId"] not in stopped}
+
+
+def texts(driver: Any, selector: str) -> list[str]:
+    """What is visible of the elements."""
+    return [one.text for one in driver.find_elements("css selector", selector)]
+
+
+def test_the_picture_and_its_folding(show: Open, trace: Any) -> None:
+    driver = show(trace)
+    assert texts(driver, ".picture tbody th") == ["Machine", "CPU 0\ncrashing", "CPUs 1-2\nother", "CPU 3\nother"]
+    cells = driver.find_elements("css selector", ".picture tbody tr:nth-child(3) td:not(.names)")
+    assert [cell.get_attribute("class") for cell in cells] == ["pass", "fail", "pass"]
+    colours = [cell.value_of_css_property("outline-style") for cell in cells]
+    assert colours == ["none", "solid", "none"]
+    assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_narrow_page_scrolls_within_the_picture_alone(show: Open, trace: Any) -> None:
+    driver = show(trace)
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        assert driver.execute_script("return innerWidth") == 400
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 400
+        assert driver.execute_script("let s = document.querySelector('.scroll'); return s.scrollWidth > s.clientWidth")
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_by_keyboard_alone(show: Open, trace: Any) -> None:
+    """Tab to the switch, Space shows every value; Tab to the failing cell, Enter leads to its finding."""
+    driver = show(trace)
+
+    def press(key: str) -> Any:
+        driver.switch_to.active_element.send_keys(key)
+        return driver.switch_to.active_element
+
+    tab, space, enter = "\ue004", "\ue00d", "\ue007"
+    assert press(tab).get_attribute("type") == "checkbox"
+    same = driver.find_element("css selector", ".picture .same span")
+    hidden = same.size["width"]
+    press(space)
+    assert hidden <= 1 and same.size["width"] > 20
+    assert press(tab).get_attribute("class") == "scroll"
+    link = press(tab)
+    assert link.text == "\u2717 nmi-gate-ist" and link.value_of_css_property("outline-style") == "solid"
+    press(enter)
+    assert driver.current_url.endswith("#f0")
+    target = driver.find_element("css selector", ":target")
+    assert target.text.startswith("\u2717 FAIL nmi-gate-ist CPUs 1-2 at shootdown")
+    top = driver.execute_script("return arguments[0].getBoundingClientRect().top", target)
+    assert 0 <= top < 1000
+    summary = press(tab)
+    assert summary.tag_name == "summary" and target.get_attribute("open")
+    press(enter)
+    assert not target.get_attribute("open")
+
+
+def test_nothing_is_requested_and_nothing_from_a_dump_is_obeyed(show: Open, trace: Any) -> None:
+    driver = show(poisoned(trace))
+    assert requested(driver) == {driver.current_url}
+    assert driver.find_elements("css selector", "script, img, b:not(summary b)") == []
+    assert HOSTILE.split("\x1b")[0] in driver.find_element("css selector", "h1").text
+    assert driver.get_log("browser") == []  # its own style is let in
+
+
+def test_the_policy_stops_what_would_get_in(show: Open, trace: Any) -> None:
+    driver = show(trace)
+    driver.execute_script(
+        "let s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s);"
+        "let i = new Image(); i.src = 'http://127.0.0.1:9/x'; document.body.append(i);"
+    )
+    assert driver.execute_script("return window.ran === undefined")
+    assert requested(driver) == {driver.current_url}
+    said = " ".join(entry["message"] for entry in driver.get_log("browser"))
+    assert "inline script" in said and "127.0.0.1:9/x" in said
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_light_and_dark(scheme: str, show: Open, trace: Any) -> None:
+    """Contrast as WCAG 2 asks for text: 4.5 at least."""
+    driver = show(trace)
+    wanted = {"name": "prefers-color-scheme", "value": scheme}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [wanted]})
+    for selector, behind in (("body", "body"), (".dim", "body"), (".picture td.fail a", ".picture td.fail"),
+                             (".new", ".new"), (".finding summary b", ".finding"), (".picture th", ".picture th")):
+        text, back = (
+            rgb(driver.find_element("css selector", one).value_of_css_property(what))
+            for one, what in ((selector, "color"), (behind, "background-color"))
+        )
+        assert contrast(text, back) >= 4.5, (selector, text, back)
+
+
+def rgb(colour: str) -> list[float]:
+    return [int(part.strip()) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+
+
+def contrast(one: list[float], other: list[float]) -> float:
+    def luminance(colour: list[float]) -> float:
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
