@@ -212,5 +212,5 @@ def silent(machine: Machine, *cpus: int) -> None:
 def memory_alone(name: str) -> Machine:
     """As a raw image of memory shows it: no CPU's registers."""
     machine = Machine(name)
-    machine.example.physical_cpus, machine.example.kind = [], "dump"
+    machine.example.physical_cpus, machine.example.notes_of_file, machine.example.kind = [], (), "dump"
     return machine

@@ -31,7 +31,7 @@ class Example(Target):
         self._starts = sorted(memory)
         self._memory = {start: bytearray(memory[start]) for start in self._starts}
         self.physical_cpus = list(cpus)
-        self._notes = notes
+        self.notes_of_file = notes
 
     def _find(self, address: int, size: int) -> tuple[bytearray, int]:
         at = bisect.bisect_right(self._starts, address) - 1
@@ -71,7 +71,7 @@ class Example(Target):
         return self.physical_cpus
 
     def notes(self) -> Sequence[Note]:
-        return self._notes
+        return self.notes_of_file
 
 
 def _from_json(value: Any) -> Any:

@@ -16,7 +16,8 @@ from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import VECTOR_NMI
 from xen_symbols.x86.paging import CR0_PG
 from xen_symbols.xen.console import read_console
-from xen_symbols.xen.ist import IST_SSP_SIZE, ist_numbers
+from xen_symbols.xen.cpuinfo import IST_SSP_SIZE
+from xen_symbols.xen.ist import ist_numbers
 from xen_symbols.xen.lapic import BOOT_MODES
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.owned import Owned
@@ -81,7 +82,7 @@ def _owed_by_online(state: State, online: frozenset[int]) -> State:
             continue
         owed: tuple[str, ...] = ("idt", "nmi_gate", "mc_gate", "df_gate", "notes")
         if not cpu.exists:
-            owed += ("crash_save_done", "tss", "physical")
+            owed += ("crash_save_done", "tss", "physical", "pair")
         changed[number] = cpu._replace(**{name: _owed(getattr(cpu, name)) for name in owed})
     return state._replace(cpus={**state.cpus, **changed}) if changed else state
 

@@ -11,7 +11,13 @@ from xen_symbols.crashpath.follows import Failure, explain
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING
-from xen_symbols.describe.machine import describe_cpus, describe_generation, describe_symbols, describe_target
+from xen_symbols.describe.machine import (
+    describe_cpus,
+    describe_generation,
+    describe_symbols,
+    describe_target,
+    with_warnings,
+)
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.version import VERSION
 from xen_symbols.xen.memory import XenMemory
@@ -95,6 +101,7 @@ def evaluate(memory: XenMemory, identification: Identification | None = None) ->
             f"{memory.target.location}: Xen is on its way through the crash path, or stuck there, and how far it got "
             f"cannot be determined: {why}; every step was allowed"
         )
+    report.target = with_warnings(report.target, state.warnings)
     if position.crashing_cpu is not None:
         report.target = {**report.target, "crashing_cpu_by": list(crashing_cpu(state, identification.generation)[1])}
     return report

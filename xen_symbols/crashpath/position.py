@@ -178,8 +178,10 @@ def infer(state: State, generation: Generation) -> Position:
 
 def is_memory_alone(state: State) -> bool:
     """Whether this is an image of memory without any CPU's registers."""
+    if state.by_crash_kernel:
+        return False
     physical = [cpu.physical for cpu in state.cpus.values() if cpu.exists]
-    return all(isinstance(one, Absent) and one.kind is Kind.NOT_HELD for one in physical)
+    return all(one.kind is Kind.NOT_HELD if isinstance(one, Absent) else one.of_memory for one in physical)
 
 
 def _neutralised(state: State, generation: Generation) -> bool:
@@ -191,10 +193,12 @@ def _neutralised(state: State, generation: Generation) -> bool:
 
 def handed_over(state: State, crashing: PhysicalCpu | Absent) -> bool:
     """Whether Xen has handed the machine over: its CPU runs outside Xen, or the dump is the kernel's."""
-    if isinstance(crashing, Absent):
+    if state.by_crash_kernel:
+        return True  # booted after the jump
+    if isinstance(crashing, Absent) or crashing.of_memory:
         return False
     if not crashing.current:
-        return True  # only the crash kernel, booted after the jump, writes a dump with Xen's notes
+        return True
     rip = crashing.registers.get("rip")
     if rip is None:
         return False

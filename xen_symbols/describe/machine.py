@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, cast
 
@@ -29,11 +29,15 @@ def describe_target(memory: XenMemory) -> contract.Target:
         "xen_phys_start": hex(memory.xen_phys_start),
         "found_by": memory.found_by,
     }
-    if target.truncated:
-        out["warnings"] = [target.truncated]
+    out = with_warnings(out, [target.truncated] if target.truncated else [])
     if isinstance(target.accelerator, Absent):
         return {**out, "accelerator_absent": target.accelerator.reason}
     return {**out, "accelerator": target.accelerator}
+
+
+def with_warnings(described: contract.Target, warnings: Sequence[str]) -> contract.Target:
+    """The same target, with what else is wrong with the dump itself."""
+    return {**described, "warnings": [*described.get("warnings", []), *warnings]} if warnings else described
 
 
 def describe_symbols(memory: XenMemory) -> contract.Symbols:

@@ -14,6 +14,7 @@ from xen_symbols.targets.notes import (
     XEN_CRASH_INFO,
     XEN_CRASH_REGS,
     CrashInfo,
+    pair_numbers,
     parse_notes,
 )
 from xen_symbols.text import escaped
@@ -37,18 +38,20 @@ _KNOWN = {
 
 
 def describe_notes(notes: Sequence[Note]) -> list[Json]:
-    """Each note of a file as JSON: name, type, bytes, what it is, and whose. Xen's go by Xen's CPU numbers
-    (`cpu`), QEMU's by its own (`index`)."""
+    """Each note of a file as JSON: name, type, bytes, what it is, and which of those of its kind: Xen's by the number
+    of their `pair`, QEMU's by its own of the CPU (`index`)."""
     described = []
     of_qemu = any(note.name == "QEMU" for note in notes)
     seen: Counter[tuple[str, int]] = Counter()
-    for note in notes:
+    for note, pair in zip(notes, pair_numbers(notes), strict=True):
         key = (note.name, note.type)
         out: Json = {"name": note.name, "type": hex(note.type), "bytes": len(note.desc),
                                "what": _KNOWN.get(key, "not known here")}  # fmt: skip
-        if key in (("CORE", NT_PRSTATUS), ("QEMU", 0), ("Xen", XEN_CRASH_REGS)):
-            out["index" if of_qemu else "cpu"] = seen[key]
+        if of_qemu and key in (("CORE", NT_PRSTATUS), ("QEMU", 0)):
+            out["index"] = seen[key]
             seen[key] += 1
+        elif pair is not None:
+            out["pair"] = pair
         described.append(out)
     return described
 
@@ -56,7 +59,8 @@ def describe_notes(notes: Sequence[Note]) -> list[Json]:
 def describe_crash_notes(memory: XenMemory, state: State) -> Json:
     """The notes in Xen's memory, and on a dump those of the file: {"buffers", "info", "file"}.
 
-    Each note of Xen's in the file says whether it is what memory holds (`in_memory`); null where that is not known.
+    Each note of Xen's in the file says which CPU's it is (`cpu`), and whether it is what memory holds (`in_memory`);
+    null where that is not known.
     """
     buffers = [_describe_buffer(state, cpu) for cpu in state.cpus.values()]
     held = {
@@ -66,21 +70,25 @@ def describe_crash_notes(memory: XenMemory, state: State) -> Json:
         for note in parse_notes(cpu.notes.raw, "crash_notes")
     }
     notes = memory.target.notes()
+    whose = {cpu.pair.index: cpu.cpu for cpu in state.cpus.values() if not isinstance(cpu.pair, Absent)}
     return {
         "buffers": buffers,
         "info": _describe_info(memory, state.of(0)),
-        "file": [_compared(*pair, held) for pair in zip(describe_notes(notes), notes, strict=True)],
+        "file": [_compared(*pair, held, whose) for pair in zip(describe_notes(notes), notes, strict=True)],
     }
 
 
-def _compared(out: Json, note: Note, held: dict[tuple[str, int, int], bytes]) -> Json:
+def _compared(out: Json, note: Note, held: dict[tuple[str, int, int], bytes], whose: dict[int, int]) -> Json:
     if "index" in out or (note.name, note.type) not in (
         ("CORE", NT_PRSTATUS),
         ("Xen", XEN_CRASH_REGS),
         ("Xen", XEN_CRASH_INFO),
     ):
         return out
-    theirs = held.get((note.name, note.type, out.get("cpu", 0)))
+    cpu = whose.get(out["pair"]) if "pair" in out else 0
+    theirs = None if cpu is None else held.get((note.name, note.type, cpu))
+    if "pair" in out:
+        out["cpu"] = cpu
     return out | {"in_memory": None if theirs is None else theirs == note.desc}
 
 

@@ -53,7 +53,7 @@ class PhysicalCpu(NamedTuple):
 
     index: int  # type: ignore[assignment] # hides tuple.index, which nobody asks a record for
     registers: dict[str, int]
-    xen_cpu: int | None = None  # when the source itself says which Xen CPU this is (Xen's notes)
+    xen_cpu: int | None = None  # at whose place it is in the source (Xen's notes, in the order of Xen's numbers)
     apic_id: int | Absent = _UNASKED  # initial APIC id
     idtr: tuple[int, int] | Absent = _UNASKED  # base, limit
     tr_base: int | Absent = _UNASKED
@@ -64,6 +64,7 @@ class PhysicalCpu(NamedTuple):
     lapic: Lapic | Absent = _UNASKED
     current: bool = True  # false when the registers are those that Xen saved in its notes
     source: str = ""
+    of_memory: bool = False  # these notes are in Xen's memory, and not the target's own
 
 
 class Target(Protocol):

@@ -168,42 +168,43 @@ def _qemu_segments(desc: bytes) -> Iterator[tuple[int, int, int]]:
         yield selector, limit, base
 
 
+def pair_numbers(notes: Sequence[Note]) -> list[int | None]:
+    """For each note the number of the pair that it belongs to, an NT_PRSTATUS and Xen's CRASH_REGS after it; None for
+    another. One whose other half is missing is a pair by itself."""
+    numbers: list[int | None] = []
+    count, is_open = 0, False
+    for note in notes:
+        if (note.name, note.type) == ("CORE", NT_PRSTATUS):
+            count, is_open = count + 1, True
+        elif (note.name, note.type) == ("Xen", XEN_CRASH_REGS):
+            count, is_open = count + (not is_open), False
+        else:
+            numbers.append(None)
+            continue
+        numbers.append(count - 1)
+    return numbers
+
+
 def cpus_of(notes: Sequence[Note]) -> list[PhysicalCpu]:
     """One PhysicalCpu per CPU that the notes name.
 
-    Xen's notes: NT_PRSTATUS then CRASH_REGS for each CPU in the order of Xen's numbers (the crash
-    tools ask Xen for CPU 0, 1, … and get headers for every possible CPU). A CPU that saved nothing
-    is there with no registers. QEMU's: one per cpu_index; which Xen CPU that is follows from memory.
-    Raises Undecidable where one of a pair of Xen's is missing: those behind it would be taken for another CPU's.
+    Xen's notes: a pair of NT_PRSTATUS and CRASH_REGS for each CPU in the order of Xen's numbers (the crash tools ask
+    Xen for CPU 0, 1, … and get headers for every possible CPU). A CPU that saved nothing is there with no registers.
+    QEMU's: one per cpu_index. Which of Xen's CPUs each is follows from memory.
     """
     if any(note.name == "QEMU" for note in notes):
         return [parse_qemu_cpu(note.desc, index) for index, note in enumerate(n for n in notes if n.name == "QEMU")]
     if not any(note.name == "Xen" for note in notes):
         return []
-    cpus: list[PhysicalCpu] = []
-    status: Note | None = None
-    for note in notes:
-        if note.name == "CORE" and note.type == NT_PRSTATUS:
-            if status is not None:
-                break
-            status = note
-        elif note.name == "Xen" and note.type == XEN_CRASH_REGS:
-            if status is None:
-                raise Undecidable(f"Xen's CRASH_REGS note of CPU {len(cpus)} has no NT_PRSTATUS before it")
-            cpus.append(_xen_cpu(len(cpus), parse_prstatus(status.desc), parse_crash_regs(note.desc)))
-            status = None
-    if status is not None:
-        raise Undecidable(
-            f"the NT_PRSTATUS note of CPU {len(cpus)} has no CRASH_REGS note of Xen's after it; the dump is damaged"
-        )
-    return cpus
+    pairs: dict[int, dict[str, int]] = {}
+    for note, number in zip(notes, pair_numbers(notes), strict=True):
+        if number is not None:
+            part = parse_prstatus(note.desc) if note.name == "CORE" else parse_crash_regs(note.desc)
+            pairs.setdefault(number, {}).update({} if isinstance(part, Absent) else part)
+    return [_xen_cpu(number, registers) for number, registers in pairs.items()]
 
 
-def _xen_cpu(number: int, general: dict[str, int] | Absent, control: dict[str, int] | Absent) -> PhysicalCpu:
-    registers: dict[str, int] = {}
-    for part in (general, control):
-        if not isinstance(part, Absent):
-            registers.update(part)
+def _xen_cpu(number: int, registers: dict[str, int]) -> PhysicalCpu:
     source = "Xen's crash notes" if registers else f"Xen's crash notes: {_NOTHING_SAVED}"
     return PhysicalCpu(index=number, xen_cpu=number, registers=registers, current=False, source=source)
 

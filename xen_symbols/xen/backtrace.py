@@ -108,7 +108,8 @@ class _Walk:
             return
         missing = [name for name in ("rip", "rsp", "cs") if name not in registers]
         if missing:
-            trace.registers = Absent(f"no {', '.join(missing)} among its registers ({physical.source})")
+            lacks = f"no {', '.join(missing)} among its registers" if registers else "no registers saved"
+            trace.registers = Absent(f"{lacks} ({physical.source})")
             trace.lost = True
             return
         self._step(registers["rip"], registers["rsp"], registers["cs"], None)

@@ -6,7 +6,6 @@ from xen_symbols.absence import Absent
 from xen_symbols.x86 import gate
 from xen_symbols.xen.state import State
 
-IST_SSP_SIZE = 64  # struct tss_page begins with the shadow-stack table ist_ssp[8] since 4.14
 VECTOR_DB = 1
 
 

@@ -14,28 +14,12 @@ from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86 import gate, tss
 from xen_symbols.x86.paging import PAGE_SIZE
 from xen_symbols.x86.tss import Tss
-from xen_symbols.xen.ist import IST_NUMBERS, IST_SSP_SIZE, IstNumbers, ist_numbers
+from xen_symbols.xen.cpuinfo import IST_SSP_SIZE, STACK_SIZE, CpuInfo, base_by
+from xen_symbols.xen.ist import IST_NUMBERS, IstNumbers, ist_numbers
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import CpuState, State
 
-STACK_SIZE = 32 << 10  # STACK_ORDER 3, in every release
 _PRIMARY_SIZE = 2 * PAGE_SIZE  # PRIMARY_STACK_SIZE
-
-
-class _CpuInfo(NamedTuple):
-    """struct cpu_info, by how far rsp0 (which is &guest_cpu_user_regs.es) lies from its end; offsets from the end."""
-
-    above_rsp0: int
-    processor_id: int
-    current: int
-    source: str
-
-
-_CPU_INFOS = (
-    _CpuInfo(64, 32, 24, "xen/include/asm-x86/current.h up to 4.10.0"),
-    _CpuInfo(96, 64, 56, "xen/include/asm-x86/current.h with XPTI's fields: 4.11 to 4.20, fixed releases since 4.7.5"),
-    _CpuInfo(80, 64, 56, "xen/arch/x86/include/asm/current.h without the segment registers of vm86 mode (4.21.0)"),
-)
 # A page of TSS (4.13) begins with ist_ssp[] (4.14): where the TSS is in it follows from its content.
 _TSS_AT = (IST_SSP_SIZE, 0)
 REGS_SIZE = 168  # struct cpu_user_regs from r15 to ss, in every release
@@ -123,7 +107,7 @@ class _Layout(NamedTuple):
 
     tss: Tss
     base: int
-    info: _CpuInfo
+    info: CpuInfo
     found_by: str
 
     @property
@@ -136,10 +120,10 @@ def _layout(address: int, raw: bytes | Absent, cpu: CpuState) -> _Layout | Absen
     if isinstance(raw, Absent):
         return Absent(f"its TSS could not be read: {raw}")
     found = tss.decode(raw)
-    base = (found.rsp[0] - 1) & -STACK_SIZE
-    info = next((row for row in _CPU_INFOS if base + STACK_SIZE - found.rsp[0] == row.above_rsp0), None)
-    if info is None or not all(base < found.ist[ist - 1] <= base + STACK_SIZE for ist in (1, 2, 3)):
+    known = base_by(found)
+    if known is None:
         return None
+    base, info = known
     loaded = cpu.physical.tr_base if isinstance(cpu.physical, PhysicalCpu) else None
     by = f"the TSS at {address:#x}" + (", which TR points to" if loaded == address else "")
     return _Layout(found, base, info, by)

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.symbols.table import DATA, SymbolTable
-from xen_symbols.targets import PhysicalCpu, Target
+from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86 import gate
-from xen_symbols.xen import crashnotes, idt
+from xen_symbols.xen import crashnotes, idt, savedcpus
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.percpu import PerCpuAreas, areas_of, ask_areas, cpu_count
 from xen_symbols.xen.reads import Asked, Batch, Read, absent, flag, mask, signed, unsigned
 
+_NOTES_OF_XEN = ("Xen", "VMCOREINFO_XEN")
 BAD_APICID = 0xFFFFFFFF  # xen/include/asm-x86/apicdef.h; a free slot of x86_cpu_to_apicid[]
 _GONE = Absent("possible but not present: it has no per-CPU area", Kind.NOT_APPLICABLE)
 
@@ -65,6 +66,8 @@ class CpuState(NamedTuple):
     tss: int | Absent  # address of Xen's own TSS (or the page around it) for this CPU
     notes: Read  # crashnotes.CpuNotes: what its buffer of crash notes holds
     physical: PhysicalCpu | Absent
+    # What the dump's own notes hold of it; `physical` is Xen's memory's where they hold none.
+    pair: PhysicalCpu | Absent = Absent("the dump has no notes of Xen's CPUs", Kind.NOT_HELD)
 
 
 class State(NamedTuple):
@@ -74,6 +77,8 @@ class State(NamedTuple):
     system: Mapping[str, Read]
     cpus: Mapping[int, CpuState]
     unmatched: Sequence[PhysicalCpu] = ()  # physical CPUs that no Xen CPU claims
+    warnings: Sequence[str] = ()  # what is wrong with the dump's own notes of CPUs
+    by_crash_kernel: bool = False  # a dump with Xen's notes, which the crash kernel alone has
 
     def of(self, cpu: int) -> CpuState:
         return self.cpus[cpu]
@@ -82,10 +87,11 @@ class State(NamedTuple):
 def read_state(memory: XenMemory, *, notes: bool = True) -> State:
     """Read the whole state, in three batches: what symbols lead to, what that leads to, and the gates and notes.
 
-    `notes` also reads the crash notes of each CPU (404 bytes per CPU). Raises Unreadable when not even the list of
-    CPUs can be read.
+    `notes` also reads the crash notes of each CPU (404 bytes per CPU), as is always done of a dump. Raises Unreadable
+    when not even the list of CPUs can be read.
     """
     symbols, count, batch = memory.symbols, cpu_count(memory), Batch(memory)
+    notes = notes or memory.target.kind == "dump"
     variables = [(variable, *_ask_variable(batch, symbols, variable, count)) for variable in SYSTEM]
     offsets = ask_areas(batch, symbols, count)
     apic_ids = batch.ask(_data(symbols, "x86_cpu_to_apicid"), 4 * count)
@@ -106,9 +112,10 @@ def read_state(memory: XenMemory, *, notes: bool = True) -> State:
 
     ids = [_apic_id(apic_ids, cpu) for cpu in range(count)]
     idts = {cpu: idt.table_of(table) for cpu, table in tables.items()}
-    physical, unmatched = _match(memory.target.cpus(), ids, idts)
+    saved = {cpu: crashnotes.notes_of(buffers[cpu]) for cpu in tables}
     tss = _tss(symbols)
-    no_cpu = _no_cpu(memory.target)
+    tss_of = {cpu: tss if isinstance(tss, Absent) else areas.address(tss, cpu) for cpu in tables}
+    known = _known_cpus(memory, ids, idts, saved, tss_of, count)
     cpus = {}
     for cpu, offset in enumerate(areas.offsets):
         if cpu not in tables:
@@ -124,11 +131,13 @@ def read_state(memory: XenMemory, *, notes: bool = True) -> State:
             mc_gate=idt.gate_of(gates[cpu], tables[cpu], gate.VECTOR_MC),
             df_gate=idt.gate_of(gates[cpu], tables[cpu], gate.VECTOR_DF),
             crash_save_done=done[cpu].read(flag, "per_cpu(crash_save_done)"),
-            tss=tss if isinstance(tss, Absent) else areas.address(tss, cpu),
-            notes=crashnotes.notes_of(buffers[cpu]),
-            physical=physical.get(cpu, no_cpu),
+            tss=tss_of[cpu],
+            notes=saved[cpu],
+            physical=known.physical[cpu],
+            pair=known.pairs[cpu],
         )
-    return State(symbols, system, cpus, tuple(unmatched))
+    by_crash_kernel = any(note.name in _NOTES_OF_XEN for note in memory.target.notes())
+    return State(symbols, system, cpus, tuple(known.unmatched), known.warnings, by_crash_kernel)
 
 
 # -- variables --------------------------------------------------------------------------------
@@ -186,15 +195,51 @@ def _apic_id(apic_ids: Asked, cpu: int) -> Read:
 
 def _missing_cpu(cpu: int, offset: int, apic_id: Read) -> CpuState:
     none = absent(_GONE)
-    return CpuState(cpu, False, offset, apic_id, none, none, none, none, none, _GONE, none, _GONE)
+    return CpuState(cpu, False, offset, apic_id, none, none, none, none, none, _GONE, none, _GONE, _GONE)
 
 
-def _no_cpu(target: Target) -> Absent:
-    if target.truncated and not target.cpus():
-        return Absent(f"the dump holds no registers of any CPU: {target.truncated}")
-    if target.kind == "dump" and not target.cpus():  # a raw image of memory
-        return Absent("the dump holds no registers of any CPU", Kind.NOT_HELD)
-    return Absent("no physical CPU could be matched to it")
+class _Known(NamedTuple):
+    """What the target and memory know of each of Xen's CPUs."""
+
+    physical: Mapping[int, PhysicalCpu | Absent]
+    pairs: Mapping[int, PhysicalCpu | Absent]
+    unmatched: Sequence[PhysicalCpu] = ()
+    warnings: Sequence[str] = ()
+
+
+def _known_cpus(
+    memory: XenMemory, ids: Sequence[Read], idts: Mapping[int, Read], notes: Mapping[int, Read],
+    tss_of: Mapping[int, int | Absent], possible: int,
+) -> _Known:  # fmt: skip
+    target = memory.target
+    physical = target.cpus()
+    if target.kind == "live" or any(one.current for one in physical):
+        matched, left = _match(physical, ids, idts)
+        none = Absent("no physical CPU could be matched to it")
+        found: dict[int, PhysicalCpu | Absent] = {cpu: matched.get(cpu, none) for cpu in idts}
+        return _Known(found, found, left)
+    of_xen = any(note.name in _NOTES_OF_XEN for note in target.notes())
+    if not physical and target.truncated:  # whose notes they were is not known
+        lost = Absent(f"the dump holds no registers of any CPU: {target.truncated}")
+        return _Known(dict.fromkeys(idts, lost), dict.fromkeys(idts, lost))
+    saved = savedcpus.saved_in(notes)
+    if not of_xen:  # a raw image of memory
+        none = Absent("the dump holds no registers of any CPU", Kind.NOT_HELD)
+        return _Known({cpu: _saved(cpu, saved, none) for cpu in idts}, dict.fromkeys(idts, none))
+    pairs = savedcpus.match(
+        physical, list(idts), possible, saved, savedcpus.StackOwners(memory, tss_of), target.truncated
+    )
+    found = {cpu: _saved(cpu, saved, pair) for cpu, pair in pairs.of.items()}
+    return _Known(found, pairs.of, pairs.left, pairs.warnings)
+
+
+def _saved(cpu: int, saved: Mapping[int, Mapping[str, int]], pair: PhysicalCpu | Absent) -> PhysicalCpu | Absent:
+    """By its own pair, or else by what it saved in Xen's memory."""
+    if not isinstance(pair, Absent) and pair.registers:
+        return pair
+    if saved.get(cpu):
+        return savedcpus.from_memory(cpu, saved[cpu])
+    return Absent(f"no registers saved: {pair}", pair.kind) if pair == savedcpus.NO_PAIR else pair
 
 
 def _match(
@@ -202,7 +247,7 @@ def _match(
 ) -> tuple[dict[int, PhysicalCpu], list[PhysicalCpu]]:
     """Physical CPUs by Xen's numbers, and those left over.
 
-    As the source says; else by initial APIC id; else by IDTR, which names one CPU's table; the last one by elimination.
+    By initial APIC id; else by IDTR, which names one CPU's table; the last one by elimination.
     """
     by_apic: dict[int, int] = {}
     for cpu in idts:
@@ -212,18 +257,16 @@ def _match(
     matched: dict[int, PhysicalCpu] = {}
     left = []
     for candidate in physical:
-        number = candidate.xen_cpu
-        if number is None and isinstance(candidate.apic_id, int):
+        number = None
+        if isinstance(candidate.apic_id, int):
             number = by_apic.get(candidate.apic_id)
-        elif number is None and not isinstance(candidate.idtr, Absent):
+        elif not isinstance(candidate.idtr, Absent):
             number = by_idt.get(candidate.idtr[0])
         if number is None or number in matched:
             left.append(candidate)
-        elif number in idts:
+        else:
             matched[number] = candidate
-        elif candidate.registers:  # an absent CPU's notes are there, and empty
-            left.append(candidate)
     unclaimed = [cpu for cpu in idts if cpu not in matched]
-    if len(unclaimed) == len(left) == 1 and left[0].xen_cpu is None and len(physical) == len(idts):
+    if len(unclaimed) == len(left) == 1 and len(physical) == len(idts):
         matched[unclaimed[0]] = left.pop()
     return matched, left

@@ -110,23 +110,19 @@ class Served:
 def served(memory: XenMemory, base: int | None = None, maps: Sequence[Map] = ()) -> Served:
     """A dump with Xen in it: a thread for each CPU that Xen has, and for each that could not be matched to one.
 
-    gdb begins at the CPU that crashed, or else at the first with registers. Where the dump has none of its own, each
-    CPU has what it saved in Xen's memory. `base` and `maps` as for open_dump. Raises Undecidable.
+    gdb begins at the CPU that crashed, or else at the first with registers. `base` and `maps` as for open_dump. Raises
+    Undecidable.
     """
-    saved = not memory.target.cpus()
     try:
-        state = read_state(memory, notes=saved)
+        state = read_state(memory)
     except Unreadable as error:
         raise Undecidable(f"{memory.target.location}: {error}") from None
     threads = []
     for cpu, known in state.cpus.items():
-        if saved and known.notes.present and (registers := known.notes.value.saved):
-            threads.append(Thread(cpu, registers, f"CPU {cpu}, Xen's crash notes in its memory"))
-        elif isinstance(known.physical, Absent):
-            if known.exists:
-                threads.append(Thread(cpu, {}, f"CPU {cpu}: {known.physical}"))
-        else:
+        if not isinstance(known.physical, Absent):
             threads.append(Thread(cpu, known.physical.registers, f"CPU {cpu}, {known.physical.source}"))
+        elif known.exists:
+            threads.append(Thread(cpu, {}, f"CPU {cpu}: {known.physical}"))
     for number, other in enumerate(state.unmatched, start=len(state.cpus)):
         threads.append(
             Thread(number, other.registers, f"{other.source} of its CPU {other.index}, matched to no Xen CPU")

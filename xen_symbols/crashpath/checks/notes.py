@@ -18,6 +18,7 @@ from xen_symbols.crashpath.checks.model import (
 from xen_symbols.crashpath.context import MACHINE, Context
 from xen_symbols.crashpath.timeline import CRASH_INFO, NOTES
 from xen_symbols.xen.reads import Read
+from xen_symbols.xen.savedcpus import NO_PAIR
 
 
 def _crash_notes(context: Context, cpu: int) -> Outcome:
@@ -49,10 +50,10 @@ _AS_SAVED = "what Xen's memory holds"
 
 def _dump_notes(context: Context, cpu: int) -> Outcome:
     state = context.state.of(cpu)
-    physical = state.physical
-    if isinstance(physical, Absent):
-        return from_absence(physical)
-    if physical.current:
+    pair = state.pair
+    if isinstance(pair, Absent) and pair != NO_PAIR:
+        return from_absence(pair)
+    if not isinstance(pair, Absent) and pair.current:
         return skip("its registers do not come from the notes that Xen saved")
     notes = state.notes.value
     if isinstance(notes, Absent):
@@ -60,9 +61,15 @@ def _dump_notes(context: Context, cpu: int) -> Outcome:
     if notes.damaged:
         return unknown(f"in Xen's memory {notes.registers}", _AS_SAVED)
     held = notes.saved
-    theirs = physical.registers
+    if isinstance(pair, Absent):
+        if not held:
+            return skip("neither Xen's memory nor the file has notes of it")
+        return expect(Read("no notes", state.notes.evidence), (_AS_SAVED,))
+    theirs = pair.registers
     observed = _AS_SAVED
-    if theirs != held:
+    if theirs and pair.xen_cpu != cpu:  # gdb and crash(8) go by it
+        observed = f"at the place of CPU {pair.xen_cpu}"
+    elif theirs != held:
         lost = [f"no {name}" for name in held if name not in theirs]
         other = [f"other {name}" for name in theirs if theirs[name] != held.get(name)]
         observed = _few([*other, *lost]) if theirs else "empty"

@@ -12,7 +12,7 @@ from xen_symbols.crashpath.timeline import INTERRUPTS
 from xen_symbols.report.model import Verdict
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.control import RFLAGS_IF
-from xen_symbols.xen.ist import IST_SSP_SIZE
+from xen_symbols.xen.cpuinfo import IST_SSP_SIZE
 from xen_symbols.xen.memory import image_region
 from xen_symbols.xen.reads import Read
 

@@ -6,23 +6,25 @@ import json
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.engine import new_report
 from xen_symbols.crashpath.generations import identify
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.crashpath.position import infer
 from xen_symbols.crashpath.stages import CRASHING
-from xen_symbols.describe.machine import describe_symbols, describe_target
+from xen_symbols.describe.machine import describe_symbols, describe_target, with_warnings
 from xen_symbols.describe.notes import describe_crash_notes, describe_notes
 from xen_symbols.report.blocks import Block, Cell, Lines, crash_path, missing_lines, target_line
 from xen_symbols.report.console import print_blocks
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus
 from xen_symbols.report.notelines import buffer_lines, info_note_lines, note_lines
 from xen_symbols.symbols.load import load_symbols
+from xen_symbols.targets import PhysicalCpu
 from xen_symbols.targets.dump import open_dump
 from xen_symbols.xen.images import carried_symbols
 from xen_symbols.xen.locate import locate
-from xen_symbols.xen.state import read_state
+from xen_symbols.xen.memory import XenMemory
+from xen_symbols.xen.state import State, read_state
 from xencrash import live
 from xencrash.errors import complain
 from xencrash.judging import searching, undecided
@@ -83,13 +85,9 @@ def describe_dump(asked: Request) -> Json:
         "target": {"kind": target.kind, "format": target.format, "location": target.location},
         "memory": [],
         "notes": describe_notes(target.notes()),
-        "registers": [
-            {"index": cpu.index, "source": cpu.source, "registers": {k: hex(v) for k, v in cpu.registers.items()}}
-            for cpu in target.cpus()
-        ],
+        "registers": [_registers(None, cpu) for cpu in target.cpus()],
     }
-    if target.truncated:
-        data["target"]["warnings"] = [target.truncated]
+    data["target"] = with_warnings(data["target"], [target.truncated] if target.truncated else [])
     try:
         try:
             if asked.symbols is None:
@@ -103,13 +101,14 @@ def describe_dump(asked: Request) -> Json:
         data["target"] = describe_target(memory)
         data["symbols"] = describe_symbols(memory)
         data["missing"] = [row.to_json() for row in missing(table, None)]
-        identification = identify(memory)
-        data["missing"] = [row.to_json() for row in missing(table, identification.generation)]
-        data["generation"] = new_report(memory, identification).generation
-        state = read_state(memory)
-        described = describe_crash_notes(memory, state)
-        data["notes"] = described["file"]
-        data["crash_notes"] = {name: described[name] for name in ("buffers", "info")}
+        try:
+            identification = identify(memory)
+            data["missing"] = [row.to_json() for row in missing(table, identification.generation)]
+            data["generation"] = new_report(memory, identification).generation
+        finally:  # whose registers are whose does not depend on it
+            state = read_state(memory)
+            data |= _saved(memory, state)
+            data["target"] = with_warnings(data["target"], state.warnings)
         position = infer(state, identification.generation)
         data["stage"] = position.stage.id
         data["crashing_cpu"] = position.crashing_cpu
@@ -117,6 +116,28 @@ def describe_dump(asked: Request) -> Json:
     except (Undecidable, Unreadable) as error:
         data["undecided"] = str(error)
     return data
+
+
+def _saved(memory: XenMemory, state: State) -> Json:
+    """Whose registers are in the dump, and the crash notes in the file and in Xen's memory."""
+    known = [(cpu.cpu, cpu.physical) for cpu in state.cpus.values() if cpu.exists]
+    described = describe_crash_notes(memory, state)
+    return {
+        "registers": [
+            *(_registers(number, cpu) for number, cpu in known),
+            *(_registers(None, cpu) for cpu in state.unmatched),
+        ],
+        "notes": described["file"],
+        "crash_notes": {name: described[name] for name in ("buffers", "info")},
+    }
+
+
+def _registers(number: int | None, cpu: PhysicalCpu | Absent) -> Json:
+    """`cpu` is Xen's number, null where it is not known; `index` the target's own, of a CPU or a pair of notes."""
+    if isinstance(cpu, Absent):
+        return {"cpu": number, "index": None, "source": cpu.reason, "registers": {}}
+    registers = {name: hex(value) for name, value in cpu.registers.items()}
+    return {"cpu": number, "index": cpu.index, "source": cpu.source, "registers": registers}
 
 
 def blocks(data: Json) -> list[Block]:
@@ -138,7 +159,8 @@ def blocks(data: Json) -> list[Block]:
         where = ", ".join(
             f"{name} {cpu['registers'][name]}" for name in ("rip", "rsp", "cr3") if name in cpu["registers"]
         )
-        lines.append(line("CPU", f"{cpu['index']}: {where or 'no registers'} ({cpu['source']})"))
+        number = f"number {cpu['index']} in the file" if cpu["cpu"] is None else cpu["cpu"]
+        lines.append(line("CPU", f"{number}: {where or 'no registers'} ({cpu['source']})"))
     if symbols:
         lines.append(line("Xen", f"at physical {target['xen_phys_start']}, found by {target['found_by']}"))
         lines.append(line("symbols", f"{symbols['path']} ({symbols['source']})"))
