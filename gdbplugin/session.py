@@ -19,7 +19,7 @@ from xen_symbols.crashpath.gatechanges import Key
 from xen_symbols.crashpath.gatewatch import GateWatch
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.symbols.load import load_symbols
-from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.symbols.table import SymbolTable, parse_aliases
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.targets.qmp import absolute
 from xen_symbols.xen.images import carried_symbols
@@ -39,6 +39,7 @@ class Session:
         self.follower: Follower | None = None
         self.gate_watch: GateWatch | None = None
         self._tables: dict[tuple[str, int, int], SymbolTable] = {}
+        self._renamed: tuple[SymbolTable, SymbolTable] | None = None  # one as it is, and with the aliases
         self._target: LiveTarget | ServedDump | None = None
         self._memory: XenMemory | None = None
         self._identification: Identification | None = None
@@ -56,6 +57,20 @@ class Session:
 
     def _chosen(self) -> SymbolTable | None:
         """The file of `set xen symbols`, or the first file gdb has loaded that is Xen's. Raises Undecidable."""
+        table = self._file()
+        return None if table is None else self._with_aliases(table)
+
+    def _with_aliases(self, table: SymbolTable) -> SymbolTable:
+        """The same object for as long as the setting is the same."""
+        aliases = self._aliases()
+        if self._renamed is None or self._renamed[0] is not table or self._renamed[1].aliases != aliases:
+            self._renamed = table, table.with_aliases(aliases)
+        return self._renamed[1]
+
+    def _aliases(self) -> dict[str, str]:
+        return parse_aliases((self.settings["aliases"].value or "").split())
+
+    def _file(self) -> SymbolTable | None:
         chosen = self.settings["symbols"].value
         if chosen:
             return self._load(str(Path(chosen).expanduser().absolute()))
@@ -116,12 +131,18 @@ class Session:
         """Xen where it was found before, or else located again: after a new connection, other symbols, another boot."""
         chosen = self._chosen()
         memory = self._memory
-        same = memory is not None and memory.target is target and (chosen is None or memory.symbols is chosen)
+        same = memory is not None and memory.target is target and (
+            memory.symbols.aliases == self._aliases() if chosen is None else memory.symbols is chosen
+        )
         if memory is None or not same or not still_there(memory):
             self._memory = self._identification = None
             mismatch = bool(self.settings["allow-build-id-mismatch"].value)
-            memory = locate(target, chosen or carried_symbols(target), allow_mismatch=mismatch)
+            table = chosen or carried_symbols(target).with_aliases(self._aliases())
+            memory = locate(target, table, allow_mismatch=mismatch)
             self._memory = memory
+        given = self.settings["generation"].value or None
+        if memory.given_generation != given:
+            memory.given_generation, self._identification = given, None
         return memory
 
     def identification(self, memory: XenMemory) -> Identification:

@@ -13,6 +13,12 @@ SETTINGS = (
             "Empty: QEMU's monitor is asked through gdb, which has no answer for those."),
     Setting("allow-build-id-mismatch", "PARAM_BOOLEAN", "whether symbols of another build are used",
             "Off: they are refused. On: they are used, and every report says so."),
+    Setting("generation", "PARAM_STRING", "the generation of the crash path, where it is not to be recognised",
+            "For a patched Xen: the generation that its crash path comes from (xencrash lab guests lists them).\n"
+            "Reports say that it was given. Empty: it is recognised."),
+    Setting("aliases", "PARAM_STRING", "names that a patched Xen has changed: NAME=ACTUAL, separated by spaces",
+            "Where the crash path's NAME is meant, this Xen has ACTUAL: do_nmi_crash=my_nmi_crash. Reports call it\n"
+            "NAME, and list the aliases. Empty: none."),
     Setting("rdmsr", "PARAM_BOOLEAN", "whether the LAPIC mode may be read by executing an rdmsr on each CPU",
             "Needed only without QMP. It executes one instruction of Xen's on each CPU that is awake in Xen, with the\n"
             "registers put back afterwards; halted CPUs are left alone. For the command line alone, not for -xen-…\n"

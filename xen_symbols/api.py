@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.load import load_symbols
@@ -23,6 +23,8 @@ def open_dump(
     base: int | None = None,
     maps: Sequence[tuple[int, int, int]] = (),
     allow_mismatch: bool = False,
+    generation: str | None = None,
+    aliases: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> XenMemory:
     """Xen in the dump at `path`. Raises Undecidable: one line that says what is wrong and what to do.
@@ -30,8 +32,11 @@ def open_dump(
     `symbols` is xen-syms, xen.efi, a .map or an image; without it the table that Xen carries is used. `base` is the
     physical address of a raw image's first byte, or `maps` has (physical address, offset in the file, size) of each
     stretch of memory in it. `allow_mismatch` accepts symbols of another build.
+    Of a Xen whose crash path was patched `generation` says which it comes from, and `aliases` which names it renames.
     A dump whose notes show no Xen is searched for it; `progress` is called with (bytes searched, bytes in all).
     """
     target = dump.open_dump(os.fspath(path), base=base, maps=[Map(*one) for one in maps])
     table = carried_symbols(target, progress) if symbols is None else load_symbols(os.fspath(symbols))
-    return locate(target, table, allow_mismatch=allow_mismatch)
+    memory = locate(target, table.with_aliases(aliases or {}), allow_mismatch=allow_mismatch)
+    memory.given_generation = generation
+    return memory

@@ -667,8 +667,8 @@ def test_a_xen_that_fits_no_generation_is_shown_the_nearest(monkeypatch: pytest.
     with pytest.raises(Undecidable) as caught:
         identify(Machine().memory)
     assert str(caught.value).endswith(
-        "needs a row in xen_symbols/crashpath/generations.py, beside that of 4.3.2 (not true here:  symbol "
-        "nmi_crash), or 4.3.4 (not true here:  symbol exception_table or symbol dummy_nmi_callback)"
+        "and what it renames (--alias). The nearest: 4.3.4 (2 of 3 statements hold; not so: symbol exception_table or "
+        "symbol dummy_nmi_callback)"
     )
 
 

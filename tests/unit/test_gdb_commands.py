@@ -50,7 +50,8 @@ def test_names_are_unique() -> None:
 
 
 def test_settings_and_functions_are_documented() -> None:
-    assert {setting.name for setting in SETTINGS} == {"symbols", "qmp-socket", "allow-build-id-mismatch", "rdmsr"}
+    names = {"symbols", "qmp-socket", "allow-build-id-mismatch", "generation", "aliases", "rdmsr"}
+    assert {setting.name for setting in SETTINGS} == names
     assert all(setting.summary and setting.details for setting in SETTINGS)
     assert set(FUNCTIONS) == {"xen_per_cpu", "xen_gate"}
     assert all(f"${name}(" in doc for name, doc in FUNCTIONS.items())

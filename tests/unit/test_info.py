@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -43,10 +43,9 @@ def live(monkeypatch: pytest.MonkeyPatch) -> LiveSession:
     session = LiveSession()
 
     @contextlib.contextmanager
-    def opened(
-        target: str, symbols: str | None, qmp: str | None, *, allow_mismatch: bool, notice: Callable[[str], None]
-    ) -> Iterator[LiveSession]:
-        assert (target, symbols, qmp, allow_mismatch) == ("gdb:/s", None, None, False)
+    def opened(target: str, symbols: str | None, qmp: str | None, **more: Any) -> Iterator[LiveSession]:
+        given = {"allow_mismatch": False, "generation": None, "aliases": {}}
+        assert (target, symbols, qmp, {name: more[name] for name in given}) == ("gdb:/s", None, None, given)
         yield session
 
     monkeypatch.setattr(live_machine, "open_session", opened)

@@ -238,7 +238,7 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     @contextlib.contextmanager
     def machine(*_: object, **__: object) -> Iterator[Any]:
         dom0 = argparse.Namespace(load=lambda loops: None)
-        yield argparse.Namespace(gdb_socket="", symbols="", qmp_socket="", dom0=dom0)
+        yield argparse.Namespace(gdb_socket="", symbols="", qmp_socket="", dom0=dom0, prepare=lambda how, cpu: None)
 
     monkeypatch.setattr(judged, "machine", machine)
     monkeypatch.setattr(judged, "trace", lambda *_, **__: report())

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from tests.machines import realxen
+from xen_symbols.absence import Unreadable
 from xen_symbols.crashpath.generations import BY_ID
-from xencrash.lab import boot, crash, domu, images, initramfs, machine
+from xencrash.lab import boot, crash, domu, images, initramfs, machine, planted
 from xencrash.lab.crash import Crash
 from xencrash.lab.dumps import elf_size
 from xencrash.lab.errors import BadSpecification, LabError
@@ -158,8 +159,18 @@ def test_a_crash_on_a_chosen_cpu_is_dom0s_panic() -> None:
     assert [Crash().way, Crash(cpu=1).way, Crash("panic").way] == ["key", "panic", "panic"]
     with pytest.raises(BadSpecification, match="--how key crashes the CPU that takes the serial interrupt"):
         Crash("key", 0)
-    with pytest.raises(BadSpecification, match="--how is key or panic, not 'nmi'"):
-        Crash("nmi")
+    with pytest.raises(BadSpecification, match="--how is key or panic or nmi or bug or .*, not 'smi'"):
+        Crash("smi")
+    with pytest.raises(BadSpecification, match="--how nmi crashes CPU 0, the only one whose LINT1 Xen unmasks"):
+        Crash("nmi", 1)
+    with pytest.raises(BadSpecification, match="--how watchdog: .* performance counters, which TCG lacks"):
+        Crash("watchdog")
+    with pytest.raises(BadSpecification, match="--how mce: a machine check of QEMU's does not end Xen 4.17"):
+        Crash("mce")
+    for way in planted.CODE:
+        with pytest.raises(BadSpecification, match="boot the machine with --dom0-vcpus 4"):
+            Crash(way, 2).require_vcpus(4, 1)
+    assert [Crash(way, 0).xen_args for way in ("nmi", "bug")] == ["nmi=fatal", ""]
 
 
 def test_what_follows_from_a_specification() -> None:
@@ -284,6 +295,73 @@ def test_the_reference_guest_crashes_by_a_bare_key(monkeypatch: pytest.MonkeyPat
     with pytest.raises(BadSpecification, match="--how and --cpu are for real Xen"):
         lab.crash("panic")
     assert typed == [b"C"]
+
+
+def running_lab(monkeypatch: pytest.MonkeyPatch, folder: Path, said: str = "") -> tuple[machine.Machine, list[Any]]:
+    """A machine, and the commands that QEMU and dom0 are given; QEMU's monitor answers as `said`."""
+    lab, given = lab_of("Xen 4.17", folder=folder), list[Any]()
+
+    def qmp(command: str, **arguments: Any) -> Any:
+        given.extend([(command, *arguments.values())] if not command.startswith("query") else [])
+        stub = [{"label": "gdb", "filename": "disconnected:unix:gdb"}]
+        return {"query-status": {"status": "running"}, "query-chardev": stub}.get(command, said)
+
+    monkeypatch.setattr(lab, "qmp", qmp)
+    monkeypatch.setattr(lab.dom0, "begin", given.append)
+    return lab, given
+
+
+def test_an_nmi_is_for_a_xen_to_which_it_is_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, given = running_lab(monkeypatch, tmp_path)
+    lab.paths.serial_log.write_bytes(b"(XEN) Command line: com1=115200 noreboot\n")
+    with pytest.raises(LabError, match="does not crash it as it was booted: give --xen-args nmi=fatal"):
+        lab.crash("nmi")
+    lab.paths.serial_log.write_bytes(b"(XEN) Command line: com1=115200 nmi=fatal\n")
+    lab.crash("nmi")
+    assert given == [("inject-nmi",)]
+
+
+def test_a_fault_is_planted_before_and_made_by_dom0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, given = running_lab(monkeypatch, tmp_path)
+    planting: list[Any] = []
+    monkeypatch.setattr(crash, "plant", lambda *words: planting.append(words))
+    lab.prepare("panic")
+    assert (planting, given) == ([], [])
+    lab.prepare("bug", 1)
+    assert planting == [("bug", tmp_path / "gdb.sock", Path(), 4)] and given == [("cont",)]
+    lab.crash("bug", 1)
+    assert given[-1] == "taskset -p 2 $$ >/dev/null && { kexec -p -u; }"
+    monkeypatch.setattr(crash, "held_by_debugger", lambda _: True)
+    with pytest.raises(LabError, match="--how bug needs QEMU's gdbstub, and a debugger is attached: detach it"):
+        lab.prepare("bug", 1)
+    assert len(planting) == 1
+
+
+def test_where_a_fault_is_planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first CPU that maps Xen, at the entry of the hypercall."""
+    written: list[Any] = []
+
+    class Stub:
+        def __init__(self, _: Path) -> None: ...
+        def __enter__(self) -> Stub:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def write_virtual(self, cpu: int, address: int, data: bytes) -> None:
+            if cpu != 2:
+                raise Unreadable("in a guest")
+            written.append((cpu, address, data))
+
+    monkeypatch.setattr(planted, "Rsp", Stub)
+    symbols = tmp_path / "xen-syms.map"
+    symbols.write_text("ffff82d040200000 T _start\nffff82d040200100 T do_kexec_op\n")
+    planted.plant("bug", Path("/stub"), symbols, 4)
+    assert written == [(2, 0xFFFF82D040200100, b"\x0f\x0b")]
+    with pytest.raises(LabError, match="all CPUs are in guests now, and none maps do_kexec_op: try again"):
+        planted.plant("page-fault", Path("/stub"), symbols, 2)
+    symbols.write_text("ffff82d040200000 T _start\n")
+    with pytest.raises(LabError, match="--how bug needs do_kexec_op, which .*xen-syms.map does not name"):
+        planted.plant("bug", Path("/stub"), symbols, 4)
 
 
 _XEN = b"(XEN) Brought up 4 CPUs\r\n[ 0.0] Kernel command line: panic=5\r\n"

@@ -78,7 +78,7 @@ def new_report(memory: XenMemory, identification: Identification | None = None) 
     if identification is not None:
         generation = identification.generation
         report.generation = describe_generation(
-            generation.id, generation.introduced, generation.releases, identification.evidence
+            generation.id, generation.introduced, generation.releases, identification.evidence, identification.given
         )
     return report
 

@@ -201,17 +201,21 @@ BY_ID = {generation.id: generation for generation in GENERATIONS}
 
 
 class Identification(NamedTuple):
-    """Which generation a Xen is, and the statements that say so."""
+    """Which generation a Xen is, and the statements that say so; `given` where it was not recognised by them."""
 
     generation: Generation
     evidence: tuple[str, ...]
+    given: bool = False
 
 
 def identify(memory: XenMemory) -> Identification:
     """The one generation whose evidence all holds.
 
-    Raises Undecidable for none or several, naming what was found or could not be read.
+    One that was given (`given_generation`) is taken, whatever holds. Raises Undecidable for none or several, naming
+    what was found or could not be read, and for an id that there is not.
     """
+    if memory.given_generation is not None:
+        return _given(memory, memory.given_generation)
     holding: list[Generation] = []
     unread: list[str] = []
     for generation in GENERATIONS:
@@ -239,19 +243,31 @@ def identify(memory: XenMemory) -> Identification:
         raise Undecidable(f"the evidence fits several generations of the crash path: {names}; it was not judged")
     raise Undecidable(
         f"no generation of the crash path fits {memory.symbols.path}: is it Xen with kexec support? "
-        "A newer Xen needs a row in xen_symbols/crashpath/generations.py, beside that of "
-        + ", or ".join(f"{near} (not true here:  {'; '.join(missing)})" for near, missing in _nearest(memory))
+        "A newer Xen needs a row in xen_symbols/crashpath/generations.py; for a patched one give the generation that "
+        f"it comes from (--generation) and what it renames (--alias). The nearest: {', '.join(_nearest(memory))}"
     )
 
 
-def _nearest(memory: XenMemory) -> list[tuple[str, list[str]]]:
-    """(id, statements that do not hold) of the generations of which the fewest do not."""
+def _given(memory: XenMemory, name: str) -> Identification:
+    if name not in BY_ID:
+        raise Undecidable(f"--generation {name}: the generations are {', '.join(BY_ID)}")
+    statements = ["not so: " * _is_not_so(evidence, memory) + evidence.says for evidence in BY_ID[name].evidence]
+    return Identification(BY_ID[name], tuple(statements), given=True)
+
+
+def _nearest(memory: XenMemory) -> list[str]:
+    """In words, the generations of whose statements the largest share holds, and which do not."""
     missing = {
-        generation.id: [evidence.says for evidence in generation.evidence if _is_not_so(evidence, memory)]
+        generation: [evidence.says for evidence in generation.evidence if _is_not_so(evidence, memory)]
         for generation in GENERATIONS
     }
-    fewest = min(map(len, missing.values()))
-    return [(name, statements) for name, statements in missing.items() if len(statements) == fewest]
+    shares = {generation: 1 - len(says) / len(generation.evidence) for generation, says in missing.items()}
+    return [
+        f"{generation.id} ({len(generation.evidence) - len(says)} of {len(generation.evidence)} statements hold; "
+        f"not so: {'; '.join(says)})"
+        for generation, says in missing.items()
+        if shares[generation] == max(shares.values())
+    ]
 
 
 def _is_not_so(evidence: Evidence, memory: XenMemory) -> bool:

@@ -46,18 +46,24 @@ def describe_symbols(memory: XenMemory) -> contract.Symbols:
     theirs = memory.build_id
     own = symbols.build_id
     match = None if own is None or isinstance(theirs, Absent) else own == theirs
-    return {
+    described: contract.Symbols = {
         "path": symbols.path,
         "source": symbols.source,
         "build_id": own.hex() if own else None,
         "target_build_id": None if isinstance(theirs, Absent) else theirs.hex(),
         "match": match,
     }
+    return {**described, "aliases": dict(symbols.aliases)} if symbols.aliases else described
 
 
-def describe_generation(id: str, introduced: str, releases: str, evidence: Iterable[str]) -> contract.Generation:
+def describe_generation(
+    id: str, introduced: str, releases: str, evidence: Iterable[str], given: bool = False
+) -> contract.Generation:
     """A generation of the crash path: the commit that brought it, the releases that have it, the evidence for it."""
-    return {"id": id, "introduced": introduced, "releases": releases, "evidence": list(evidence)}
+    described: contract.Generation = {
+        "id": id, "introduced": introduced, "releases": releases, "evidence": list(evidence)
+    }  # fmt: skip
+    return {**described, "given": True} if given else described
 
 
 def describe_gate(symbols: SymbolTable, gate: Gate) -> contract.Gate:

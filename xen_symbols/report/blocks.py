@@ -77,7 +77,8 @@ def header(report: contract.Report) -> Lines:
     lines = [[Cell("target      ", "dim"), Cell(target_line(target))]]
     lines += [[Cell("warning     ", "dim"), Cell(warning, "unknown")] for warning in target.get("warnings", ())]
     if symbols["path"] is not None:  # nothing could be opened
-        used = f"{symbols['path']} ({symbols.get('source')}), build-id {symbols['build_id'] or 'none'}: "
+        given = "".join(f", {name} is {actual}" for name, actual in symbols.get("aliases", {}).items())
+        used = f"{symbols['path']} ({symbols.get('source')}){given}, build-id {symbols['build_id'] or 'none'}: "
         lines.append([Cell("symbols     ", "dim"), Cell(used), match[symbols["match"]]])
     if generation:
         evidence = "; ".join(generation["evidence"])
@@ -90,7 +91,11 @@ def header(report: contract.Report) -> Lines:
 
 
 def crash_path(generation: Mapping[str, Any]) -> str:
-    """A generation, by the releases that have it and the commit that introduced it."""
+    """A generation, by the releases that have it and the commit that introduced it, and whether it was recognised."""
+    return _in_words(generation) + (", given, not recognised" if generation.get("given") else "")
+
+
+def _in_words(generation: Mapping[str, Any]) -> str:
     releases = generation.get("releases")
     if releases is None:  # a report from before it had them
         return f"generation {generation['id']}"

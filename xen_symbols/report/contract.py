@@ -45,6 +45,7 @@ class _Symbols(TypedDict):
 
 
 class Symbols(_Symbols, total=False):
+    aliases: dict[str, str]  # that were given: what this build calls a name of the crash path
     source: str
     target_build_id: Hex | None
 
@@ -57,6 +58,7 @@ class _Generation(TypedDict):
 class Generation(_Generation, total=False):
     introduced: str  # commit
     releases: str  # that have it
+    given: bool  # by who asked; else it was recognised
 
 
 class Place(TypedDict):

@@ -5,12 +5,15 @@ profiler and the variable in traps.c. `file#name` (Xen's own notation) says whic
 name that stands for several addresses is an error that lists them.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
 
-from xen_symbols.absence import Kind, Unreadable
+from xen_symbols.absence import Kind, Undecidable, Unreadable
 from xen_symbols.formats.image import Image
 
 TEXT = "tTwW"
@@ -106,9 +109,28 @@ class SymbolTable:
         self.build_id, self.note_address = build_id, note_address
         self.image = image
         self.text_only = text_only  # the source holds functions and no variables
+        self.aliases: Mapping[str, str] = {}  # by the name that is asked for, what this build calls it
+        self._remember()
+
+    def _remember(self) -> None:
         self.lookup = lru_cache(_PLACES)(self._lookup)  # thousands of CPUs are in the same few places
         # Every look at a live machine asks for the same names, and file#name may go through all of them.
         self._resolve = lru_cache(_NAMES)(self._find_row)
+
+    def with_aliases(self, aliases: Mapping[str, str]) -> SymbolTable:
+        """The same symbols, in which some names stand for those that a build has in their place.
+
+        What lies at such a symbol is called by the name that it stands for. Raises Undecidable for what is not there.
+        """
+        for name, actual in aliases.items():
+            if not self._named(actual):
+                raise Undecidable(f"--alias {name}={actual}: {self.path} has no {actual}")
+        if not aliases:
+            return self
+        table = copy(self)
+        table.aliases = dict(aliases)
+        table._remember()
+        return table
 
     # -- by name ------------------------------------------------------------------------------
 
@@ -131,6 +153,7 @@ class SymbolTable:
         return earlier
 
     def _named(self, name: str) -> list[int]:
+        name = self.aliases.get(name, name)
         last = self._by_name.get(name)
         return [] if last is None else [*self._earlier.get(name, ()), last]
 
@@ -254,7 +277,11 @@ class SymbolTable:
         aliases = [s for s in map(self.rows.symbol, rows[first:after]) if s.name]
         if start < address:
             aliases = [s for s in aliases if s.name not in _END_MARKERS]
-        return (min(aliases, key=_plainness), address - start) if aliases else None
+        if not aliases:
+            return None
+        symbol = min(aliases, key=_plainness)
+        stands_for = next((name for name, actual in self.aliases.items() if actual == symbol.name), symbol.name)
+        return symbol._replace(name=stands_for), address - start
 
     def describe(self, address: int) -> str:
         """`name`, `name+0x51`, or the address in hex."""
@@ -306,6 +333,17 @@ class SymbolTable:
         if not ends:
             raise SymbolNotFound(f"where {name} ends is not in the {self.source} ({self.path})")
         return start, min(ends)
+
+
+def parse_aliases(words: Iterable[str]) -> dict[str, str]:
+    """Of NAME=ACTUAL each. Raises Undecidable."""
+    aliases = {}
+    for word in words:
+        name, equals, actual = word.partition("=")
+        if not (name and equals and actual):
+            raise Undecidable(f"{word!r} is not an alias: that is NAME=ACTUAL, such as do_nmi_crash=my_nmi_crash")
+        aliases[name] = actual
+    return aliases
 
 
 def _same_file(recorded: str | None, asked: str) -> bool:

@@ -160,6 +160,7 @@ class XenMemory(AddressSpace):
         self.symbols = symbols
         self.table = symbols.address(ROOT) if table is None else table
         self.build_id: bytes | Absent = Absent("not looked for")
+        self.given_generation: str | None = None  # of the crash path: not to be recognised
 
     @property
     def xen_phys_start(self) -> int:

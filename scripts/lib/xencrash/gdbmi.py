@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pygdbmi.IoManager import IoManager
@@ -168,13 +168,22 @@ class GdbSession:
     # -- the machine --------------------------------------------------------------------------
 
     def open(
-        self, target: str, symbols: str | None = None, qmp: str | None = None, *, allow_mismatch: bool = False
+        self,
+        target: str,
+        symbols: str | None = None,
+        qmp: str | None = None,
+        *,
+        allow_mismatch: bool = False,
+        generation: str | None = None,
+        aliases: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Tell the plugin what the user said, and attach to the machine; one after another, if wished. Settings that
         are not given stay as they are. Raises Undecidable."""
         self.set("symbols", str(Path(symbols).absolute()) if symbols else None)
         self.set("qmp-socket", absolute(qmp) if qmp else None)
         self.set("allow-build-id-mismatch", allow_mismatch)
+        self.set("generation", generation)
+        self.set("aliases", " ".join(f"{name}={actual}" for name, actual in aliases.items()) or None)
         self.attach(target, qmp)
 
     def attach(self, target: str, qmp: str | None = None) -> None:
@@ -384,6 +393,8 @@ def open_session(
     qmp: str | None = None,
     *,
     allow_mismatch: bool = False,
+    generation: str | None = None,
+    aliases: Mapping[str, str] = MappingProxyType({}),
     gdb: str | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> GdbSession:
@@ -392,7 +403,9 @@ def open_session(
     parse_live(target)
     session = GdbSession(gdb, notice)
     try:
-        session.open(target, symbols, qmp, allow_mismatch=allow_mismatch)
+        session.open(
+            target, symbols, qmp, allow_mismatch=allow_mismatch, generation=generation, aliases=aliases
+        )  # fmt: skip
     except BaseException:
         session.close()
         raise

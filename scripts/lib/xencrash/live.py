@@ -50,5 +50,6 @@ def console(asked: Request) -> str:
 
 def _session(asked: Request) -> GdbSession:
     return open_session(
-        asked.target, asked.symbols, asked.qmp, allow_mismatch=asked.allow_mismatch, notice=complain
-    )
+        asked.target, asked.symbols, asked.qmp, allow_mismatch=asked.allow_mismatch, generation=asked.generation,
+        aliases=asked.aliases, notice=complain,
+    )  # fmt: skip

@@ -1,9 +1,13 @@
 """Options that several sub-commands share, and what they mean."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable
+from xen_symbols.crashpath.generations import BY_ID
+from xen_symbols.symbols.table import parse_aliases
 from xen_symbols.targets import PHYSICAL_END
 from xen_symbols.targets.raw import Map
 from xencrash.errors import UsageError
@@ -26,6 +30,8 @@ class Request(NamedTuple):
     base: int | None = None  # of a raw image
     maps: tuple[Map, ...] = ()  # the same, where it is not one piece
     allow_mismatch: bool = False
+    generation: str | None = None  # of the crash path; None: recognised
+    aliases: Mapping[str, str] = MappingProxyType({})  # what this Xen calls a name of the crash path
 
     @property
     def live(self) -> bool:
@@ -61,6 +67,38 @@ def add_target(parser: ArgumentParser, *, several: bool = False, dumps: bool = T
     )
 
 
+def add_given(parser: ArgumentParser) -> None:
+    """What is said of a patched crash path: for `what_is_given`, which `request` has."""
+    parser.add_argument(
+        "--generation", choices=BY_ID, metavar="ID",
+        help="the crash path's generation, where a patched one is not recognised (xencrash lab guests lists them)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--alias", type=_alias, action="append", default=[], metavar="NAME=ACTUAL",
+        help="what a patched Xen calls a name of the crash path: do_nmi_crash=my_nmi_crash; may be repeated",
+    )  # fmt: skip
+
+
+class Given(NamedTuple):
+    """What was said of a crash path: as in Request."""
+
+    generation: str | None
+    aliases: Mapping[str, str]
+
+
+def what_is_given(args: Namespace) -> Given:
+    """Nothing where the command has no such options."""
+    return Given(getattr(args, "generation", None), parse_aliases(getattr(args, "alias", [])))
+
+
+def _alias(text: str) -> str:
+    try:
+        parse_aliases([text])
+    except Undecidable as error:
+        raise ArgumentTypeError(str(error)) from None
+    return text
+
+
 def requests(args: Namespace) -> list[Request]:
     """A request for each TARGET. Raises UsageError for an option that would have no effect."""
     if args.allow_build_id_mismatch and args.symbols is None:
@@ -75,7 +113,9 @@ def request(args: Namespace, *, symbols_may_follow: bool = False) -> Request:
 
 
 def _request(target: str, args: Namespace) -> Request:
-    asked = Request(target, args.symbols, args.qmp, args.base, tuple(args.map), args.allow_build_id_mismatch)
+    asked = Request(
+        target, args.symbols, args.qmp, args.base, tuple(args.map), args.allow_build_id_mismatch, *what_is_given(args)
+    )
     if asked.maps and asked.base is not None:
         raise UsageError("--map says all of what is where in a raw image, and --base as well: leave one out")
     for name, given in (("--base", asked.base is not None), ("--map", bool(asked.maps))):

@@ -7,7 +7,8 @@ to QEMU or to gdb on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from xen_symbols.absence import Undecidable
@@ -46,6 +47,8 @@ def trace(
     on_stop: Callable[[GdbSession], None] | None = None,
     leave_stopped: bool = False,
     allow_mismatch: bool = False,
+    generation: str | None = None,
+    aliases: Mapping[str, str] = MappingProxyType({}),
     gates: bool = False,
     interrupted: Callable[[contract.Report], None] = _unreported,
     gdb: str | None = None,
@@ -54,7 +57,10 @@ def trace(
 
     The rest is as for `follow`. What prevents its beginning is raised as Undecidable.
     """
-    with open_session(target, symbols, qmp, allow_mismatch=allow_mismatch, gdb=gdb, notice=notice) as session:
+    with open_session(
+        target, symbols, qmp, allow_mismatch=allow_mismatch, generation=generation, aliases=aliases, gdb=gdb,
+        notice=notice,
+    ) as session:  # fmt: skip
         return follow(
             session, timeout=timeout, stall=stall, progress=progress, notice=notice, trigger=trigger, on_stop=on_stop,
             leave_stopped=leave_stopped, gates=gates, interrupted=interrupted,

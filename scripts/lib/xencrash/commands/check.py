@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 
 from xencrash.judging import attempt, judge
 from xencrash.lazy import load
-from xencrash.options import ANY_TARGET, JUDGED, add_output, add_target, requests
+from xencrash.options import ANY_TARGET, JUDGED, add_given, add_output, add_target, requests
 from xencrash.output import begin, finish
 
 _SEVERAL = "xencrash.several:judge"  # what several dumps take would slow one down
@@ -23,6 +23,7 @@ EPILOG = f"{ANY_TARGET}\n\n{JUDGED}"
 
 def add_options(parser: ArgumentParser) -> None:
     add_target(parser, several=True)
+    add_given(parser)
     add_output(parser, "table", "json", "junit", "html")
 
 

@@ -23,7 +23,7 @@ from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets.qmp import absolute
 from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
 from xencrash.judging import open_xen
-from xencrash.options import ANY_TARGET, Request, add_target, parse_live, request
+from xencrash.options import ANY_TARGET, Request, add_given, add_target, parse_live, request
 from xencrash.serve import GDB_SETTINGS, served, serving
 
 EPILOG = f"""\
@@ -37,6 +37,7 @@ exit status:
 
 def add_options(parser: ArgumentParser) -> None:
     add_target(parser)
+    add_given(parser)
     parser.set_defaults(gdb_arguments=[])  # those after --
 
 
@@ -52,6 +53,10 @@ def run(args: Namespace) -> int:
             words.append(f"set xen qmp-socket {absolute(asked.qmp)}")
         if asked.allow_mismatch:
             words.append("set xen allow-build-id-mismatch on")
+        if asked.generation:
+            words.append(f"set xen generation {asked.generation}")
+        if asked.aliases:
+            words.append("set xen aliases " + " ".join(f"{name}={actual}" for name, actual in asked.aliases.items()))
         words += [*settings, f"target remote {place}"]
         for word in words:
             command += ["-ex", word]

@@ -28,7 +28,7 @@ from xen_symbols.xen.state import State, read_state
 from xencrash import live
 from xencrash.errors import complain
 from xencrash.judging import searching, undecided
-from xencrash.options import ANY_TARGET, Request, add_output, add_target, request
+from xencrash.options import ANY_TARGET, Request, add_given, add_output, add_target, request
 from xencrash.output import begin, to
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ exit status:
 
 def add_options(parser: ArgumentParser) -> None:
     add_target(parser)
+    add_given(parser)
     add_output(parser, "table", "json")
 
 
@@ -94,7 +95,9 @@ def describe_dump(asked: Request) -> Json:
                 table = carried_symbols(target, searching(asked.target))
             else:
                 table = load_symbols(asked.symbols)
+            table = table.with_aliases(asked.aliases)
             memory = locate(target, table, allow_mismatch=asked.allow_mismatch)
+            memory.given_generation = asked.generation
         finally:  # what is where in a raw image is known when Xen is found
             data["memory"] = [[hex(start), hex(end)] for start, end in target.physical_ranges()]
             data["target"]["format"] = target.format
@@ -164,6 +167,7 @@ def blocks(data: Json) -> list[Block]:
     if symbols:
         lines.append(line("Xen", f"at physical {target['xen_phys_start']}, found by {target['found_by']}"))
         lines.append(line("symbols", f"{symbols['path']} ({symbols['source']})"))
+        lines += [line("alias", f"{name} is {actual}, as given") for name, actual in symbols.get("aliases", {}).items()]
         in_memory = symbols["target_build_id"] or "not found"
         lines.append(line("build-id", f"{symbols['build_id'] or 'none'}, in memory {in_memory}"))
     lines += [line("missing", text) for text in missing_lines(data.get("missing", []))]

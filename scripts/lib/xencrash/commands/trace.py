@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from xencrash.errors import UsageError, complain
 from xencrash.judging import attempt
-from xencrash.options import JUDGED, LIVE_TARGET, Request, add_output, add_target, request, seconds
+from xencrash.options import JUDGED, LIVE_TARGET, Request, add_given, add_output, add_target, request, seconds
 from xencrash.output import begin, finish, write
 from xencrash.renderers.table import show_stage
 from xencrash.trace import trace
@@ -25,6 +25,7 @@ EPILOG = f"TARGET is {LIVE_TARGET}.\n\n{JUDGED}"
 
 def add_options(parser: ArgumentParser) -> None:
     add_target(parser, dumps=False)
+    add_given(parser)
     add_output(parser, "table", "json", "junit", "html")
     parser.add_argument("--timeout", type=seconds, metavar="S", help="give up after S seconds without a crash")
     parser.add_argument(
@@ -55,6 +56,8 @@ def run(args: Namespace) -> int:
             leave_stopped=args.leave_stopped,
             gates=args.gates,
             allow_mismatch=asked.allow_mismatch,
+            generation=asked.generation,
+            aliases=asked.aliases,
             progress=show_stage,
             notice=complain,
             trigger=_say_waiting,

@@ -116,6 +116,7 @@ def _xen_boot(spec: Specification, cache: Cache) -> Boot:
         f"dom0_mem={DOM0_MIB}M dom0_max_vcpus={dom0_vcpus}",
         "dom0_vcpus_pin" * (dom0_vcpus == spec.cpus),
         "dom0=pvh" * spec.pvh,
+        spec.crash.xen_args,
         spec.xen_args,
     )
     kernel = f"{made.kernel} console=hvc0 earlyprintk=xen {spec.dom0_args}".rstrip()

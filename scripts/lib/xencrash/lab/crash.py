@@ -5,14 +5,29 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from xencrash.guests import generations
 from xencrash.lab.dom0 import Dom0
 from xencrash.lab.errors import BadSpecification, LabError
+from xencrash.lab.planted import CODE, MAKES_IT, plant
 from xencrash.lab.process import Process
 from xencrash.lab.serial import Serial
 
-WAYS = ("key", "panic")
+WAYS = ("key", "panic", "nmi", *CODE)
+_BY_DOM0 = ("panic", *CODE)  # on the CPU that dom0 runs on
+# Why a way does not take a CPU, of those that do not take any.
+_NOT_CHOSEN = {
+    "key": "--how key crashes the CPU that takes the serial interrupt: leave --cpu out, or give --how panic",
+    "nmi": "--how nmi crashes CPU 0, the only one whose LINT1 Xen unmasks: leave --cpu out",
+}
+# What cannot be done on the lab's machines, and why.
+_CANNOT = {
+    "mce": "a machine check of QEMU's does not end Xen 4.17 on an AMD CPU, which TCG's is: give --how nmi",
+    "watchdog": "Xen's watchdog counts with performance counters, which TCG lacks (Xen says that it is stuck): "
+    "--how nmi takes the same way through an NMI",
+}
+_FATAL_NMI = "nmi=fatal"  # Xen's option: without it an NMI that it cannot explain may go to dom0
 _RESUMES_IN = 5.0  # seconds from gdb's "running" to QEMU's, on a loaded host
 # What Xen, or the reference guest, prints when it begins to crash.
 CRASHED = re.compile(
@@ -27,24 +42,31 @@ class Crash:
     """A crash of Xen. Raises BadSpecification for what cannot be.
 
     `how` is "key" (Xen's crash key, pressed on its console: the CPU that takes the serial interrupt crashes, not always
-    CPU 0), "panic" (dom0's kernel panics) or None (by the key, or where a CPU is chosen by panic). `cpu` is the CPU to
-    crash on, for which dom0 must have a vCPU on each CPU; None for any.
+    CPU 0), "panic" (dom0's kernel panics), "nmi" (an NMI that Xen takes for fatal: the crash begins inside it, on CPU
+    0), "bug", "page-fault" or "double-fault" (Xen's own, by code that is
+    planted in a hypercall) or None (by the key, or where a CPU is chosen by panic). `cpu` is the CPU to crash on; None
+    for any. Where dom0 has a part in it, dom0 must have a vCPU on each CPU to choose one.
     """
 
     how: str | None = None
     cpu: int | None = None
 
     def __post_init__(self) -> None:
+        if self.how in _CANNOT:
+            raise BadSpecification(f"--how {self.how}: {_CANNOT[self.how]}")
         if self.how not in (None, *WAYS):
             raise BadSpecification(f"--how is {' or '.join(WAYS)}, not {self.how!r}")
-        if self.how == "key" and self.cpu is not None:
-            raise BadSpecification(
-                "--how key crashes the CPU that takes the serial interrupt: leave --cpu out, or give --how panic"
-            )
+        if self.how in _NOT_CHOSEN and self.cpu not in (None, 0 if self.how == "nmi" else None):
+            raise BadSpecification(_NOT_CHOSEN[self.how])
 
     @property
     def way(self) -> str:
         return self.how or ("key" if self.cpu is None else "panic")
+
+    @property
+    def xen_args(self) -> str:
+        """What Xen's command line needs for it."""
+        return _FATAL_NMI if self.how == "nmi" else ""
 
     def require_cpu(self, cpus: int) -> None:
         """Raise BadSpecification if a machine with this many CPUs does not have the chosen one."""
@@ -54,10 +76,23 @@ class Crash:
     def require_vcpus(self, cpus: int, dom0_vcpus: int) -> None:
         """Raise BadSpecification if dom0 cannot panic on the chosen CPU."""
         self.require_cpu(cpus)
-        if self.cpu is not None and dom0_vcpus != cpus:
+        if self.cpu is not None and self.way in _BY_DOM0 and dom0_vcpus != cpus:
             raise BadSpecification(
                 f"--cpu {self.cpu} needs a vCPU of dom0 on every CPU: boot the machine with --dom0-vcpus {cpus}"
             )
+
+
+def prepare(crash: Crash, process: Process) -> None:
+    """What must be done before a debugger is attached. Raises LabError."""
+    if crash.way not in CODE:
+        return
+    _require_running(process)
+    if held_by_debugger(process):
+        raise LabError(f"crashing Xen: --how {crash.way} needs QEMU's gdbstub, and a debugger is attached: detach it")
+    try:
+        plant(crash.way, process.paths.gdb, Path(process.state.symbols), process.state.cpus)
+    finally:
+        process.qmp("cont")
 
 
 def cause(crash: Crash, process: Process, serial: Serial, dom0: Dom0) -> None:
@@ -72,7 +107,14 @@ def cause(crash: Crash, process: Process, serial: Serial, dom0: Dom0) -> None:
         serial.to_xen()
         serial.send(b"C")
         return
+    if crash.way == "nmi":
+        if not re.search(rb"Command line:.*\b" + _FATAL_NMI.encode(), process.read_log(process.paths.serial_log)):
+            raise LabError(f"crashing Xen: an NMI does not crash it as it was booted: give --xen-args {_FATAL_NMI}")
+        process.qmp("inject-nmi")
+        return
     panic = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
+    if crash.way in CODE:
+        panic = MAKES_IT
     dom0.begin(panic if crash.cpu is None else f"taskset -p {1 << crash.cpu:x} $$ >/dev/null && {{ {panic}; }}")
 
 

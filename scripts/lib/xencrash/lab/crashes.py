@@ -102,6 +102,7 @@ def _reports(cell: Cell, gdb: str, output: Path, fresh: bool) -> Iterator[contra
     judged.folder(output)
     with judged.machine(output, _specification(cell), fresh=fresh) as lab:
         lab.dom0.load(cell.load)
+        lab.prepare(cell.how, cell.cpu)
         report = judged.follow(lab, output, lambda: _crash_later(lab, cell), gdb=gdb)
         yield report
         if not report.get("undecided"):

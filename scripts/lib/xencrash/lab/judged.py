@@ -109,10 +109,11 @@ def follow(machine: Machine, output: Path, crash: Callable[[], None], **options:
     return report
 
 
-def check_vmcore(machine: Machine, output: Path) -> contract.Report:
-    """The report on the vmcore that the crash kernel takes, also left as the files of _CHECK beside the `vmcore`."""
+def check_vmcore(machine: Machine, output: Path, **given: Any) -> contract.Report:
+    """The report on the vmcore that the crash kernel takes, also left as the files of _CHECK beside the `vmcore`;
+    what is `given` is Request's."""
     vmcore = machine.dumps.vmcore(output / _VMCORE)
-    checked = judge_dump(Request(str(vmcore), str(machine.symbols))).to_json()
+    checked = judge_dump(Request(str(vmcore), str(machine.symbols), **given)).to_json()
     _leave(checked, output, _CHECK)
     return checked
 

@@ -96,6 +96,10 @@ class Machine(Process):
                     return link
         raise LabError(f"QEMU (process {self.state.pid}) has no RAM file to share: start it with shared_ram")
 
+    def prepare(self, how: str | None = None, cpu: int | None = None) -> None:
+        """What the same crash needs before a debugger is attached."""
+        crash.prepare(Crash(how, cpu), self)
+
     def crash(self, how: str | None = None, cpu: int | None = None) -> None:
         """Crash Xen as `Crash` says, and return at once."""
         crash.cause(Crash(how, cpu), self, self.serial, self.dom0)

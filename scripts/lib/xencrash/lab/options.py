@@ -62,7 +62,7 @@ def own(args: Namespace) -> OwnXen | None:
 
 def add_crash(parser: ArgumentParser) -> None:
     """How Xen crashes: for `specification`, or `crash`."""
-    parser.add_argument("--how", choices=WAYS, default=None, help="default: key, or panic with --cpu")
+    parser.add_argument("--how", metavar="WAY", help=f"{', '.join(WAYS)}; default: key, or panic with --cpu")
     parser.add_argument("--cpu", type=int, metavar="N", help="the CPU to crash on (needs --dom0-vcpus)")
 
 

@@ -1,7 +1,16 @@
-"""Crash Xen on purpose. `--how key` presses C on Xen's console; the CPU that
-takes the serial interrupt crashes. `--how panic` makes dom0's kernel panic; with
-`lab up --dom0-vcpus CPUS` (as many as the machine has CPUs) `--cpu` chooses the
-CPU.
+"""Crash Xen on purpose. `--how` is one of
+
+  key           C on Xen's console; the CPU that takes the serial interrupt crashes
+  panic         dom0's kernel panics
+  nmi           an NMI on CPU 0, fatal to a Xen booted with nmi=fatal: the crash
+                begins inside it
+  bug           Xen executes ud2, as BUG() does
+  page-fault    Xen reads what is not mapped
+  double-fault  Xen loses its stack
+
+The last three are planted in Xen's kexec hypercall, which dom0 then makes. For
+them and for panic `lab up --dom0-vcpus CPUS` (as many as the machine has) lets
+`--cpu` choose the CPU.
 """
 
 from __future__ import annotations
@@ -24,6 +33,7 @@ def run(args: Namespace) -> int:
     crashing = machine(args)
     asked.require_vcpus(crashing.state.cpus, crashing.state.dom0_vcpus)
     since = crashing.serial.size()
+    crashing.prepare(asked.how, asked.cpu)
     crashing.crash(asked.how, asked.cpu)
     wait_until_seen(crashing, since)
     print(f"crashing; see {crashing.serial_log}")

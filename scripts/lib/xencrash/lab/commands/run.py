@@ -17,6 +17,7 @@ from xencrash.lab import judged, progress
 from xencrash.lab.machine import Machine
 from xencrash.lab.options import add_crash, add_fresh, add_machine, specification
 from xencrash.lab.specification import Specification
+from xencrash.options import add_given, what_is_given
 from xencrash.output import finish, verdict_in, write
 from xencrash.renderers.table import show_stage
 
@@ -32,25 +33,30 @@ failed or could not be decided (which, why and what to do is on standard error)"
 def add_options(parser: ArgumentParser) -> None:
     add_machine(parser)
     add_crash(parser)
+    add_given(parser)
     add_fresh(parser)
     parser.add_argument("--output", default="xencrash-run", metavar="DIR", help="default: %(default)s")
 
 
 def run(args: Namespace) -> int:
     """Leaves the logs in the folder, `trace` as JSON, JUnit and HTML, and of a real Xen `vmcore` and `check`."""
-    wanted = specification(args)
+    wanted, said = specification(args), what_is_given(args)._asdict()
     output = judged.folder(args.output)
     tell = progress.on_stderr()
     with judged.machine(output, wanted, tell, args.fresh) as machine:
         tell("following the crash")
         # Some faults are shown only by a trace of the writers to gates.
         gates = wanted.fault is not None and BY_ID[wanted.fault].gates
-        report = judged.follow(machine, output, lambda: _crash(machine, wanted), progress=show_stage, gates=gates)
+        if not wanted.guest:
+            machine.prepare(wanted.crash.how, wanted.crash.cpu)
+        report = judged.follow(
+            machine, output, lambda: _crash(machine, wanted), progress=show_stage, gates=gates, **said
+        )
         status = finish(report)
         if wanted.guest or report.get("undecided"):
             return status or as_asked(wanted, [report])
         tell("the crash kernel copies the vmcore")
-        checked = judged.check_vmcore(machine, output)
+        checked = judged.check_vmcore(machine, output, **said)
     print("\nThe vmcore:", flush=True)
     write(checked)
     print(f"\nThe reports, the vmcore and the logs are in {output}", file=sys.stderr)

@@ -59,6 +59,8 @@ def _crash(machine: Machine, specification: Specification, symbols: SymbolTable,
     entry = symbols.get("kexec_crash", TEXT)
     if entry is None:
         raise LabError("storm: the symbols do not name kexec_crash")
+    if not specification.guest:
+        crash.prepare(specification.crash, machine)
     with Rsp(machine.gdb_socket) as rsp, Qmp(machine.qmp_socket) as qmp:
         rsp.break_at([entry])
         rsp.begin_all()

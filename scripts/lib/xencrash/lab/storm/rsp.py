@@ -287,6 +287,12 @@ class Rsp:
         self._selected = cpu
         return b"" if answer.startswith("E") else bytes.fromhex(answer)
 
+    def write_virtual(self, cpu: int, address: int, data: bytes) -> None:
+        """By the page tables that a CPU uses, whatever they protect. Raises Unreadable where they do not map it."""
+        if self.ask_many([f"Hg{cpu + 1:x}", f"M{address:x},{len(data):x}:{data.hex()}"])[1] != "OK":
+            raise Unreadable(f"CPU {cpu} does not map {address:#x}")
+        self._selected = cpu
+
     def write(self, address: int, data: bytes) -> None:
         """Physical memory, or a device there."""
         with self.physical():
