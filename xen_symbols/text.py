@@ -21,3 +21,9 @@ def ranges(numbers: Iterable[int]) -> list[str]:
         else:
             found.append([number])
     return ["-".join(map(str, one)) for one in found]
+
+
+def cpu_list(cpus: Iterable[int]) -> str:
+    """CPU numbers as Xen prints them: "CPU 1", "CPUs 0-3,5"; "none" without any."""
+    listed = ",".join(ranges(cpus))
+    return f"CPU{'s' * (not listed.isdecimal())} {listed}" if listed else "none"

@@ -13,6 +13,7 @@ from xen_symbols.crashpath.position import crashing_cpu, infer
 from xen_symbols.crashpath.preflight import crash_image_loaded, preflight
 from xen_symbols.describe.machine import describe_cpus
 from xen_symbols.report.blocks import Block, Cell, Lines, cpus_table, crash_path, report_blocks, show
+from xen_symbols.text import cpu_list
 from xen_symbols.xen.state import read_state
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def _show_status(answer: Json) -> Sequence[Block]:
     ]  # fmt: skip
     for name, title in (("online", "online"), ("saved", "notes saved"), ("waiting_mask", "waited for"),
                         ("waiting_count", "waited for")):  # fmt: skip
-        if answer[name] is not None:
-            lines.append((title, show(answer[name])))
+        if (value := answer[name]) is not None:
+            lines.append((title, cpu_list(value) if isinstance(value, list) else show(value)))
     text = Lines([[Cell(f"{name:14}", "dim"), Cell(value)] for name, value in lines])
     return [text, cpus_table(answer["cpus"], answer["stage"])]
 

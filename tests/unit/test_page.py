@@ -132,7 +132,7 @@ def test_equal_cpus_are_one_row_and_others_are_not() -> None:
     for finding in report["findings"]:
         if finding["cpu"] == 7 and finding["check"] == "nmi-gate-handler":
             finding["observed"] = {"address": "0x1", "symbol": "wrong"}
-    assert list(rows(parsed("".join(page(report))))) == ["Machine", "CPU 0", "CPUs 1-6, 8-4095", "CPU 7"]
+    assert list(rows(parsed("".join(page(report))))) == ["Machine", "CPU 0", "CPUs 1-6,8-4095", "CPU 7"]
 
 
 def test_a_page_on_which_every_cpu_fails_in_its_own_way_is_small_enough() -> None:

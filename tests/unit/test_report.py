@@ -157,7 +157,7 @@ def test_cpus_with_the_same_finding_are_reported_together() -> None:
     for cpu in (1, 2, 3):
         machine.gate(cpu, 18, 4, b"\x03")
     lines = plain(report_blocks(machine.report().to_json())).splitlines()
-    at = lines.index("FAIL    mc-gate-ist CPU 1-3 at handover")
+    at = lines.index("FAIL    mc-gate-ist CPUs 1-3 at handover")
     assert lines[at + 1] == "         expected 0, observed 3"
     assert [line.split(" memory ")[0].strip() for line in lines[at + 3 : at + 6]] == [
         f"evidence of CPU {cpu}" for cpu in (1, 2, 3)
@@ -172,7 +172,7 @@ def test_many_cpus_have_their_evidence_in_the_json_report() -> None:
     one = next(f for f in made["findings"] if f["verdict"] == "fail")
     made["findings"] = [one | {"cpu": cpu} for cpu in (*range(6), 9, 11)]
     lines = [line.strip() for line in plain(report_blocks(made)).splitlines()]
-    assert "FAIL    mc-gate-ist CPU 0-5, 9, 11 at handover" in lines
+    assert "FAIL    mc-gate-ist CPUs 0-5,9,11 at handover" in lines
     assert "evidence of 4 more CPUs is in the JSON report" in lines
     assert sum(line.startswith("evidence of CPU") for line in lines) == 4
 

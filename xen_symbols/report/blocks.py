@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.report.model import Verdict, worst
-from xen_symbols.text import ranges
+from xen_symbols.text import cpu_list, ranges
 from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE, VECTOR_NAMES
 
@@ -156,7 +156,7 @@ def _gates_at(findings: Sequence[contract.Finding], vector: str, crashing: bool,
     if len(kinds) <= 1:
         return next(iter(kinds), "-")
     return "  ".join(
-        f"{text} (CPU {','.join(str(cpu) for cpu in wanted if wanted[cpu] == text)})" for text, _ in kinds.most_common()
+        f"{text} ({cpu_list(cpu for cpu in wanted if wanted[cpu] == text)})" for text, _ in kinds.most_common()
     )
 
 
@@ -291,11 +291,6 @@ def alike(findings: Iterable[contract.Finding]) -> list[list[list[contract.Findi
     return list(kinds.values())
 
 
-def cpu_ranges(cpus: Iterable[int]) -> str:
-    """`0, 2-5, 7` of CPU numbers in order."""
-    return ", ".join(ranges(cpus))
-
-
 def problems(report: contract.Report) -> Lines | None:
     """Every failure and unknown, in words: what, where first, expected, observed, consequence, where to look. Those
     that follow from another come last."""
@@ -305,7 +300,7 @@ def problems(report: contract.Report) -> Lines | None:
         verdict = finding["verdict"]
         stages = dict.fromkeys(same["stage"] for same in cpus[0])
         numbers = sorted(same[0]["cpu"] for same in cpus if same[0]["cpu"] is not None)
-        whose = f"CPU {cpu_ranges(numbers)}" if numbers else "the machine"
+        whose = cpu_list(numbers) if numbers else "the machine"
         where = f"{whose} at {finding['stage']}"
         lines.append([Cell(f"{verdict.upper():8}", verdict), Cell(f"{finding['check']} ", "strong"), Cell(where)])
         lines.append([Cell(f"         expected {show(finding['expected'])}, observed {show(finding['observed'])}")])
@@ -366,7 +361,7 @@ def _as_found(observed: Any) -> str:
         image = f", the image takes {observed['image'] >> 20} MiB" if "image" in observed else ""
         return f"{observed['size'] >> 20} MiB at {observed['start']}{image}"
     if isinstance(observed, Mapping) and "online" in observed:
-        return "; ".join(f"{name} {cpu_ranges(cpus) or 'none'}" for name, cpus in observed.items())
+        return "; ".join(f"{name} {','.join(ranges(cpus)) or 'none'}" for name, cpus in observed.items())
     return show(observed)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from xen_symbols.text import cpu_list
+
 if TYPE_CHECKING:
     from xen_symbols.report.contract import Json
 
@@ -16,19 +18,19 @@ def note_lines(notes: Sequence[Json]) -> list[str]:
         kinds.setdefault((note["name"], note["type"], note["bytes"], note["what"]), []).append(note)
     lines = []
     for (name, kind, size, what), alike in kinds.items():
-        other = [str(note.get("cpu", 0)) for note in alike if note.get("in_memory") is False]
-        differs = f"; NOT what Xen's memory holds for CPU {', '.join(other)}" if other else ""
+        other = [note.get("cpu", 0) for note in alike if note.get("in_memory") is False]
+        differs = f"; NOT what Xen's memory holds for {cpu_list(other)}" if other else ""
         lines.append(f"{len(alike)} x {name} {kind}, {size} bytes: {what}{differs}")
     return lines
 
 
 def buffer_lines(buffers: Sequence[Json]) -> list[str]:
     """Xen's own buffers of crash notes, by what they hold."""
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[str, list[int]] = {}
     for buffer in buffers:
         state = f"{buffer['state']}, {buffer['says']}" if buffer["state"] else f"not read: {buffer['says']}"
-        kinds.setdefault(state, []).append(str(buffer["cpu"]))
-    return [f"CPU {', '.join(cpus)}: {state}" for state, cpus in kinds.items()]
+        kinds.setdefault(state, []).append(buffer["cpu"])
+    return [f"{cpu_list(cpus)}: {state}" for state, cpus in kinds.items()]
 
 
 def info_note_lines(info: Json) -> list[str]:

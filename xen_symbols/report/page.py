@@ -21,7 +21,6 @@ from xen_symbols.report.blocks import (
     Cell,
     Lines,
     Table,
-    cpu_ranges,
     cpus_table,
     dumps_table,
     gate_changes_table,
@@ -32,7 +31,7 @@ from xen_symbols.report.blocks import (
     verdict_line,
 )
 from xen_symbols.report.picture import LINES, Group, Mark, Row, Square, Value, groups, picture
-from xen_symbols.text import escaped
+from xen_symbols.text import cpu_list, escaped, ranges
 
 if TYPE_CHECKING:
     from xen_symbols.report import contract
@@ -191,7 +190,7 @@ def _group(group: Group, number: int, place: str) -> str:
     finding = group[0][0]
     verdict = finding["verdict"]
     numbers = sorted(same[0]["cpu"] for same in group if same[0]["cpu"] is not None)
-    whose = f"CPU{'s' * (len(numbers) > 1)} {cpu_ranges(numbers)}" if numbers else "the machine"
+    whose = cpu_list(numbers) if numbers else "the machine"
     later = [stage for stage in dict.fromkeys(f["stage"] for f in group[0]) if stage != finding["stage"]]
     fields = [("Expected", _text(show(finding["expected"]))), ("Observed", _text(show(finding["observed"])))]
     if later:
@@ -276,7 +275,7 @@ def _fold(table: Table) -> Table:
     equal: dict[tuple[Cell, ...], list[int]] = {}
     for row in table.rows:
         equal.setdefault(tuple(row[1:]), []).append(int(row[0].text))
-    rows = [[Cell(cpu_ranges(numbers), "strong"), *cells] for cells, numbers in equal.items()]
+    rows = [[Cell(",".join(ranges(numbers)), "strong"), *cells] for cells, numbers in equal.items()]
     return table._replace(rows=rows)
 
 

@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from xen_symbols.report.blocks import alike, cpu_ranges, show
+from xen_symbols.report.blocks import alike, show
+from xen_symbols.text import cpu_list
 from xen_symbols.x86.gate import INTERRUPT_GATE
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _folded(cpus: Iterable[tuple[int, str, tuple[Square, ...]]]) -> list[Row]:
     for number, role, squares in cpus:
         equal.setdefault((role, squares), []).append(number)
     return [
-        Row(f"CPU{'s' * (len(numbers) > 1)} {cpu_ranges(numbers)}", role, squares)
+        Row(cpu_list(numbers), role, squares)
         for (role, squares), numbers in equal.items()
     ]
 

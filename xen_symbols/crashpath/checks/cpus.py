@@ -1,6 +1,6 @@
 """Each CPU itself: whether all were found, and how those that answered are left."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from xen_symbols.crashpath.stages import AFTERWARDS, CrashStep, OtherStep
 from xen_symbols.crashpath.timeline import NMI_LATCH, SELF_NMI
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.targets import PhysicalCpu
-from xen_symbols.text import ranges
+from xen_symbols.text import cpu_list
 from xen_symbols.xen.memory import image_region
 from xen_symbols.xen.reads import Read, mask
 
@@ -48,10 +48,10 @@ def _cpus_found(context: Context, _cpu: int) -> Outcome:
         if beyond := int.from_bytes(read.raw, "little") >> len(state.cpus):
             numbers = {len(state.cpus) + bit for bit in mask(beyond.to_bytes(len(read.raw), "little"))}
             known |= numbers
-            lost.append(f"{_named(numbers)} in {read.symbol}, and nr_cpu_ids is {len(state.cpus)}")
+            lost.append(f"{cpu_list(numbers)} in {read.symbol}, and nr_cpu_ids is {len(state.cpus)}")
     known |= {cpu for name in _MASKS if (read := state.system[name]).present for cpu in read.value - online}
     if absentees := {cpu for cpu in known if cpu in state.cpus and not state.cpus[cpu].exists}:
-        lost.append(f"online, but without a per-CPU area: {_named(absentees)}")
+        lost.append(f"online, but without a per-CPU area: {cpu_list(absentees)}")
     unmatched: list[tuple[int | None, PhysicalCpu | Absent]] = [(None, one) for one in state.unmatched]
     offline = [(cpu.cpu, cpu.physical) for cpu in state.cpus.values() if cpu.exists and cpu.cpu not in online]
     strays = []
@@ -66,9 +66,9 @@ def _cpus_found(context: Context, _cpu: int) -> Outcome:
         lost.append("no CPU is online")
     found = {cpu for cpu in known if cpu in state.cpus and state.cpus[cpu].exists}
     if lost:
-        return Outcome(Verdict.UNKNOWN, _named(known), _named(found), evidence, "; ".join(lost))
+        return Outcome(Verdict.UNKNOWN, cpu_list(known), cpu_list(found), evidence, "; ".join(lost))
     reason = f"{len(unmatched)} of the machine's CPUs are not used by Xen" if unmatched else None
-    return Outcome(Verdict.PASS, _named(known), _named(found), evidence, reason)
+    return Outcome(Verdict.PASS, cpu_list(known), cpu_list(found), evidence, reason)
 
 
 def _at_work(context: Context, physical: PhysicalCpu) -> str | None:
@@ -84,12 +84,6 @@ def _at_work(context: Context, physical: PhysicalCpu) -> str | None:
     if found is not None and found[0].name in _AT_REST:
         return None
     return f"runs Xen ({context.symbols.describe(rip)})"
-
-
-def _named(cpus: Iterable[int]) -> str:
-    """CPU numbers as Xen prints them: "CPU 1", "CPUs 0-3,5"."""
-    listed = ",".join(ranges(cpus))
-    return f"CPU{'s' * (not listed.isdecimal())} {listed}" if listed else "none"
 
 
 def _outside_xen(context: Context, physical: PhysicalCpu) -> bool:

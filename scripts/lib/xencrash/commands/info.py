@@ -21,6 +21,7 @@ from xen_symbols.report.notelines import buffer_lines, info_note_lines, note_lin
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.targets.dump import open_dump
+from xen_symbols.text import cpu_list
 from xen_symbols.xen.images import carried_symbols
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
@@ -180,5 +181,6 @@ def blocks(data: Json) -> list[Block]:
     if "stage" in data:
         crashed = "nobody" if data["crashing_cpu"] is None else f"CPU {data['crashing_cpu']}"
         when = "now" if data["crashing_cpu"] is None else "then"
-        lines.append(line("stage", f"{data['stage']}; crashed: {crashed}; online {when}: {data['online_at_crash']}"))
+        online = cpu_list(data["online_at_crash"])
+        lines.append(line("stage", f"{data['stage']}; crashed: {crashed}; online {when}: {online}"))
     return [Lines(lines)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from xen_symbols.report.blocks import show
 from xen_symbols.report.model import Finding
+from xen_symbols.text import cpu_list
 from xencrash.lab.storm.drive import Course, End, Injected
 from xencrash.lab.storm.experiment import Action
 from xencrash.lab.storm.scene import Scene
@@ -89,7 +90,7 @@ def _problem(course: Course, scene: Scene) -> tuple[str, str] | None:
     if failed := _unexcused_at_end(course.at_end, course):
         return "check", _of_findings(failed)
     if course.notes_changed:
-        return "notes-changed", f"{_cpus(course.notes_changed)}: notes written again after it had halted"
+        return "notes-changed", f"{cpu_list(course.notes_changed)}: notes written again after halting"
     if course.running:
         cpu, why = next(iter(course.running.items()))
         return "not-parked", f"CPU {cpu} is not parked after the handover: {why} (at {course.where[cpu]})"
@@ -141,10 +142,6 @@ def _of_finding(finding: Finding) -> str:
     if finding.observed is None:
         return f"{finding.check}{whose}: {finding.reason}"
     return f"{finding.check}{whose}: {show(finding.observed)}, not {show(finding.expected)}"
-
-
-def _cpus(cpus: Iterable[int]) -> str:
-    return "CPUs " + ",".join(map(str, sorted(cpus))) if len(list(cpus)) != 1 else f"CPU {next(iter(cpus))}"
 
 
 def _places(course: Course, scene: Scene) -> str:
