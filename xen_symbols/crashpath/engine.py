@@ -89,9 +89,9 @@ def evaluate(memory: XenMemory, identification: Identification | None = None) ->
     report = new_report(memory, identification)
     try:
         state = read_state(memory)
-    except Unreadable as error:
+        position = infer(state, identification.generation)
+    except (Undecidable, Unreadable) as error:
         raise Undecidable(f"{memory.target.location}: {error}") from None
-    position = infer(state, identification.generation)
     add_stage(report, Context(memory, state, position, identification.generation))
     if position.stage is CRASHING:
         why = "no CPU is at the beginning of a stage"
