@@ -22,6 +22,7 @@ from tests.machines.changed import CHANGES, LOST, RENAMED, needing
 from tests.machines.realxen import EVERY_ROW, MAIN, ROWS, LiveMachine, Row, follow
 from tests.schema import SCHEMA
 from xen_symbols.crashpath.checks.model import Need
+from xen_symbols.report.page import page
 from xen_symbols.targets.qemu_state import parse_cpus
 from xen_symbols.targets.qmp import Qmp
 from xencrash.gdbmi import GdbSession, open_session
@@ -144,6 +145,7 @@ def test_the_crash_key_judged_stage_by_stage_and_in_the_vmcore(tmp_path: Path) -
     report = json.loads((tmp_path / "trace.json").read_text())
     assert_every_stage(report, report["crashing_cpu"])
     assert (tmp_path / "trace.xml").read_text().count("<failure") == 0
+    assert "".join(page(report)) == (tmp_path / "trace.html").read_text()
     checked = json.loads((tmp_path / "check.json").read_text())
     jsonschema.validate(checked, SCHEMA)
     assert (checked["verdict"], checked["crashing_cpu"]) == ("pass", report["crashing_cpu"])

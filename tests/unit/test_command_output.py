@@ -180,7 +180,7 @@ def test_nor_where_the_run_is_ended(files: Files, tmp_path: Path, monkeypatch: p
 
 
 def test_nor_what_a_run_of_the_lab_left(tmp_path: Path) -> None:
-    for name in ("trace.json", "trace.xml", "check.json", "vmcore", "notes"):
+    for name in ("trace.json", "trace.xml", "trace.html", "check.json", "check.html", "vmcore", "notes"):
         (tmp_path / name).write_text("green")
     judged.folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]  # which is not the lab's

@@ -46,7 +46,7 @@ _WIDE = 3  # columns, above which their heads stand upright
 def page(report: contract.Report) -> Iterator[str]:
     """The page of one report."""
     name = report["target"]["location"]
-    yield from _document(f"{report['verdict']}: {name}", [f"<h1>{_text(name)}</h1>", *_report(report, "")])
+    yield from _document(f"{report['verdict']}: {name}", [f"<h1>{_text(name)}</h1>", *_report(report, ""), _by(report)])
 
 
 def pages(reports: Iterable[contract.Report]) -> Iterator[str]:
@@ -60,7 +60,7 @@ def pages(reports: Iterable[contract.Report]) -> Iterator[str]:
         back = '<p class="back"><a href="#index">All dumps</a></p>'
         sections.append(f'<section id="{place}top">{name}{parts}{back}</section>')
     links = [f"#r{number}-top" for number in range(len(listed))]
-    yield from _document("Dumps", [_index(listed, links), *sections])
+    yield from _document("Dumps", [_index(listed, links), *sections, *map(_by, listed[:1])])
 
 
 def index(reports: Iterable[contract.Report], files: Sequence[str]) -> Iterator[str]:
@@ -111,8 +111,11 @@ def _report(report: contract.Report, place: str) -> Iterator[str]:
         yield _block(_fold(cpus_table(report["cpus"], last)))
     if report["findings"]:
         yield f"<details><summary>All checks, counted</summary>{_block(_counts(report))}</details>"
+
+
+def _by(report: contract.Report) -> str:
     tool = report["tool"]
-    yield f"<footer>{_text(tool['name'])} {_text(tool['version'])}</footer>"
+    return f"<footer>{_text(tool['name'])} {_text(tool['version'])}</footer>"
 
 
 # -- the picture ------------------------------------------------------------------------------
