@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from tests.machines.changed import Machine
-from xen_symbols.absence import Absent, Undecidable
+from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.crashpath import generations
 from xen_symbols.crashpath.afterwards import INTERVALS
 from xen_symbols.crashpath.breakpoints import SLOTS
 from xen_symbols.crashpath.follow import Follower, StopResult
 from xen_symbols.crashpath.generations import identify
 from xen_symbols.crashpath.stages import CrashStep
-from xen_symbols.crashpath.unblocking import Unblocking
+from xen_symbols.crashpath.unblocking import Unblocking, unblocking
 from xen_symbols.report.model import Verdict
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.iret import holds_iretq, returns_to_next
@@ -25,11 +26,11 @@ AFTER_IRET = 0xFFFF82D040001234
 class Trace:
     """A recorded machine at its handover, taken for one that is followed and has just come to machine_kexec()."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, unblocking: Unblocking | None = None, **more: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, where: Unblocking | None = None, **more: Any) -> None:
         self.machine = Machine("4.17-handover")
         memory = self.machine.memory
         monkeypatch.setattr(Follower, "_start", lambda self, gates: None)
-        found = unblocking or Unblocking(AFTER_IRET)
+        found = where or Unblocking(AFTER_IRET)
         monkeypatch.setattr("xen_symbols.crashpath.follow.unblocking", lambda memory, generation: found)
         self.now = 0.0
         self.follower = follower = Follower(memory, identify(memory), clock=lambda: self.now, **more)
@@ -255,7 +256,7 @@ def test_on_another_cpu_it_is_not_that_stage(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("unblocking", "verdict", "observed"),
+    ("where", "verdict", "observed"),
     [
         (Unblocking(AFTER_IRET), "fail", "not executed"),
         (Unblocking(), "fail", "no IRET in machine_kexec"),
@@ -263,9 +264,9 @@ def test_on_another_cpu_it_is_not_that_stage(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_one_that_was_not_seen(
-    unblocking: Unblocking, verdict: str, observed: str | None, monkeypatch: pytest.MonkeyPatch
+    where: Unblocking, verdict: str, observed: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trace = Trace(monkeypatch, unblocking)
+    trace = Trace(monkeypatch, where)
     handover = trace.hand_over()
     assert wrong(handover) == {("enable-nmis", None, verdict)}
     (finding,) = [f for f in handover.findings if f.check == "enable-nmis"]
@@ -306,3 +307,48 @@ IRET = bytes.fromhex("488d1506000000" "6a00" "50" "52" "48cf" "90")  # lea 6(%ri
 def test_an_iret_to_the_next_instruction(code: bytes, after: int | None, any_: bool) -> None:
     assert returns_to_next(code, AT) == (None if after is None else AT + after)
     assert holds_iretq(code) is any_
+
+
+class Text:
+    """A Xen whose machine_kexec(), the part that gcc split off, and enable_nmis() if it has one, are this code."""
+
+    def __init__(self, code: bytes, cold: bytes = b"", function: bytes | None = None, readable: bool = True) -> None:
+        self.symbols, self.readable = self, readable
+        self.code = {"machine_kexec": (AT, code), "machine_kexec.cold": (AT + 0x1000, cold)}
+        if function is not None:
+            self.code["enable_nmis"] = (AT + 0x2000, function)
+
+    def complete(self, prefix: str) -> list[str]:
+        return [name for name in self.code if name.startswith(prefix)]
+
+    def get(self, name: str, kinds: str) -> int | None:
+        return self.code[name][0] if name in self.code else None
+
+    def extent(self, name: str) -> tuple[int, int]:
+        at, code = self.code[name]
+        return at, at + len(code)
+
+    def read(self, address: int, size: int) -> bytes:
+        if not self.readable:
+            raise Unreadable("it lies in a hole")
+        return next(code for at, code in self.code.values() if at == address)
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "why"),
+    [
+        (Text(IRET), AT + 13, None),
+        (Text(IRET, function=IRET), AT + 13, None),  # a copy for others is not what runs
+        (Text(b"\x90", cold=IRET), AT + 0x1000 + 13, None),
+        (Text(b"\x90", function=IRET), AT + 0x2000 + 13, None),
+        (Text(b"\x90", function=b"\x48\xcf"), AT + 0x2000, None),  # the function itself
+        (Text(b"\x90\x48\xcf"), None, "may hold an IRET"),
+        (Text(IRET, readable=False), None, "it lies in a hole"),
+        (Text(b"\x90"), None, None),  # there is none
+    ],
+)
+def test_where_nmis_are_unblocked(text: Any, address: int | None, why: str | None) -> None:
+    found = unblocking(text, generations.BY_ID["4.17.0"])
+    assert found.address == address
+    assert (found.absence is None) if why is None else why in str(found.absence)
+    assert unblocking(text, generations.BY_ID["4.2.0"]) == Unblocking()
