@@ -53,7 +53,8 @@ def crash_regs(registers: Mapping[str, int]) -> bytes:
 
 
 def crash_info(version: tuple[int, int] = (4, 17), xen_phys_start: int = 0) -> bytes:
-    return struct.pack("<10Q", *version, 0, 0, 0, 0, 0, 0, xen_phys_start, 0)
+    text = xen_phys_start + (3 << 20)  # somewhere in the image
+    return struct.pack("<10Q", *version, *[text] * 5, 0, xen_phys_start, 0)
 
 
 def xen_notes(

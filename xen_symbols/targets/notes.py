@@ -57,6 +57,12 @@ class CrashInfo(NamedTuple):
     xen_phys_start: int
     dom0_pfn_to_mfn_frame_list_list: int
 
+    @property
+    def strings(self) -> dict[str, int]:
+        """The addresses of its strings, which are in Xen's image."""
+        names = ("extra_version", "changeset", "compiler", "compile_date", "compile_time")
+        return {name: getattr(self, name) for name in names}
+
 
 def parse_notes(data: bytes, where: str = "notes", size: int | None = None) -> list[Note]:
     """All notes of one segment, in order. Zeros after the last (Linux pads to a page) end it.

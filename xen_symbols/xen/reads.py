@@ -112,8 +112,10 @@ def signed(raw: bytes) -> int:
     return int.from_bytes(raw, "little", signed=True)
 
 
-def flag(raw: bytes) -> bool:
-    return raw != bytes(len(raw))
+def flag(raw: bytes) -> bool | Absent:
+    """A bool of C's, which is 0 or 1: anything else was not written by Xen."""
+    value = unsigned(raw)
+    return value == 1 if value < 2 else Absent(f"it holds {value:#x}, which is no bool")
 
 
 def mask(raw: bytes) -> frozenset[int]:

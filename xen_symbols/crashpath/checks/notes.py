@@ -17,6 +17,8 @@ from xen_symbols.crashpath.checks.model import (
 )
 from xen_symbols.crashpath.context import MACHINE, Context
 from xen_symbols.crashpath.timeline import CRASH_INFO, NOTES
+from xen_symbols.report.model import Verdict
+from xen_symbols.xen.memory import IMAGE_MAX
 from xen_symbols.xen.reads import Read
 from xen_symbols.xen.savedcpus import NO_PAIR
 
@@ -98,11 +100,18 @@ def _crash_info_note(context: Context, _cpu: int) -> Outcome:
     if isinstance(info, Absent) and info.kind is Kind.NOT_APPLICABLE:
         return unknown("CPU 0's buffer of crash notes holds no CRASH_INFO")
     value = None if isinstance(info, Absent) else info.xen_phys_start
-    return expect(
+    outcome = expect(
         Read(value, read.evidence),
         context.allowed(CRASH_INFO, MACHINE),
         lambda start: "empty" if start is None else {"xen_phys_start": hex(start)},
     )
+    if outcome.verdict is not Verdict.PASS or isinstance(info, Absent):
+        return outcome
+    elsewhere = {name: hex(address) for name, address in info.strings.items()
+                 if not 0 <= address - context.memory.xen_phys_start < IMAGE_MAX}  # fmt: skip
+    if elsewhere:
+        return Outcome(Verdict.FAIL, dict.fromkeys(elsewhere, "in Xen's image"), elsewhere, read.evidence)
+    return outcome
 
 
 CRASH_INFO_NOTE = Check(

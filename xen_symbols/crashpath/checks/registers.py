@@ -12,7 +12,7 @@ from xen_symbols.crashpath.generations import references
 from xen_symbols.crashpath.stages import OtherStep
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.symbols.table import TEXT
-from xen_symbols.x86 import control
+from xen_symbols.x86 import control, paging
 from xen_symbols.xen.crashnotes import CpuNotes
 from xen_symbols.xen.memory import HYPERVISOR_CS, HYPERVISOR_DS
 
@@ -45,6 +45,7 @@ def parts(context: Context, cpu: int, notes: CpuNotes) -> list[Part]:
         # An NMI or an interrupt that finds a guest loads a null SS (SDM vol. 3, 6.14.2).
         Part("ss", f"0x0 or {HYPERVISOR_DS:#x}", hex(saved["ss"]), saved["ss"] in (0, HYPERVISOR_DS)),
         _selectors(saved),
+        _bases(saved),
         Part("cr0", "protection and paging on", hex(saved["cr0"]), control.is_cr0_of_64_bit_mode(saved["cr0"])),
         _cr2(context, cpu, saved["cr2"]),
         _cr3(context, cpu, saved["cr3"], saved["cr4"]),
@@ -121,6 +122,13 @@ def _selectors(saved: dict[str, int]) -> Part:
     names = ("ds", "es", "fs", "gs")
     observed = " ".join(f"{saved[name]:#x}" for name in names)
     return Part("ds es fs gs", "selectors", observed, all(saved[name] < 1 << 16 for name in names))
+
+
+def _bases(saved: dict[str, int]) -> Part:
+    """Of FS and GS, since c8b2488a81 (4.15); a base of 0 is not told from none."""
+    bases = {name: saved[name] for name in ("fs_base", "gs_base") if name in saved}
+    observed = " ".join(f"{base:#x}" for base in bases.values()) or "none"
+    return Part("fs and gs base", "canonical", observed, all(map(paging.is_canonical, bases.values())))
 
 
 def _cr2(context: Context, cpu: int, cr2: int) -> Part:

@@ -96,6 +96,12 @@ def _stack(context: Context, cpu: int) -> Outcome:
         at = f"{rsp:#x}, on {context.owned.whose(rsp)}"
         verdict = Verdict.PASS if whose == cpu else Verdict.FAIL
         return because(Outcome(verdict, "on a stack of its own", at, said_by(physical.source)), "tr")
+    stacks = context.owned.stacks(cpu)
+    if not isinstance(stacks, Absent) and stacks.processor_id != cpu:
+        if isinstance(stacks.processor_id, Absent):
+            return from_absence(stacks.processor_id, "on a stack of its own")
+        at = f"{rsp:#x}, on a stack whose struct cpu_info says CPU {stacks.processor_id}"
+        return Outcome(Verdict.FAIL, "on a stack of its own", at, said_by(physical.source))
     part = registers.stack_pointer(context, cpu, rsp)
     if isinstance(part.right, Absent):
         return from_absence(part.right, part.expected)
