@@ -170,7 +170,7 @@ HELD: dict[str, tuple[bytes, str, tuple[int, ...], dict[int, str], int]] = {
     "some of its page descriptors": (
         KDUMP[: TABLE_AT + 30], "its page descriptors at", (), {0x1234: "the file ends at"}, 2),
     "some of its second bitmap": (
-        KDUMP[: BITMAPS_AT + 4100], "its bitmaps at", (), {0x1234: "the dump has it is not known: the file is"}, 2),
+        KDUMP[: BITMAPS_AT + 4100], "its bitmaps at", (), {0x1234: "not known whether the dump has it: the file"}, 2),
     "all of its bitmaps": (
         KDUMP[:BITMAPS_AT], "its bitmaps at", (), {0x1234: "not known", 0x103FF0: "not known"}, 2),
     "some of its sub header": (KDUMP[: 2 * 4096 + 500], "its bitmaps at", (), {0x1234: "not known"}, 1),
