@@ -22,15 +22,15 @@ from xencrash.lab.specification import Specification
 
 
 def booted(run_dir: str | Path | None = None, progress: Progress = lambda text: None, **fields: Any) -> Machine:
-    """A machine that was booted for the caller alone; `fields` are Specification's."""
+    """A machine booted for the caller alone; `fields` are Specification's."""
     return up(Specification(**fields), run_dir, progress=progress, fresh=True)
 
 
 def ready(*, shared_ram: bool = False, **fields: Any) -> Machine:
     """Real Xen, ready to be crashed: dom0 is up and the crash kernel loaded, as a machine of the caller's own.
 
-    Who is the first to ask for one boots it; all others, in this process or another, start from its snapshot. `fields`
-    are Specification's; `shared_ram` is for who looks at `ram_file`.
+    The first to ask for one boots it; all others, in this process or another, start from its snapshot. `fields`
+    are Specification's; `shared_ram` is for tests that look at `ram_file`.
     """
     return up(Specification(**fields), shared_ram=shared_ram)
 
@@ -134,5 +134,5 @@ def packets(lab: Machine, qmp: bool = True, what: str = STATUS) -> int:
         sent = re.findall(r"^w [+]?\$([^#]*)#", log.read(), re.MULTILINE)
     first, last = (at for at, packet in enumerate(sent) if packet == "qmark")
     ours = int(re.search(r"packets (\d+)", output)[1])  # type: ignore[index]
-    assert ours == last - first - 1, sent[first:last]  # what we say that we send is what gdb sends
+    assert ours == last - first - 1, sent[first:last]  # our count is what gdb sends
     return ours

@@ -1,4 +1,4 @@
-"""The plugin in a real gdb on real QEMUs: right values, nothing changed, and one line for whatever is wrong."""
+"""The plugin in a real gdb on real QEMUs: right values, nothing changed, and one line for each error."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_help_is_there_for_everything() -> None:
         assert text in output, output
 
 
-# -- what is wrong is said in one line --------------------------------------------------------
+# -- errors are one line ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Traces that go well, and traces that end early: a report comes out of each, in time, and no gdb is left behind."""
+"""Traces that go well, and traces that end early: each gives a report, in time, and leaves no gdb behind."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_the_machine_is_stopped_by_something_else(lab: Machine) -> None:
 
 
 class Ending:
-    """Something that ends a trace from outside, and when it did."""
+    """Something that ends a trace from outside, and when."""
 
     def __init__(self, end: Callable[[], None]) -> None:
         self._end = end

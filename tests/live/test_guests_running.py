@@ -1,4 +1,4 @@
-"""Xen is read rightly, and no alarm raised, whatever the CPUs happen to run: HVM guests, or user space of dom0."""
+"""Xen is read correctly, without false failures, whatever the CPUs run: HVM guests, or dom0's user space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lab itself, with real machines: boot, crash, vmcore; and nothing is left of a machine whose owner is gone."""
+"""The lab itself, with real machines: boot, crash, vmcore; and nothing remains of a machine whose owner is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`xencrash lab storm` on the reference guest: what it finds, that nothing else finds it, and what it leaves behind."""
+"""`xencrash lab storm` on the reference guest: what it finds that nothing else does, and what it leaves behind."""
 
 from __future__ import annotations
 

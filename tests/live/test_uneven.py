@@ -1,4 +1,4 @@
-"""Uneven machines: absent CPUs, parked CPUs, one CPU, many; each CPU is judged for what it is, and none unseen."""
+"""Uneven machines: absent CPUs, parked CPUs, one CPU, many; each CPU is judged for what it is, and none is missed."""
 
 from __future__ import annotations
 

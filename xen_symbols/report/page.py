@@ -105,7 +105,7 @@ def _report(report: contract.Report, place: str) -> Iterator[str]:
     if "gate_changes" in report:
         yield _block(gate_changes_table(report))
         if "writers_absent" in report:
-            yield f'<p class="unknown">without the writers: {_text(report["writers_absent"])}</p>'
+            yield f'<p class="unknown">writers not seen: {_text(report["writers_absent"])}</p>'
     if report["cpus"]:
         last = report["stages"][-1]["stage"] if report["stages"] else "none"
         yield _block(_fold(cpus_table(report["cpus"], last)))
