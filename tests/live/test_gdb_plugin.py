@@ -284,7 +284,7 @@ def test_help_is_there_for_everything() -> None:
     output = run_gdb(f"source {plugin_script()}", "echo === begin\\n", "help xen", "help xen crash trace",
                      "help set xen rdmsr", "help function xen_gate", "show xen qmp-socket")  # fmt: skip
     for text in ("xen idt -- Show gates", "Usage: xen crash trace", "registers put back afterwards",
-                 "$xen_gate(CPU, VECTOR)", "QMP socket (a unix socket's path): not set."):  # fmt: skip
+                 "$xen_gate(CPU, VECTOR)", "QMP socket (a unix socket's path, or HOST:PORT): not set."):  # fmt: skip
         assert text in output, output
 
 
