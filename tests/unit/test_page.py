@@ -64,6 +64,14 @@ def test_a_cell_has_both_gates_the_lapic_and_the_latch_and_marks_what_changed(dr
     assert [line.text() for line in crashing[2].all("div", class_="same")] == ["trap_nop/0", "xapic, on"]
 
 
+def test_what_no_check_asked_for_at_the_last_stage_is_the_reports(trace: Any) -> None:
+    report = copy.deepcopy(trace)
+    asked = {(2, "lapic-enabled"), (2, "nmi-latch")}
+    report["findings"] = [finding for finding in report["findings"] if (finding["stop"], finding["check"]) not in asked]
+    last = [lines(cells[2])[2:] for name, cells in rows(parsed("".join(page(report)))).items() if name != "Machine"]
+    assert last == [["xapic, on", "unblocked"], ["xapic, off", "blocked"], ["xapic, off", "blocked"]]
+
+
 def test_what_failed_leads_to_its_finding(drawn: Element) -> None:
     cells = rows(drawn)["CPUs 1-2"]
     assert [cell.attributes["class"] for cell in cells] == ["pass", "fail", "pass"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.report.blocks import alike, show
 from xen_symbols.text import cpu_list
+from xen_symbols.x86 import apic
 from xen_symbols.x86.gate import INTERRUPT_GATE
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ def _texts(seen: Mapping[str, Any], last: contract.Cpu | None) -> Iterator[str |
     mode, enabled = seen.get("lapic-mode"), seen.get("lapic-enabled")
     lapic = last["lapic"] if last is not None else None
     mode = mode or (lapic["mode"] if lapic else None)
+    if enabled is None and lapic and (spiv := lapic.get("spiv")) is not None:
+        enabled = bool(int(spiv, 16) & apic.SPIV_SOFTWARE_ENABLE)
     yield mode and mode + {True: ", on", False: ", off", None: ""}[enabled]
     blocked = last.get("nmi_blocked") if last is not None else None
     yield seen.get("nmi-latch") or {True: "blocked", False: "unblocked", None: None}[blocked]
