@@ -18,6 +18,7 @@ from xen_symbols.report.blocks import Block, Cell, Lines, crash_path, missing_li
 from xen_symbols.report.console import print_blocks
 from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus
 from xen_symbols.report.notelines import buffer_lines, info_note_lines, note_lines
+from xen_symbols.symbols.functions import names_no_variables
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.targets.dump import open_dump
@@ -104,6 +105,8 @@ def describe_dump(asked: Request) -> Json:
             data["target"]["format"] = target.format
         data["target"] = describe_target(memory)
         data["symbols"] = describe_symbols(memory)
+        if table.text_only:
+            raise Undecidable(names_no_variables(table))
         data["missing"] = [row.to_json() for row in missing(table, None)]
         try:
             identification = identify(memory)
