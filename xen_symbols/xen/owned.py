@@ -32,6 +32,10 @@ class Owned:
         return next((cpu for cpu, stacks in self._stacks.items()
                      if not isinstance(stacks, Absent) and stacks.base < rsp <= stacks.end), None)  # fmt: skip
 
+    def unknown(self) -> Absent | None:
+        """Why some CPU's stacks are not known, if so: a stack pointer that is on no other may be on these."""
+        return next((stacks for stacks in self._stacks.values() if isinstance(stacks, Absent)), None)
+
     def whose(self, rsp: int) -> str:
         """The same in words, and on which of them."""
         cpu = self.owner(rsp)

@@ -92,7 +92,8 @@ def _stack(context: Context, cpu: int) -> Outcome:
     if not sure:
         whose = context.owned.owner(rsp)
         if whose is None:
-            return _MAY_BE_A_GUESTS
+            lost = context.owned.unknown()
+            return _MAY_BE_A_GUESTS if lost is None else from_absence(lost, "on a stack of its own")
         at = f"{rsp:#x}, on {context.owned.whose(rsp)}"
         verdict = Verdict.PASS if whose == cpu else Verdict.FAIL
         return because(Outcome(verdict, "on a stack of its own", at, said_by(physical.source)), "tr")
