@@ -90,7 +90,7 @@ def test_the_machines_own_registers_are_not_notes() -> None:
 def note(machine: Machine, name: str, change: Callable[[bytes], bytes]) -> None:
     """Change a note of the file."""
     kind = {"Xen": 0x1000001, "VMCOREINFO_XEN": 0}[name]
-    machine.example._notes = [
+    machine.example.notes_of_file = [
         each._replace(desc=change(each.desc)) if (each.name, each.type) == (name, kind) else each
         for each in machine.example.notes()
     ]
@@ -125,7 +125,7 @@ def test_a_crash_info_that_is_not_the_memorys_fails(name: str) -> None:
     assert "crash(8), libkdumpfile" in str(failure.reason)
     note(machine, "Xen", lambda desc: bytes(80))
     assert found(machine, "dump-crash-info").observed == "empty"
-    machine.example._notes = [each for each in machine.example.notes() if each.type != 0x1000001]
+    machine.example.notes_of_file = [each for each in machine.example.notes() if each.type != 0x1000001]
     assert found(machine, "dump-crash-info").observed == "no CRASH_INFO"
     assert bad(machine.report()) == {("dump-crash-info", None, "fail")}
 
