@@ -25,6 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+_LONGEST_ID = 80
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Contents of files by their size: some have megabytes, and not the same bytes in each process."""
+    return f"{argname} of {len(val)}" if isinstance(val, (bytes, str)) and len(val) > _LONGEST_ID else None
+
+
 @pytest.fixture(scope="session")
 def default_row() -> None:
     """The packages of the Xen and the QEMU that the lab takes by default, for a test that starts a command which

@@ -405,10 +405,11 @@ def test_a_status_costs_a_few_packets_for_each_cpu_and_a_constant() -> None:
 
 
 def test_a_look_at_a_stage_costs_no_more_packets_than_it_did(lab: Machine) -> None:
-    """With notes, which a status does without; a bare client shows what they cost (tests/benchmarks/live.py). The
-    recorded machines of real Xen have theirs in tests/unit/test_looks.py."""
+    """With notes, which a status does without; a bare client shows what they cost (tests/benchmarks/live.py). It is one
+    more or less by where the guest's variables lie; the recorded machines of real Xen have their exact numbers in
+    tests/unit/test_looks.py."""
     status, look = packets(lab), packets(lab, what=LOOK)
-    assert (status <= 23, look <= 24) == (True, True), (status, look)
+    assert (status <= 24, look <= 25) == (True, True), (status, look)
 
 
 def test_a_qemu_whose_monitor_takes_no_cpu_number(lab: Machine) -> None:
