@@ -80,7 +80,8 @@ class Serial:
         for _ in range(2):  # three Ctrl-A switch the input to the next of dom0 and Xen
             since = self.size()
             self.send(b"\x01\x01\x01")
-            match = self.wait(rb"\*\*\* Serial input (?:to|->) (\w+)", 20, since, "switching the console to Xen")
+            # Up to what follows the word: of one that is being printed a part is in the log.
+            match = self.wait(rb"\*\*\* Serial input (?:to|->) (\w+)\W", 20, since, "switching the console to Xen")
             if match[1] == b"Xen":
                 return
         raise LabError(
