@@ -176,7 +176,7 @@ FAULTS: tuple[Fault, ...] = (
           *_GATE, ("ist", "keeps the IST that the RFC clears, or loses the one that other generations keep", None))),
     # Machine checks
     *(Fault(f"mc-gate-{name}", f"The #MC gate of another CPU {does}, once it is rewritten.",
-            ("HARDENED",), (Expected(f"mc-gate-{name}", "F", "handover"),))
+            ("HARDENED",), (Expected(f"mc-gate-{name}", "F", "nmis-unblocked"),))
       for name, does, _ in _GATE),
     Fault("own-mc-gate-ist", "The #MC gate of the crashing CPU keeps its IST.",
           ("HARDENED",), (Expected("mc-gate-ist", "C", "shootdown"),), cpus=1,
@@ -186,7 +186,7 @@ FAULTS: tuple[Fault, ...] = (
                           Expected("mc-gate-ist", "F", "shootdown", ("REWRITES_GATES",))),
           mended_with="REWRITES_GATES"),
     Fault("mc-gate-ist-restored", "A race while another CPU's #MC gate is rewritten restores its IST.",
-          ("HARDENED",), (Expected("mc-gate-ist", "F", "handover"),)),
+          ("HARDENED",), (Expected("mc-gate-ist", "F", "nmis-unblocked"),)),
     Fault("mc-gate-ist-twice", "A CPU clears the IST of its own #MC gate, restores it, and clears it again.",
           ("HARDENED", "!REWRITES_GATES"), (Expected("gate-change", "F", "cpu-stop"),), cpus=3, most_cpus=3,
           not_in_a_dump="by then the gate is as it should be"),
