@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 STORM = ROOT / "scripts/lib/xencrash/lab/storm"
-MAY_IMPORT = {ROOT / "scripts/lib/xencrash/lab/commands/storm.py"}
+# The command, and what writes Xen's own faults into a machine of the lab's (lab crash --how page-fault).
+MAY_IMPORT = {ROOT / f"scripts/lib/xencrash/lab/{name}.py" for name in ("commands/storm", "planted")}
 # Packets of the remote protocol that only read, or set breakpoints: memory, queries, QEMU's modes, breakpoints.
 READS = re.compile(r"m|q|Qqemu\.PhyMemMode|[Zz][01234]?")
 # GDB manual, appendix E: what changes registers or memory, runs a CPU, or ends the machine.
@@ -28,7 +29,7 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_only_the_labs_command_uses_what_writes() -> None:
+def test_only_the_lab_uses_what_writes() -> None:
     users = {
         path
         for folder in ("xen_symbols", "gdbplugin", "scripts")
