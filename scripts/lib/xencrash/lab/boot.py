@@ -74,7 +74,7 @@ class Recipe:
             "command": self.command(Paths(Path("/run")), Ram(Path("/ram"))),
             "files": {str(path): sha256_of(path) for path in self._files()},
             "kernel": hashlib.sha256(self.kernel()).hexdigest(),
-            "then": [dom0.KEXEC * spec.loads_crash_kernel, f"domu create {spec.domu_vcpus}" * bool(spec.domu_vcpus)],
+            "then": [dom0.KEXEC * spec.loads_crash_kernel],
             "saved as": saved.VERSION,
         }
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:32]
@@ -197,6 +197,7 @@ class Run:
         with _down_on_failure(machine):
             wait_until_up(machine, spec)
             then(machine)
+            self._create_domu(machine)
         return machine
 
     def loaded(self, snapshot: Snapshot, shared_ram: bool) -> Machine:
@@ -218,7 +219,13 @@ class Run:
             saved.load(machine, snapshot.folder, snapshot.about())
             if not self.owned:
                 machine.dom0.run("true")  # sets its clock, since whoever attaches does not know that it is late
+            self._create_domu(machine)
         return machine
+
+    def _create_domu(self, machine: Machine) -> None:
+        """Anew each time: QEMU 7.2 does not always load a state in which a CPU is in SVM guest mode."""
+        if self.recipe.specification.domu_vcpus:
+            machine.domus.create(self.recipe.specification.domu_vcpus)
 
     def remove_logs(self) -> None:
         for log in self.paths.logs:
@@ -275,8 +282,6 @@ def wait_until_up(machine: Machine, spec: Specification) -> None:
         machine.progress(f"dom0 is up after {time.monotonic() - begun:.1f} s")
         if spec.loads_crash_kernel:
             machine.dom0.load_crash_kernel()
-        if spec.domu_vcpus:
-            machine.domus.create(spec.domu_vcpus)
 
 
 def last_words(console: bytes) -> str:
