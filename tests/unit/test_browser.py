@@ -1,4 +1,4 @@
-"""Pages in a real browser: Debian's chromium, without a window. A machine without it runs scripts/setup."""
+"""Pages in a real browser: Debian's chromium, without a window. A machine without it runs scripts/setup --tests."""
 
 from __future__ import annotations
 
