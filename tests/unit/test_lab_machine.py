@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import itertools
@@ -414,6 +415,18 @@ def test_a_domu_runs_when_each_of_its_vcpus_has_gone_on(monkeypatch: pytest.Monk
     said["domu rounds"] += ["11\n5\n", "12\n5\n", "13\n5\n", "14\n5\n"]
     with pytest.raises(LabError, match=r"^running domain 7: a vCPU makes no progress: nothing after 0 s"):
         lab.require_busy()
+
+
+def test_a_core_that_loses_a_byte_on_the_line_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(bytes(range(256)) * 40)
+    text = base64.encodebytes(packed).decode()
+    digest, lost, other = f"{hashlib.sha256(packed).hexdigest()}  /tmp/core.gz\n", text[:70] + text[71:], "AAAA\n"
+    said = {"domu dump": [""], "sha256sum /tmp/core.gz": [digest], "base64 /tmp/core.gz": [lost, other, text]}
+    lab = busy_lab(monkeypatch, said)
+    assert lab.domus.dump_core(1, tmp_path / "core").read_bytes() == bytes(range(256)) * 40
+    said |= {"domu dump": [""], "sha256sum /tmp/core.gz": [digest], "base64 /tmp/core.gz": [lost] * 5 + [text]}
+    with pytest.raises(LabError, match="its digest was wrong each time"):
+        lab.domus.dump_core(1, tmp_path / "core")
 
 
 def test_each_loop_of_dom0_must_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import binascii
+import contextlib
 import gzip
+import hashlib
 from pathlib import Path
 
 from xencrash.lab.dom0 import BUSY_ANSWERS, Dom0
+from xencrash.lab.errors import LabError
 from xencrash.lab.process import Process
 
 
@@ -43,8 +47,19 @@ class DomUs:
 
     def dump_core(self, domid: int, path: str | Path) -> Path:
         """A domain's core, as `xl dump-core` writes it; the domain is paused meanwhile."""
-        core = "/tmp/core"
-        text = self._dom0.run(f"domu dump {domid} {core} && gzip <{core} | base64; rm -f {core}", 120)
+        packed = "/tmp/core.gz"
+        self._dom0.run(f"domu dump {domid} /tmp/core && gzip </tmp/core >{packed} && rm /tmp/core", 120)
         target = Path(path)
-        target.write_bytes(gzip.decompress(base64.b64decode(text)))
+        target.write_bytes(gzip.decompress(self._file(packed)))
         return target
+
+    def _file(self, path: str) -> bytes:
+        """A file of dom0's. The serial line can lose a byte of a long text on a busy host, so it is read until its
+        digest is right; LabError after five attempts."""
+        digest = self._dom0.run(f"sha256sum {path}").split()[0]
+        for _ in range(5):
+            with contextlib.suppress(binascii.Error):
+                content = base64.b64decode("".join(self._dom0.run(f"base64 {path}", 120).split()), validate=True)
+                if hashlib.sha256(content).hexdigest() == digest:
+                    return content
+        raise LabError(f"in dom0: {path} was read five times over the serial line, and its digest was wrong each time")
