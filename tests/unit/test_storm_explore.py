@@ -20,7 +20,7 @@ from xencrash.lab.storm.explore import (
     orders,
     plan,
 )
-from xencrash.lab.storm.record import Recording, Step, Touch, shared_places, shared_words, words_of
+from xencrash.lab.storm.record import Recording, Step, Touch, last_of_image, shared_places, shared_words, words_of
 from xencrash.lab.storm.scene import Scene
 
 BEFORE, SENT, WAITS, LATER, AFTER = 0x100, 0x110, 0x120, 0x130, 0x200
@@ -132,3 +132,13 @@ def test_the_plan_follows_from_the_seed_and_random_ones_come_last() -> None:
     assert count is None
     assert [one.kind for one in itertools.islice(endless, len(planned(1)) + 5)][-5:] == ["random"] * 5
     assert len(planned(1, KINDS)) == plan(scenery, KINDS, 1, 1, False)[1]
+
+
+def test_the_crash_image_runs_at_the_last_new_instruction_outside_of_xen() -> None:
+    found, where = recording(), scene()
+    where.handover = 0xFFFF82D040200000
+    image = [0x39FC9000, 0x39FC9005, 0x39FC9000]
+    found.steps += [Step(Place(0, pc, 1 + (n > 1)), after=True) for n, pc in enumerate(image)]
+    assert last_of_image(found, where) == 0x39FC9005
+    found.steps = [step for step in found.steps if not step.after]
+    assert last_of_image(found, where) is None

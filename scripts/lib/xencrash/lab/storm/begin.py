@@ -26,7 +26,6 @@ Progress = Callable[[str], None]
 _CRASHES_IN = 60.0  # seconds from the key to kexec_crash, on a busy host
 _IDLE = 0.005
 _GUEST_READY, _GUEST_KERNEL = rb"CPUs ready", b"crash image: NMIs are unblocked"
-_LINUX = b"Linux version"
 
 
 class Scenery(NamedTuple):
@@ -48,7 +47,7 @@ def begin(specification: Specification, folder: Path, progress: Progress) -> Sce
             machine.serial.wait(_GUEST_READY, 30)
         crashing = _crash(machine, specification, symbols, snapshot)
     with snapshot.machine() as live:
-        scene = set_scene(live.target, symbols, crashing, _GUEST_KERNEL if specification.guest else _LINUX)
+        scene = set_scene(live.target, symbols, crashing, _GUEST_KERNEL if specification.guest else None)
         progress(f"CPU {crashing} crashes; recording its path and the others', instruction by instruction")
         recording = Recorder(live, scene, progress).record()
     return Scenery(snapshot, scene, recording)

@@ -95,7 +95,7 @@ class Driver:
         self._notes: dict[int, bytes] = {}
         self._done: set[int] = set()
         self._stopped: set[int] = set()
-        self._over = False
+        self._over = self._kernel_runs = False
 
     def run(self) -> Course:
         """Raises LabError if the lab, not the machine, failed."""
@@ -182,7 +182,14 @@ class Driver:
             self._hand_over()
             self.queue.append(cpu)
             return True
+        if self._handed_over and pc == self._kernel_at():
+            self._kernel_runs = True
+            return True
         return False
+
+    def _kernel_at(self) -> int | None:
+        """Where the crash kernel counts as started; None if it says so on the console."""
+        return self.scene.kernel_at if self.scene.kernel_sign is None else None
 
     def _waits_for_place(self) -> bool:
         """Whether something is still to happen to the crashing CPU while it waits for the others."""
@@ -248,7 +255,8 @@ class Driver:
         return physical.nmi_pending is True and physical.nmi_blocked is not True
 
     def _kernel_has_begun(self) -> bool:
-        return self.scene.kernel_sign in self.live.console()
+        sign = self.scene.kernel_sign
+        return self._kernel_runs if sign is None else sign in self.live.console()
 
     def _places_of(self, cpu: int) -> set[int]:
         scene = self.scene
@@ -259,6 +267,8 @@ class Driver:
         if cpu == scene.crashing:
             places |= {scene.sent} if not self._sent else set()
             places |= {scene.handover} if not self._handed_over else set()
+            if self._handed_over and (started := self._kernel_at()) is not None:
+                places.add(started)
         return places
 
     def _set_breakpoints(self, wanted: set[int]) -> None:

@@ -75,6 +75,15 @@ def shared_places(recording: Recording) -> dict[int, list[Place]]:
     return {cpu: list(places.values()) for cpu, places in found.items()}
 
 
+def last_of_image(recording: Recording, scene: Scene) -> int | None:
+    """The last new instruction of the crashing CPU outside of Xen: whoever gets there executes the crash image.
+
+    Linux's first line comes many seconds later under TCG: the purgatory hashes the image, which decompresses itself.
+    """
+    steps = recording.first_hits(scene.crashing)
+    return next((step.place.pc for step in reversed(steps) if step.after and not scene.is_xen(step.place.pc)), None)
+
+
 def words_of(address: int, size: int) -> range:
     return range(address // _WORD * _WORD, address + size, _WORD)
 
@@ -100,6 +109,7 @@ class Recorder:
             self._other(cpu)
         self._until(crashing, lambda registers: registers["rip"] == scene.handover, "the handover")
         self._onwards(crashing)
+        scene.kernel_at = last_of_image(self.recording, scene)
         words = len(shared_words(self.recording.touches))
         self.progress(
             f"{len(self.recording.steps)} instructions recorded; CPUs share {words} words"

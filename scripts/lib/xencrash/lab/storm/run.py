@@ -144,8 +144,11 @@ class Storm:
             result = run_one(self.scenery, *following, using=functools.partial(self._uses, live))
             with self._lock:
                 self._live.difference_update(live)
-                if not self.ended.is_set():
-                    self.results.append(result)
+                if self.ended.is_set():
+                    return
+                self.results.append(result)
+            if result.outcome.verdict in (Verdict.FAIL, Verdict.UNDECIDED):
+                self.progress(f"{result.outcome.verdict}: {result.id}: {result.outcome.says}")
 
     def _uses(self, mine: list[Live], one: Live) -> None:
         with self._lock:

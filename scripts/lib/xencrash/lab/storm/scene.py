@@ -39,11 +39,12 @@ class Scene:
     ends: Mapping[int, str]
     own_handlers: Mapping[str, int]  # Xen's own handlers of NMIs and machine checks, by the name of the event
     notes: Mapping[int, int]  # address of each CPU's
-    kernel_sign: bytes  # what the crash kernel prints first
+    kernel_sign: bytes | None  # what the crash kernel prints when it starts; None: see kernel_at
     # From the recording:
     sent: int = 0  # where smp_send_nmi_allbutself returns to: the other CPUs have something to do
     parks: dict[int, int] = field(default_factory=dict)  # the instruction at which each halts for good
     waiting: frozenset[int] = frozenset()  # of the crashing CPU, while it waits for others
+    kernel_at: int | None = None  # an instruction of the crash image
 
     @property
     def cpus(self) -> int:
@@ -66,7 +67,7 @@ class Scene:
         return _NOTE_SIZE
 
 
-def set_scene(target: Target, symbols: SymbolTable, crashing: int, kernel_sign: bytes) -> Scene:
+def set_scene(target: Target, symbols: SymbolTable, crashing: int, kernel_sign: bytes | None) -> Scene:
     """From a machine at the beginning of its crash. Raises LabError if a storm cannot use it."""
     try:
         memory = locate(target, symbols)
