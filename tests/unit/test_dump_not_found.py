@@ -19,7 +19,7 @@ from xen_symbols.formats.content import File
 from xen_symbols.symbols import embedded
 from xencrash.cli import main
 
-LZO = "compressed with lzo; install the Python package lzallright"
+LZO = "compressed with lzo; pip install 'xencrash[dumps]' (lzallright)"
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,8 @@ LAYERS = ("absence", "x86", "formats", "report", "symbols", "targets", "xen", "d
 HOMES = {
     "gdb": ("gdbplugin/",),
     "pygdbmi": ("scripts/",),
+    "argparse_manpage": ("scripts/lib/xencrash/manual.py",),
+    "shtab": ("scripts/lib/xencrash/manual.py",),
     "capstone": ("scripts/lib/xencrash/lab/storm/decode.py",),
     "rich": ("xen_symbols/report/console.py", "scripts/"),
     "cramjam": ("xen_symbols/formats/compression.py",),

@@ -108,7 +108,7 @@ def test_what_broke_off_or_is_too_long_is_said(
 @pytest.mark.parametrize(
     ("pack", "module", "says"),
     [
-        (PACKED[".zst"], "cramjam", "compressed with zstd; install the Python package cramjam"),
+        (PACKED[".zst"], "cramjam", "compressed with zstd; pip install 'xencrash[dumps]' (cramjam)"),
         (lzma.compress, "lzma", "compressed with xz; install the Python package lzma"),
         (bz2.compress, "bz2", "compressed with bzip2; install the Python package bz2"),
     ],

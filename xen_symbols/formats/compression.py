@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats.content import Content, Held
 
+_EXTRA = ("cramjam", "lzallright")  # what setup.cfg's extra `dumps` installs
 FILE_MAX = 128 << 20  # of a decompressed file; xen-syms with DWARF is 30 MB
 _TOO_LONG = f"more than {FILE_MAX >> 20} MB when decompressed"
 
@@ -33,7 +34,7 @@ def unpacked(content: Content, packed: str) -> Content:
     except Undecidable:
         raise
     except ImportError as error:
-        raise Undecidable(f"compressed with {packed}; install the Python package {error.name}") from None
+        raise Undecidable(f"compressed with {packed}; {_install(f'{error.name}')}") from None
     except Exception as error:  # each library has its own error class, and bad data is all it can mean
         raise Undecidable(f"bad {packed} data ({error}); fetch the file again") from None
     if not found:
@@ -73,6 +74,12 @@ def _zstd_file(data: bytes) -> bytes:
 
     found = bytearray(FILE_MAX)  # of which only what is written takes memory
     return bytes(memoryview(found)[: zstd.decompress_into(data, found)])
+
+
+def _install(package: str) -> str:
+    if package in _EXTRA:
+        return f"pip install 'xencrash[dumps]' ({package})"
+    return f"install the Python package {package}"
 
 
 # -- pages ------------------------------------------------------------------------------------
@@ -122,12 +129,12 @@ def missing(codecs: Iterable[Codec]) -> str | None:
         try:
             import_module(codec.package)
         except ImportError:
-            return _install(codec)
+            return _lacks(codec)
     return None
 
 
-def _install(codec: Codec) -> str:
-    return f"compressed with {codec.name}; install the Python package {codec.package}"
+def _lacks(codec: Codec) -> str:
+    return f"compressed with {codec.name}; {_install(codec.package)}"
 
 
 def decompress(codec: Codec, data: bytes, size: int) -> bytes:
@@ -135,7 +142,7 @@ def decompress(codec: Codec, data: bytes, size: int) -> bytes:
     try:
         page = codec.page(data, size)
     except ImportError:
-        raise Unreadable(_install(codec)) from None
+        raise Unreadable(_lacks(codec)) from None
     except Exception as error:  # each library has its own error class, and bad data is all it can mean
         raise Unreadable(f"bad {codec.name} data: {error}") from None
     if len(page) != size:

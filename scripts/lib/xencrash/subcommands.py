@@ -5,7 +5,7 @@ and returns the exit status. One that has sub-commands itself has their table, `
 have `around(run, args)`, by which each of them is run.
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -45,9 +45,13 @@ class _Parser(ArgumentParser):
 
 
 def _parser(module: Any, name: str) -> ArgumentParser:
-    parser = _Parser(
-        prog=name, description=module.__doc__, epilog=module.EPILOG, formatter_class=RawDescriptionHelpFormatter
-    )
+    return _defined(_Parser(prog=name), module)
+
+
+def _defined(parser: ArgumentParser, module: Any) -> ArgumentParser:
+    """The parser with what its module says of it."""
+    parser.description, parser.epilog = module.__doc__, module.EPILOG
+    parser.formatter_class = RawDescriptionHelpFormatter
     module.add_options(parser)
     if not hasattr(module, "COMMANDS"):
         parser.set_defaults(run=module.run)
@@ -66,3 +70,17 @@ def every(module: Any, name: str) -> Iterator[ArgumentParser]:
     yield _parser(module, name)
     for row, command in getattr(module, "COMMANDS", {}).items():
         yield from every(load(command.module), f"{name} {row}")
+
+
+def whole(module: Any, name: str) -> ArgumentParser:
+    """One parser of a module and of all sub-commands below it, for what is made from all of them."""
+    return _with_commands(_parser(module, name), module)
+
+
+def _with_commands(parser: ArgumentParser, module: Any) -> ArgumentParser:
+    for action in parser._actions:
+        if isinstance(action, _SubParsersAction):  # add_commands made it
+            for name, command in module.COMMANDS.items():
+                below = load(command.module)
+                _with_commands(_defined(action.choices[name], below), below)
+    return parser
