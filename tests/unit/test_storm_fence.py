@@ -37,6 +37,18 @@ def test_only_the_lab_uses_what_writes() -> None:
         if STORM not in path.parents and any(name.startswith("xencrash.lab.storm") for name in imported(path))
     }
     assert users == MAY_IMPORT
+    loaders = {path for folder in ("xen_symbols", "gdbplugin", "scripts") for path in modules(folder)
+               if STORM not in path.parents and '"xencrash.lab.storm' in path.read_text()}  # fmt: skip
+    assert {path: re.findall(r'"(xencrash\.lab\.storm[^"]*)"', path.read_text()) for path in loaders} == {
+        ROOT / "scripts/lib/xencrash/commands/render.py": ["xencrash.lab.storm.shown"]
+    }
+
+
+def test_what_renders_a_storm_reaches_no_machine() -> None:
+    assert [name for name in imported(STORM / "shown.py") if not name.startswith("xen_symbols.report.")] == [
+        "__future__.annotations", "json", "shlex", *(f"collections.abc.{name}" for name in
+        ("Callable", "Iterator", "Mapping", "Sequence")), "typing.IO", "typing.Any",
+    ]  # fmt: skip
 
 
 def packets(path: Path) -> Iterator[str]:

@@ -18,20 +18,23 @@ import xencrash.lab.storm
 from tests.machines.changed import Machine
 from xen_symbols.report.console import plain
 from xen_symbols.report.junit import to_junit
-from xencrash.lab.commands.storm import add_options, problem, status
+from xencrash.cli import main
+from xencrash.lab.commands.storm import _again, add_options, problem, status
 from xencrash.lab.errors import LabError
 from xencrash.lab.storm.begin import Scenery
 from xencrash.lab.storm.experiment import Action, Experiment, Place, event
 from xencrash.lab.storm.judge import PASSED, Outcome, Verdict
 from xencrash.lab.storm.record import Recording, Step
-from xencrash.lab.storm.report import as_findings, blocks, to_json, verdict_of
+from xencrash.lab.storm.report import to_json, verdict_of
 from xencrash.lab.storm.run import Budget, Result, Storm
 from xencrash.lab.storm.scene import Scene
+from xencrash.lab.storm.shown import as_findings, blocks, page
 
 MACHINE = Machine("4.17-handover")
 SYMBOLS = MACHINE.symbols
 CRASH, NMI_CRASH = (SYMBOLS.address(name, "tT") for name in ("kexec_crash", "do_nmi_crash"))
-ABOUT = {"machine": "Xen 4.17", "qemu": "7.2", "seed": 7, "seconds": 12.5, "interrupted": False}
+ABOUT = {"machine": "Xen 4.17", "qemu": "7.2", "seed": 7, "seconds": 12.5, "interrupted": False,
+         "replay": "xencrash lab storm --xen 4.17 --qemu 7.2 --cpus 2 --replay"}  # fmt: skip
 SCHEMA = json.loads((Path(xencrash.lab.storm.__file__).parent / "schema.json").read_text())
 
 
@@ -107,6 +110,56 @@ def test_the_table_says_what_failed_and_how_to_do_it_again() -> None:
     picture = text[text.index("kexec_crash, on the crashing CPU") :].splitlines()
     assert picture[3].split() == ["kexec_crash+0x0", ".", "push", "rbx"]
     assert picture[4].split() == ["kexec_crash+0x4", "F", "w"]
+
+
+def test_the_page_has_each_failure_with_its_command_and_each_function_to_unfold() -> None:
+    made = report()
+    text = "".join(page(made))
+    assert text.index("<h2>Failures</h2>") < text.index("<h2>Windows") < text.index("<h2>What was executed")
+    row = next(line for line in text.splitlines() if "different outcome" in line)
+    assert "xencrash lab storm --xen 4.17 --qemu 7.2 --cpus 2 --replay nmi@0:kexec_crash+0x4" in row
+    crashing, other = text.split("<details>")[1:]
+    assert crashing.startswith("<summary>kexec_crash, on the crashing CPU, 1 pass, 1 fail, 1 window")
+    assert "<td>push rbx</td>" in crashing and "do_nmi_crash" in other
+
+
+def test_a_command_to_repeat_is_safe_in_a_shell() -> None:
+    made = report()
+    made["experiments"][1]["id"] = "nmi>1@0:kexec_crash"
+    assert "--replay &#x27;nmi&gt;1@0:kexec_crash&#x27;" in "".join(page(made))
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ([], "--qemu 7.2 --cpus 4"),
+        (["--guest", "4.17.0", "--fault", "trap-nop-stays", "--seed", "3"],
+         "--guest 4.17.0 --fault trap-nop-stays --qemu 7.2 --cpus 4"),
+        (["--xen-image", "my xen.gz", "--cpus", "2", "--minutes", "1"],
+         "--xen-image 'my xen.gz' --qemu 7.2 --cpus 2"),
+    ],
+    ids=["default", "guest", "own"],
+)  # fmt: skip
+def test_the_command_names_the_machine_and_nothing_of_the_run(given: list[str], command: str) -> None:
+    parser = ArgumentParser()
+    add_options(parser)
+    assert _again(parser.parse_args(given)) == f"xencrash lab storm {command} --replay"
+
+
+@pytest.mark.parametrize(("format", "begins"), [("html", "<!DOCTYPE html>"), ("table", "machine"), ("junit", "<?xml")])
+def test_render_writes_a_storm_in_each_format(tmp_path: Path, format: str, begins: str) -> None:
+    file, out = tmp_path / "storm.json", tmp_path / "out"
+    file.write_text(json.dumps(report()))
+    assert main(["render", str(file), "--format", format, "--output", str(out)]) == 0
+    assert out.read_text().startswith(begins)
+    assert "nmi@0:kexec_crash+0x4" in out.read_text()
+
+
+def test_render_refuses_a_damaged_storm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "storm.json"
+    file.write_text(json.dumps({**report(), "functions": None}))
+    assert main(["render", str(file)]) == 3
+    assert "damaged, or not a report" in capsys.readouterr().err
 
 
 def test_junit_has_a_case_for_each_experiment() -> None:

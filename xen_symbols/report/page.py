@@ -68,9 +68,9 @@ def index(reports: Iterable[contract.Report], files: Sequence[str]) -> Iterator[
     yield from _document("Dumps", [_index(list(reports), [quote(name) for name in files])])
 
 
-def table_page(title: str, blocks: Iterable[Block]) -> Iterator[str]:
-    """A page of tables and lines."""
-    yield from _document(title, [f"<h1>{_text(title)}</h1>", *map(_block, blocks)])
+def table_page(title: str, blocks: Iterable[Block], folded: Iterable[Table] = ()) -> Iterator[str]:
+    """A page of tables and lines; the `folded` ones can be opened one by one."""
+    yield from _document(title, [f"<h1>{_text(title)}</h1>", *map(_block, blocks), *map(_folded, folded)])
 
 
 def _document(title: str, body: Iterable[str]) -> Iterator[str]:
@@ -256,6 +256,11 @@ def _block(block: Block) -> str:
         return "".join(f"<p>{''.join(map(_cell, line))}</p>" for line in block.lines)
     rows = [[_cell(cell) for cell in row] for row in block.rows]
     return f"<h2>{_text(block.title)}</h2>{_rows(block.columns, rows)}"
+
+
+def _folded(table: Table) -> str:
+    rows = _rows(table.columns, ([_cell(cell) for cell in row] for row in table.rows))
+    return f"<details><summary>{_text(table.title)}</summary>{rows}</details>"
 
 
 def _fields(lines: Lines) -> str:

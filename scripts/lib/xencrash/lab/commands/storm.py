@@ -13,26 +13,24 @@ table of generations. An ID describes an experiment completely, and repeats it:
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import IO, Any
 
-from xen_symbols.report.console import print_blocks
-from xen_symbols.report.junit import to_junit
 from xen_symbols.report.model import ExitStatus
 from xencrash.errors import UsageError, complain
 from xencrash.lab import progress
 from xencrash.lab.options import add_crash, add_machine, specification
+from xencrash.lab.storm import shown
 from xencrash.lab.storm.begin import Scenery, begin
 from xencrash.lab.storm.drive import Driver
 from xencrash.lab.storm.experiment import Experiment, parse
 from xencrash.lab.storm.explore import DEFAULT_KINDS, KINDS, plan
 from xencrash.lab.storm.judge import Verdict
-from xencrash.lab.storm.report import as_findings, blocks, to_json, verdict_of
+from xencrash.lab.storm.report import to_json, verdict_of
 from xencrash.lab.storm.run import Budget, Result, Storm, plain_crash, run_one
 from xencrash.lab.storm.snapshot import folder_for_snapshot
 from xencrash.options import count
@@ -42,6 +40,11 @@ from xencrash.output import to
 EPILOG = """\
 exit status: 0 no experiment failed, 1 at least one failed, 2 bad usage, 3 none could be
 run, or one could not be decided"""
+# Options that make a machine what it is.
+_MACHINE = (
+    "xen", "xen_image", "symbols", "guest", "fault", "qemu", "lapic", "cpus", "memory", "dom0_vcpus", "domu_vcpus",
+    "xen_args", "dom0_args", "how", "cpu",
+)  # fmt: skip
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -64,7 +67,9 @@ def add_options(parser: ArgumentParser) -> None:
         "--picture", action="append", default=[], metavar="FUNCTION",
         help="show this function's instructions with the outcomes beside them",
     )  # fmt: skip
-    parser.add_argument("--format", choices=("table", "json", "junit"), default="table", help="default: %(default)s")
+    parser.add_argument(
+        "--format", choices=("table", "json", "junit", "html"), default="table", help="default: %(default)s"
+    )
     parser.add_argument("--output", metavar="FILE", help="write the report there instead of standard output")
 
 
@@ -85,9 +90,10 @@ def run(args: Namespace) -> int:
             "seed": args.seed,
             "seconds": round(time.monotonic() - begun, 1),
             "interrupted": storm.interrupted,
+            "replay": _again(args),
         }
         report = to_json(storm.results, scenery, about, planned)
-    to(args.output, lambda stream: _render(args, report, stream))
+    to(args.output, lambda stream: shown.write(report, args.format, stream, args.picture))
     return status(storm.results)
 
 
@@ -144,14 +150,11 @@ def _stop_at(scenery: Scenery, experiment: Experiment, events: int) -> int:
     return ExitStatus.PASSED
 
 
-def _render(args: Namespace, report: dict[str, Any], stream: IO[str]) -> None:
-    if args.format == "json":
-        json.dump(report, stream, indent=1)
-        stream.write("\n")
-    elif args.format == "junit":
-        stream.write(to_junit(as_findings(report)))
-    else:
-        print_blocks(blocks(report, args.picture), stream)
+def _again(args: Namespace) -> str:
+    """The command that repeats an experiment of this machine, but for the ID."""
+    given = [(name, getattr(args, name)) for name in _MACHINE if getattr(args, name) is not None]
+    options = [word for name, value in given for word in (f"--{name.replace('_', '-')}", str(value))]
+    return shlex.join(["xencrash", "lab", "storm", *options, "--replay"])
 
 
 def status(results: Sequence[Result]) -> ExitStatus:

@@ -1,4 +1,4 @@
-"""A storm's report: the JSON that schema.json describes, and its renderings."""
+"""A storm's report: the JSON that schema.json describes. shown.py renders it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from xen_symbols.crashpath.engine import TOOL
-from xen_symbols.report.blocks import Block, Cell, Lines, Table
 from xencrash.lab.storm.begin import Scenery
 from xencrash.lab.storm.experiment import describe_place
 from xencrash.lab.storm.judge import Verdict
@@ -18,12 +17,8 @@ from xencrash.lab.storm.scene import Scene
 Object = dict[str, Any]
 
 SCHEMA = 1
-_STYLES = {"pass": "pass", "window": "unknown", "fail": "fail", "undecided": "unknown"}
-_LETTERS = {"pass": ".", "window": "w", "fail": "F", "undecided": "?"}
 _KERNEL = "(crash kernel)"
-_WHY_INEXACT = (
-    "Xen measures its waits with clocks, and QEMU's run on host time: an experiment that waits may differ"
-)
+_WHY_INEXACT = "Xen measures its waits with clocks, and QEMU's run on host time: an experiment that waits may differ"
 
 
 def function_of(pc: int, scene: Scene) -> str:
@@ -139,98 +134,3 @@ def _windows(results: Sequence[Result], scene: Scene) -> Iterator[Object]:
             "instructions": len(pcs),
             "functions": dict(Counter(function_of(pc, scene) for pc in pcs)),
         }
-
-
-# Renderings: of the JSON alone.
-
-
-def blocks(report: Object, pictures: Sequence[str] = ()) -> list[Block]:
-    """Counts, coverage, windows, failures; and each function of `pictures`, instruction by instruction."""
-    counts = report["counts"]
-    head = [
-        [Cell("machine     ", "dim"), Cell(report["machine"], "strong"), Cell(f", QEMU {report['qemu']}, "
-         f"{report['cpus']} CPUs, CPU {report['crashing_cpu']} crashes, generation {report['generation']}")],
-        [Cell("experiments ", "dim"), Cell(_done(report))],
-        [Cell("outcomes    ", "dim"), *_counted(counts)],
-    ]  # fmt: skip
-    return [
-        Lines(head), _coverage(report), *_window_table(report), *_failures(report),
-        *(_picture(function) for function in report["functions"] if function["function"] in pictures),
-    ]  # fmt: skip
-
-
-def _done(report: Object) -> str:
-    planned = "" if report["planned"] is None else f" of {report['planned']}"
-    cut = ", interrupted" if report.get("interrupted") else ""
-    return f"{len(report['experiments'])}{planned} in {report['seconds']:.0f} s, seed {report['seed']}{cut}"
-
-
-def _counted(counts: Mapping[str, int]) -> list[Cell]:
-    cells = []
-    for verdict, count in counts.items():
-        cells.append(Cell(f"{count} {verdict}  ", _STYLES[verdict] if count else "dim"))
-    return cells
-
-
-def _coverage(report: Object) -> Table:
-    rows = []
-    for function in report["functions"]:
-        done, outcomes = function["experiments"], function["outcomes"]
-        rows.append([
-            Cell(function["function"], "strong"), Cell(function["role"]),
-            Cell(f"{function['touched']}/{function['instructions']}"),
-            *(Cell(str(done.get(name, "")) ) for name in ("nmi", "mc", "yield", "stop")),
-            *(Cell(str(outcomes.get(name, "")), _STYLES[name]) for name in ("pass", "window", "fail")),
-        ])  # fmt: skip
-    columns = ["function", "CPU", "instructions", "NMI", "#MC", "yield", "stop", "pass", "window", "fail"]
-    return Table("What was executed and injected", columns, rows)
-
-
-def _window_table(report: Object) -> list[Block]:
-    if not report["windows"]:
-        return []
-    rows = [
-        [Cell(window["event"]), Cell(window["on"]), Cell(window["why"], "unknown"), Cell(str(window["instructions"])),
-         Cell(", ".join(f"{name} {count}" for name, count in window["functions"].items()))]
-        for window in report["windows"]
-    ]  # fmt: skip
-    return [Table("Windows that no code can close", ["event", "on", "why", "instructions", "where"], rows)]
-
-
-def _failures(report: Object) -> list[Block]:
-    bad = [one for one in report["experiments"] if one["verdict"] in ("fail", "undecided")]
-    if not bad:
-        return []
-    rows = []
-    for one in bad:
-        exact = {True: "same again", False: "different outcome", None: ""}[one.get("exact")]
-        says = one["says"] + (f" (enough: {one['shrunk']})" if one.get("shrunk") else "")
-        rows.append([Cell(one["id"], "strong"), Cell(one["what"], _STYLES[one["verdict"]]), Cell(exact), Cell(says)])
-    return [Table("Failures (--replay ID repeats one)", ["ID", "what", "again", "what happened"], rows)]
-
-
-def _picture(function: Object) -> Table:
-    rows = [
-        [Cell(line["at"], "dim"), *(_mark(line["outcomes"].get(name)) for name in ("nmi", "mc", "yield", "stop")),
-         Cell(line["text"] or "")]
-        for line in function["lines"]
-    ]  # fmt: skip
-    title = f"{function['function']}, on the {function['role']} CPU (. pass, w window, F fail)"
-    return Table(title, ["at", "NMI", "#MC", "yield", "stop", "instruction"], rows)
-
-
-def _mark(verdict: str | None) -> Cell:
-    return Cell(_LETTERS[verdict], _STYLES[verdict]) if verdict else Cell("")
-
-
-def as_findings(report: Object) -> Object:
-    """As a report of findings, for the JUnit renderer: each experiment is one, in the suite of its kind."""
-    verdicts = {"pass": "pass", "window": "skip", "undecided": "unknown", "fail": "fail"}
-    return {
-        "target": {"location": report["machine"]},
-        "findings": [
-            {"stage": one["kind"] or "replay", "check": one["id"], "cpu": None, "verdict": verdicts[one["verdict"]],
-             "expected": "handed-over", "observed": one["what"], "reason": one["says"]}
-            for one in report["experiments"]
-        ],
-    }  # fmt: skip

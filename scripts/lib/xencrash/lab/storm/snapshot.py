@@ -115,7 +115,6 @@ class Snapshot:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-
     def _write_files(self, paths: Paths) -> None:
         """No experiment runs until the crash kernel reads or writes its disk."""
         with paths.disk.open("wb") as disk:
