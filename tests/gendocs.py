@@ -1,4 +1,4 @@
-"""Write docs/reference.md and docs/faults.md from the tables. A test checks that they are current."""
+"""Write the generated pages and figures of docs/ from the tables. A test checks that they are current."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import enum
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.genfigure import picture
 from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.checks.model import Need, Shows
 from xen_symbols.crashpath.complete import COMPLETE
@@ -180,7 +181,7 @@ def _fault_lines() -> Iterator[str]:
         yield ""
 
 
-PAGES = {"reference.md": reference, "faults.md": faults}
+PAGES = {"reference.md": reference, "faults.md": faults, "crash-path.svg": picture}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
