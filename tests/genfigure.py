@@ -10,9 +10,9 @@ from xen_symbols.crashpath.stages import STAGES, CrashStep, OtherStep, Role, Sta
 from xen_symbols.crashpath.timeline import PATH, Value, Whose, Write
 
 ROW, TOP = 22, 86  # pixels: of a line; above the first
-LANES = {False: 158, True: 562}  # where what the crashing CPU writes begins, and what each other CPU writes
-LANE = 396
-DOTS, COLUMN = 978, 27
+LANES = {False: 158, True: 572}  # where what the crashing CPU writes begins, and what each other CPU writes
+LANE = 406
+DOTS, COLUMN = 994, 27
 WIDTH = DOTS + COLUMN * len(GENERATIONS) + 20
 STYLE = """
 text { font: 13px sans-serif; fill: #1b1f24 } .stage { font-weight: bold } .head { font-weight: bold; font-size: 14px }

@@ -1,0 +1,19 @@
+"""The documentation as a site, of Markdown: sphinx-build -W docs OUT (extra `docs`). A link to nothing is an error."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+project, author, copyright = "xencrash", "the xencrash authors", "the xencrash authors"
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "xencrash"
+html_copy_source = html_show_sourcelink = False
+myst_heading_anchors = 3
+default_role = "code"  # docstrings are plain text: `name` is code
+nitpicky = False  # a signature may name types that have no page
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
