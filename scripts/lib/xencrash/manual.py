@@ -1,24 +1,19 @@
 """The manual page and the shells' completions, made from the parser when a wheel is built (setup.py).
 
-By argparse-manpage and shtab, of which this is the only importer: the command itself does not need them.
+By argparse-manpage and shtab, of which this is the only importer, when it is asked: the command does not need them.
 """
 
 from argparse import ArgumentParser, _SubParsersAction
 from collections.abc import Iterator
 
-import shtab
-from argparse_manpage.manpage import Manpage
-
 from xen_symbols.version import VERSION
 from xencrash import commands
+from xencrash.lazy import load
 from xencrash.subcommands import whole
 
 NAME = "xencrash"
-# What completes an argument, by the name that its help gives it.
-_COMPLETES = {
-    **dict.fromkeys(("FILE", "TARGET", "DUMP", "REPORT", "SOCKET", "DUMP_OR_REPORT"), shtab.FILE),
-    "DIR": shtab.DIRECTORY,
-}
+# What completes an argument, by the name that its help gives it: shtab's word for it.
+_COMPLETES = {**dict.fromkeys(("FILE", "TARGET", "DUMP", "REPORT", "SOCKET"), "FILE"), "DIR": "DIRECTORY"}
 # Where each shell looks, below the prefix of an installation.
 COMPLETIONS = {
     "bash": f"share/bash-completion/completions/{NAME}",
@@ -35,12 +30,12 @@ def files() -> dict[str, str]:
 
 def completion(shell: str) -> str:
     """What bash, zsh or fish reads to complete the command."""
-    parser = whole(commands, NAME)
+    parser, shtab = whole(commands, NAME), load("shtab")
     for each in _every(parser):
         for action in each._actions:
             if action.metavar in _COMPLETES and action.choices is None:
-                action.complete = _COMPLETES[action.metavar]  # type: ignore[attr-defined]
-    return shtab.complete(parser, shell)
+                action.complete = getattr(shtab, _COMPLETES[action.metavar])  # type: ignore[attr-defined]
+    return str(shtab.complete(parser, shell))
 
 
 def page() -> str:
@@ -49,7 +44,7 @@ def page() -> str:
     parser.man_short_description = f"{commands.__doc__}".strip().rstrip(".")  # type: ignore[attr-defined]
     parser._positionals.title = "commands"
     about = {"project_name": NAME, "version": VERSION, "manual_title": "User commands"}
-    text = str(Manpage(parser, format="single-commands-section", _data=about))
+    text = str(load("argparse_manpage.manpage:Manpage")(parser, format="single-commands-section", _data=about))
     # The library calls an epilog comments, and fills its lines.
     text = text.replace(".SH COMMENTS\n", ".SH TARGETS AND EXIT STATUS\n.nf\n") + "\n.fi"
     return "".join(each if each.isascii() else f"\\[u{ord(each):04X}]" for each in text) + "\n"
