@@ -35,6 +35,7 @@ from xen_symbols.crashpath.stages import (
     Stage,
 )
 from xen_symbols.crashpath.unblocking import unblocking
+from xen_symbols.crashpath.whereabouts import whereabouts
 from xen_symbols.describe.changes import describe_traced_change
 from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
 from xen_symbols.targets import PhysicalCpu
@@ -98,6 +99,8 @@ class Follower:
         self._entries: dict[int, int] = {}
         self._again: set[int] = set()
         self._stopped: dict[int, dict[str, int] | None] = {}  # other CPUs' registers at their last stop
+        self._others = whereabouts(memory, self.generation)
+        self._missed: set[str] = set()  # stages of other CPUs that had no breakpoint for a while
         self._unblocked = False
         self._history = GateHistory()
         self.writes = Writes()
@@ -230,16 +233,17 @@ class Follower:
         if stage is None or (stage.role is Role.OTHER and self._has_not_moved(state.of(cpu).physical, cpu)):
             self.writes.look(state)
             return StopResult(None)
+        if self._crashing is not None:
+            self._missed |= {name for name, address in self._anchors.of.items() if address not in self.breakpoints}
         self._advance(state, stage, cpu)
-        position = at_stage(stage, cpu, self._crashing, self._online, self._spans())
+        position = at_stage(stage, cpu, self._crashing, self._online, self._spans(state))
         if stage.role is Role.OTHER:
             position = self._as_seen(state, position, cpu)
         seen, findings = self._judge(state, position)
         if stage.id == "crash-entry":
             self._require_image(state)
         if stage.id == self._anchors.last:
-            if not self._stay:
-                self._afterwards = Afterwards(findings)
+            self._afterwards = None if self._stay else Afterwards(findings)
             findings = (*findings, self._complete(True))
         return StopResult(seen, findings, stage.id == self._anchors.last and self._stay)
 
@@ -319,12 +323,15 @@ class Follower:
         if stage.other_step is OtherStep.NMI_TAKEN:
             self._entries[cpu] = self._entries.get(cpu, 0) + 1
 
-    def _spans(self) -> dict[int, Span]:
-        """What is known of each other CPU when one of them stops: at least where it was last seen."""
+    def _spans(self, state: State) -> dict[int, Span]:
+        """What is known of each other CPU when one of them stops: at least where it was last seen, and no further than
+        the evidence allows. One that came again may have completed anything the first time."""
         sent = self._step >= CrashStep.ARMED
         first = Span(OtherStep.NOTHING, OtherStep.PARKED if sent else OtherStep.NOTHING)
         spans = dict.fromkeys(self._online - {self._crashing}, first)
-        return spans | {cpu: Span(span.low, OtherStep.PARKED) for cpu, span in self._seen.items()}
+        spans |= {cpu: Span(span.low, OtherStep.PARKED) for cpu, span in self._seen.items()}
+        once = {cpu: spans[cpu] for cpu in spans.keys() - self._again}
+        return spans | self._others.bounded(state, once, self._missed)
 
     def _judge(self, state: State, position: Position) -> tuple[StageSeen, tuple[Finding, ...]]:
         counted = "nmi-taken" in self._anchors.of and BY_ID["nmi-taken"] not in self._anchors.unseen()

@@ -33,6 +33,8 @@ _PARKED = Span(OtherStep.PARKED, OtherStep.PARKED)
 # Functions that only the crashing CPU runs: the anchors of its stages, but for those that another CPU reaches, too. One
 # that comes too late to crash stays behind in kexec_crash (one_cpu_only).
 _SHARED = {"kexec_crash", *(name for stage in STAGES if stage.role is Role.OTHER for name in stage.anchors)}
+# Another CPU is in one of these until it has stopped (xen/arch/x86/smp.c, apic.c).
+STOPPING = {"__stop_this_cpu", "disable_local_APIC", "clear_local_APIC"}
 _ONLY_CRASHING = {name for stage in STAGES if stage.role is Role.CRASHING for name in stage.anchors} - _SHARED
 
 
@@ -103,7 +105,7 @@ def votes(state: State, generation: Generation) -> list[Vote]:
             if len(own) == 1:
                 found.append(Vote("the only NMI gate of an online CPU with trap_nop", own[0]))
     for number, known in state.cpus.items():
-        function = _function_of(state.symbols, known.physical)
+        function = function_of(state.symbols, known.physical)
         if function in _ONLY_CRASHING:
             found.append(Vote(f"its RIP, in {function}", number))
     if saved.present and len(saved.value) == 1:
@@ -133,7 +135,7 @@ def online_at_crash(state: State, generation: Generation | None, crashing: int |
     for number, known in state.cpus.items():
         save_done = known.crash_save_done.present and known.crash_save_done.value
         shot = generation is not None and (
-            _function_of(state.symbols, known.physical) == generation.parks_in
+            function_of(state.symbols, known.physical) == generation.parks_in
             or (generation.frees_offline_cpus and known.nmi_gate.present)
         )
         if save_done or shot:
@@ -164,16 +166,26 @@ def infer(state: State, generation: Generation) -> Position:
             return at_stage(stage_here, cpu, cpu, online)
     if handed_over(state, physical):
         return once_left(CRASHED, cpu, online)
+    others = {number: _by_registers(state.symbols, generation, state.of(number).physical) for number in online - {cpu}}
     other = _stage_of_any(state)
     if other is not None and other[1] != cpu:
-        position = at_stage(*other, crashing_cpu=cpu, online=online)
+        position = at_stage(*other, crashing_cpu=cpu, online=online, seen=others)
         return Position(position.stage, other[1], cpu, Span(CrashStep.NOTHING, CrashStep.NEUTRALISED),
                         position.others, online)  # fmt: skip
     if is_memory_alone(state) and _neutralised(state, generation):
         done = Span(CrashStep.NEUTRALISED, CrashStep.NEUTRALISED)
         return Position(BY_ID["handover"], None, cpu, done, dict.fromkeys(online - {cpu}, _SHOT), online)
     anywhere = Span(CrashStep.NOTHING, CrashStep.NEUTRALISED)
-    return Position(CRASHING, None, cpu, anywhere, dict.fromkeys(online - {cpu}, ANYWHERE), online)
+    return Position(CRASHING, None, cpu, anywhere, others, online)
+
+
+def _by_registers(symbols: SymbolTable, generation: Generation, physical: PhysicalCpu | Absent) -> Span:
+    """Where another CPU is on a path that was not followed: all is done by one that has halted in the handler."""
+    function = function_of(symbols, physical)
+    if function in STOPPING:
+        return Span(OtherStep.NOTES_SAVED, OtherStep.STOPPED)
+    halted = not isinstance(physical, Absent) and physical.halted is True
+    return _PARKED if halted and function == generation.parks_in else ANYWHERE
 
 
 def is_memory_alone(state: State) -> bool:
@@ -206,7 +218,7 @@ def handed_over(state: State, crashing: PhysicalCpu | Absent) -> bool:
     return not region <= rip < region + IMAGE_REGION
 
 
-def _function_of(symbols: SymbolTable, physical: PhysicalCpu | Absent) -> str | None:
+def function_of(symbols: SymbolTable, physical: PhysicalCpu | Absent) -> str | None:
     """The function of Xen's that a CPU is in; None for one that is elsewhere, or whose registers are not known."""
     rip = None if isinstance(physical, Absent) or not physical.current else physical.registers.get("rip")
     found = None if rip is None else symbols.lookup(rip)
