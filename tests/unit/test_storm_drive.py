@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from xencrash.lab.storm.delivery import Delivery
 from xencrash.lab.storm.drive import Driver
-from xencrash.lab.storm.experiment import Experiment
+from xencrash.lab.storm.experiment import Action, Experiment, Place, event
 
 HANDOVER, IMAGE = 0xFFFF82D040200000, 0x39FC9005
 
@@ -44,3 +45,45 @@ def test_the_guest_says_on_its_console_that_it_has_started(console: bytes, begun
     assert IMAGE not in storm._places_of(0)
     assert not storm._gives_way(0, IMAGE)
     assert storm._kernel_has_begun() is begun
+
+
+class Stepped:
+    """A stub whose CPU goes to the next of these addresses at each step; machine checks are noted with where it was."""
+
+    def __init__(self, *places: int) -> None:
+        self.places, self.masked = list(places), None
+
+    def registers(self, cpu: int) -> dict[str, int]:
+        return {"rip": self.places[0], "rsp": 0x1000}
+
+    def masking(self, flags: int) -> None:
+        self.masked = flags
+
+    def step(self, cpu: int, timeout: float) -> None:
+        if len(self.places) > 1:
+            self.places.pop(0)
+
+
+IDLE, NMI, MC = 0x100, 0x200, 0x300
+
+
+@pytest.mark.parametrize(
+    ("pending", "blocked", "places", "injected_at"),
+    [(True, False, (IDLE, NMI, MC), NMI), (False, False, (IDLE, MC), IDLE), (True, True, (IDLE, MC), IDLE)],
+    ids=["pending", "none", "blocked"],
+)
+def test_a_machine_check_comes_after_a_pending_nmi_has_been_taken(
+    monkeypatch: pytest.MonkeyPatch, pending: bool, blocked: bool, places: tuple[int, ...], injected_at: int
+) -> None:
+    storm, stub = driver(None), Stepped(*places)
+    storm.rsp = stub  # type: ignore[assignment]
+    storm.live.target = storm.live.qmp = None  # type: ignore[assignment]
+    physical: Any = SimpleNamespace(nmi_pending=pending, nmi_blocked=blocked)
+    monkeypatch.setattr(storm, "_physical", lambda: [physical] * 2)
+    monkeypatch.setattr("xencrash.lab.storm.drive.foresee", lambda *_: Delivery(MC, 0x1000))
+    at = []
+    monkeypatch.setattr("xencrash.lab.storm.inject.machine_check", lambda *_: at.append(stub.places[0]) or "")
+    storm._inject(event(Action.MC, Place(0, HANDOVER), 1))
+    assert at == [injected_at]
+    (seen,) = storm.course.injected
+    assert (seen.pc, seen.taken) == (injected_at, True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from xen_symbols.absence import Undecidable, Unreadable
@@ -250,7 +250,7 @@ class Driver:
         return False
 
     def _wakes(self, cpu: int) -> bool:
-        """Whether an NMI is about to wake a halted CPU that the host has not run yet."""
+        """Whether an NMI is pending that the CPU takes as soon as it runs, also from HLT."""
         physical = self._physical()[cpu]
         return physical.nmi_pending is True and physical.nmi_blocked is not True
 
@@ -288,6 +288,8 @@ class Driver:
 
     def _inject(self, event: Event) -> None:
         cpu, name = event.target, event.action.value
+        if event.action is Action.MC:
+            self._take_pending_nmi(cpu)
         physical = self._physical()[cpu]
         blocked = physical.nmi_blocked is True
         before = self.rsp.registers(cpu)
@@ -301,17 +303,27 @@ class Driver:
                 return  # it stays pending, and is taken when NMIs are unblocked
         else:
             seen.said = inject.machine_check(self.live.qmp, cpu)
+        after = self._step_in(cpu, before)
+        self._done.discard(cpu)
+        seen.taken = after["rip"] == seen.foreseen.handler
+        if seen.taken:
+            seen.frame = after["rsp"]
+            self._returns[cpu].append((before["rip"], before["rsp"], seen))
+
+    def _take_pending_nmi(self, cpu: int) -> None:
+        """QEMU would deliver it before the machine check, whose handler then would not begin at the next step."""
+        if self._wakes(cpu):
+            self._step_in(cpu, self.rsp.registers(cpu))
+
+    def _step_in(self, cpu: int, before: Mapping[str, int]) -> Mapping[str, int]:
+        """Have a CPU take what is pending; its registers after that."""
         self.rsp.masking(SSTEP_ENABLE)
         for _ in range(_TRIES):
             self.rsp.step(cpu, _STEP)
             after = self.rsp.registers(cpu)
             if after["rip"] != before["rip"]:
                 break
-        self._done.discard(cpu)
-        seen.taken = after["rip"] == seen.foreseen.handler
-        if seen.taken:
-            seen.frame = after["rsp"]
-            self._returns[cpu].append((before["rip"], before["rsp"], seen))
+        return after
 
     # Looking.
 
