@@ -93,6 +93,14 @@ def test_the_report_is_what_its_schema_says() -> None:
     ]
 
 
+def test_what_happened_to_another_cpu_is_not_an_outcome_of_the_instruction() -> None:
+    lost = result(1, Verdict.WINDOW, "unreachable")
+    other = Experiment((event(Action.MC, Place(0, CRASH + 4), 1),), "injection")
+    made = report([lost, Result(2, other, "mc>1@0:kexec_crash+0x4", PASSED, 0.1)])
+    assert made["functions"][0]["lines"][1]["outcomes"] == {"nmi": "window"}
+    assert made["functions"][0]["experiments"] == {"nmi": 1, "mc": 1}
+
+
 def test_an_empty_run_does_not_pass() -> None:
     assert report([])["verdict"] == "undecided"
 

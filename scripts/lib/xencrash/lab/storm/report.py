@@ -106,10 +106,11 @@ def _functions(results: Sequence[Result], recording: Recording, scene: Scene) ->
 
 
 def _outcomes_at(done: Iterable[tuple[str, Result]]) -> dict[str, str]:
-    """By kind of event, the worst outcome of the experiments that have only that event."""
+    """By kind of event, the worst outcome of the experiments that have only that event, on the CPU that is there."""
     found: dict[str, Verdict] = {}
     for action, result in done:
-        if len(result.experiment.events) == 1:
+        (first, *others) = result.experiment.events
+        if not others and first.target == first.place.cpu:
             found[action] = max(found.get(action, Verdict.PASS), result.outcome.verdict)
     return {action: str(verdict) for action, verdict in found.items()}
 
