@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import json
 import mmap
 import os
 import re
@@ -22,7 +20,7 @@ import pytest
 from tests.live.machines import booted, ready
 from xencrash.lab import boot
 from xencrash.lab.errors import LabError
-from xencrash.lab.images import members, xen_images
+from xencrash.lab.images import xen_images
 from xencrash.lab.machine import attach
 from xencrash.lab.packages import Cache, default_root, sha256_of
 from xencrash.lab.qemu import start_time
@@ -306,23 +304,3 @@ def test_a_broken_package_is_fetched_again_by_apt_whose_own_files_stay_as_they_a
     assert broken.read_bytes() == whole
     assert made.xen.exists()
     assert of_the_machines_apt() == before
-
-
-def test_a_xen_given_by_its_files_is_crashed_and_judged(tmp_path: Path) -> None:
-    """4.14, which refuses the sysctl of dom0's libxenctrl; its row has Debian 11's. Here anyxen.c helps."""
-    row = XENS["4.14"]
-    cache = Cache()
-    with cache.lock():
-        packages = cache.collect(row.suite, lambda cache: cache.packages(row.suite, row.packages))
-    files = members(packages.values(), (row.image, row.symbols))
-    for name, pattern in (("xen.gz", row.image), ("xen-syms", row.symbols)):
-        (data,) = (data for path, data in files.items() if fnmatch.fnmatch(path, pattern))
-        (tmp_path / name).write_bytes(data)
-    out = tmp_path / "out"
-    words = ["lab", "run", "--xen-image", str(tmp_path / "xen.gz"), "--output", str(out)]
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    for name in ("trace.json", "check.json"):
-        report = json.loads((out / name).read_text())
-        assert (report["verdict"], report["generation"]["id"]) == ("pass", row.generation)
-        assert report["symbols"]["path"] == str(tmp_path / "xen-syms")

@@ -32,6 +32,7 @@ HOMES = {
     "pygdbmi": ("scripts/",),
     "argparse_manpage": ("scripts/lib/xencrash/manual.py",),
     "shtab": ("scripts/lib/xencrash/manual.py",),
+    "pytest": ("scripts/lib/xencrash/pytest_plugin.py",),
     "capstone": ("scripts/lib/xencrash/lab/storm/decode.py",),
     "rich": ("xen_symbols/report/console.py", "scripts/"),
     "cramjam": ("xen_symbols/formats/compression.py",),
