@@ -114,7 +114,8 @@ class Recorder:
         self.progress(
             f"{len(self.recording.steps)} instructions recorded; CPUs share {words} words"
             if self._decodes
-            else f"{len(self.recording.steps)} instructions recorded (no disassembler: shared words are not known)"
+            else f"{len(self.recording.steps)} instructions recorded, but not which words CPUs share: "
+            "that takes a disassembler (pip install 'xencrash[storm]')"
         )
         return self.recording
 
