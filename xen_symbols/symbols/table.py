@@ -145,11 +145,11 @@ class SymbolTable:
     @cached_property
     def _earlier(self) -> dict[str, list[int]]:
         """The rows before the last one, for the few names that have several."""
-        index = self._by_name
+        names = self.rows.names()
         earlier: dict[str, list[int]] = {}
-        for row, name in enumerate(self.rows.names()):
-            if name and index[name] != row:
-                earlier.setdefault(name, []).append(row)
+        for row, last in enumerate(map(self._by_name.get, names)):
+            if last != row and last is not None:  # None: a row without a name
+                earlier.setdefault(names[row], []).append(row)
         return earlier
 
     def _named(self, name: str) -> list[int]:
