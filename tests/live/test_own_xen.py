@@ -21,6 +21,7 @@ from xencrash.lab.rows import XENS
 # One worker: the first test boots what the second starts from a snapshot.
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("default_row"), pytest.mark.xdist_group("own_xen")]
 
+ROOT = Path(__file__).parents[2]
 ROW = XENS["4.14"]
 
 
@@ -38,17 +39,27 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_is_crashed_and_judged(build: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    words = ["lab", "run", "--xen-image", str(build / "xen.gz"), "--output", str(out)]
+def test_it_is_crashed_and_judged_by_the_examples_for_ci(build: Path, tmp_path: Path) -> None:
+    import yaml  # only here: collecting the tests does not need it
+
+    job = yaml.safe_load((ROOT / "docs/ci/gitlab-ci.yml").read_text())["crash-path"]
+    steps = yaml.safe_load((ROOT / "docs/ci/github.yml").read_text())["jobs"]["crash-path"]["steps"]
+    assert [step["run"] for step in steps if "run" in step][-2:] == [job["before_script"][-1], *job["script"]]
+    (tmp_path / "xen").symlink_to(build)
+    (tmp_path / "xencrash").symlink_to(ROOT)
+    script = "\n".join(job["script"])
     done = subprocess.run(
-        [sys.executable, "-m", "xencrash", *words], capture_output=True, text=True, timeout=600, check=False
+        ["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.glob(job["artifacts"]["reports"]["junit"])] == ["trace.xml"]
+    out = tmp_path / job["artifacts"]["paths"][0]
     for name in ("trace.json", "check.json"):
         report = json.loads((out / name).read_text())
         assert (report["verdict"], report["generation"]["id"]) == ("pass", ROW.generation)
-        assert report["symbols"]["path"] == str(build / "xen-syms")
+        assert Path(report["symbols"]["path"]).resolve() == (build / "xen-syms").resolve()
+    broken = script.replace("xen/xen.gz", "xen/absent")
+    assert subprocess.run(["bash", "-ec", broken], cwd=tmp_path, capture_output=True, check=False).returncode == 2
 
 
 # The second has a Xen that leaves its local APICs on: `ret` where disable_local_APIC begins.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import gzip
 import hashlib
@@ -18,7 +19,7 @@ import pytest
 from tests.machines import realxen
 from xen_symbols.absence import Unreadable
 from xen_symbols.crashpath.generations import BY_ID
-from xencrash.lab import boot, crash, domu, images, initramfs, machine, planted
+from xencrash.lab import boot, crash, domu, images, initramfs, machine, options, planted
 from xencrash.lab.crash import Crash
 from xencrash.lab.dumps import elf_size
 from xencrash.lab.errors import BadSpecification, LabError
@@ -140,6 +141,7 @@ def test_a_machine_that_is_loaded_waits_and_has_ram_of_its_own(tmp_path: Path) -
         ({"wait": "dom1"}, "--wait is one of dom0, xen, none, not 'dom1'"),
         ({"lapic": "x2apic"}, "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate: give --qemu 10.0 or sid"),
         ({"domu_vcpus": 5}, "--domu-vcpus 5: each needs its own CPU, and the machine has 4"),
+        ({"max_cpus": 3}, "--max-cpus 3: the machine has 4 CPUs: give as many or more"),
         ({"domu_vcpus": 1, "paused": True}, "--domu-vcpus is for a machine that boots, and --paused stops it"),
         ({"domu_vcpus": 1, "wait": "xen"}, "--domu-vcpus needs dom0, which wait='xen' does not wait for"),
         ({"guest": "rfc-v1", "dom0_vcpus": 1}, "--dom0-vcpus is for real Xen, and --guest boots the reference guest"),
@@ -154,6 +156,12 @@ def test_the_impossible_is_refused_before_anything_is_done(fields: dict[str, Any
     with pytest.raises(BadSpecification) as refused:
         Specification(**fields)
     assert why in str(refused.value)
+
+
+def test_possible_cpus_are_asked_for_by_an_option() -> None:
+    parser = argparse.ArgumentParser()
+    options.add_machine(parser)
+    assert options.specification(parser.parse_args(["--max-cpus", "8"])).max_cpus == 8
 
 
 def test_a_crash_on_a_chosen_cpu_is_dom0s_panic() -> None:

@@ -30,6 +30,9 @@ def add_machine(parser: ArgumentParser) -> None:
     parser.add_argument("--qemu", choices=QEMUS, default=DEFAULT_QEMU, help=f"default: {DEFAULT_QEMU}")
     parser.add_argument("--lapic", choices=LAPICS, help="default: as this QEMU and Xen set it up")
     parser.add_argument("--cpus", type=count, default=4, metavar="N", help="default: 4")
+    parser.add_argument(
+        "--max-cpus", type=count, metavar="N", help="CPUs that the firmware names as possible; default: those present"
+    )
     parser.add_argument("--memory", type=count, metavar="MIB", help="default: 1024")
     parser.add_argument("--dom0-vcpus", type=count, metavar="N", help="default: 1; pinned if as many as CPUs")
     parser.add_argument(
@@ -68,8 +71,8 @@ def add_crash(parser: ArgumentParser) -> None:
 
 def specification(args: Namespace) -> Specification:
     """The machine that the options ask for. Raises BadSpecification."""
-    names = ("xen", "guest", "fault", "qemu", "lapic", "cpus", "memory", "dom0_vcpus", "domu_vcpus", "xen_args",
-             "dom0_args", "paused")  # fmt: skip
+    names = ("xen", "guest", "fault", "qemu", "lapic", "cpus", "max_cpus", "memory", "dom0_vcpus", "domu_vcpus",
+             "xen_args", "dom0_args", "paused")  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     loads = not getattr(args, "no_crash_kernel", False)
     return Specification(**given, xen_image=own(args), crash_kernel=loads, crash=crash(args))

@@ -111,6 +111,8 @@ class Specification:
     def _problems(self) -> Iterator[str]:
         yield from self._unknown_names()
         self.crash.require_cpu(self.cpus)
+        if self.max_cpus is not None and self.max_cpus < self.cpus:
+            yield f"--max-cpus {self.max_cpus}: the machine has {self.cpus} CPUs: give as many or more"
         if self.fault and not self.guest:
             yield "--fault is for the reference guest: give --guest too"
         if self.guest:
