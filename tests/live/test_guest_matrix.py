@@ -79,11 +79,11 @@ MAY_BE_SEEN: dict[str | None, tuple[str, ...]] = {"second-entry": ("nmi-latch",)
 @dataclass(frozen=True)
 class Followed:
     """The report of one crash, that of the dump taken at its handover, or its end (None for one that cannot be judged),
-    and the verdict on its RAM after it."""
+    and, of a clean one, the verdict on its RAM after it."""
 
     report: Json
     dump: Json | None
-    of_memory_alone: str
+    of_memory_alone: str | None
 
 
 def crash(run: Run, session: GdbSession, stall: float = STALL) -> Followed:
@@ -110,7 +110,7 @@ def crash(run: Run, session: GdbSession, stall: float = STALL) -> Followed:
             dumped = evaluate(open_dump(path, lab.symbols)).to_json()
         except Undecidable:
             dumped = None
-        return Followed(report, dumped, of_memory_alone(lab))
+        return Followed(report, dumped, None if run.fault else of_memory_alone(lab))
 
 
 def of_memory_alone(lab: Machine) -> str:
