@@ -43,6 +43,9 @@ class FlattenedFile(Content):
         self._held = list(self._pieces.ranges())
 
     def read(self, offset: int, size: int) -> bytes:
+        whole = self._pieces.position(offset, size)
+        if whole is not None:
+            return self._content.read(whole, size)
         parts = []
         for position, length in self._pieces.pieces(offset, size):
             if position is None:

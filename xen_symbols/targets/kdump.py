@@ -13,6 +13,7 @@ import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats.compression import LZO, SNAPPY, ZLIB, ZSTD, decompress, missing
@@ -36,6 +37,7 @@ _INCOMPLETE = 0x8  # in the header's status, beside the compressions: the writer
 _MAX_FRAMES = 1 << 34  # 64 TiB
 _MAX_NOTE_BYTES = 16 << 20
 _CHUNK = 4096  # bytes of bitmap for each entry of the rank table
+_PART = 64  # bytes of a chunk for each entry of its own
 _CACHED_PAGES = 512
 _LAST_DESCRIPTORS = 1024
 _MAX_SUB_BLOCKS = 2 + _MAX_NOTE_BYTES // PAGE_SIZE  # the notes, and a page each for itself and for VMCOREINFO
@@ -83,6 +85,8 @@ class KdumpMemory(Memory):
         self._descriptors_at = bitmaps_at + bitmaps_size
         self._notes_at = sub[7:9] if version >= 4 else (0, 0)
         self._pages: dict[int, bytes] = {}
+        self._ranges: Ranges | None = None
+        self._last, self._last_chunk, self._last_rank = -1, b"", [0]
         self._rank, self._known = self._count()
         self.incomplete = bool(status & _INCOMPLETE)
         self.truncated = None if self.incomplete else self._truncated()
@@ -113,11 +117,13 @@ class KdumpMemory(Memory):
 
     def ranges(self) -> Ranges:
         """The pages of the second bitmap, a range per run of them; without those that a truncated file has lost."""
-        starts, ends = array("Q"), array("Q")
-        for start, end in self._held_runs() if self.truncated else self._runs():
-            starts.append(start * PAGE_SIZE)
-            ends.append(end * PAGE_SIZE)
-        return Ranges(starts, ends)
+        if self._ranges is None:
+            starts, ends = array("Q"), array("Q")
+            for start, end in self._held_runs() if self.truncated else self._runs():
+                starts.append(start * PAGE_SIZE)
+                ends.append(end * PAGE_SIZE)
+            self._ranges = Ranges(starts, ends)
+        return self._ranges
 
     def _page(self, frame: int) -> bytes:
         page = self._pages.pop(frame, None)
@@ -136,9 +142,9 @@ class KdumpMemory(Memory):
             raise Unreadable("the dump has no memory there")
         if frame >= self._known:
             raise Unreadable(f"it is not known whether the dump has it: {self.truncated}")
-        if not self._bit(self._memory_at, frame):
+        if not self._content.read(self._memory_at + frame // 8, 1)[0] >> frame % 8 & 1:
             raise Unreadable("the dump has no memory there")
-        if not self._bit(self._dumped_at, frame):
+        if not self._is_dumped(frame):
             raise Unreadable("the page was left out when the dump was written")
         at = self._descriptors_at + self._dumped_before(frame) * _DESCRIPTOR.size
         offset, size, compression, _ = _DESCRIPTOR.unpack(self._content.read(at, _DESCRIPTOR.size))
@@ -153,8 +159,9 @@ class KdumpMemory(Memory):
             raise Unreadable(f"unknown compression {compression:#x}")
         return decompress(_COMPRESSIONS[compression], data, PAGE_SIZE)
 
-    def _bit(self, bitmap: int, frame: int) -> int:
-        return self._content.read(bitmap + frame // 8, 1)[0] >> frame % 8 & 1
+    def _is_dumped(self, frame: int) -> int:
+        index, bit = divmod(frame, _CHUNK * 8)
+        return self._chunk(index)[bit // 8] >> bit % 8 & 1
 
     def _count(self) -> tuple[array[int], int]:
         """Dumped pages before each chunk of the second bitmap and in all of it, and for how many frames it is there:
@@ -176,10 +183,24 @@ class KdumpMemory(Memory):
         for at in range(0, size, _CHUNK):
             yield self._content.read(self._dumped_at + at, min(_CHUNK, size - at))
 
+    def _chunk(self, index: int) -> bytes:
+        """Of the second bitmap. The last is kept, with the dumped pages before each of its parts: a search through
+        memory asks for one page after another."""
+        if index != self._last:
+            at = index * _CHUNK
+            chunk = self._content.read(self._dumped_at + at, max(0, min(_CHUNK, -(-self._known // 8) - at)))
+            self._last, self._last_chunk = index, chunk
+            parts = (chunk[part : part + _PART] for part in range(0, len(chunk), _PART))
+            counts = (int.from_bytes(part, "little").bit_count() for part in parts)
+            self._last_rank = list(accumulate(counts, initial=self._rank[index]))
+        return self._last_chunk
+
     def _dumped_before(self, frame: int) -> int:
         index, bits = divmod(frame, _CHUNK * 8)
-        part = self._content.read(self._dumped_at + index * _CHUNK, -(-bits // 8))
-        return self._rank[index] + (int.from_bytes(part, "little") & (1 << bits) - 1).bit_count()
+        chunk = self._chunk(index)
+        part, bits = divmod(bits, _PART * 8)
+        word = int.from_bytes(chunk[part * _PART : (part + 1) * _PART], "little")
+        return self._last_rank[part] + (word & (1 << bits) - 1).bit_count()
 
     def _truncated(self) -> str | None:
         """Whether the file lost its end, which is that of its last page, or its writer did not come to it."""
