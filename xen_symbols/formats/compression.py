@@ -35,6 +35,8 @@ def unpacked(content: Content, packed: str) -> Content:
         raise
     except ImportError as error:
         raise Undecidable(f"compressed with {packed}; {_install(f'{error.name}')}") from None
+    except MemoryError:
+        raise Undecidable(f"not enough memory to undo its {packed} compression; give the uncompressed file") from None
     except Exception as error:  # each library has its own error class, and bad data is all it can mean
         raise Undecidable(f"bad {packed} data ({error}); fetch the file again") from None
     if not found:
