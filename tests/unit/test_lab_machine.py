@@ -19,7 +19,7 @@ import pytest
 from tests.machines import realxen
 from xen_symbols.absence import Unreadable
 from xen_symbols.crashpath.generations import BY_ID
-from xencrash.lab import boot, crash, domu, images, initramfs, machine, options, planted
+from xencrash.lab import boot, crash, domu, images, initramfs, machine, options, planted, specification
 from xencrash.lab.crash import Crash
 from xencrash.lab.dumps import elf_size
 from xencrash.lab.errors import BadSpecification, LabError
@@ -162,6 +162,36 @@ def test_possible_cpus_are_asked_for_by_an_option() -> None:
     parser = argparse.ArgumentParser()
     options.add_machine(parser)
     assert options.specification(parser.parse_args(["--max-cpus", "8"])).max_cpus == 8
+
+
+def test_kvm_is_refused_where_the_processor_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cpuinfo := tmp_path / "cpuinfo").write_text("flags\t\t: fpu vme svml\nbugs\t\t: svm vmx\n")
+    monkeypatch.setattr(specification, "CPUINFO", cpuinfo)
+    with pytest.raises(BadSpecification) as refused:
+        Specification(accel="kvm")
+    assert str(refused.value) == (
+        "--accel kvm needs a processor with SVM or VMX, and /proc/cpuinfo names neither: leave it out"
+    )
+    assert Specification().accel == "tcg"
+
+
+@pytest.mark.parametrize("flag", ["svm", "vmx"])
+def test_kvm_where_the_processor_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    (cpuinfo := tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: fpu {flag} vme\n")
+    monkeypatch.setattr(specification, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(images, "qemu_words", lambda cache, row: ("qemu",))
+    kernel = Boot(Path("/k"), Path("/s"))
+    commands = [
+        boot.recipe_of(Specification(kernel=kernel, accel=accel, lapic=lapic), Cache(tmp_path)).command(
+            Paths(tmp_path), Ram(Path("/ram"))
+        )
+        for accel, lapic in (("tcg", None), ("kvm", None), ("kvm", "xapic"))
+    ]
+    options = [dict(itertools.pairwise(command)) for command in commands]
+    assert [(words["-accel"], words["-cpu"]) for words in options] == [
+        ("tcg", "max,-smap"), ("kvm", "host,-smap"), ("kvm", "host,-smap,-x2apic")
+    ]  # fmt: skip
+    assert [Specification(accel=accel).keeps_snapshot for accel in ("tcg", "kvm")] == [True, False]
 
 
 def test_a_crash_on_a_chosen_cpu_is_dom0s_panic() -> None:

@@ -88,8 +88,8 @@ class Recipe:
 def recipe_of(specification: Specification, cache: Cache) -> Recipe:
     """The recipe, with what it needs in the cache. Raises LabError for what cannot be fetched."""
     spec = specification
-    cpu = ",".join(filter(None, (spec.qemu_row.cpu[spec.lapic_row.mode], "-rdtscp" * spec.pvh, spec.cpu_args)))
-    program = Program(images.qemu_words(cache, spec.qemu_row), cpu)
+    cpu = ",".join(filter(None, (spec.cpu_modes[spec.lapic_row.mode], "-rdtscp" * spec.pvh, spec.cpu_args)))
+    program = Program(images.qemu_words(cache, spec.qemu_row), cpu, spec.accel)
     return Recipe(spec, program, spec.kernel or (_guest_boot(spec) if spec.guest else _xen_boot(spec, cache)))
 
 
@@ -143,7 +143,7 @@ def up(
     recipe = recipe_of(specification, cache)
     limit = limit_of_space()
     run = Run(recipe, *new_run(run_dir), owned, progress)
-    if fresh or not specification.boots_dom0 or not limit:
+    if fresh or not specification.keeps_snapshot or not limit:
         return run.booted()
     snapshots = Snapshots(cache.root / "snapshots", limit, progress)
     for anew in (False, True):

@@ -12,7 +12,7 @@ from xencrash.lab.crash import WAYS, Crash
 from xencrash.lab.errors import BadSpecification, LabError
 from xencrash.lab.machine import Machine, attach, running
 from xencrash.lab.own import OwnXen, own_xen
-from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, GDBS, LAPICS, QEMUS, XENS
+from xencrash.lab.rows import ACCELS, DEFAULT_ACCEL, DEFAULT_QEMU, DEFAULT_XEN, GDBS, LAPICS, QEMUS, XENS
 from xencrash.lab.specification import Specification
 from xencrash.options import count
 
@@ -28,6 +28,9 @@ def add_machine(parser: ArgumentParser) -> None:
     parser.add_argument("--xen", choices=XENS, help=f"default: {DEFAULT_XEN}")
     add_own_xen(parser)
     parser.add_argument("--qemu", choices=QEMUS, default=DEFAULT_QEMU, help=f"default: {DEFAULT_QEMU}")
+    parser.add_argument(
+        "--accel", choices=ACCELS, default=DEFAULT_ACCEL, help="kvm uses /dev/kvm; default: %(default)s"
+    )
     parser.add_argument("--lapic", choices=LAPICS, help="default: as this QEMU and Xen set it up")
     parser.add_argument("--cpus", type=count, default=4, metavar="N", help="default: 4")
     parser.add_argument(
@@ -71,8 +74,8 @@ def add_crash(parser: ArgumentParser) -> None:
 
 def specification(args: Namespace) -> Specification:
     """The machine that the options ask for. Raises BadSpecification."""
-    names = ("xen", "guest", "fault", "qemu", "lapic", "cpus", "max_cpus", "memory", "dom0_vcpus", "domu_vcpus",
-             "xen_args", "dom0_args", "paused")  # fmt: skip
+    names = ("xen", "guest", "fault", "qemu", "accel", "lapic", "cpus", "max_cpus", "memory", "dom0_vcpus",
+             "domu_vcpus", "xen_args", "dom0_args", "paused")  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     loads = not getattr(args, "no_crash_kernel", False)
     return Specification(**given, xen_image=own(args), crash_kernel=loads, crash=crash(args))

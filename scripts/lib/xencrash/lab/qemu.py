@@ -92,6 +92,7 @@ class Program:
 
     words: tuple[str, ...]
     cpu: str
+    accel: str = "tcg"
 
 
 class Memory:
@@ -145,7 +146,7 @@ def command_line(
         *program.words,
         *("-name", f"xencrash,process=xencrash-{paths.run_dir.name}"[:60]),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-accel", "tcg", "-cpu", program.cpu, "-smp", smp),
+        *("-accel", program.accel, "-cpu", program.cpu, "-smp", smp),
         *("-object", backend, "-machine", "q35,memory-backend=ram"),
         *("-m", str(memory_mib), "-kernel", str(boot.kernel), "-append", boot.append),
         *(("-initrd", boot.initrd) if boot.initrd else ()),

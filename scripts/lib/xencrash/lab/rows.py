@@ -193,6 +193,30 @@ DEFAULT_QEMU = "7.2"
 
 
 @dataclass(frozen=True)
+class AccelRow:
+    """What runs a machine's CPUs. `cpu` gives `-cpu` by LAPIC mode; without it that is the QEMU's (QemuRow)."""
+
+    name: str
+    reason: str
+    cpu: dict[str, str] | None = None
+
+
+ACCELS = {
+    row.name: row
+    for row in (
+        AccelRow("tcg", "QEMU's emulation: everywhere the same"),
+        AccelRow(
+            "kvm",
+            "this machine's /dev/kvm, which has x2APIC with every QEMU; only where the processor has SVM or VMX: there "
+            "are others, which abort QEMU",
+            {"x2apic": "host,-smap", "xapic": "host,-smap,-x2apic"},
+        ),
+    )
+}
+DEFAULT_ACCEL = "tcg"
+
+
+@dataclass(frozen=True)
 class GdbRow:
     """One gdb: the one that is installed, or (`requirement`) one from PyPI in a separate environment."""
 

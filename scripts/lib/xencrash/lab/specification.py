@@ -5,8 +5,10 @@ A rule's message names the option of the command line, which a field's name is: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from xencrash.guests import BY_ID, Fault, generations
@@ -14,10 +16,22 @@ from xencrash.lab.crash import Crash
 from xencrash.lab.errors import BadSpecification
 from xencrash.lab.own import OwnXen
 from xencrash.lab.qemu import Boot
-from xencrash.lab.rows import DEFAULT_QEMU, DEFAULT_XEN, LAPICS, QEMUS, XENS, LapicRow, QemuRow, XenRow
+from xencrash.lab.rows import (
+    ACCELS,
+    DEFAULT_ACCEL,
+    DEFAULT_QEMU,
+    DEFAULT_XEN,
+    LAPICS,
+    QEMUS,
+    XENS,
+    LapicRow,
+    QemuRow,
+    XenRow,
+)
 
 WAITS = ("dom0", "xen", "none")
 _GUEST_MIB, _XEN_MIB = 64, 1024
+CPUINFO = Path("/proc/cpuinfo")
 # Options for real Xen only; the reference guest has no use for them.
 _OF_XEN = ("xen", "xen_image", "memory", "dom0_vcpus", "domu_vcpus", "xen_args", "dom0_args", "how", "no_crash_kernel")
 
@@ -30,13 +44,13 @@ class Specification:
     that no row has, in its place; `guest`, a generation of the reference guest, which may have a `fault`; `kernel`,
     anything else that QEMU boots.
 
-    `qemu` is a row. `lapic` is a row of LAPICS or None (what this QEMU does). `memory` is in MiB. `domu_vcpus` is the
-    number of CPUs on which a domU spins once dom0 is up. With `pvh` dom0 is a PVH guest, its vCPUs in SVM guest mode,
-    and no crash kernel is loaded: kexec finds no place for one there. It gets no RDTSCP, on whose intercept Xen kills
-    it under TCG. `cpu_args` is added to QEMU's -cpu, `qemu_args` to its command line. `wait` is how far the boot is
-    waited for: "dom0" (a shell answers, the crash kernel is loaded unless `crash_kernel` is false, and the domU runs),
-    "xen" (all CPUs are up) or "none"; only of `xen`. `paused` stops before the first instruction, and waits for
-    nothing. `crash` is how it will be crashed: the reference guest is given its CPU when it boots.
+    `qemu` and `accel` are rows. `lapic` is a row of LAPICS or None (what this QEMU does). `memory` is in MiB.
+    `domu_vcpus` is the number of CPUs on which a domU spins once dom0 is up. With `pvh` dom0 is a PVH guest, its vCPUs
+    in SVM guest mode, and no crash kernel is loaded: kexec finds no place for one there. It gets no RDTSCP, on whose
+    intercept Xen kills it under TCG. `cpu_args` is added to QEMU's -cpu, `qemu_args` to its command line. `wait` is how
+    far the boot is waited for: "dom0" (a shell answers, the crash kernel is loaded unless `crash_kernel` is false, and
+    the domU runs), "xen" (all CPUs are up) or "none"; only of `xen`. `paused` stops before the first instruction, and
+    waits for nothing. `crash` is how it will be crashed: the reference guest is given its CPU when it boots.
     """
 
     xen: str | None = None
@@ -45,6 +59,7 @@ class Specification:
     fault: str | None = None
     kernel: Boot | None = None
     qemu: str = DEFAULT_QEMU
+    accel: str = DEFAULT_ACCEL
     lapic: str | None = None
     cpus: int = 4
     max_cpus: int | None = None
@@ -100,7 +115,17 @@ class Specification:
 
     @property
     def lapic_row(self) -> LapicRow:
-        return LAPICS[self.lapic or self.qemu_row.default_lapic]
+        return LAPICS[self.lapic or ("x2apic" if ACCELS[self.accel].cpu else self.qemu_row.default_lapic)]
+
+    @property
+    def cpu_modes(self) -> Mapping[str, str]:
+        """`-cpu` by LAPIC mode."""
+        return ACCELS[self.accel].cpu or self.qemu_row.cpu
+
+    @property
+    def keeps_snapshot(self) -> bool:
+        """Whether it starts from a snapshot of an earlier boot. Not under KVM, whose CPU is the host's."""
+        return self.boots_dom0 and self.accel == DEFAULT_ACCEL
 
     @property
     def memory_mib(self) -> int:
@@ -110,6 +135,8 @@ class Specification:
 
     def _problems(self) -> Iterator[str]:
         yield from self._unknown_names()
+        if self.accel == "kvm" and not has_virtualisation(CPUINFO.read_text()):
+            yield "--accel kvm needs a processor with SVM or VMX, and /proc/cpuinfo names neither: leave it out"
         self.crash.require_cpu(self.cpus)
         if self.max_cpus is not None and self.max_cpus < self.cpus:
             yield f"--max-cpus {self.max_cpus}: the machine has {self.cpus} CPUs: give as many or more"
@@ -126,6 +153,7 @@ class Specification:
         for option, name, known in (
             ("xen", self.xen, XENS),
             ("qemu", self.qemu, QEMUS),
+            ("accel", self.accel, ACCELS),
             ("lapic", self.lapic, LAPICS),
             ("wait", self.wait, WAITS),
         ):
@@ -175,5 +203,10 @@ class Specification:
 
     def _without_x2apic(self, what: str) -> Iterator[str]:
         able = [row.name for row in QEMUS.values() if "x2apic" in row.cpu]
-        if self.qemu not in able:
+        if "x2apic" not in self.cpu_modes:
             yield f"{what} needs x2APIC, which QEMU {self.qemu} does not emulate: give --qemu {' or '.join(able)}"
+
+
+def has_virtualisation(cpuinfo: str) -> bool:
+    """Whether the flags in /proc/cpuinfo have AMD's SVM or Intel's VMX, without which KVM runs nothing."""
+    return bool(re.search(r"^flags\s*:.*\b(?:svm|vmx)\b", cpuinfo, re.MULTILINE))
