@@ -41,9 +41,11 @@ def of(findings: list[Finding], check: str, cpu: int | None = None) -> tuple[Ver
 # -- a CPU that may or may not be halted ----------------------------------------------------
 
 
-def parked(machine: Machine, before: bytes | None, **registers: int) -> tuple[Verdict, Any, Any, str | None]:
+def parked(
+    machine: Machine, before: bytes | None, halted: bool | Absent = NOT_HELD, **registers: int
+) -> tuple[Verdict, Any, Any, str | None]:
     """(verdict, expected, observed, reason) of CPU 1; `before` is the byte before its RIP, None for a hole there."""
-    machine.physical(1, lambda p: p._replace(halted=NOT_HELD, registers={**p.registers, **registers}))
+    machine.physical(1, lambda p: p._replace(halted=halted, registers={**p.registers, **registers}))
     rip, read = machine.example.physical_cpus[1].registers["rip"], machine.memory.read
 
     def patched(at: int, size: int) -> bytes:
@@ -80,6 +82,9 @@ def test_a_cpu_that_is_not_after_hlt_is_awake() -> None:
 
 def test_code_that_cannot_be_read_decides_nothing() -> None:
     assert parked(Machine(), None) == (Verdict.UNKNOWN, AFTER_HLT, None, "it lies in a hole")
+    halted = "halted in do_nmi_crash, interrupts off"  # as the target says; by which instruction is not known
+    assert parked(Machine(), None, halted=True) == (Verdict.UNKNOWN, halted, None, "it lies in a hole")
+    assert parked(Machine(), b"\xf4", halted=True) == (Verdict.PASS, halted, halted, None)
 
 
 def test_elsewhere_or_with_interrupts_on_it_is_not_parked_halted_or_not() -> None:

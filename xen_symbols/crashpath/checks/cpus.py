@@ -225,8 +225,9 @@ def _cpu_parked(context: Context, cpu: int) -> Outcome:
         if isinstance(stands, Absent):
             return stands
         if inside and stands != _AWAKE and interrupts == "off":
-            if context.after_hlt(physical.registers["rip"]) is not False:  # RIP of a halted CPU is behind a HLT
-                return parked
+            after = context.after_hlt(physical.registers["rip"])  # RIP of a halted CPU is behind a HLT
+            if after is True or isinstance(after, Absent):
+                return parked if after is True else after
             stands = "halted, and not after a HLT, in"
         at = context.symbols.describe(physical.registers["rip"])
         return f"{stands} {at}, interrupts {interrupts}".lstrip()
