@@ -208,3 +208,18 @@ def test_a_stub_that_is_not_qemus(tmp_path: Path) -> None:
 def test_the_plugin_is_found_without_importing_it() -> None:
     assert plugin_script().name == "load.py"
     assert plugin_script().is_file()
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"xen-\xff\xe4"), "xen-syms", "with a space"])
+def test_a_symbols_path_that_gdb_could_not_hand_to_python(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text("the file")
+    monkeypatch.setattr(GdbSession, "attach", lambda self, target, qmp=None: None)
+    with GdbSession() as session:
+        for _ in range(2):  # one machine after another
+            session.open("gdb:localhost:1234", str(tmp_path / name))
+            shown = session.cli("python print(open(gdb.parameter('xen symbols')).read())")
+            assert shown == "the file\n"
+        folder = Path(session._folder.name)
+    assert not folder.exists()

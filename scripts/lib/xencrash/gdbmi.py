@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +25,7 @@ from pygdbmi.IoManager import IoManager
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.targets.qmp import Qmp, QmpError, absolute
-from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
+from xencrash.gdbprogram import find_gdb, gdb_arguments, path_for_gdb, plugin_script
 from xencrash.options import parse_live
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class GdbSession:
         self._run_token: str | int | None = None  # of the last command that gdb answered with ^running
         self._refused: str | None = None  # why the machine did not run, after all
         self._lost = False
+        self._folder = tempfile.TemporaryDirectory(prefix="xencrash-")
         command = [gdb or find_gdb(), *gdb_arguments(), "--interpreter=mi3"]
         # Its own session: Ctrl-C on the terminal is ours to handle.
         self._process = subprocess.Popen(
@@ -179,7 +181,7 @@ class GdbSession:
     ) -> None:
         """Tell the plugin what the user said, and attach to the machine; one after another, if wished. Settings that
         are not given stay as they are. Raises Undecidable."""
-        self.set("symbols", str(Path(symbols).absolute()) if symbols else None)
+        self.set("symbols", path_for_gdb(symbols, Path(self._folder.name)) if symbols else None)
         self.set("qmp-socket", absolute(qmp) if qmp else None)
         self.set("allow-build-id-mismatch", allow_mismatch)
         self.set("generation", generation)
@@ -365,6 +367,7 @@ class GdbSession:
             self._process.wait()
         finally:
             self._process.stdout.close()  # type: ignore[union-attr]
+            self._folder.cleanup()
 
 
 def _quoted(text: str) -> str:

@@ -56,3 +56,16 @@ def gdb_arguments() -> list[str]:
         "-iex", "set confirm off",
         "-iex", "set tcp auto-retry off",
     ]  # fmt: skip
+
+
+def path_for_gdb(path: str, folder: Path) -> str:
+    """A file's absolute path; where that is not UTF-8, which gdb cannot hand to Python, a link to it in the folder."""
+    plain = str(Path(path).absolute())
+    try:
+        plain.encode()
+    except UnicodeEncodeError:
+        link = folder / "symbols"
+        link.unlink(missing_ok=True)
+        link.symlink_to(plain)
+        return str(link)
+    return plain

@@ -21,7 +21,7 @@ from xen_symbols.symbols.elfwrite import symbol_file
 from xen_symbols.symbols.load import load_symbols, unpacked
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets.qmp import absolute
-from xencrash.gdbprogram import find_gdb, gdb_arguments, plugin_script
+from xencrash.gdbprogram import find_gdb, gdb_arguments, path_for_gdb, plugin_script
 from xencrash.judging import open_xen
 from xencrash.options import ANY_TARGET, Request, add_given, add_target, parse_live, request
 from xencrash.serve import GDB_SETTINGS, served, serving
@@ -105,25 +105,13 @@ def _given(path: str, folder: Path) -> tuple[str, str]:
     file = File(path)
     kind = recognised(file)
     content = unpacked(file)
-    plain = str(Path(path).absolute())
-    if not _is_utf8(plain):
-        link = folder / "symbols"
-        link.symlink_to(plain)
-        plain = str(link)
+    plain = path_for_gdb(path, folder)
     if content is file:
         return plain, plain
     made = folder / "unpacked"
     made.write_bytes(content.read(0, content.size))
     needs_package = kind is not None and kind.packed not in STANDARD  # which gdb's own Python may not have
     return str(made) if needs_package else plain, str(made)
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _wait(command: list[str]) -> int:
