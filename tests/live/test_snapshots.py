@@ -54,8 +54,10 @@ def kept() -> None:
 
 def followed(lab: Machine) -> Json:
     lab.require_busy()
-    return trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=60,
-                 trigger=lambda: lab.crash("panic", 2))  # fmt: skip
+    report = trace(f"gdb:{lab.gdb_socket}", str(lab.symbols), str(lab.qmp_socket), timeout=300,
+                   trigger=lambda: lab.crash("panic", 2))  # fmt: skip
+    assert "undecided" not in report, report["undecided"]  # before a vmcore is waited for that nothing makes
+    return report
 
 
 def judged(report: Json) -> list[tuple[Any, ...]]:
