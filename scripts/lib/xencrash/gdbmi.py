@@ -99,13 +99,13 @@ class GdbSession:
         self._run_token: str | int | None = None  # of the last command that gdb answered with ^running
         self._refused: str | None = None  # why the machine did not run, after all
         self._lost = False
-        self._folder = tempfile.TemporaryDirectory(prefix="xencrash-")
         command = [gdb or find_gdb(), *gdb_arguments(), "--interpreter=mi3"]
         # Its own session: Ctrl-C on the terminal is ours to handle.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
             start_new_session=True, env={**os.environ, "LC_ALL": "C.UTF-8"},
         )  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory(prefix="xencrash-")  # ended with gdb, which may not have started
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._io = IoManager(self._process.stdin, self._process.stdout, None, _MORE_SECONDS)
