@@ -261,8 +261,11 @@ def test_changes_that_real_xen_never_makes() -> None:
     (writer,) = last["writers"]
     assert writer["at"]["symbol"].startswith("memcpy+")
     by_memcpy = f"#MC written by CPU 0 {writer['at']['symbol']}, after exec-entry"
+    # Where this CPU's registers at the stop say that it has not come to its handler yet, its IST is wrong there already.
+    early = [row[:3] for row in found if row[0] == "mc-gate-ist"]
+    assert early in ([], [("mc-gate-ist", flickering[0], after - 1)])
     assert [row for row in found if row[0] == "gate-change"] == [
-        ("gate-change", flickering[0], after, ["#MC IST 0 -> 1, after nmi-taken"], None),
+        ("gate-change", flickering[0], after, ["#MC IST 0 -> 1, after nmi-taken"], "mc-gate-ist" if early else None),
         ("gate-change", 3, info, ["NMI handler nmi -> trap_nop, after shootdown-done"], "nmi-gate-handler"),
         ("gate-change", 3, info + 1, ["NMI handler trap_nop -> nmi, after crash-info"], "nmi-gate-handler"),
         ("gate-change", 2, info + 2, ["#MC handler machine_check -> trap_nop, after exec-entry", by_memcpy], None),
@@ -270,7 +273,7 @@ def test_changes_that_real_xen_never_makes() -> None:
     judged = {f["cpu"]: f for f in report["findings"] if f["check"] == "gate-change" and f["stop"] == info + 2}
     assert {cpu: judged[cpu]["verdict"] for cpu in (0, 1, 3)} == dict.fromkeys((0, 1, 3), "pass")
     assert "that has no business there" in judged[2]["reason"]
-    assert [row[:3] for row in found if row[0] != "gate-change"] == [("nmi-gate-handler", 3, info)]
+    assert [row[:3] for row in found if row[0] != "gate-change"] == [*early, ("nmi-gate-handler", 3, info)]
     assert report["stages"][-1]["stage"] == "after-handover"
     # The list is complete, and those writers are named that were seen: gdb itself is none.
     others = {(cpu, MC, "ist", 0) for cpu in (1, 2, 3)} | {(flickering[0], MC, "ist", 1)}
