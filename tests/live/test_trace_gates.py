@@ -261,7 +261,7 @@ def test_changes_that_real_xen_never_makes() -> None:
     (writer,) = last["writers"]
     assert writer["at"]["symbol"].startswith("memcpy+")
     by_memcpy = f"#MC written by CPU 0 {writer['at']['symbol']}, after exec-entry"
-    # Where this CPU's registers at the stop say that it has not come to its handler yet, its IST is wrong there already.
+    # Where this CPU's registers at the stop say that it has not come to its handler, its IST is wrong there already.
     early = [row[:3] for row in found if row[0] == "mc-gate-ist"]
     assert early in ([], [("mc-gate-ist", flickering[0], after - 1)])
     assert [row for row in found if row[0] == "gate-change"] == [
