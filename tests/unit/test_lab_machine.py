@@ -346,7 +346,7 @@ def running_lab(monkeypatch: pytest.MonkeyPatch, folder: Path, said: str = "") -
         return {"query-status": {"status": "running"}, "query-chardev": stub}.get(command, said)
 
     monkeypatch.setattr(lab, "qmp", qmp)
-    monkeypatch.setattr(lab.dom0, "begin", given.append)
+    monkeypatch.setattr(lab.dom0, "begin_last", lambda command, gone: given.append(command))
     return lab, given
 
 

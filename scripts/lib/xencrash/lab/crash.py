@@ -96,7 +96,7 @@ def prepare(crash: Crash, process: Process) -> None:
 
 
 def cause(crash: Crash, process: Process, serial: Serial, dom0: Dom0) -> None:
-    """Crash Xen, and return at once."""
+    """Crash Xen, and return when that has been typed, or dom0 has begun to."""
     _require_running(process)
     if process.state.guest in generations():  # whose console has no shell, and whose CPU is chosen when it boots
         if crash != Crash():
@@ -115,17 +115,20 @@ def cause(crash: Crash, process: Process, serial: Serial, dom0: Dom0) -> None:
     panic = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
     if crash.way in CODE:
         panic = MAKES_IT
-    dom0.begin(panic if crash.cpu is None else f"taskset -p {1 << crash.cpu:x} $$ >/dev/null && {{ {panic}; }}")
+    if crash.cpu is not None:
+        panic = f"taskset -p {1 << crash.cpu:x} $$ >/dev/null && {{ {panic}; }}"
+    since = serial.size()
+    dom0.begin_last(panic, gone=lambda: _seen(process, since))
 
 
 def wait_until_seen(process: Process, since: int, timeout: float = 10.0) -> None:
     """Wait until the crash shows on the console after offset `since`, or a debugger has stopped the machine."""
+    process.until("crashing Xen", timeout, lambda: _seen(process, since) or None)
 
-    def seen() -> bool | None:
-        stopped = process.qmp("query-status")["status"] != "running"
-        return True if stopped or _SHOWN.search(process.paths.serial_log.read_bytes()[since:]) else None
 
-    process.until("crashing Xen", timeout, seen)
+def _seen(process: Process, since: int) -> bool:
+    stopped = process.qmp("query-status")["status"] != "running"
+    return stopped or _SHOWN.search(process.read_log(process.paths.serial_log, since)) is not None
 
 
 def _require_running(process: Process) -> None:

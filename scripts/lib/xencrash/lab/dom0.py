@@ -6,14 +6,17 @@ import base64
 import re
 import secrets
 import time
+from collections.abc import Callable
 
 from xencrash.lab.errors import LabError
+from xencrash.lab.initramfs import LINE
 from xencrash.lab.process import Process
 from xencrash.lab.serial import Line
 
 READY = rb"^@dom0 ready\r?\n"
 LOADED = rb"^@crash-kernel-loaded 0\r?$"
 BUSY_ANSWERS = 600.0  # seconds for an answer from a dom0 that shares each CPU with loops and a domU, on a busy host
+_TYPED_AGAIN_AFTER = 20.0  # seconds without a sign of a command's beginning
 _LOADS_IN = 300.0  # seconds for kexec to load the crash kernel, on a busy host
 # no_timer_check: on a busy host too few of TCG's timer interrupts come in time for Linux, which would panic.
 KEXEC = (
@@ -49,14 +52,43 @@ class Dom0:
 
     def begin(self, command: str) -> str:
         """Start a shell command, and return the token that is printed, with its exit status, when it has ended."""
+        token, request = self._request(command)
+        self._line.send(request)
+        return token
+
+    def begin_last(self, command: str, gone: Callable[[], bool]) -> None:
+        """Start a shell command that dom0 does not survive; return when it has begun, or dom0 is `gone`.
+
+        The line can lose a byte, and nobody would wait for the command's end: dom0 says that it begins, and is asked
+        again until it does. That is safe, as the first to arrive is the last. Raises LabError.
+        """
+        mark = f"@last {secrets.token_hex(4)}"
+        log = self._process.paths.line_log
+        since = self._process.log_size(log)
+        # Setting the line's attributes waits until the mark is out (TCSADRAIN).
+        _, request = self._request(f"echo {mark}; stty -F {LINE} raw -echo; {command}")
+        typed_at: float | None = None
+
+        def begun() -> bool | None:
+            nonlocal typed_at
+            if mark.encode() in self._process.read_log(log, since) or (typed_at is not None and gone()):
+                return True
+            if typed_at is None or time.monotonic() - typed_at > _TYPED_AGAIN_AFTER:
+                self._line.send(b"\n" * (typed_at is not None) + request)  # what arrived of the last ends here
+                typed_at = time.monotonic()
+            return None
+
+        self._process.until(f"running {command!r} in dom0", BUSY_ANSWERS, begun)
+
+    def _request(self, command: str) -> tuple[str, bytes]:
+        """A command's token, and the line that dom0 reads."""
         if not re.search(READY, self._process.read_log(self._process.paths.line_log), re.MULTILINE):
             raise LabError(f"in dom0: no shell answers {command!r}: {self._process.where_to_look()}")
         token = secrets.token_hex(4)
         if self.clock_is_late:
             command = f"date -s @{time.time():.0f} >/dev/null; {command}"
             self.clock_is_late = False
-        self._line.send(f"{token} {base64.b64encode(command.encode()).decode()}\n".encode())
-        return token
+        return token, f"{token} {base64.b64encode(command.encode()).decode()}\n".encode()
 
     def load_crash_kernel(self) -> None:
         """Give Xen a crash kernel: without one its crash path returns at once."""

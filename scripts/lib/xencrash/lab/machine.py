@@ -101,7 +101,7 @@ class Machine(Process):
         crash.prepare(Crash(how, cpu), self)
 
     def crash(self, how: str | None = None, cpu: int | None = None) -> None:
-        """Crash Xen as `Crash` says, and return at once."""
+        """Crash Xen as `Crash` says, and return when that has begun."""
         crash.cause(Crash(how, cpu), self, self.serial, self.dom0)
 
     def require_busy(self) -> None:
