@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,15 +173,20 @@ def test_nothing_is_left() -> None:
     assert ours() == before
 
 
-def storm(*words: str, **more: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "xencrash", "lab", "storm", "--guest", "4.17.0", "--cpus", "2", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+COMMAND = [sys.executable, "-m", "xencrash", "lab", "storm", "--guest", "4.17.0", "--cpus", "2"]
+
+
+def storm(*words: str, before: Sequence[str] = (), **more: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*before, *COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    )
 
 
 def test_the_same_seed_gives_the_same_list() -> None:
+    words = ("--seed", "5", "--experiments", "8", "--kind", "injection", "--format", "json")
+    processes = [storm(*words) for _ in range(2)]
     lists = []
-    for _ in range(2):
-        process = storm("--seed", "5", "--experiments", "8", "--kind", "injection", "--format", "json")
+    for process in processes:
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         report = json.loads(out)
@@ -191,13 +196,21 @@ def test_the_same_seed_gives_the_same_list() -> None:
     assert len(lists[0]) == 8
 
 
-def test_ctrl_c_gives_the_report_of_what_was_done() -> None:
-    process = storm("--kind", "injection", "--format", "json")
+@pytest.mark.parametrize(
+    ("sign", "before"),
+    [
+        (signal.SIGINT, ["env", "--default-signal=INT"]),
+        (signal.SIGTERM, ["env", "--ignore-signal=INT"]),  # as what a shell or nohup starts in the background
+    ],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_an_ended_storm_gives_the_report_of_what_was_done(sign: signal.Signals, before: list[str]) -> None:
+    process = storm("--kind", "injection", "--format", "json", before=before)
     assert process.stderr is not None
     for line in process.stderr:
         if "a second" in line:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sign)
     out, errors = process.communicate(timeout=60)
     assert out, errors
     report = json.loads(out)

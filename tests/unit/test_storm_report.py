@@ -224,20 +224,51 @@ def test_when_time_is_up_what_was_done_is_kept() -> None:
     assert time.monotonic() - begun < 5
 
 
-def test_ctrl_c_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit], ids=["ctrl-c", "sigterm"])
+def test_an_ended_run_keeps_what_was_done(ending: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     run = storm(Budget(), 0.02)
     pauses = iter(range(3))
     sleep = time.sleep
 
-    def interrupted(seconds: float) -> None:
+    def ended(seconds: float) -> None:
         sleep(seconds)
         if seconds == 0.1 and next(pauses, None) is None:
-            raise KeyboardInterrupt
+            raise ending
 
-    monkeypatch.setattr("xencrash.lab.storm.run.time.sleep", interrupted)
+    monkeypatch.setattr("xencrash.lab.storm.run.time.sleep", ended)
     results = run.run(plan(1000), 1000)
     assert run.interrupted
     assert 0 < len(results) < 1000
+
+
+class Ending:
+    """Stands for run_one: each experiment fails, until one is ended."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def __call__(self, scenery: Scenery, number: int, experiment: Experiment, *rest: Any) -> Result:
+        if not self.left:
+            raise SystemExit
+        self.left -= 1
+        return result(number, Verdict.FAIL, "hang")
+
+
+def test_an_ended_repetition_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xencrash.lab.storm.run.run_one", Ending(3))
+    run = storm(Budget())
+    run.repeat(Experiment(), 20)
+    assert run.interrupted
+    assert [(each.number, each.exact) for each in run.results] == [(0, True), (1, True), (2, True)]
+
+
+def test_a_run_ended_while_it_looks_again_keeps_its_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xencrash.lab.storm.run.run_one", Ending(1))
+    run = storm(Budget())
+    run.results = [result(0, Verdict.FAIL, "hang"), result(0, Verdict.FAIL, "hang")]
+    run.look_again()
+    assert run.interrupted
+    assert [each.exact for each in run.results] == [True, None]
 
 
 def test_progress_says_what_is_left() -> None:

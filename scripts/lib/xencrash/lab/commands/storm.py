@@ -18,7 +18,6 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 
 from xen_symbols.report.model import ExitStatus
 from xencrash.errors import UsageError, complain
@@ -31,7 +30,7 @@ from xencrash.lab.storm.experiment import Experiment, parse
 from xencrash.lab.storm.explore import DEFAULT_KINDS, KINDS, plan
 from xencrash.lab.storm.judge import Verdict
 from xencrash.lab.storm.report import to_json, verdict_of
-from xencrash.lab.storm.run import Budget, Result, Storm, plain_crash, run_one
+from xencrash.lab.storm.run import Budget, Result, Storm, plain_crash
 from xencrash.lab.storm.snapshot import folder_for_snapshot
 from xencrash.options import count
 from xencrash.output import begin as begin_output
@@ -83,7 +82,11 @@ def run(args: Namespace) -> int:
         if args.stop_at is not None:
             return _stop_at(scenery, _named(args.replay, scenery), args.stop_at)
         storm = Storm(scenery, Budget(args.minutes and args.minutes * 60, args.experiments, args.jobs), tell)
-        planned = _replay(args, storm) if args.replay is not None else _all(args, storm)
+        if args.replay is not None:
+            planned: int | None = args.repeat
+            storm.repeat(_named(args.replay, scenery), args.repeat)
+        else:
+            planned = _all(args, storm)
         about = {
             "machine": wanted.name + (f", fault {wanted.fault}" if wanted.fault else ""),
             "qemu": wanted.qemu,
@@ -112,15 +115,6 @@ def problem(args: Namespace) -> str | None:
 
 def _named(text: str, scenery: Scenery) -> Experiment:
     return parse(text, scenery.scene.symbols, scenery.scene.cpus)
-
-
-def _replay(args: Namespace, storm: Storm) -> int:
-    """One experiment, repeated; each result says whether it is the same as the first. Returns how many."""
-    chosen = _named(args.replay, storm.scenery)
-    results = [run_one(storm.scenery, number, chosen) for number in range(args.repeat)]
-    same = None if args.repeat == 1 else len({result.outcome for result in results}) == 1
-    storm.results = [replace(result, exact=same) for result in results]
-    return len(results)
 
 
 def _all(args: Namespace, storm: Storm) -> int | None:

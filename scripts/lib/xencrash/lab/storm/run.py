@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -67,7 +68,7 @@ def run_one(
 
 
 class Storm:
-    """A run. Ctrl-C, and whoever sets `ended`, end it: what is under way is dropped, what is done is kept."""
+    """A run. Ctrl-C, SIGTERM, and whoever sets `ended`, end it: what is under way is dropped, what is done is kept."""
 
     def __init__(self, scenery: Scenery, budget: Budget, progress: Progress) -> None:
         self.scenery, self.budget, self.progress = scenery, budget, progress
@@ -79,6 +80,14 @@ class Storm:
         self._live: set[Live] = set()
         self._begun = time.monotonic()
 
+    @contextlib.contextmanager
+    def endable(self) -> Iterator[None]:
+        """Ctrl-C, and the signals of which the lab makes a SystemExit, end what is inside and no more."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self.interrupted = True
+
     def run(self, plan: Iterable[Experiment], planned: int | None) -> list[Result]:
         """The results, in the plan's order."""
         self._begun = time.monotonic()
@@ -87,9 +96,8 @@ class Storm:
         for worker in workers:
             worker.start()
         try:
-            self._watch(workers, planned)
-        except KeyboardInterrupt:
-            self.interrupted = True
+            with self.endable():
+                self._watch(workers, planned)
         finally:
             self.ended.set()
             with self._lock:
@@ -103,13 +111,13 @@ class Storm:
         return self.results
 
     def _watch(self, workers: list[threading.Thread], planned: int | None) -> None:
-        told = self._begun
+        told = 0.0  # the first estimate comes with the first result
         while any(worker.is_alive() for worker in workers):
             time.sleep(0.1)
             now = time.monotonic()
             if self.budget.seconds is not None and now - self._begun > self.budget.seconds:
                 return
-            if now - told > _TELL_EVERY:
+            if self.results and now - told > _TELL_EVERY:
                 told = now
                 self.progress(self._state(now, planned))
 
@@ -157,8 +165,21 @@ class Storm:
         if self.ended.is_set():
             one.kill()
 
+    def repeat(self, experiment: Experiment, count: int) -> None:
+        """One experiment, again and again; each result says whether all are the same."""
+        with self.endable():
+            for number in range(count):
+                self.results.append(run_one(self.scenery, number, experiment))
+        if len(self.results) > 1:
+            exact = len({result.outcome for result in self.results}) == 1
+            self.results = [replace(result, exact=exact) for result in self.results]
+
     def look_again(self) -> None:
         """Run failures once more, to see whether the outcome is the same, and reduce them to what they need."""
+        with self.endable():
+            self._look_again()
+
+    def _look_again(self) -> None:
         failures = [result for result in self.results if result.outcome.verdict is Verdict.FAIL][:_AGAIN]
         for result in failures:
             self.progress(f"again: {result.id}")
