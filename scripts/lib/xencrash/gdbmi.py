@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
-
-from pygdbmi.IoManager import IoManager
+from typing import TYPE_CHECKING
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.targets.qmp import Qmp, QmpError, absolute
 from xencrash.gdbprogram import find_gdb, gdb_arguments, path_for_gdb, plugin_script
+from xencrash.mi import Record, Records
 from xencrash.options import parse_live
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ READ_SECONDS = 120.0  # for what reads the machine: over a slow line each of a t
 _LEAVE_SECONDS = 3.0
 _SAID_EVERY = 5.0
 _POLL_SECONDS = 0.05
-_MORE_SECONDS = 0.001  # pygdbmi returns so long after output has come; with 0 it would sit out the whole poll
 
 
 class GdbDied(Undecidable):
@@ -91,7 +89,7 @@ class GdbSession:
         self._attached = False
         self._running = False
         self._token = 0
-        self._results: dict[int, Mapping[str, Any]] = {}
+        self._results: dict[int, Record] = {}
         self._stops: deque[Stopped] = deque()
         self._console: list[str] = []
         self._log: deque[str] = deque(maxlen=20)
@@ -107,8 +105,8 @@ class GdbSession:
         )  # fmt: skip
         self._folder = tempfile.TemporaryDirectory(prefix="xencrash-")  # ended with gdb, which may not have started
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._records = self._process.stdin, Records(self._process.stdout)
         try:
-            self._io = IoManager(self._process.stdin, self._process.stdout, None, _MORE_SECONDS)
             for name, value in (("mi-async", "on"), ("pagination", "off"), ("width", "0")):
                 self.mi(f"-gdb-set {name} {value}")
             self.cli(f"source {plugin_script()}")
@@ -291,20 +289,20 @@ class GdbSession:
 
     def _send(self, line: str) -> None:
         try:
-            self._io.write(line, read_response=False)
+            self._stdin.write(f"{line}\n".encode())
         except OSError:
             raise self._died() from None
 
     def _receive(self) -> None:
         """Take in what gdb has sent; wait for it a short while."""
         ended = self._process.poll() is not None  # before reading: what it said last is seen
-        records = self._io.get_gdb_response(_POLL_SECONDS, raise_error_on_timeout=False)
+        records = self._records.read(_POLL_SECONDS)
         for record in records:
             self._take(record)
         if ended and not records:
             raise self._died()
 
-    def _take(self, record: Mapping[str, Any]) -> None:
+    def _take(self, record: Record) -> None:
         kind, payload = record["type"], record["payload"]
         if kind == "result" and record["token"] is not None:
             self._take_result(record)
@@ -317,7 +315,7 @@ class GdbSession:
         elif kind in ("log", "output") and str(payload).strip():
             self._log.append(str(payload).strip())
 
-    def _take_result(self, record: Mapping[str, Any]) -> None:
+    def _take_result(self, record: Record) -> None:
         """A command has one result, but for one that lets the machine run: gdb may find afterwards that it cannot."""
         token = record["token"]
         if record["message"] == "running":
