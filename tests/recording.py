@@ -7,6 +7,10 @@ its CPUs, if there is one):
     python -m tests.recording lab 4.20 --qemu 10.0
     python -m tests.recording dump DUMP XEN-SYMS EXAMPLE [DEVICE-STATE]
 
+and what a summary of a dump reads besides:
+
+    python -m tests.recording summary DUMP XEN-SYMS EXAMPLE
+
 For a QEMU it records its monitor's output, and its device state with a crashed Xen's CPUs at the handover:
 
     python -m tests.recording qemu 10.0
@@ -28,6 +32,7 @@ from tests.machines import exampletext
 from tests.machines.recorded import RECORDED, path_of
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.describe.summary import summarise
 from xen_symbols.formats.elfnotes import Note
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable
@@ -78,12 +83,16 @@ class _Recorder(Target):
         return [] if self.kind == "live" else self._target.notes()
 
 
-def record(target: Any, symbols: SymbolTable, about: str, cpus: Sequence[PhysicalCpu] | None = None) -> dict[str, Any]:
-    """An example of what one judgement reads. `cpus`, if given, are used instead of the target's."""
+def record(
+    target: Any, symbols: SymbolTable, about: str, cpus: Sequence[PhysicalCpu] | None = None, summary: bool = False
+) -> dict[str, Any]:
+    """An example of what one judgement reads, and a summary. `cpus`, if given, are used instead of the target's."""
     recorder = _Recorder(target, cpus)
     used = _watch(symbols)
     memory = locate(recorder, symbols)
     report = evaluate(memory)
+    if summary:
+        summarise(memory, report.to_json())
     for cpu in recorder.cpus():
         symbols.lookup(cpu.registers.get("rip", 0))
         with contextlib.suppress(Unreadable):  # a check reads it where the target does not say whether a CPU is halted
@@ -260,7 +269,16 @@ def main() -> None:
     dump.add_argument("symbols", metavar="XEN-SYMS")
     dump.add_argument("example", metavar="EXAMPLE", help="its name, without .txt")
     dump.add_argument("state", metavar="DEVICE-STATE", nargs="?", help="QEMU's device state of the same moment")
+    summary = commands.add_parser("summary", help="any dump: what its summary reads")
+    summary.add_argument("dump", metavar="DUMP")
+    summary.add_argument("symbols", metavar="XEN-SYMS")
+    summary.add_argument("example", metavar="EXAMPLE", help="its name below summary/, without .txt")
     args = parser.parse_args()
+    if args.command == "summary":
+        about = f"The summary of {Path(args.dump).name}, by {Path(args.symbols).name}."
+        made = record(open_dump(args.dump), load_symbols(args.symbols), about, summary=True)
+        _save(f"summary/{args.example}", made)
+        return
     if args.command == "lab":
         if unknown := {*args.examples} - {*OF_A_ROW}:
             parser.error(f"no such example: {', '.join(sorted(unknown))}; there are {', '.join(OF_A_ROW)}")

@@ -285,6 +285,9 @@ TEXTS: dict[str, Callable[[], Sequence[Block] | str]] = {
     "gdb-notes-live": lambda: blocks("xen notes", session=RecordedSession("4.20-shootdown")),
     "gdb-bt": _bt,
     "gdb-bt-without-stacks": lambda: blocks("xen bt", 1, session=RecordedSession("4.17-normal")),
+    "gdb-summary": lambda: blocks("xen summary", session=RecordedSession("summary/4.17-page-fault")),
+    "gdb-summary-little-known": lambda: blocks("xen summary", session=RecordedSession("4.17-crashed-vmcore")),
+    "gdb-summary-running": lambda: blocks("xen summary", session=RecordedSession("4.17-normal")),
     "gdb-vtop": lambda: blocks("xen vtop", RecordedSession().symbols().address("idle_pg_table")),
     "gdb-crash-status": lambda: _status("4.17-handover"),
     "gdb-crash-status-shootdown": lambda: _status("4.17-shootdown"),
@@ -317,7 +320,7 @@ def shown(name: str) -> str:
 
 def _marked(block: Block) -> Block:
     if isinstance(block, Lines):
-        return Lines([[_cell(cell) for cell in line] for line in block.lines])
+        return block._replace(lines=[[_cell(cell) for cell in line] for line in block.lines])
     return Table(block.title, block.columns, [[_cell(cell) for cell in row] for row in block.rows])
 
 

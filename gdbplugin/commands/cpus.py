@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from gdbplugin.declare import CPU, Argument, Command, Session, cell, chosen, plain
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.describe.backtrace import describe_backtrace
+from xen_symbols.report.backtracelines import SCANNED, way_back
 from xen_symbols.report.blocks import Block, Cell, Lines, Table, show
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
@@ -103,16 +104,9 @@ def _bt(session: Session, cpu: int | None = None) -> Json:
 
 def _show_bt(answer: Json) -> Sequence[Block]:
     """Running text: a CPU's steps, each with its calls, from the innermost frame outwards."""
-    lines: list[list[Cell]] = [[Cell("Calls are found by scanning the stacks; some may be left from earlier.", "dim")]]
+    lines: list[list[Cell]] = [[Cell(SCANNED, "dim")]]
     for cpu in answer["cpus"]:
-        lines += [[], *_bt_head(cpu)]
-        for step in cpu["steps"]:
-            lines += _bt_step(step)
-        if cpu["end"]:
-            lines.append([Cell(f"  {cpu['end']}", "unknown" if cpu["lost"] else "")])
-        if cpu["guest"] is not None:
-            guest = cpu["guest"]
-            lines.append([Cell(f"    rip {guest['rip']}, cs {guest['cs']}, rsp {guest['rsp']}")])
+        lines += [[], *_bt_head(cpu), *way_back(cpu)]
         for frame in cpu["frames"]:
             if frame["state"] != "current":
                 where = f"rip {frame['symbol']}, cs {frame['cs']}, rsp {frame['rsp']}, frame at {frame['address']}"
@@ -132,18 +126,6 @@ def _bt_head(cpu: Json) -> list[list[Cell]]:
                        "dim")])  # fmt: skip
     if stacks["processor_id"] != cpu["cpu"]:
         lines.append([Cell(f"  the cpu_info at their end is of CPU {show(stacks['processor_id'])}", "unknown")])
-    return lines
-
-
-def _bt_step(step: Json) -> list[list[Cell]]:
-    where = [Cell(step["at"]["symbol"], "strong"), Cell(f", rsp {step['rsp']} on {step['place']}")]
-    if step["interrupted_by"] is not None:
-        where = [Cell(f"{step['interrupted_by']} interrupted "), *where,
-                 Cell(f" (cs {step['cs']}, frame at {step['frame']})", "dim")]  # fmt: skip
-    lines = [[Cell("  "), *where]]
-    lines += [[Cell(f"    [<{call['address']}>] {call['symbol']}")] for call in step["calls"]]
-    if "absent" in step:
-        lines.append([Cell(f"    {step['absent']}", "unknown")])
     return lines
 
 

@@ -10,10 +10,11 @@ from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.crashpath.position import crashing_cpu, infer
-from xen_symbols.crashpath.preflight import crash_image_loaded, preflight
+from xen_symbols.crashpath.preflight import preflight
 from xen_symbols.describe.machine import describe_cpus
 from xen_symbols.report.blocks import Block, Cell, Lines, cpus_table, crash_path, report_blocks, show
 from xen_symbols.text import cpu_list
+from xen_symbols.xen.kexec import crash_image_loaded
 from xen_symbols.xen.state import read_state
 
 if TYPE_CHECKING:

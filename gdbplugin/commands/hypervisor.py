@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gdbplugin.declare import Command, Session, cell
 from xen_symbols.absence import Undecidable
+from xen_symbols.crashpath.engine import evaluate_if_possible
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.describe.machine import describe_generation, describe_symbols, describe_target
 from xen_symbols.describe.notes import describe_crash_notes
+from xen_symbols.describe.summary import summarise
 from xen_symbols.report.blocks import Block, Cell, Lines, Table, crash_path, missing_lines
 from xen_symbols.report.notelines import info_note_lines, note_lines
+from xen_symbols.report.summary import summary_blocks
 from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.state import read_state
 
@@ -68,6 +72,13 @@ def _show_log(answer: Json) -> Sequence[Block]:
     return [Lines([[Cell(line)] for line in answer["text"].splitlines()])]
 
 
+def _summary(session: Session) -> Json:
+    with session.look() as memory:
+        with contextlib.suppress(Undecidable):
+            session.identification(memory)  # a generation may be given
+        return summarise(memory, evaluate_if_possible(memory).to_json())
+
+
 def _notes(session: Session) -> Json:
     with session.look() as memory:
         return describe_crash_notes(memory, read_state(memory))
@@ -98,6 +109,12 @@ COMMANDS = (
     Command(
         ("log",), "Show Xen's console ring, from its oldest line.",
         "Control characters are shown as escapes.", (), _log, _show_log,
+    ),
+    Command(
+        ("summary",), "Show a crash on one page, for a bug report.",
+        "Which Xen, why it crashed and where, which domain ran, what the other CPUs did, the verdict on the crash\n"
+        "path, and what the crash kernel got. Of a guest's memory nothing is read.",
+        (), _summary, summary_blocks,
     ),
     Command(
         ("notes",), "Show the crash notes: what each CPU has saved, and what Xen says of itself.",

@@ -24,7 +24,7 @@ def test_the_generated_pages_are_current(name: str) -> None:
 def test_every_subcommand_that_the_readme_names_has_help() -> None:
     help_text = find(commands, "xencrash", [])[0].format_help()
     named = set(re.findall(r"scripts/xencrash (\w+)", README))
-    assert named == {"trace", "check", "preflight", "info", "log", "gdb", "lab", "render"}
+    assert named == {"trace", "check", "preflight", "info", "log", "summary", "gdb", "lab", "render"}
     assert all(re.search(rf"^    {name}\b", help_text, re.M) for name in named)
 
 

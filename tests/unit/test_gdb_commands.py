@@ -26,7 +26,7 @@ def test_these_are_the_commands() -> None:
         "xen idt [CPU] [VECTOR]", "xen percpu NAME [CPU]", "xen lapic [CPU]", "xen cpus", "xen symbols", "xen log",
         "xen bt [CPU]", "xen notes", "xen vtop ADDRESS", "xen crash status", "xen crash check", "xen crash report",
         "xen crash trace [--timeout SECONDS]", "xen watch gates",
-        "xen preflight",
+        "xen preflight", "xen summary",
     }  # fmt: skip
 
 

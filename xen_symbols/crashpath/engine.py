@@ -107,6 +107,16 @@ def evaluate(memory: XenMemory, identification: Identification | None = None) ->
     return report
 
 
+def evaluate_if_possible(memory: XenMemory) -> Report:
+    """The same; of what cannot be judged a report that says why."""
+    try:
+        return evaluate(memory)
+    except (Undecidable, Unreadable) as error:
+        report = new_report(memory)
+        report.undecided = str(error)
+        return report
+
+
 def add_stage(report: Report, context: Context) -> list[Finding]:
     """Judge one moment and add it to a report. Returns the new findings."""
     position = context.position

@@ -21,7 +21,7 @@ from xen_symbols.crashpath.engine import add_stage, new_report
 from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
 from xen_symbols.crashpath.generations import Identification, identify
 from xen_symbols.crashpath.position import at_stage, handed_over, infer, once_left, online_at_crash
-from xen_symbols.crashpath.preflight import NO_IMAGE, crash_image_loaded, ends_early
+from xen_symbols.crashpath.preflight import NO_IMAGE, ends_early
 from xen_symbols.crashpath.stages import (
     AFTERWARDS,
     BY_ID,
@@ -41,6 +41,7 @@ from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdi
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.paging import CR0_PG
 from xen_symbols.xen.console import printable, read_console
+from xen_symbols.xen.kexec import crash_image_loaded
 from xen_symbols.xen.locate import still_there
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import State, read_state

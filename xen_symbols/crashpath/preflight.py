@@ -18,6 +18,7 @@ from xen_symbols.crashpath.stages import NORMAL
 from xen_symbols.crashpath.timeline import NMI_CALLBACK, Value
 from xen_symbols.report.model import Evidence, Finding, Report, Verdict
 from xen_symbols.symbols.table import DATA
+from xen_symbols.xen.kexec import CrashArea, crash_area, crash_image_loaded, image_size
 from xen_symbols.xen.lapic import lapic_mode
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.reads import in_memory
@@ -25,20 +26,10 @@ from xen_symbols.xen.state import read_state
 
 STAGE = "preflight"  # of the findings that are no check's of the crash path
 
-# xen/include/public/kexec.h and xen/common/kexec.c: bit 5 selects which of the crash images, bits 2 and 3, is live.
-_IMAGE_CRASH_BASE = 2
-_FLAG_CRASH_POS = 5
-_MOST_SEGMENTS = 16  # KEXEC_SEGMENT_MAX (xen/include/xen/kimage.h)
 NO_IMAGE = (
     "no crash kernel is loaded: kexec_crash() returns at once and the crash path does not run; "
     "load one with kexec -p in dom0"
 )
-
-
-def crash_image_loaded(flags: int) -> bool:
-    """Whether `kexec_flags` says that a crash image is loaded."""
-    position = flags >> _FLAG_CRASH_POS & 1
-    return bool(flags >> (_IMAGE_CRASH_BASE + position) & 1)
 
 
 # What only a Xen that was built with CONFIG_KEXEC has: xen/common/kexec.c, xen/arch/x86/machine_kexec.c.
@@ -62,46 +53,21 @@ def _image(context: Context) -> Outcome:
 
 
 def _area(context: Context) -> Outcome:
-    """Its size, and how much of it the image takes; the 1 MiB below is saved elsewhere and does not count."""
-    memory = context.memory
+    """Its size, and how much of it the image takes."""
     try:
-        address = memory.symbols.address("kexec_crash_area", DATA)
-        raw = memory.read(address, 16)
+        read = crash_area(context.memory)
     except Unreadable as error:
         return from_absence(error.absent, "reserved")
-    size, start = (int.from_bytes(raw[at : at + 8], "little") for at in (0, 8))
-    evidence = in_memory(size, address, raw, "kexec_crash_area").evidence
-    if not size:
-        return Outcome(Verdict.FAIL, "reserved", "nothing", evidence)
-    observed: dict[str, Any] = {"start": hex(start), "size": size}
+    area: CrashArea = read.value
+    if not area.size:
+        return Outcome(Verdict.FAIL, "reserved", "nothing", read.evidence)
+    observed: dict[str, Any] = {"start": hex(area.start), "size": area.size}
     flags = context.state.system["kexec_flags"]
     if flags.present and crash_image_loaded(flags.value):
-        image = _image_size(memory, flags.value, start, start + size)
+        image = image_size(context.memory, flags.value, area)
         if image is not None:
             observed["image"] = image
-    return Outcome(Verdict.PASS, "reserved", observed, evidence)
-
-
-def _image_size(memory: XenMemory, flags: int, start: int, end: int) -> int | None:
-    """Bytes that the image's segments take in the reserved area; None where it is not laid out as since Xen 4.4
-    (xen/include/xen/kimage.h): nr_segments at 16, segments at 24; in a segment its place at 16, its size at 24."""
-    try:
-        slot = memory.symbols.address("kexec_image", DATA) + 8 * (_IMAGE_CRASH_BASE + (flags >> _FLAG_CRASH_POS & 1))
-        image = memory.read(memory.read_uint(slot), 32)
-        count, segments = (int.from_bytes(image[at : at + size], "little") for at, size in ((16, 4), (24, 8)))
-        if not 0 < count <= _MOST_SEGMENTS:
-            return None
-        raw = memory.read(segments, 32 * count)
-    except Unreadable:
-        return None
-    found = 0
-    for at in range(0, len(raw), 32):
-        place, size = (int.from_bytes(raw[at + field : at + field + 8], "little") for field in (16, 24))
-        if start <= place and place + size <= end:
-            found += size
-        elif place + size > 1 << 20:
-            return None
-    return found or None
+    return Outcome(Verdict.PASS, "reserved", observed, read.evidence)
 
 
 def _cpus(context: Context) -> Outcome:

@@ -25,9 +25,10 @@ class Cell(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Running text, a line of cells each."""
+    """Running text, a line of cells each; with a title a listing, whose spaces count."""
 
     lines: Sequence[Sequence[Cell]]
+    title: str = ""
 
 
 class Table(NamedTuple):
@@ -346,10 +347,8 @@ def missing_lines(missing: Sequence[Json]) -> list[str]:
 def verdict_line(report: contract.Report) -> Lines:
     """The last line: the verdict, and the number of findings behind it."""
     count = Counter(finding["verdict"] for finding in report["findings"])
-    parts = (
-        ", ".join(f"{count[v]} {v}" for v in ("pass", "fail", "unknown", "skip") if count[v]) or "nothing was judged"
-    )
-    lines = [[Cell(report["verdict"].upper(), report["verdict"]), Cell(f"  {parts}")]]
+    parts = ", ".join(f"{count[v]} {v}" for v in ("pass", "fail", "unknown", "skip") if count[v])
+    lines = [[Cell(report["verdict"].upper(), report["verdict"]), Cell(f"  {parts or 'nothing was judged'}")]]
     if report.get("undecided"):
         lines.append([Cell(f"not decided: {report['undecided']}", "unknown")])
     return Lines(lines)

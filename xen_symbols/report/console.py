@@ -63,6 +63,8 @@ def draw(blocks: Sequence[Block], console: Any) -> None:
 
     for block in blocks:
         if isinstance(block, Lines):
+            if block.title:
+                console.print(f"\n{escaped(block.title)}", style="bold", markup=False, soft_wrap=True)
             for line in block.lines:
                 console.print(text(line), soft_wrap=True)
             continue
@@ -79,6 +81,7 @@ def plain(blocks: Sequence[Block]) -> str:
     out: list[str] = []
     for block in blocks:
         if isinstance(block, Lines):
+            out += ["", escaped(block.title)] if block.title else []
             out += ["".join(map(_shown, line)).rstrip() for line in block.lines]
             continue
         rows = [list(block.columns), *(list(map(_shown, row)) for row in block.rows)]

@@ -17,13 +17,13 @@ def read_console(memory: XenMemory, last: int | None = None) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def console_parts(memory: XenMemory) -> list[str | Absent]:
-    """The text of the ring from its oldest byte, page by page where not all of it can be read; why not in its place.
+def console_parts(memory: XenMemory, last: int | None = None) -> list[str | Absent]:
+    """The text of the ring as `read_console` has it, page by page where not all can be read; why not in its place.
 
     Raises Unreadable where the ring cannot be found.
     """
     parts: list[bytes | Absent] = []
-    for start, size in _held(memory):
+    for start, size in _held(memory, last):
         for address in range(start & -_PAGE, start + size, _PAGE):
             begin, end = max(address, start), min(address + _PAGE, start + size)
             try:

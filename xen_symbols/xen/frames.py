@@ -11,6 +11,7 @@ from xen_symbols.xen.memory import HYPERVISOR_CS, image_region
 from xen_symbols.xen.stacks import REGS_SIZE
 
 PUSHED_SIZE = 40  # by the CPU: rip, cs, rflags, rsp, ss (SDM vol. 3, 6.14.2)
+_GENERAL = "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi".split()  # as struct cpu_user_regs begins
 _SYSCALL = 0x100  # TRAP_syscall: no vector, but the SYSCALL instruction
 _SELECTOR = 0xFFFF  # Xen keeps more in the words of cs and ss
 _TAIL = struct.Struct("<II5Q")  # error_code, entry_vector, rip, cs, rflags, rsp, ss; 15 registers lie below
@@ -51,6 +52,11 @@ def decode(raw: bytes, address: int, *, stored: bool = True) -> Frame:
     """A frame from its 168 bytes. `stored`: whether the entry code has got as far as the vector."""
     _, vector, rip, cs, rflags, rsp, ss = _TAIL.unpack_from(raw, REGS_SIZE - _TAIL.size)
     return Frame(address, vector & 0xFFFF if stored else None, rip, cs & _SELECTOR, rflags, rsp, ss & _SELECTOR)
+
+
+def registers(raw: bytes) -> dict[str, int]:
+    """The general registers of a frame's 168 bytes, by name."""
+    return dict(zip(_GENERAL, struct.unpack_from(f"<{len(_GENERAL)}Q", raw), strict=True))
 
 
 def problem(frame: Frame, xen: int, vector: int | None = None) -> str | None:

@@ -48,6 +48,13 @@ def console(asked: Request) -> str:
         return str(session.xen("log")["text"])
 
 
+def summary(asked: Request) -> Json:
+    """A crash on one page. Raises Undecidable."""
+    with _session(asked) as session:
+        found: Json = session.xen("summary")
+    return found
+
+
 def _session(asked: Request) -> GdbSession:
     return open_session(
         asked.target, asked.symbols, asked.qmp, allow_mismatch=asked.allow_mismatch, generation=asked.generation,

@@ -16,6 +16,7 @@ COMMANDS = {
     "info": Command(
         "xencrash.commands.info", "what this is: format, notes, CPUs, symbols, build-id, generation and evidence"
     ),
+    "summary": Command("xencrash.commands.summary", "why Xen crashed and where, on a page for a bug report"),
     "render": Command("xencrash.commands.render", "a JSON report in another format: html, table, junit"),
     "log": Command("xencrash.commands.log", "Xen's console, from its ring in memory"),
     "lab": Command("xencrash.lab.commands", "real Xen, or a reference guest, in QEMU"),
