@@ -20,7 +20,8 @@ from xencrash.cli import main
 from xencrash.lab import cells, crashes, judged
 from xencrash.lab.cells import Cell
 from xencrash.lab.commands import matrix, repeat, run
-from xencrash.lab.crash import Crash
+from xencrash.lab.crash import WAYS, Crash
+from xencrash.lab.crash import crashes as crashes_of
 from xencrash.lab.crashes import crash
 from xencrash.lab.errors import BadSpecification, LabError, PackageGone
 from xencrash.lab.outcomes import finish, render, status_of
@@ -107,7 +108,10 @@ def test_a_seed_gives_the_same_crashes_and_they_go_over_all_cells() -> None:
     assert rows[len(settled) :] == (2 * rows[: len(settled)])[: number - len(settled)]
     assert {cell.load > 0 for cell in one} == {False, True}
     assert {cell.domu for cell in one} == {False, True}
-    assert {cell.cpu for cell in one} == {None, 0, 1, 2, 3}
+    assert {(cell.how, cell.cpu) for cell in one} <= {(crash.how, crash.cpu) for crash in crashes_of(4)}
+    assert not [cell for cell in one if cell.domu and WAYS[cell.how].planted]
+    assert {cell.how for cell in cells.moments(200, 7, settled)} == set(WAYS)
+    assert {cell.how for cell in cells.moments(200, 7, settled, {"mce", "nmi"})} == set(WAYS) - {"mce", "nmi"}
     assert all(0 <= cell.delay <= 2 for cell in one)
 
 

@@ -195,21 +195,47 @@ def test_kvm_where_the_processor_has_it(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_crash_on_a_chosen_cpu_is_dom0s_panic() -> None:
-    assert [Crash().way, Crash(cpu=1).way, Crash("panic").way] == ["key", "panic", "panic"]
+    assert [made.way.name for made in (Crash(), Crash(cpu=1), Crash("panic"))] == ["key", "panic", "panic"]
     with pytest.raises(BadSpecification, match="--how key crashes the CPU that takes the serial interrupt"):
         Crash("key", 0)
-    with pytest.raises(BadSpecification, match="--how is key or panic or nmi or bug or .*, not 'smi'"):
+    with pytest.raises(BadSpecification, match="--how is key or panic or nmi or watchdog or mce or .*, not 'smi'"):
         Crash("smi")
     with pytest.raises(BadSpecification, match="--how nmi crashes CPU 0, the only one whose LINT1 Xen unmasks"):
         Crash("nmi", 1)
-    with pytest.raises(BadSpecification, match="--how watchdog: .* performance counters, which TCG lacks"):
-        Crash("watchdog")
-    with pytest.raises(BadSpecification, match="--how mce: a machine check of QEMU's does not end Xen 4.17"):
-        Crash("mce")
-    for way in planted.CODE:
+    for way in ("watchdog", "bug", "page-fault", "double-fault"):
         with pytest.raises(BadSpecification, match="boot the machine with --dom0-vcpus 4"):
             Crash(way, 2).require_vcpus(4, 1)
-    assert [Crash(way, 0).xen_args for way in ("nmi", "bug")] == ["nmi=fatal", ""]
+    Crash("mce", 2).require_vcpus(4, 1)
+    with pytest.raises(BadSpecification, match="--cpu 4: the machine's CPUs are 0 to 3"):
+        Crash("mce", 4).require_vcpus(4, 4)
+
+
+def test_each_way_of_crashing_on_each_cpu() -> None:
+    every = [(made.how, made.cpu) for made in crash.crashes(2)]
+    assert every == [
+        ("key", None), ("panic", 0), ("panic", 1), ("nmi", 0), ("watchdog", 0), ("watchdog", 1), ("mce", 0), ("mce", 1),
+        ("bug", 0), ("bug", 1), ("page-fault", 0), ("page-fault", 1), ("double-fault", 0), ("double-fault", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("way", "xen", "cpu"),
+    [("nmi", "nmi=fatal", "max,-smap"), ("watchdog", "watchdog=force", "max,-smap"), ("mce", "", "max,-smap,family=16"),
+     ("bug", "", "max,-smap")],
+)  # fmt: skip
+def test_what_a_machine_needs_for_a_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, xen: str, cpu: str
+) -> None:
+    monkeypatch.setattr(images, "qemu_words", lambda cache, row: ("qemu",))
+    files = images.XenImages(Path("/xen"), Path("/syms"), Path("/vmlinuz"), Path("/cpio"))
+    monkeypatch.setattr(images, "xen_images", lambda cache, row: files)
+    commands = [
+        boot.recipe_of(Specification(crash=Crash(how)), Cache(tmp_path)).command(Paths(tmp_path), Ram(Path("/ram")))
+        for how in ("key", way)
+    ]
+    plain, machine = (dict(itertools.pairwise(command)) for command in commands)
+    assert machine["-append"].split() == [*plain["-append"].split(), *xen.split()]
+    assert machine["-cpu"] == cpu
 
 
 def test_what_follows_from_a_specification() -> None:
@@ -353,21 +379,35 @@ def running_lab(monkeypatch: pytest.MonkeyPatch, folder: Path, said: str = "") -
 def test_an_nmi_is_for_a_xen_to_which_it_is_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lab, given = running_lab(monkeypatch, tmp_path)
     lab.paths.serial_log.write_bytes(b"(XEN) Command line: com1=115200 noreboot\n")
-    with pytest.raises(LabError, match="does not crash it as it was booted: give --xen-args nmi=fatal"):
-        lab.crash("nmi")
+    for way, words in (("nmi", "nmi=fatal"), ("watchdog", "watchdog=force")):
+        for step in (lab.prepare, lab.crash):
+            with pytest.raises(LabError, match=f"--how {way} does not .* as it was booted: .* --xen-args {words}"):
+                step(way)
     lab.paths.serial_log.write_bytes(b"(XEN) Command line: com1=115200 nmi=fatal\n")
     lab.crash("nmi")
     assert given == [("inject-nmi",)]
 
 
+def test_a_machine_check_is_given_to_one_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, given = running_lab(monkeypatch, tmp_path)
+    lab.crash("mce", 2)
+    assert given == [("human-monitor-command", f"mce 2 {crash.FATAL_MCE}")]
+    refused, _ = running_lab(monkeypatch, tmp_path, "Uncorrected error reporting disabled\r\n")
+    with pytest.raises(LabError, match="QEMU made no machine check: Uncorrected error reporting disabled$"):
+        refused.crash("mce")
+
+
 def test_a_fault_is_planted_before_and_made_by_dom0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lab, given = running_lab(monkeypatch, tmp_path)
     planting: list[Any] = []
-    monkeypatch.setattr(crash, "plant", lambda *words: planting.append(words))
+    told: list[str] = []
+    monkeypatch.setattr(lab, "progress", told.append)
+    monkeypatch.setattr(crash, "plant", lambda *words: planting.append(words) or "what was done")
     lab.prepare("panic")
-    assert (planting, given) == ([], [])
+    assert (planting, given, told) == ([], [], [])
     lab.prepare("bug", 1)
     assert planting == [("bug", tmp_path / "gdb.sock", Path(), 4)] and given == [("cont",)]
+    assert told == ["what was done"]
     lab.crash("bug", 1)
     assert given[-1] == "taskset -p 2 $$ >/dev/null && { kexec -p -u; }"
     monkeypatch.setattr(crash, "held_by_debugger", lambda _: True)
@@ -376,31 +416,83 @@ def test_a_fault_is_planted_before_and_made_by_dom0(tmp_path: Path, monkeypatch:
     assert len(planting) == 1
 
 
-def test_where_a_fault_is_planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Stub:
+    """A gdbstub whose CPUs are in guests, but for one: that maps Xen's memory, in which `words` are."""
+
+    def __init__(self, words: dict[int, int] | None = None, able: int = 2) -> None:
+        self.words, self.able, self.written = words or {}, able, list[tuple[int, int, bytes]]()
+
+    def __call__(self, _: Path) -> Stub:
+        return self
+
+    def __enter__(self) -> Stub:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def write_virtual(self, cpu: int, address: int, data: bytes) -> None:
+        if cpu != self.able:
+            raise Unreadable("in a guest")
+        self.written.append((cpu, address, data))
+
+    def read_virtual(self, cpu: int, address: int, size: int) -> bytes:
+        return self.words[address].to_bytes(size, "little") if cpu == self.able else b""
+
+
+MAP = """ffff82d040200000 T _start
+ffff82d040200100 T do_kexec_op
+ffff82d040200200 t do_nmi_trigger
+ffff82d040600000 B mca_allbanks
+"""
+
+
+@pytest.fixture
+def symbols(tmp_path: Path) -> Path:
+    (tmp_path / "xen-syms.map").write_text(MAP)
+    return tmp_path / "xen-syms.map"
+
+
+def test_where_a_fault_is_planted(symbols: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the first CPU that maps Xen, at the entry of the hypercall."""
-    written: list[Any] = []
-
-    class Stub:
-        def __init__(self, _: Path) -> None: ...
-        def __enter__(self) -> Stub:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-        def write_virtual(self, cpu: int, address: int, data: bytes) -> None:
-            if cpu != 2:
-                raise Unreadable("in a guest")
-            written.append((cpu, address, data))
-
-    monkeypatch.setattr(planted, "Rsp", Stub)
-    symbols = tmp_path / "xen-syms.map"
-    symbols.write_text("ffff82d040200000 T _start\nffff82d040200100 T do_kexec_op\n")
-    planted.plant("bug", Path("/stub"), symbols, 4)
-    assert written == [(2, 0xFFFF82D040200100, b"\x0f\x0b")]
-    with pytest.raises(LabError, match="all CPUs are in guests now, and none maps do_kexec_op: try again"):
+    monkeypatch.setattr(planted, "Rsp", stub := Stub())
+    assert planted.plant("bug", Path("/stub"), symbols, 4) is None
+    assert stub.written == [(2, 0xFFFF82D040200100, b"\x0f\x0b")]
+    with pytest.raises(LabError, match="all CPUs are in guests now, and none maps Xen: try again"):
         planted.plant("page-fault", Path("/stub"), symbols, 2)
-    symbols.write_text("ffff82d040200000 T _start\n")
-    with pytest.raises(LabError, match="--how bug needs do_kexec_op, which .*xen-syms.map does not name"):
-        planted.plant("bug", Path("/stub"), symbols, 4)
+    assert planted.ways_it_lacks(symbols) == {}
+
+
+def test_the_watchdogs_nmis_are_sent_by_the_stuck_cpu(symbols: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planted, "Rsp", stub := Stub())
+    planted.plant("watchdog", Path("/stub"), symbols, 4)
+    ((_, address, code),) = stub.written
+    assert address == 0xFFFF82D040200100
+    assert code.hex(" ") == "48 b8 00 02 20 40 d0 82 ff ff ff d0 eb f2" and len(code) == 0x100 - 0xF2
+
+
+@pytest.mark.parametrize(("count", "before", "after"), [(10, 0, "ff03000000000000"), (64, 0, 8 * "ff"), (10, 1, "")])
+def test_banks_are_looked_at_where_none_was(
+    symbols: Path, monkeypatch: pytest.MonkeyPatch, count: int, before: int, after: str
+) -> None:
+    words = {0xFFFF82D040600000: 0x8000, 0x8000: count, 0x8008: 0x9000, 0x9000: before}
+    monkeypatch.setattr(planted, "Rsp", stub := Stub(words))
+    note = planted.plant("mce", Path("/stub"), symbols, 4)
+    assert [(address, data.hex()) for _, address, data in stub.written] == [(0x9000, after)] * bool(after)
+    assert (note is None) == bool(before)
+    assert before or (note or "").startswith("this Xen ignores every machine check, since mca_allbanks")
+
+
+@pytest.mark.parametrize(
+    ("name", "ways"),
+    [("do_kexec_op", {"watchdog", "bug", "page-fault", "double-fault"}), ("do_nmi_trigger", {"watchdog"}),
+     ("mca_allbanks", {"mce"})],
+)  # fmt: skip
+def test_what_a_xen_lacks_is_not_planted(symbols: Path, name: str, ways: set[str]) -> None:
+    symbols.write_text("".join(line for line in MAP.splitlines(True) if name not in line))
+    assert planted.ways_it_lacks(symbols).keys() == ways
+    for way in ways:
+        with pytest.raises(LabError, match=rf"--how {way} needs {name}, which its symbols do not have: .*\.map"):
+            planted.plant(way, Path("/stub"), symbols, 4)
 
 
 _XEN = b"(XEN) Brought up 4 CPUs\r\n[ 0.0] Kernel command line: panic=5\r\n"

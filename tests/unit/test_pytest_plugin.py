@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.machines.elfwriter import START, Sym, build_id_note, function, sections, xen_syms
+from xencrash.lab.crash import WAYS
 
 IMAGE = b"\x7fELF\1\1\1".ljust(16, b"\0") + bytes(112) + (0x1BADB002).to_bytes(4, "little") + build_id_note()
 NOTHING = """
@@ -74,7 +75,7 @@ def test_the_mark_takes_what_a_crash_has(tmp_path: Path) -> None:
     (tmp_path / "xen-syms").write_bytes(xen_syms(symbols, sections(note=build_id_note())))
     for mark, why in (
         ("'nmi'", "@pytest.mark.xen_crash takes how= and cpu=, nothing else"),
-        ("how='stare'", "--how is key or panic or nmi or bug or page-fault or double-fault, not 'stare'"),
+        ("how='stare'", f"--how is {' or '.join(WAYS)}, not 'stare'"),
     ):
         done = run(tmp_path, "--xen-image", "xen", test=f"import pytest\n@pytest.mark.xen_crash({mark})\n{CRASHES}")
         assert done.returncode == 1

@@ -88,7 +88,8 @@ class Recipe:
 def recipe_of(specification: Specification, cache: Cache) -> Recipe:
     """The recipe, with what it needs in the cache. Raises LabError for what cannot be fetched."""
     spec = specification
-    cpu = ",".join(filter(None, (spec.cpu_modes[spec.lapic_row.mode], "-rdtscp" * spec.pvh, spec.cpu_args)))
+    words = (spec.cpu_modes[spec.lapic_row.mode], "-rdtscp" * spec.pvh, spec.cpu_args, spec.crash_cpu_args)
+    cpu = ",".join(filter(None, words))
     program = Program(images.qemu_words(cache, spec.qemu_row), cpu, spec.accel)
     return Recipe(spec, program, spec.kernel or (_guest_boot(spec) if spec.guest else _xen_boot(spec, cache)))
 
@@ -116,7 +117,7 @@ def _xen_boot(spec: Specification, cache: Cache) -> Boot:
         f"dom0_mem={DOM0_MIB}M dom0_max_vcpus={dom0_vcpus}",
         "dom0_vcpus_pin" * (dom0_vcpus == spec.cpus),
         "dom0=pvh" * spec.pvh,
-        spec.crash.xen_args,
+        spec.crash.way.xen_args,
         spec.xen_args,
     )
     kernel = f"{made.kernel} console=hvc0 earlyprintk=xen {spec.dom0_args}".rstrip()

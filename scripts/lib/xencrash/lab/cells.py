@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from xencrash.lab.crash import Crash, crashes
 from xencrash.lab.errors import BadSpecification
 from xencrash.lab.own import OwnXen, own_xen
 from xencrash.lab.rows import GDBS, QEMUS, SUITES, XENS
@@ -117,22 +118,26 @@ def chosen(names: Mapping[str, Collection[str]], cells: Sequence[Cell]) -> tuple
     return left
 
 
-def moments(count: int, seed: int, cells: tuple[Cell, ...]) -> list[Cell]:
-    """`count` crashes, across the cells in turn; `seed` determines their random parts."""
+def moments(count: int, seed: int, cells: tuple[Cell, ...], without: Collection[str] = ()) -> list[Cell]:
+    """`count` crashes, across the cells in turn; `seed` determines their random parts. Each way on each CPU is as
+    likely as another, but for the ways that these Xens are `without`."""
     chance = random.Random(seed)
     order = list(cells)
     chance.shuffle(order)
-    return [_moment(chance, number, order[number % len(order)]) for number in range(count)]
+    ways = [crash for crash in crashes(CPUS) if crash.way.name not in without]
+    return [_moment(chance, number, order[number % len(order)], ways) for number in range(count)]
 
 
-def _moment(chance: random.Random, number: int, cell: Cell) -> Cell:
-    cpu = chance.choice((None, *range(CPUS)))
+def _moment(chance: random.Random, number: int, cell: Cell, ways: Sequence[Crash]) -> Cell:
+    crash = chance.choice(ways)
+    # What is planted needs a CPU that is not in a guest.
+    domu = QEMUS[cell.qemu].domu and not cell.image and not crash.way.planted
     return replace(
         cell,
         name=f"{number + 1:03}-{cell.name}",
-        how="key" if cpu is None else "panic",
-        cpu=cpu,
+        how=crash.way.name,
+        cpu=crash.cpu,
         load=chance.choice((0, chance.randint(CPUS, 2 * CPUS))),
-        domu=chance.choice((False, True)) and QEMUS[cell.qemu].domu and not cell.image,
+        domu=chance.choice((False, True)) and domu,
         delay=round(chance.uniform(0, _LONGEST_DELAY), 2),
     )

@@ -4,30 +4,64 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from xencrash.guests import generations
 from xencrash.lab.dom0 import Dom0
 from xencrash.lab.errors import BadSpecification, LabError
-from xencrash.lab.planted import CODE, MAKES_IT, plant
+from xencrash.lab.planted import MAKES_IT, plant
 from xencrash.lab.process import Process
 from xencrash.lab.serial import Serial
 
-WAYS = ("key", "panic", "nmi", *CODE)
-_BY_DOM0 = ("panic", *CODE)  # on the CPU that dom0 runs on
-# Why a way does not take a CPU, of those that do not take any.
-_NOT_CHOSEN = {
-    "key": "--how key crashes the CPU that takes the serial interrupt: leave --cpu out, or give --how panic",
-    "nmi": "--how nmi crashes CPU 0, the only one whose LINT1 Xen unmasks: leave --cpu out",
+
+@dataclass(frozen=True)
+class Way:
+    """One way to crash Xen; `lab crash --help` describes each.
+
+    `by_dom0`: on the CPU where dom0 begins it. `planted`: something is written into Xen before (planted.py). `cpus` are
+    those that it can be given; None for any, with `not_chosen` the reason where not all can. `xen_args` and `cpu_args`
+    are what Xen's command line and QEMU's -cpu need for it.
+    """
+
+    name: str
+    by_dom0: bool = False
+    planted: bool = False
+    cpus: tuple[int, ...] | None = None
+    not_chosen: str = ""
+    xen_args: str = ""
+    cpu_args: str = ""
+
+
+WAYS = {
+    way.name: way
+    for way in (
+        Way(
+            "key",
+            cpus=(),
+            not_chosen="crashes the CPU that takes the serial interrupt: leave --cpu out, or give --how panic",
+        ),
+        Way("panic", by_dom0=True),
+        Way(
+            "nmi",
+            cpus=(0,),
+            not_chosen="crashes CPU 0, the only one whose LINT1 Xen unmasks: leave --cpu out",
+            xen_args="nmi=fatal",  # without it an NMI that it cannot explain may go to dom0
+        ),
+        # TCG has no performance counters, which would send the watchdog's NMIs: the stuck CPU sends them to itself.
+        Way("watchdog", by_dom0=True, planted=True, xen_args="watchdog=force"),
+        # TCG's CPU is a K8, in whose machine-check handler Xen calls what only later families have, and dies of #UD.
+        Way("mce", planted=True, cpu_args="family=16"),
+        Way("bug", by_dom0=True, planted=True),
+        Way("page-fault", by_dom0=True, planted=True),
+        Way("double-fault", by_dom0=True, planted=True),
+    )
 }
-# What cannot be done on the lab's machines, and why.
-_CANNOT = {
-    "mce": "a machine check of QEMU's does not end Xen 4.17 on an AMD CPU, which TCG's is: give --how nmi",
-    "watchdog": "Xen's watchdog counts with performance counters, which TCG lacks (Xen says that it is stuck): "
-    "--how nmi takes the same way through an NMI",
-}
-_FATAL_NMI = "nmi=fatal"  # Xen's option: without it an NMI that it cannot explain may go to dom0
+# Bank 4's IA32_MCi_STATUS: valid, uncorrected, enabled, MISC and ADDR valid, context corrupt, a data read of the
+# cache (an error code of 0 has no type, and is a BUG in Xen); IA32_MCG_STATUS: RIPV and MCIP (SDM vol. 3, "Machine-
+# Check Architecture"). No handler can continue after that.
+FATAL_MCE = "4 0xbe00000000000135 0x5 0 0"
 _RESUMES_IN = 5.0  # seconds from gdb's "running" to QEMU's, on a loaded host
 # What Xen, or the reference guest, prints when it begins to crash.
 CRASHED = re.compile(
@@ -41,32 +75,22 @@ _SHOWN = re.compile(rb"triggering crashdump|crashing|kexec image|panic", re.IGNO
 class Crash:
     """A crash of Xen. Raises BadSpecification for what cannot be.
 
-    `how` is "key" (Xen's crash key, pressed on its console: the CPU that takes the serial interrupt crashes, not always
-    CPU 0), "panic" (dom0's kernel panics), "nmi" (an NMI that Xen takes for fatal: the crash begins inside it, on CPU
-    0), "bug", "page-fault" or "double-fault" (Xen's own, by code that is
-    planted in a hypercall) or None (by the key, or where a CPU is chosen by panic). `cpu` is the CPU to crash on; None
-    for any. Where dom0 has a part in it, dom0 must have a vCPU on each CPU to choose one.
+    `how` is one of WAYS, or None: by the key, or where a CPU is chosen by panic. `cpu` is the CPU to crash on; None for
+    any. Where dom0 has a part in it, dom0 must have a vCPU on each CPU to choose one.
     """
 
     how: str | None = None
     cpu: int | None = None
 
     def __post_init__(self) -> None:
-        if self.how in _CANNOT:
-            raise BadSpecification(f"--how {self.how}: {_CANNOT[self.how]}")
         if self.how not in (None, *WAYS):
             raise BadSpecification(f"--how is {' or '.join(WAYS)}, not {self.how!r}")
-        if self.how in _NOT_CHOSEN and self.cpu not in (None, 0 if self.how == "nmi" else None):
-            raise BadSpecification(_NOT_CHOSEN[self.how])
+        if self.cpu is not None and self.way.cpus is not None and self.cpu not in self.way.cpus:
+            raise BadSpecification(f"--how {self.how} {self.way.not_chosen}")
 
     @property
-    def way(self) -> str:
-        return self.how or ("key" if self.cpu is None else "panic")
-
-    @property
-    def xen_args(self) -> str:
-        """What Xen's command line needs for it."""
-        return _FATAL_NMI if self.how == "nmi" else ""
+    def way(self) -> Way:
+        return WAYS[self.how or ("key" if self.cpu is None else "panic")]
 
     def require_cpu(self, cpus: int) -> None:
         """Raise BadSpecification if a machine with this many CPUs does not have the chosen one."""
@@ -76,23 +100,42 @@ class Crash:
     def require_vcpus(self, cpus: int, dom0_vcpus: int) -> None:
         """Raise BadSpecification if dom0 cannot panic on the chosen CPU."""
         self.require_cpu(cpus)
-        if self.cpu is not None and self.way in _BY_DOM0 and dom0_vcpus != cpus:
+        if self.cpu is not None and self.way.by_dom0 and dom0_vcpus != cpus:
             raise BadSpecification(
                 f"--cpu {self.cpu} needs a vCPU of dom0 on every CPU: boot the machine with --dom0-vcpus {cpus}"
             )
 
 
+def crashes(cpus: int) -> Iterator[Crash]:
+    """Each way on each CPU of a machine that has so many."""
+    for way in WAYS.values():
+        for cpu in range(cpus) if way.cpus is None else way.cpus or (None,):
+            yield Crash(way.name, cpu)
+
+
 def prepare(crash: Crash, process: Process) -> None:
     """What must be done before a debugger is attached. Raises LabError."""
-    if crash.way not in CODE:
+    _require_booted_for(crash, process)
+    if not crash.way.planted:
         return
     _require_running(process)
+    name = crash.way.name
     if held_by_debugger(process):
-        raise LabError(f"crashing Xen: --how {crash.way} needs QEMU's gdbstub, and a debugger is attached: detach it")
+        raise LabError(f"crashing Xen: --how {name} needs QEMU's gdbstub, and a debugger is attached: detach it")
     try:
-        plant(crash.way, process.paths.gdb, Path(process.state.symbols), process.state.cpus)
+        note = plant(name, process.paths.gdb, Path(process.state.symbols), process.state.cpus)
     finally:
         process.qmp("cont")
+    if note:
+        process.progress(note)
+
+
+def _require_booted_for(crash: Crash, process: Process) -> None:
+    words = crash.way.xen_args
+    if words and not re.search(rb"Command line:.*\b" + words.encode(), process.read_log(process.paths.serial_log)):
+        raise LabError(
+            f"crashing Xen: --how {crash.way.name} does not crash it as it was booted: give lab up --xen-args {words}"
+        )
 
 
 def cause(crash: Crash, process: Process, serial: Serial, dom0: Dom0) -> None:
@@ -103,25 +146,25 @@ def cause(crash: Crash, process: Process, serial: Serial, dom0: Dom0) -> None:
             raise BadSpecification("--how and --cpu are for real Xen: the reference guest crashes as it was booted to")
         serial.send(b"C")
         return
-    if crash.way == "key":
+    _require_booted_for(crash, process)
+    name = crash.way.name
+    if name == "key":
         serial.to_xen()
         serial.send(b"C")
-        return
-    if crash.way == "nmi":
-        if not re.search(rb"Command line:.*\b" + _FATAL_NMI.encode(), process.read_log(process.paths.serial_log)):
-            raise LabError(f"crashing Xen: an NMI does not crash it as it was booted: give --xen-args {_FATAL_NMI}")
+    elif name == "nmi":
         process.qmp("inject-nmi")
-        return
-    panic = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
-    if crash.way in CODE:
-        panic = MAKES_IT
-    if crash.cpu is not None:
-        panic = f"taskset -p {1 << crash.cpu:x} $$ >/dev/null && {{ {panic}; }}"
-    since = serial.size()
-    dom0.begin_last(panic, gone=lambda: _seen(process, since))
+    elif name == "mce":
+        if said := process.qmp("human-monitor-command", command_line=f"mce {crash.cpu or 0} {FATAL_MCE}").strip():
+            raise LabError(f"crashing Xen: QEMU made no machine check: {said}")
+    else:
+        panic = MAKES_IT if crash.way.planted else "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
+        if crash.cpu is not None:
+            panic = f"taskset -p {1 << crash.cpu:x} $$ >/dev/null && {{ {panic}; }}"
+        since = serial.size()
+        dom0.begin_last(panic, gone=lambda: _seen(process, since))
 
 
-def wait_until_seen(process: Process, since: int, timeout: float = 10.0) -> None:
+def wait_until_seen(process: Process, since: int, timeout: float = 60.0) -> None:
     """Wait until the crash shows on the console after offset `since`, or a debugger has stopped the machine."""
     process.until("crashing Xen", timeout, lambda: _seen(process, since) or None)
 

@@ -123,6 +123,11 @@ class Specification:
         return ACCELS[self.accel].cpu or self.qemu_row.cpu
 
     @property
+    def crash_cpu_args(self) -> str:
+        """What `-cpu` needs for the crash, if it is TCG's."""
+        return "" if ACCELS[self.accel].cpu else self.crash.way.cpu_args
+
+    @property
     def keeps_snapshot(self) -> bool:
         """Whether it starts from a snapshot of an earlier boot. Not under KVM, whose CPU is the host's."""
         return self.boots_dom0 and self.accel == DEFAULT_ACCEL

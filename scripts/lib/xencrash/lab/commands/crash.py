@@ -4,13 +4,17 @@
   panic         dom0's kernel panics
   nmi           an NMI on CPU 0, fatal to a Xen booted with nmi=fatal: the crash
                 begins inside it
+  watchdog      a CPU is stuck in Xen, and the watchdog of a Xen booted with
+                watchdog=force finds that in an NMI
+  mce           a fatal machine check: the crash begins inside it
   bug           Xen executes ud2, as BUG() does
   page-fault    Xen reads what is not mapped
   double-fault  Xen loses its stack
 
-The last three are planted in Xen's kexec hypercall, which dom0 then makes. For
-them and for panic `lab up --dom0-vcpus CPUS` (as many as the machine has) lets
-`--cpu` choose the CPU.
+watchdog and the last three are planted in Xen's kexec hypercall, which dom0 then
+makes. For them and for panic `lab up --dom0-vcpus CPUS` (as many as the machine
+has) lets `--cpu` choose the CPU. A machine check can be given any CPU, by default
+CPU 0.
 """
 
 from __future__ import annotations

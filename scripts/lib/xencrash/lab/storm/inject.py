@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from xen_symbols.targets.qmp import Qmp
+from xencrash.lab.crash import FATAL_MCE
 from xencrash.lab.errors import LabError
 from xencrash.lab.storm.rsp import Rsp
 
 _MSI = 0xFEE00000  # SDM vol. 3, "Message Address Register Format"; the destination's APIC ID is in bits 19-12
 _MSI_NMI = (0x400).to_bytes(4, "little")  # "Message Data Register Format": delivery mode NMI, edge
-# Bank 4's IA32_MCi_STATUS: valid, uncorrected, enabled, MISC and ADDR valid, context corrupt; IA32_MCG_STATUS: RIPV and
-# MCIP (SDM vol. 3, "Machine-Check Architecture"). No handler can continue after that.
-_MC = "4 0xbe00000000000000 0x5 0 0"
 
 
 def nmi(rsp: Rsp, apic_id: int) -> None:
@@ -23,5 +21,5 @@ def nmi(rsp: Rsp, apic_id: int) -> None:
 def machine_check(qmp: Qmp, cpu: int) -> str:
     """A fatal one, on QEMU's CPU of this index. Returns what QEMU said: if CR4.MCE is clear or one is in progress, it
     ends the machine and says so."""
-    said: str = qmp.execute("human-monitor-command", command_line=f"mce {cpu} {_MC}")
+    said: str = qmp.execute("human-monitor-command", command_line=f"mce {cpu} {FATAL_MCE}")
     return said.strip()
