@@ -46,7 +46,8 @@ class SyntheticXen:
     """`variables` are symbols by name with their bytes; `content` is physical memory. `efi`: it booted xen.efi.
 
     `tables` is where those page tables are that Xen allocates, if not in the image; `memory_map` has (address, size,
-    type) of each of its e820 entries.
+    type) of each of its e820 entries. `areas` has the physical address of each other CPU's per-CPU area; 4096 bytes on
+    is its IDT.
     """
 
     cpus: int
@@ -55,6 +56,7 @@ class SyntheticXen:
     memory_map: Sequence[tuple[int, int, int]] = ()
     content: dict[int, bytes] = field(default_factory=dict)
     symbols: dict[str, tuple[int, str]] = field(default_factory=dict)
+    areas: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._next = VIRT_START + (0x600000 if self.efi else 0x400000)
@@ -132,6 +134,7 @@ class SyntheticXen:
             buffers.append(struct.pack("<QQ", DIRECTMAP + heap, 404))
             heap += 512
             if cpu:
+                self.areas[cpu] = heap
                 self.content[heap] = b"\1".ljust(_TSS_PAGE, b"\0") + _tss_page(cpu)
                 offsets.append((DIRECTMAP + heap - start) % (1 << 64))
                 self.content[heap + 4096] = other

@@ -1,35 +1,26 @@
-"""Pages in a real browser: Debian's chromium, without a window. A machine without it runs scripts/setup --tests."""
+"""Pages in a real browser: Debian's chromium, without a window."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from tests.machines.browser import browser, look_like
 from tests.machines.pages import HOSTILE, poisoned, traced
 from xen_symbols.report.page import page
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync"
-).split()
 Open = Callable[[Any], Any]
 
 
 @pytest.fixture(scope="module")
 def show(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
     """Opens the page of a report in the one browser."""
-    from selenium import webdriver  # for this file alone: others are collected without it
-
     folder = tmp_path_factory.mktemp("browser")
-    options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    for flag in (*FLAGS, f"--user-data-dir={folder / 'data'}", "--window-size=1280,1000"):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+    driver = browser(folder)
 
     def show(report: Any) -> Any:
         path = folder / "page.html"
@@ -74,9 +65,7 @@ def test_the_picture_and_its_folding(show: Open, trace: Any) -> None:
 
 def test_a_narrow_page_scrolls_within_the_picture_alone(show: Open, trace: Any) -> None:
     driver = show(trace)
-    driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    )
+    look_like(driver, 400, 800)
     try:
         assert driver.execute_script("return innerWidth") == 400
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 400
@@ -86,7 +75,8 @@ def test_a_narrow_page_scrolls_within_the_picture_alone(show: Open, trace: Any) 
 
 
 def test_by_keyboard_alone(show: Open, trace: Any) -> None:
-    """Tab to the switch, Space shows every value; Tab to the failing cell, Enter leads to its finding."""
+    """Tab to the first failure, then to the switch: Space shows every value; Tab to the failing cell: Enter leads to
+    its finding."""
     driver = show(trace)
 
     def press(key: str) -> Any:
@@ -94,6 +84,7 @@ def test_by_keyboard_alone(show: Open, trace: Any) -> None:
         return driver.switch_to.active_element
 
     tab, space, enter = "\ue004", "\ue00d", "\ue007"
+    assert press(tab).text == "nmi-gate-ist CPUs 1-2 at shootdown"
     assert press(tab).get_attribute("type") == "checkbox"
     same = driver.find_element("css selector", ".picture .same span")
     hidden = same.size["width"]
@@ -112,6 +103,25 @@ def test_by_keyboard_alone(show: Open, trace: Any) -> None:
     assert summary.tag_name == "summary" and target.get_attribute("open")
     press(enter)
     assert not target.get_attribute("open")
+
+
+def test_what_follows_from_another_failure_is_folded_until_a_link_or_paper_shows_it(show: Open, trace: Any) -> None:
+    report = copy.deepcopy(trace)
+    (one, *_) = [finding for finding in report["findings"] if finding["verdict"] == "fail"]
+    report["findings"].append({**one, "check": "mc-gate-ist", "follows": "nmi-gate-ist"})
+    driver = show(report)
+    (told,) = driver.find_elements("css selector", ".follows dl")
+
+    def visible() -> bool:
+        return bool(driver.execute_script("return arguments[0].checkVisibility()", told))
+
+    assert not visible()
+    look_like(driver, media="print")
+    assert visible()
+    look_like(driver)
+    assert not visible()
+    driver.find_element("css selector", ".picture a[href='#f1']").send_keys("\ue007")
+    assert visible() and driver.find_element("css selector", ":target").text.startswith("\u2717 FAIL mc-gate-ist")
 
 
 def test_nothing_is_requested_and_nothing_from_a_dump_is_obeyed(show: Open, trace: Any) -> None:
@@ -138,8 +148,7 @@ def test_the_policy_stops_what_would_get_in(show: Open, trace: Any) -> None:
 def test_text_stands_out_in_light_and_dark(scheme: str, show: Open, trace: Any) -> None:
     """Contrast as WCAG 2 asks for text: 4.5 at least."""
     driver = show(trace)
-    wanted = {"name": "prefers-color-scheme", "value": scheme}
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [wanted]})
+    look_like(driver, scheme=scheme)
     for selector, behind in (("body", "body"), (".dim", "body"), (".picture td.fail a", ".picture td.fail"),
                              (".new", ".new"), (".finding summary b", ".finding"), (".picture th", ".picture th")):
         text, back = (

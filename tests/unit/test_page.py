@@ -82,9 +82,74 @@ def test_what_failed_leads_to_its_finding(drawn: Element) -> None:
     names = [name.text() for name in finding.all("dt")]
     said = dict(zip(names, [one.text() for one in finding.all("dd")], strict=True))
     assert (said["Expected"], said["Observed"]) == ("2", "0")
-    assert said["Bytes"] == "CPU 2: memory idt_tables[2][NMI] 0xffff83003fd6d020 b01e08e0008e2040d082ffff00000000"
-    assert names.count("Bytes") == 2 and said["Source"].startswith("xen/arch/x86/crash.c")
+    raw = "CPU 2: memory idt_tables[2][NMI] 0xffff83003fd6d020 b01e08e0008e2040d082ffff00000000"
+    assert said["Bytes"].startswith("CPU 1: memory idt_tables[1][NMI]") and said["Bytes"].endswith(raw)
+    assert said["Source"].startswith("xen/arch/x86/crash.c")
     assert said["In a crash"]
+
+
+def crash_of(*stops: tuple[str, int | None], broken: int | None = None) -> Any:
+    """A trace with these stops, CPU 0 crashing. `broken` has its #MC gate's IST from its cpu-save on."""
+    report: Any = Machine("4.17-handover").report().to_json()
+    keep = {"mc-gate-handler", "mc-gate-ist"}
+    per_cpu = [finding for finding in report["findings"] if finding["check"] in keep]
+    report["stages"] = [{"stage": stage, "cpu": cpu, "at": None} for stage, cpu in stops]
+    report["findings"] = []
+    saved: set[int] = set()
+    for number, (stage, by) in enumerate(stops):
+        saved |= {by} if stage == "cpu-save" and by is not None else set()
+        for finding in per_cpu:
+            cpu, ist = finding["cpu"], finding["check"] == "mc-gate-ist"
+            observed = int(cpu not in saved) if ist else finding["observed"]
+            one = {**finding, "stop": number, "stage": stage, "observed": observed}
+            if ist and cpu == broken and cpu in saved:
+                one.update(verdict="fail", observed=1, reason="because")
+            report["findings"].append(one)
+    return report
+
+
+INTERLEAVED = (("shootdown", 0), ("nmi-taken", 2), ("cpu-save", 2), ("nmi-taken", 1), ("nmi-taken", 3), ("cpu-save", 3),
+               ("cpu-save", 1), ("shootdown-done", 0))  # fmt: skip
+
+
+def heads(root: Element) -> list[str]:
+    (picture,) = root.all("table", class_="picture")
+    return [head.text() for head in picture.all("th", scope="col")]
+
+
+def test_the_stops_of_other_cpus_at_a_stage_are_one_column_each_cpu_as_at_its_own() -> None:
+    root = parsed("".join(page(crash_of(*INTERLEAVED))))
+    assert heads(root) == ["shootdown CPU 0", "nmi-taken CPUs 1-3", "cpu-save CPUs 1-3", "shootdown-done CPU 0"]
+    assert list(rows(root)) == ["Machine", "CPU 0", "CPUs 1-3"]
+    others = [lines(cell)[1] for cell in rows(root)["CPUs 1-3"]]  # CPU 2 was saved before CPUs 1 and 3 took theirs
+    assert others == ["trap_nop/1", "trap_nop/1", "trap_nop/0", "trap_nop/0"]
+    (order,) = [one for one in root.all("details") if one.all("summary")[0].text() == "The order of all 8 stops"]
+    assert "nmi-taken CPU 2, cpu-save CPU 2, nmi-taken CPU 1" in order.text()
+
+
+def test_a_second_time_at_a_stage_is_a_column_and_a_stop_of_the_crashing_cpu_divides() -> None:
+    again = crash_of(("shootdown", 0), ("nmi-taken", 1), ("nmi-taken", 2), ("nmi-taken", 1), ("shootdown-done", 0),
+                     ("nmi-taken", 3))  # fmt: skip
+    assert heads(parsed("".join(page(again)))) == [
+        "shootdown CPU 0", "nmi-taken CPUs 1-2", "nmi-taken CPU 1", "shootdown-done CPU 0", "nmi-taken CPU 3"
+    ]  # fmt: skip
+
+
+def test_a_failure_at_any_stop_of_a_column_is_in_it_and_persists_as_one_link() -> None:
+    root = parsed("".join(page(crash_of(*INTERLEAVED, broken=2))))
+    cells = rows(root)["CPU 2"]
+    assert [cell.attributes["class"] for cell in cells] == ["pass", "fail", "fail", "fail"]
+    links = [[link.text() for link in cell.all("a")] for cell in cells]
+    assert links == [[], ["\u2717 mc-gate-ist"], ["\u2717 still mc-gate-ist"], ["\u2717 still mc-gate-ist"]]
+
+
+def test_what_follows_from_another_failure_is_folded(trace: Any) -> None:
+    report = copy.deepcopy(trace)
+    (one, *_) = [finding for finding in report["findings"] if finding["verdict"] == "fail"]
+    report["findings"].append({**one, "check": "mc-gate-ist", "follows": "nmi-gate-ist"})
+    first, second = parsed("".join(page(report))).all("details", class_="finding")
+    assert "open" in first.attributes and "open" not in second.attributes
+    assert "nmi-gate-ist" in first.all("summary")[0].text() and "mc-gate-ist" in second.all("summary")[0].text()
 
 
 def test_what_could_not_be_decided_says_why() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 import xencrash.lab.storm
 from tests.machines.changed import Machine
+from tests.machines.pages import parsed
 from xen_symbols.report.console import plain
 from xen_symbols.report.junit import to_junit
 from xencrash.cli import main
@@ -129,6 +130,11 @@ def test_the_page_has_each_failure_with_its_command_and_each_function_to_unfold(
     crashing, other = text.split("<details>")[1:]
     assert crashing.startswith("<summary>kexec_crash, on the crashing CPU, 1 pass, 1 fail, 1 window")
     assert "<td>push rbx</td>" in crashing and "do_nmi_crash" in other
+
+
+def test_the_page_marks_only_where_something_failed() -> None:
+    root = parsed("".join(page(report([result(0, Verdict.PASS)]))))
+    assert root.all("span", class_="pass") and "\u2717" not in root.text()
 
 
 def test_a_command_to_repeat_is_safe_in_a_shell() -> None:

@@ -30,7 +30,7 @@ from xen_symbols.report.blocks import (
     show,
     verdict_line,
 )
-from xen_symbols.report.picture import LINES, Group, Mark, Row, Square, Value, groups, picture
+from xen_symbols.report.picture import LINES, Column, Group, Mark, Row, Square, Value, groups, picture
 from xen_symbols.text import cpu_list, escaped, ranges
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 _CSS = Path(__file__).with_name("page.css")
 _SIGNS = {"fail": "\u2717", "unknown": "?", "pass": "\u2713", "skip": "\u2013"}
 _MARKS = 3  # links in a cell; the rest are counted
-_GROUPS, _OPEN = 500, 50  # findings on a page, and those that are open: 4096 CPUs may each fail in their own way
+_GROUPS, _OPEN = 500, 50  # findings on a page, and those unfolded: 4096 CPUs may each fail in their own way
+_HEAD = 20  # characters of the CPUs in a column's head; more are counted
 _WIDE = 3  # columns, above which their heads stand upright
 
 
@@ -91,10 +92,12 @@ def _document(title: str, body: Iterable[str]) -> Iterator[str]:
 def _report(report: contract.Report, place: str) -> Iterator[str]:
     """The parts of a report; `place` begins each of its ids."""
     yield _block(verdict_line(report))
+    grouped = groups(report)
+    if grouped:
+        yield f'<p>First: <a href="#{place}f0">{_where(grouped[0])}</a></p>'
     yield _fields(header(report))
     if preflight := preflight_table(report):
         yield _block(preflight)
-    grouped = groups(report)
     if report["cpus"] or report["findings"]:
         yield _picture(report, grouped, place)
     if grouped:
@@ -124,13 +127,8 @@ def _by(report: contract.Report) -> str:
 def _picture(report: contract.Report, grouped: Sequence[Group], place: str) -> str:
     drawn = picture(report, grouped)
     lines = [number for number, name in enumerate(LINES) if name not in drawn.unread]
-    several = len(drawn.stops) > 1
-    heads = "".join(
-        f'<th scope="col"><span>{_text(stop["stage"])}'
-        + (f" <small>CPU {_text(stop['cpu'])}</small>" if stop["cpu"] is not None else "")
-        + "</span></th>"
-        for stop in drawn.stops
-    )
+    several = len(drawn.columns) > 1
+    heads = "".join(map(_head, drawn.columns))
     rows = "".join(_row(row, lines, place) for row in (drawn.machine, *drawn.cpus))
     toggle = (
         f'<input type="checkbox" id="{place}all"> <label for="{place}all">Show every value, not only changes</label>'
@@ -140,13 +138,28 @@ def _picture(report: contract.Report, grouped: Sequence[Group], place: str) -> s
     legend += " \u2717 failed, ? could not be decided: each leads to its finding. \u2713 passed, \u2013 not read."
     unread = "".join(f'<p class="dim">{_text(name)}: {_text(why)}</p>' for name, why in drawn.unread.items())
     title = "CPUs at each stage" if several else "CPUs"
-    many = " many" if len(drawn.stops) > _WIDE else ""
+    order = _order(report["stages"]) if len(report["stages"]) > len(drawn.columns) else ""
+    many = " many" if len(drawn.columns) > _WIDE else ""
     return (
         f'<h2 id="{place}picture">{title}</h2><p class="dim">{legend}</p>{toggle}'
         f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{place}picture"><table class="picture{many}">'
         f'<thead><tr><th scope="row">CPU</th><td class="names"></td>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{unread}"
+        f"<tbody>{rows}</tbody></table></div>{unread}{order}"
     )
+
+
+def _head(column: Column) -> str:
+    whose = cpu_list(column.cpus)
+    if len(whose) > _HEAD:
+        whose = f"{len(column.cpus)} CPUs"
+    small = f" <small>{_text(whose)}</small>" if column.cpus else ""
+    return f'<th scope="col"><span>{_text(column.stage)}{small}</span></th>'
+
+
+def _order(stops: Sequence[contract.Stage]) -> str:
+    """All stops as they came."""
+    came = ", ".join(s["stage"] + ("" if s["cpu"] is None else f" CPU {s['cpu']}") for s in stops)
+    return f"<details><summary>The order of all {len(stops)} stops</summary><p>{_text(came)}</p></details>"
 
 
 def _row(row: Row, lines: Sequence[int], place: str) -> str:
@@ -159,9 +172,13 @@ def _row(row: Row, lines: Sequence[int], place: str) -> str:
 
 def _square(square: Square, before: Sequence[Mark], lines: Sequence[int], place: str) -> str:
     values = "".join(_value(square.values[line]) for line in lines) if square.values else ""
-    marks = "".join(_mark(mark, mark in before, place) for mark in square.marks[:_MARKS])
-    if (more := len(square.marks) - _MARKS) > 0:
-        marks += f'<a href="{_href(square.marks[_MARKS].group, place)}">and {more} more</a>'
+    new = [mark for mark in square.marks if mark not in before]
+    marks = "".join(_mark(mark, _text(mark.check), place) for mark in new[:_MARKS])
+    if (more := len(new) - _MARKS) > 0:
+        marks += f'<a href="{_href(new[_MARKS].group, place)}">and {more} more</a>'
+    if still := [mark for mark in square.marks if mark in before]:
+        others = f" and {len(still) - 1} more" * (len(still) > 1)
+        marks += _mark(still[0], f"<span>still {_text(still[0].check)}{others}</span>", place, ' class="same"')
     if not values and not marks:
         values = _SIGNS[square.verdict]
     return f'<td class="{square.verdict}">{values}{marks}</td>'
@@ -177,9 +194,8 @@ def _value(value: Value) -> str:
     return f'<div{new} title="{text}">{text}</div>'
 
 
-def _mark(mark: Mark, again: bool, place: str) -> str:
-    kind = ' class="same"' if again else ""
-    return f'<a{kind} href="{_href(mark.group, place)}">{_SIGNS[mark.verdict]} <span>{_text(mark.check)}</span></a>'
+def _mark(mark: Mark, said: str, place: str, kind: str = "") -> str:
+    return f'<a{kind} href="{_href(mark.group, place)}">{_SIGNS[mark.verdict]} {said}</a>'
 
 
 def _href(group: int, place: str) -> str:
@@ -192,8 +208,6 @@ def _href(group: int, place: str) -> str:
 def _group(group: Group, number: int, place: str) -> str:
     finding = group[0][0]
     verdict = finding["verdict"]
-    numbers = sorted(same[0]["cpu"] for same in group if same[0]["cpu"] is not None)
-    whose = cpu_list(numbers) if numbers else "the machine"
     later = [stage for stage in dict.fromkeys(f["stage"] for f in group[0]) if stage != finding["stage"]]
     fields = [("Expected", _text(show(finding["expected"]))), ("Observed", _text(show(finding["observed"])))]
     if later:
@@ -202,15 +216,25 @@ def _group(group: Group, number: int, place: str) -> str:
         fields.append(("In a crash" if verdict == "fail" else "Because", _text(finding["reason"])))
     if finding.get("follows"):
         fields.append(("Follows from", f"<code>{_text(finding['follows'])}</code>"))
-    fields += [("Bytes", line) for line in _evidence([same[0] for same in group])]
+    if evidence := list(_evidence([same[0] for same in group])):
+        fields.append(("Bytes", "<br>".join(evidence)))
     fields.append(("Source", _text(finding["source"])))
+    follows = " follows" if finding.get("follows") else ""
+    unfolded = " open" if number < _OPEN and not follows else ""
     inside = "".join(f"<dt>{name}</dt><dd>{said}</dd>" for name, said in fields)
     return (
-        f'<details class="finding {verdict}" id="{place}f{number}"{" open" * (number < _OPEN)}>'
-        f"<summary><b>{_SIGNS[verdict]} {verdict.upper()}</b> <code>{_text(finding['check'])}</code>"
-        f" {_text(whose)} at {_text(finding['stage'])}</summary><dl>{inside}</dl>"
+        f'<details class="finding {verdict}{follows}" id="{place}f{number}"{unfolded}>'
+        f"<summary><b>{_SIGNS[verdict]} {verdict.upper()}</b> {_where(group)}</summary><dl>{inside}</dl>"
         f'<p class="back"><a href="#{place}picture">Back to the CPUs</a></p></details>'
     )
+
+
+def _where(group: Group) -> str:
+    """The check, the CPUs and the first stage of a group."""
+    finding = group[0][0]
+    numbers = sorted(same[0]["cpu"] for same in group if same[0]["cpu"] is not None)
+    whose = cpu_list(numbers) if numbers else "the machine"
+    return f"<code>{_text(finding['check'])}</code> {_text(whose)} at {_text(finding['stage'])}"
 
 
 def _evidence(findings: Sequence[contract.Finding]) -> Iterator[str]:
@@ -248,7 +272,7 @@ def _index(reports: Sequence[contract.Report], links: Sequence[str]) -> str:
         [_verdict(report["verdict"]), f'<a href="{escape(link)}">{_text(row[1].text)}</a>', *map(_cell, row[2:])]
         for report, link, row in zip(reports, links, listed.rows, strict=True)
     ]
-    return f'<h1 id="index">{len(reports)} dumps: {said}</h1>{_rows(listed.columns, rows)}'
+    return f'<h1 id="index">{len(reports)} dumps: {said}</h1><div class="index">{_rows(listed.columns, rows)}</div>'
 
 
 def _block(block: Block) -> str:
@@ -288,7 +312,7 @@ def _fold(table: Table) -> Table:
 
 
 def _cell(cell: Cell) -> str:
-    sign = f"{_SIGNS[cell.style]} " if cell.style in ("fail", "unknown") else ""
+    sign = f"{_SIGNS[cell.style]} " if cell.style in ("fail", "unknown") and cell.text else ""
     return f'<span class="{_text(cell.style)}">{sign}{_text(cell.text)}</span>' if cell.style else _text(cell.text)
 
 

@@ -1,10 +1,13 @@
-"""A report as a picture, before anything knows how it is drawn: CPUs down, stops across, in each cell what was read of
+"""A report as a picture, before anything knows how it is drawn: CPUs down, stages across, in each cell what was read of
 the CPU there, what of it changed, and the findings that are not a pass. Reads the JSON contract only.
+
+What other CPUs do between two stops of the crashing one comes in any order. Their stops at one stage are one column, in
+which each CPU is as it was at its own stop: CPUs that do the same are equal, and 32 of them are a few rows.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +26,7 @@ _SHOWN = frozenset(_GATES) | {"lapic-mode", "lapic-enabled", "nmi-latch"}
 _PROBLEMS = ("fail", "unknown")
 
 Group = list[list["contract.Finding"]]  # CPUs of which the same is said, and of each of them the findings that say it
-_Key = tuple[int, "int | None"]  # stop, and CPU (None: the machine)
+_Key = tuple[int, "int | None"]  # column, and CPU (None: the machine)
 
 
 class Value(NamedTuple):
@@ -41,8 +44,16 @@ class Mark(NamedTuple):
     group: int
 
 
+class Column(NamedTuple):
+    """Stops of other CPUs at one stage, or one stop: the numbers of its stops, and the CPUs that they were of."""
+
+    stage: str
+    stops: tuple[int, ...]
+    cpus: tuple[int, ...]
+
+
 class Square(NamedTuple):
-    """A CPU at a stop: a value for each of the LINES (none of the machine's), and what was found wrong. `judged`: any
+    """A CPU in a column: a value for each of the LINES (none of the machine's), and what was found wrong. `judged`: any
     check passed or failed."""
 
     values: tuple[Value, ...]
@@ -64,7 +75,7 @@ class Row(NamedTuple):
 
 
 class Picture(NamedTuple):
-    stops: Sequence[contract.Stage]
+    columns: Sequence[Column]
     machine: Row
     cpus: Sequence[Row]
     unread: Mapping[str, str]  # why a line is empty, by its name
@@ -75,42 +86,65 @@ def groups(report: contract.Report) -> list[Group]:
     return sorted(alike(report["findings"]), key=lambda cpus: bool(cpus[0][0].get("follows")))
 
 
+def columns(stops: Sequence[contract.Stage], crashing: int | None) -> list[Column]:
+    """The stops as columns, each where its first one is. A CPU's second time at a stage is a column of its own."""
+    between, times = 0, Counter[tuple[int, str, int]]()
+    found: dict[tuple[int, str, int], list[int]] = defaultdict(list)
+    for number, stop in enumerate(stops):
+        stage, cpu = stop["stage"], stop["cpu"]
+        if crashing is None or cpu is None or cpu == crashing:
+            found[number, stage, 0].append(number)
+            between = number + 1
+        else:
+            times[between, stage, cpu] += 1
+            found[between, stage, times[between, stage, cpu]].append(number)
+    return [
+        Column(stage, tuple(numbers), tuple(cpu for number in numbers if (cpu := stops[number]["cpu"]) is not None))
+        for (_, stage, _), numbers in found.items()
+    ]
+
+
 def picture(report: contract.Report, grouped: Sequence[Group]) -> Picture:
     """The picture of a report, whose marks number the groups."""
     stops: Sequence[contract.Stage] = report["stages"] or [{"stage": "-", "cpu": None, "at": None}]
+    drawn = columns(stops, report["crashing_cpu"])
+    column_of = {stop: number for number, column in enumerate(drawn) for stop in column.stops}
+    own = {(column_of[number], stop["cpu"]): number for number, stop in enumerate(stops)}
     seen: dict[_Key, dict[str, Any]] = defaultdict(dict)
     marks: dict[_Key, dict[Mark, None]] = defaultdict(dict)
     numbers = {id(f): number for number, group in enumerate(grouped) for same in group for f in same}
     first = {stage["stage"]: number for number, stage in reversed(list(enumerate(stops)))}
     judged: set[_Key] = set()
     for finding in report["findings"]:
-        key = finding.get("stop", first.get(finding["stage"], len(stops) - 1)), finding["cpu"]
+        stop, cpu = finding.get("stop", first.get(finding["stage"], len(stops) - 1)), finding["cpu"]
         verdict, check = finding["verdict"], finding["check"]
+        column = column_of[stop]
         if verdict != "skip":
-            judged.add(key)
-        if check in _SHOWN:
-            seen[key][check] = finding["observed"]
+            judged.add((column, cpu))
+        if check in _SHOWN and stop == own.get((column, cpu), drawn[column].stops[-1]):
+            seen[column, cpu][check] = finding["observed"]
         if verdict in _PROBLEMS:
-            marks[key][Mark(verdict, check, numbers[id(finding)])] = None
+            marks[column, cpu][Mark(verdict, check, numbers[id(finding)])] = None
     known = {cpu["cpu"]: cpu for cpu in report["cpus"]}
 
     def row(cpu: int | None) -> tuple[Square, ...]:
         known_texts: list[str | None] = [None] * len(LINES)
         squares = []
-        for stop in range(len(stops)):
-            key, values = (stop, cpu), []
+        for column in range(len(drawn)):
+            key, values = (column, cpu), []
             if cpu is not None:
-                last = known.get(cpu) if stop == len(stops) - 1 else None
+                last = known.get(cpu) if column == len(drawn) - 1 else None
                 for line, text in enumerate(_texts(seen.get(key, {}), last)):
                     values.append(Value(text, known_texts[line]))
                     known_texts[line] = text or known_texts[line]
-            squares.append(Square(tuple(values), tuple(marks.get(key, ())), key in judged))
+            found = sorted(marks.get(key, ()), key=lambda mark: (_PROBLEMS.index(mark.verdict), mark.group))
+            squares.append(Square(tuple(values), tuple(found), key in judged))
         return tuple(squares)
 
     numbers_of = sorted({cpu for _, cpu in judged | seen.keys() if cpu is not None} | known.keys())
     roles = {number: cpu.get("role", "") for number, cpu in known.items()}
     rows = _folded((number, roles.get(number, ""), row(number)) for number in numbers_of)
-    return Picture(stops, Row("Machine", "", row(None)), rows, _unread(report["cpus"], rows))
+    return Picture(drawn, Row("Machine", "", row(None)), rows, _unread(report["cpus"], rows))
 
 
 def _folded(cpus: Iterable[tuple[int, str, tuple[Square, ...]]]) -> list[Row]:
@@ -118,10 +152,7 @@ def _folded(cpus: Iterable[tuple[int, str, tuple[Square, ...]]]) -> list[Row]:
     equal: dict[tuple[str, tuple[Square, ...]], list[int]] = {}
     for number, role, squares in cpus:
         equal.setdefault((role, squares), []).append(number)
-    return [
-        Row(cpu_list(numbers), role, squares)
-        for (role, squares), numbers in equal.items()
-    ]
+    return [Row(cpu_list(numbers), role, squares) for (role, squares), numbers in equal.items()]
 
 
 def _texts(seen: Mapping[str, Any], last: contract.Cpu | None) -> Iterator[str | None]:
