@@ -14,7 +14,7 @@ from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.follow import Follower
 from xen_symbols.crashpath.gatechanges import Key
 from xen_symbols.crashpath.gatewatch import GateWatch
-from xen_symbols.crashpath.generations import Identification
+from xen_symbols.crashpath.identification import Identification
 from xen_symbols.report.blocks import Block, Cell
 from xen_symbols.report.blocks import show as shown
 from xen_symbols.symbols.table import SymbolTable

@@ -17,7 +17,7 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.follow import Follower
 from xen_symbols.crashpath.gatechanges import Key
 from xen_symbols.crashpath.gatewatch import GateWatch
-from xen_symbols.crashpath.generations import Identification, identify
+from xen_symbols.crashpath.identification import Identification, identify
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable, parse_aliases
 from xen_symbols.targets import PhysicalCpu

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.genfigure import picture
 from xen_symbols.crashpath.checks import CHECKS
-from xen_symbols.crashpath.checks.model import Need, Shows
+from xen_symbols.crashpath.checks.model import ByGeneration, Need, Shows
 from xen_symbols.crashpath.complete import COMPLETE
 from xen_symbols.crashpath.gatechanges import GATE_WRITES
 from xen_symbols.crashpath.generations import GENERATIONS
@@ -70,6 +70,14 @@ def _lines() -> Iterator[str]:
     for need in Need:
         checks = "every other" if need is Need.MEMORY else ", ".join(c.id for c in CHECKS if c.needs is need)
         yield f"| {need.value} | {checks} |"
+    yield ""
+    yield "When the generation of the crash path decides what is right; where none fits, such a check is unknown:"
+    yield ""
+    yield "| the generation decides | checks |"
+    yield "|---|---|"
+    for each in ByGeneration:
+        ids = dict.fromkeys(c.id for c in CHECKS if c.by_generation is each)
+        yield f"| {each.value} | {'every other' if each is ByGeneration.ALWAYS else ', '.join(ids)} |"
     yield ""
     yield "## Preflight"
     yield ""

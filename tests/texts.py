@@ -17,7 +17,7 @@ from tests.machines.changed import MC, NMI, Machine
 from tests.machines.recorded import RECORDED, load
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath.gatechanges import CaughtWrite, GateHistory, moment_of
-from xen_symbols.crashpath.generations import Identification, identify
+from xen_symbols.crashpath.identification import Identification, identify
 from xen_symbols.crashpath.position import infer
 from xen_symbols.describe.changes import describe_gate_change, describe_traced_change
 from xen_symbols.report.blocks import (

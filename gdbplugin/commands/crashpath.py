@@ -12,7 +12,8 @@ from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.crashpath.position import crashing_cpu, infer
 from xen_symbols.crashpath.preflight import preflight
 from xen_symbols.describe.machine import describe_cpus
-from xen_symbols.report.blocks import Block, Cell, Lines, cpus_table, crash_path, report_blocks, show
+from xen_symbols.report.blocks import Block, Cell, Lines, cpus_table, report_blocks, show
+from xen_symbols.report.crashpath import crash_path
 from xen_symbols.text import cpu_list
 from xen_symbols.xen.kexec import crash_image_loaded
 from xen_symbols.xen.state import read_state
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
 
 def _status(session: Session) -> Json:
     with session.look() as memory:
-        generation = session.identification(memory).generation
+        identification = session.identification(memory)
+        generation = identification.generation
         state = read_state(memory, notes=False)
         position = infer(state, generation)
         context = Context(memory, state, position, generation)
         flags = state.system["kexec_flags"]
         out: Json = {
-            "generation": generation.id,
-            "introduced": generation.introduced,
-            "releases": generation.releases,
+            "generation": generation and generation.id,
+            "introduced": generation and generation.introduced,
+            "releases": generation and generation.releases,
             "stage": position.stage.id,
             "says": position.stage.says,
             "subject": position.subject,
@@ -44,6 +46,8 @@ def _status(session: Session) -> Json:
         for name in ("online", "saved", "waiting_mask", "waiting_count", "kexecing"):
             value = state.system[name].value
             out[name] = sorted(value) if isinstance(value, frozenset) else plain(value)
+        if generation is None:
+            out["absent"] = identification.reason
         out["cpus"] = describe_cpus(context.state, context.cpus, position.crashing_cpu, position.online)
         return out
 
@@ -53,7 +57,7 @@ def _show_status(answer: Json) -> Sequence[Block]:
     lines = [
         ("stage", f"{answer['stage']}: {answer['says']}"
          + ("" if answer["subject"] is None else f" (CPU {answer['subject']})")),
-        ("crash path", crash_path(answer)),
+        ("crash path", answer.get("absent") or crash_path(answer)),
         ("crashing CPU", "none" if crashing is None else f"{crashing} ({'; '.join(answer['crashing_cpu_by'])})"),
         ("crash kernel", {True: "loaded", False: "NOT loaded", None: "not known"}[answer["crash_kernel_loaded"]]),
     ]  # fmt: skip

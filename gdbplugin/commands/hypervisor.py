@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from gdbplugin.declare import Command, Session, cell
 from xen_symbols.absence import Undecidable
-from xen_symbols.crashpath.engine import evaluate_if_possible
+from xen_symbols.crashpath.engine import evaluate_if_possible, new_report
+from xen_symbols.crashpath.identification import Identification
 from xen_symbols.crashpath.missing import missing
-from xen_symbols.describe.machine import describe_generation, describe_symbols, describe_target
+from xen_symbols.describe.machine import describe_symbols, describe_target
 from xen_symbols.describe.notes import describe_crash_notes
 from xen_symbols.describe.summary import summarise
-from xen_symbols.report.blocks import Block, Cell, Lines, Table, crash_path, missing_lines
-from xen_symbols.report.notelines import info_note_lines, note_lines
+from xen_symbols.report.blocks import Block, Cell, Lines, Table
+from xen_symbols.report.crashpath import crash_path, near_line
+from xen_symbols.report.notelines import info_note_lines, missing_lines, note_lines
 from xen_symbols.report.summary import summary_blocks
 from xen_symbols.xen.console import printable, read_console
 from xen_symbols.xen.state import read_state
@@ -32,15 +34,13 @@ def _symbols(session: Session) -> Json:
         out: Json = {"symbols": describe_symbols(memory), "target": describe_target(memory)}
         try:
             found = session.identification(memory)
-        except Undecidable as error:
-            lacks = [row.to_json() for row in missing(memory.symbols, None)]
-            return out | {"missing": lacks, "generation": None, "absent": str(error)}
-        generation = found.generation
-        described = describe_generation(generation.id, generation.introduced, generation.releases, found.evidence)
-        return out | {
-            "missing": [row.to_json() for row in missing(memory.symbols, generation)],
-            "generation": described,
-        }
+        except Undecidable as error:  # they name functions only
+            found = Identification(None, reason=str(error))
+        out["missing"] = [row.to_json() for row in missing(memory.symbols, found.generation)]
+        report = new_report(memory, found)
+        if report.generation is None:
+            return out | {"generation": None, "nearest": report.nearest, "absent": report.undecided}
+        return out | {"generation": report.generation}
 
 
 def _show_symbols(answer: Json) -> Sequence[Block]:
@@ -57,6 +57,7 @@ def _show_symbols(answer: Json) -> Sequence[Block]:
         generation = answer["generation"]
         if generation is None:
             lines.append(("crash path", answer["absent"]))
+            lines += [("", near_line(near)) for near in answer.get("nearest", ())]
         else:
             lines.append(("crash path", crash_path(generation)))
             lines += [("", says) for says in generation["evidence"]]

@@ -22,8 +22,8 @@ RENAMED = {"nmi": "entry_NMI", "machine_check": "entry_MC"}  # abe93fc8aa (4.18.
 class Machine:
     """A recorded example with helpers that name what they change."""
 
-    def __init__(self, name: str = "4.17-handover") -> None:
-        self.target, self.symbols = load(name)
+    def __init__(self, name: str = "4.17-handover", **renamed: str) -> None:
+        self.target, self.symbols = load(name, renamed)
         self.memory: XenMemory = locate(self.target, self.symbols)
         self.example: Example = self.target
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tests.machines import dumpwriter, exampletext
@@ -97,10 +98,11 @@ def path_of(name: str) -> Path:
     return RECORDED / f"{name}.txt"
 
 
-def load(name: str) -> tuple[Example, SymbolTable]:
-    """A recorded example by its file's name, without `.txt`."""
+def load(name: str, renamed: Mapping[str, str] = MappingProxyType({})) -> tuple[Example, SymbolTable]:
+    """A recorded example by its file's name, without `.txt`; `renamed`: what its symbols are called instead."""
     data = parsed(name)
     addresses, kinds, names = zip(*data["symbols"], strict=True)
+    names = tuple(renamed.get(each.rpartition("#")[2], each) for each in names)
     rows = ListedRows([int(address, 16) for address in addresses], kinds, names)
     build_id = bytes.fromhex(data["build_id"] or "") or None
     symbols = SymbolTable(path_of(name).name, "recorded example", rows, [], build_id)

@@ -12,7 +12,7 @@ from xen_symbols.crashpath import generations
 from xen_symbols.crashpath.afterwards import INTERVALS
 from xen_symbols.crashpath.breakpoints import SLOTS
 from xen_symbols.crashpath.follow import Follower, StopResult
-from xen_symbols.crashpath.generations import identify
+from xen_symbols.crashpath.identification import identify
 from xen_symbols.crashpath.stages import CrashStep
 from xen_symbols.crashpath.unblocking import Unblocking, unblocking
 from xen_symbols.report.model import Verdict

@@ -12,7 +12,8 @@ from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.checks.model import Outcome
 from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import judge
-from xen_symbols.crashpath.generations import Bookkeeping, function_text, identify
+from xen_symbols.crashpath.generations import Bookkeeping, function_text
+from xen_symbols.crashpath.identification import identify
 from xen_symbols.crashpath.position import infer
 from xen_symbols.report.model import Finding, Verdict
 from xen_symbols.symbols.table import SymbolNotFound

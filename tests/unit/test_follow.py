@@ -9,7 +9,7 @@ import pytest
 from tests.machines.recorded import load
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.follow import LOOK_SECONDS, Follower
-from xen_symbols.crashpath.generations import identify
+from xen_symbols.crashpath.identification import identify
 from xen_symbols.report.model import Verdict
 from xen_symbols.xen.locate import locate
 

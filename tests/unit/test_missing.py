@@ -11,7 +11,7 @@ import pytest
 from tests.machines.recorded import load, write_files
 from xen_symbols.crashpath.generations import BY_ID
 from xen_symbols.crashpath.missing import missing
-from xen_symbols.report.blocks import missing_lines
+from xen_symbols.report.notelines import missing_lines
 from xen_symbols.symbols.listed import ListedRows
 from xen_symbols.symbols.table import SymbolTable
 from xencrash.cli import main

@@ -17,7 +17,8 @@ from tests.schema import SCHEMA
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath import preflight as module
 from xen_symbols.crashpath.follow import Follower
-from xen_symbols.crashpath.generations import BY_ID, Identification
+from xen_symbols.crashpath.generations import BY_ID
+from xen_symbols.crashpath.identification import Identification
 from xen_symbols.crashpath.preflight import BUILT_IN, PROMISES, preflight
 from xen_symbols.report.blocks import report_blocks
 from xen_symbols.report.console import plain

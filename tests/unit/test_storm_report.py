@@ -40,7 +40,7 @@ SCHEMA = json.loads((Path(xencrash.lab.storm.__file__).parent / "schema.json").r
 
 
 def scene() -> Scene:
-    from xen_symbols.crashpath.generations import identify
+    from xen_symbols.crashpath.identification import identify
 
     return Scene(
         symbols=SYMBOLS, memory_root=0, found_by="", build_id=b"", identification=identify(MACHINE.memory), crashing=0,

@@ -264,8 +264,8 @@ xen_symbols.xen.idt xen_symbols.xen.memory xen_symbols.xen.owned xen_symbols.xen
 xen_symbols.xen.savedcpus xen_symbols.xen.search xen_symbols.xen.stacks xen_symbols.xen.state
 xen_symbols.describe xen_symbols.describe.machine
 xen_symbols.crashpath xen_symbols.crashpath.context xen_symbols.crashpath.engine xen_symbols.crashpath.follows
-xen_symbols.crashpath.generations xen_symbols.crashpath.position xen_symbols.crashpath.stages
-xen_symbols.crashpath.timeline
+xen_symbols.crashpath.generations xen_symbols.crashpath.identification xen_symbols.crashpath.position
+xen_symbols.crashpath.stages xen_symbols.crashpath.timeline
 xen_symbols.crashpath.checks xen_symbols.crashpath.checks.cpus xen_symbols.crashpath.checks.gates
 xen_symbols.crashpath.checks.lapic xen_symbols.crashpath.checks.machine xen_symbols.crashpath.checks.model
 xen_symbols.crashpath.checks.filenotes xen_symbols.crashpath.checks.notes xen_symbols.crashpath.checks.registers
@@ -315,7 +315,7 @@ OTHER_VERSIONS = {
     ("xen_symbols/targets/notes.py", "version != 1"): "of QEMU's note",
     ("xen_symbols/targets/flattened.py", "(kind, version) != (1, 1)"): "of the flattened format",
     ("xen_symbols/report/notelines.py", "'version' not in info"): "whether the note says one, to be shown",
-    ("xen_symbols/report/blocks.py", "releases is None"): "whether the report names them",
+    ("xen_symbols/report/crashpath.py", "releases is None"): "whether the report names them",
     (f"{XENCRASH}/guests/build.py", "generation not in generations()"): "whether the reference guest has it at all",
     (f"{XENCRASH}/gdbprogram.py", "version is None"): "of gdb",
     (f"{XENCRASH}/gdbprogram.py", "version < OLDEST_GDB"): "gdb is asked before it is started with what others lack",

@@ -12,7 +12,8 @@ from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.crashpath import generations
 from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import judge
-from xen_symbols.crashpath.generations import Bookkeeping, identify
+from xen_symbols.crashpath.generations import Bookkeeping
+from xen_symbols.crashpath.identification import identify
 from xen_symbols.crashpath.position import at_stage
 from xen_symbols.crashpath.stages import BY_ID, OtherStep, Span
 from xen_symbols.crashpath.whereabouts import Whereabouts, whereabouts

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.crashpath import timeline
-from xen_symbols.crashpath.generations import Generation, Hook
-from xen_symbols.crashpath.stages import ANYWHERE, CrashStep, OtherStep, Position, Span
+from xen_symbols.crashpath.generations import GENERATIONS, Generation, Hook
+from xen_symbols.crashpath.stages import ANYWHERE, NORMAL, CrashStep, OtherStep, Position, Span
 from xen_symbols.crashpath.timeline import Code, GateProperty, Object, Value, Whose, Window, Write
 from xen_symbols.symbols.table import TEXT
 from xen_symbols.targets import Lapic, PhysicalCpu
@@ -17,6 +17,7 @@ from xen_symbols.x86.gate import VECTOR_NMI
 from xen_symbols.x86.paging import CR0_PG
 from xen_symbols.xen.console import read_console
 from xen_symbols.xen.cpuinfo import IST_SSP_SIZE
+from xen_symbols.xen.idt import ENTRY_POINTS
 from xen_symbols.xen.ist import ist_numbers
 from xen_symbols.xen.lapic import BOOT_MODES
 from xen_symbols.xen.memory import XenMemory
@@ -48,20 +49,6 @@ class Followed(NamedTuple):
     gates_before: "Mapping[Key, GateChange]" = MappingProxyType({})
     unblocked: str | Absent = Absent("it was not looked for")
     looks: int | None = None
-
-
-class EntryPoint(NamedTuple):
-    """The handlers that a gate may have, by their names in Xen, newest first."""
-
-    names: tuple[str, ...]
-    source: str
-
-
-ENTRY_POINTS = (
-    EntryPoint(("entry_NMI", "nmi"), "renamed by abe93fc8aa (4.18.0)"),
-    EntryPoint(("entry_MC", "machine_check"), "renamed by abe93fc8aa (4.18.0)"),
-    EntryPoint(("trap_nop",), "77ad1faa6b (4.3.0)"),
-)
 
 
 def _idt_in_use(state: State) -> Absent | None:
@@ -105,7 +92,7 @@ class _Standing:
         self.values: dict[Object, tuple[Any, ...]] = {}
         self.allowed: dict[Object, tuple[Any, ...] | Absent] = {}
 
-    def writes(self, to: Object, generation: Generation) -> list[Write]:
+    def writes(self, to: Object, generation: Generation | None) -> list[Write]:
         writes = self._writes.get(to)
         if writes is None:
             writes = self._writes[to] = timeline.at_stops(to, generation, self.role)
@@ -123,15 +110,17 @@ class Context:
         memory: XenMemory,
         state: State,
         position: Position,
-        generation: Generation,
+        generation: Generation | None,
         followed: Followed | None = None,
     ) -> None:
-        """`followed` is what a trace alone knows; None for any other look at a machine."""
+        """`generation` is None where none fits, `followed`, what a trace alone knows, for any other look at a machine.
+        """
         self.state = _owed_by_online(state, position.online)
         self.cpus = [cpu.cpu for cpu in state.cpus.values() if cpu.exists or cpu.cpu in position.online]
         self.position = position
         self.crash = position.crash
-        self.generation = generation
+        self.identified = generation is not None
+        self._generation = generation
         self.symbols = state.symbols
         self.memory = memory
         self.followed = followed
@@ -145,10 +134,21 @@ class Context:
         self._shared: dict[tuple[Whose, int], _Standing] = {}
         self._standings: dict[int, _Standing] = {}
 
+    @property
+    def generation(self) -> Generation:
+        """Only for what it decides: see ByGeneration."""
+        assert self._generation is not None
+        return self._generation
+
+    @property
+    def on_unknown_path(self) -> bool:
+        """Whether Xen is on a crash path that no generation fits."""
+        return not self.identified and self.position.stage is not NORMAL
+
     def assuming(self, spans: Mapping[int, Span]) -> "Context":
         """The same moment, with other positions of some other CPUs."""
         position = self.position._replace(others={**self.position.others, **spans})
-        return Context(self.memory, self.state, position, self.generation, self.followed)
+        return Context(self.memory, self.state, position, self._generation, self.followed)
 
     def _entry(self, *names: str) -> int | Absent:
         for name in names:
@@ -208,7 +208,7 @@ class Context:
     def written(self, written: Object, cpu: int) -> bool | None:
         """Whether the path's last write to it has been made; None where that is not sure, False where it makes none."""
         standing = self._standing(cpu)
-        writes = standing.writes(written, self.generation)
+        writes = standing.writes(written, self._generation)
         return writes[-1].made(self.crash, standing.span) if writes else False
 
     def values(self, written: Object, cpu: int) -> tuple[Any, ...]:
@@ -216,7 +216,7 @@ class Context:
         standing = self._standing(cpu)
         values = standing.values.get(written)
         if values is None:
-            writes = standing.writes(written, self.generation)
+            writes = standing.writes(written, self._generation)
             values = timeline.values(written, writes, standing.role, self.crash, standing.span)
             standing.values[written] = values
         return values
@@ -228,7 +228,7 @@ class Context:
             return self._masks_unread
         allowed = standing.allowed.get(written)
         if allowed is None:
-            steps = [w.to for w in standing.writes(written, self.generation) if not isinstance(w.when, Window)]
+            steps = [w.to for w in standing.writes(written, self._generation) if not isinstance(w.when, Window)]
             allowed = self._known(written, (written.before, *steps), self.values(written, cpu))
             standing.allowed[written] = allowed
         return allowed
@@ -281,8 +281,9 @@ class Context:
     @cached_property
     def _idle_callbacks(self) -> tuple[int, ...]:
         """nmi_callback may be any of these before the crash; NULL since e7f147bf4a (4.17.0)."""
-        none = (0,) if self.generation.hook is Hook.CALLBACK else ()
-        named = (self.address(name) for name in self.generation.idle_callbacks)
+        possible = GENERATIONS if self._generation is None else (self._generation,)
+        none = (0,) if any(generation.hook is Hook.CALLBACK for generation in possible) else ()
+        named = (self.address(name) for generation in possible for name in generation.idle_callbacks)
         return (*none, *(address for address in named if isinstance(address, int)))
 
     # What is known about a CPU

@@ -8,12 +8,13 @@ from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.checks.model import Subject
 from xen_symbols.crashpath.context import MACHINE, Context
 from xen_symbols.crashpath.follows import Failure, explain
-from xen_symbols.crashpath.generations import Identification, identify
+from xen_symbols.crashpath.identification import Identification, identify
 from xen_symbols.crashpath.position import crashing_cpu, infer, is_memory_alone
 from xen_symbols.crashpath.stages import CRASHING
 from xen_symbols.describe.machine import (
     describe_cpus,
     describe_generation,
+    describe_near,
     describe_symbols,
     describe_target,
     with_warnings,
@@ -37,8 +38,9 @@ def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> l
     stage = context.position.stage.id
     failed: list[Failure] = []
     for check in CHECKS:
+        judged = check.made_of(context)
         for cpu in subjects[check.subject]:
-            outcome = check.judge(context, cpu)
+            outcome = judged(context, cpu)
             verdict, expected, observed, evidence, reason, _ = outcome
             if verdict is Verdict.FAIL:
                 failed.append(Failure(check, cpu, outcome, len(findings)))
@@ -75,25 +77,35 @@ def _may_have_table(cpu: CpuState) -> bool:
 def new_report(memory: XenMemory, identification: Identification | None = None) -> Report:
     """A report with its context and no findings."""
     report = Report(tool=TOOL, target=describe_target(memory), symbols=describe_symbols(memory))
-    if identification is not None:
-        generation = identification.generation
-        report.generation = describe_generation(
-            generation.id, generation.introduced, generation.releases, identification.evidence, identification.given
-        )
+    if identification is None:
+        return report
+    generation = identification.generation
+    if generation is None:
+        report.undecided = identification.reason
+        report.nearest = [
+            describe_near(*near.generation[:3], near.holds, near.differs) for near in identification.nearest
+        ]
+        return report
+    report.generation = describe_generation(
+        generation.id, generation.introduced, generation.releases, identification.evidence, identification.given
+    )
     return report
 
 
 def evaluate(memory: XenMemory, identification: Identification | None = None) -> Report:
-    """Judge what is there now. Raises Undecidable when which Xen this is, or where it stands, cannot be determined."""
+    """Judge what is there now; where no generation of the crash path fits, what depends on none.
+
+    Raises Undecidable when which Xen this is, or where it stands, cannot be determined.
+    """
     identification = identification or identify(memory)
     report = new_report(memory, identification)
     try:
         state = read_state(memory)
         position = infer(state, identification.generation)
     except (Undecidable, Unreadable) as error:
-        raise Undecidable(f"{memory.target.location}: {error}") from None
+        raise Undecidable(identification.reason or f"{memory.target.location}: {error}") from None
     add_stage(report, Context(memory, state, position, identification.generation))
-    if position.stage is CRASHING:
+    if position.stage is CRASHING and identification.generation is not None:
         why = "no CPU is at the beginning of a stage"
         if is_memory_alone(state):
             why = "the dump holds no registers of any CPU, and memory does not show that Xen handed over"

@@ -19,7 +19,7 @@ from xen_symbols.crashpath.complete import COMPLETE
 from xen_symbols.crashpath.context import Context, Followed
 from xen_symbols.crashpath.engine import add_stage, new_report
 from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
-from xen_symbols.crashpath.generations import Identification, identify
+from xen_symbols.crashpath.identification import Identification, identify
 from xen_symbols.crashpath.position import at_stage, handed_over, infer, once_left, online_at_crash
 from xen_symbols.crashpath.preflight import NO_IMAGE, ends_early
 from xen_symbols.crashpath.stages import (

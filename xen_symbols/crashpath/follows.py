@@ -73,6 +73,8 @@ def _because_of(
 
 def _no_further(context: Context, failed: Sequence[Failure]) -> dict[int, tuple[str, Span]]:
     """Each other CPU that has not signed off: the check which says so, and what it can have completed."""
+    if not context.identified:
+        return {}
     sign, last = next(
         (check, timeline.at_stops(written, context.generation, Whose.OTHER)[-1])
         for check, written in _SIGNS

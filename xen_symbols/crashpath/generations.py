@@ -1,7 +1,6 @@
 """Xen's crash path, one row per revision: what it does, which commit made it so, and how to recognise it.
 
-A row is recognised by symbols and by Xen's own code in memory, never by a version number. Every row's evidence is
-tried; exactly one row must hold.
+A row is recognised by symbols and by Xen's own code in memory, never by a version number (identification.py).
 """
 
 import enum
@@ -9,8 +8,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.symbols.functions import names_no_variables
+from xen_symbols.absence import Unreadable
 from xen_symbols.symbols.table import DATA, TEXT
 from xen_symbols.xen.memory import XenMemory
 
@@ -198,80 +196,3 @@ GENERATIONS = (
 )  # fmt: skip
 
 BY_ID = {generation.id: generation for generation in GENERATIONS}
-
-
-class Identification(NamedTuple):
-    """Which generation a Xen is, and the statements that say so; `given` where it was not recognised by them."""
-
-    generation: Generation
-    evidence: tuple[str, ...]
-    given: bool = False
-
-
-def identify(memory: XenMemory) -> Identification:
-    """The one generation whose evidence all holds.
-
-    One that was given (`given_generation`) is taken, whatever holds. Raises Undecidable for none or several, naming
-    what was found or could not be read, and for an id that there is not.
-    """
-    if memory.given_generation is not None:
-        return _given(memory, memory.given_generation)
-    holding: list[Generation] = []
-    unread: list[str] = []
-    for generation in GENERATIONS:
-        reasons = []
-        for evidence in generation.evidence:
-            try:
-                if not evidence.test(memory):
-                    break
-            except Unreadable as error:
-                reasons.append(f"{evidence.says}: {error.absent}")
-        else:
-            if reasons:
-                unread.append(f"{generation.id} ({'; '.join(reasons)})")
-            else:
-                holding.append(generation)
-    if len(holding) == 1 and not unread:
-        return Identification(holding[0], tuple(evidence.says for evidence in holding[0].evidence))
-    names = ", ".join(generation.id for generation in holding)
-    if unread and memory.symbols.text_only:
-        raise Undecidable(names_no_variables(memory.symbols))
-    if unread:
-        possible = "; ".join(filter(None, [names, *unread]))
-        raise Undecidable(f"the generation of the crash path could not be determined: it may be {possible}")
-    if holding:
-        raise Undecidable(f"the evidence fits several generations of the crash path: {names}; it was not judged")
-    raise Undecidable(
-        f"no generation of the crash path fits {memory.symbols.path}: is it Xen with kexec support? "
-        "A newer Xen needs a row in xen_symbols/crashpath/generations.py; for a patched one give the generation that "
-        f"it comes from (--generation) and what it renames (--alias). The nearest: {', '.join(_nearest(memory))}"
-    )
-
-
-def _given(memory: XenMemory, name: str) -> Identification:
-    if name not in BY_ID:
-        raise Undecidable(f"--generation {name}: the generations are {', '.join(BY_ID)}")
-    statements = ["not so: " * _is_not_so(evidence, memory) + evidence.says for evidence in BY_ID[name].evidence]
-    return Identification(BY_ID[name], tuple(statements), given=True)
-
-
-def _nearest(memory: XenMemory) -> list[str]:
-    """In words, the generations of whose statements the largest share holds, and which do not."""
-    missing = {
-        generation: [evidence.says for evidence in generation.evidence if _is_not_so(evidence, memory)]
-        for generation in GENERATIONS
-    }
-    shares = {generation: 1 - len(says) / len(generation.evidence) for generation, says in missing.items()}
-    return [
-        f"{generation.id} ({len(generation.evidence) - len(says)} of {len(generation.evidence)} statements hold; "
-        f"not so: {'; '.join(says)})"
-        for generation, says in missing.items()
-        if shares[generation] == max(shares.values())
-    ]
-
-
-def _is_not_so(evidence: Evidence, memory: XenMemory) -> bool:
-    try:
-        return not evidence.test(memory)
-    except Unreadable:
-        return True

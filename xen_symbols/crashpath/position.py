@@ -81,14 +81,14 @@ class Vote(NamedTuple):
     cpu: int
 
 
-def votes(state: State, generation: Generation) -> list[Vote]:
-    """Each piece of evidence that names a CPU as the crashing one."""
+def votes(state: State, generation: Generation | None) -> list[Vote]:
+    """Each piece of evidence that names a CPU as the crashing one, as far as the generation, if known, makes it one."""
     found = []
     owner = state.system["crash_owner"]
     if owner.present and owner.value in state.cpus:
         found.append(Vote("kexec.c's crashing_cpu", owner.value))
     saved = state.system["saved"]
-    if saved.present and generation.has_save_done:
+    if saved.present and generation is not None and generation.has_save_done:
         without = [
             cpu for cpu in saved.value
             if cpu in state.cpus and state.of(cpu).crash_save_done.present and not state.of(cpu).crash_save_done.value
@@ -113,7 +113,7 @@ def votes(state: State, generation: Generation) -> list[Vote]:
     return found
 
 
-def crashing_cpu(state: State, generation: Generation) -> tuple[int, tuple[str, ...]]:
+def crashing_cpu(state: State, generation: Generation | None) -> tuple[int, tuple[str, ...]]:
     """The crashing CPU and the evidence for it. Raises Undecidable without evidence, or when it is divided."""
     found = votes(state, generation)
     if not found:
@@ -143,8 +143,8 @@ def online_at_crash(state: State, generation: Generation | None, crashing: int |
     return frozenset(found & set(state.cpus))
 
 
-def infer(state: State, generation: Generation) -> Position:
-    """Where this machine or dump is. Raises Undecidable when its state does not say."""
+def infer(state: State, generation: Generation | None) -> Position:
+    """Where this machine or dump is, on an unknown path roughly. Raises Undecidable when its state does not say."""
     kexecing = state.system["kexecing"]
     if isinstance(kexecing.value, Absent):
         raise Undecidable(f"whether Xen has begun to crash could not be read: {kexecing.value}")
@@ -157,7 +157,12 @@ def infer(state: State, generation: Generation) -> Position:
         nothing = Span(CrashStep.NOTHING, CrashStep.NOTHING)
         return Position(NORMAL, None, None, nothing, dict.fromkeys(online, _RUNNING), online)
 
-    cpu, _ = crashing_cpu(state, generation)
+    try:
+        cpu, _ = crashing_cpu(state, generation)
+    except Undecidable:
+        if generation is not None:
+            raise
+        return _somewhere(state)
     online = online_at_crash(state, generation, cpu)
     physical = state.of(cpu).physical
     if not isinstance(physical, Absent):
@@ -179,13 +184,20 @@ def infer(state: State, generation: Generation) -> Position:
     return Position(CRASHING, None, cpu, anywhere, others, online)
 
 
-def _by_registers(symbols: SymbolTable, generation: Generation, physical: PhysicalCpu | Absent) -> Span:
+def _somewhere(state: State) -> Position:
+    """On an unknown path that does not show which CPU crashed."""
+    online = online_at_crash(state, None, None)
+    stage = CRASHED if state.by_crash_kernel else CRASHING
+    return Position(stage, None, None, Span(CrashStep.NOTHING, CrashStep.LEFT), dict.fromkeys(online, ANYWHERE), online)
+
+
+def _by_registers(symbols: SymbolTable, generation: Generation | None, physical: PhysicalCpu | Absent) -> Span:
     """Where another CPU is on a path that was not followed: all is done by one that has halted in the handler."""
     function = function_of(symbols, physical)
     if function in STOPPING:
         return Span(OtherStep.NOTES_SAVED, OtherStep.STOPPED)
     halted = not isinstance(physical, Absent) and physical.halted is True
-    return _PARKED if halted and function == generation.parks_in else ANYWHERE
+    return _PARKED if halted and generation is not None and function == generation.parks_in else ANYWHERE
 
 
 def is_memory_alone(state: State) -> bool:
@@ -196,11 +208,13 @@ def is_memory_alone(state: State) -> bool:
     return all(one.kind is Kind.NOT_HELD if isinstance(one, Absent) else one.of_memory for one in physical)
 
 
-def _neutralised(state: State, generation: Generation) -> bool:
+def _neutralised(state: State, generation: Generation | None) -> bool:
     """Whether memory shows the crashing CPU's last write: no #MC gate is left with its handler (77ad1faa6b)."""
+    if generation is None or not generation.swaps_mc:
+        return False
     trap_nop = state.symbols.get("trap_nop", TEXT)
     gates = [cpu.mc_gate for cpu in state.cpus.values() if cpu.mc_gate.present]
-    return generation.swaps_mc and bool(gates) and all(read.value.handler == trap_nop for read in gates)
+    return bool(gates) and all(read.value.handler == trap_nop for read in gates)
 
 
 def handed_over(state: State, crashing: PhysicalCpu | Absent) -> bool:

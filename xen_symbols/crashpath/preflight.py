@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
-from xen_symbols.crashpath.checks.model import Outcome, expect, from_absence, one_of, unknown
+from xen_symbols.crashpath.checks.model import NOT_IDENTIFIED, Outcome, expect, from_absence, one_of, unknown
 from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.engine import add_stage, new_report
-from xen_symbols.crashpath.generations import Hook, Identification, identify
+from xen_symbols.crashpath.generations import Hook
+from xen_symbols.crashpath.identification import Identification, identify
 from xen_symbols.crashpath.position import infer
 from xen_symbols.crashpath.stages import NORMAL
 from xen_symbols.crashpath.timeline import NMI_CALLBACK, Value
@@ -79,8 +80,11 @@ def _cpus(context: Context) -> Outcome:
     absent = [cpu.cpu for cpu in known if not cpu.exists]
     parked = [cpu.cpu for cpu in known if cpu.exists and cpu.cpu not in online.value]
     observed = {"online": sorted(online.value), "parked": parked, "absent": absent}
-    faults = bool(absent) and context.generation.reads_absent_idts
-    expected: Any = {"absent": []} if context.generation.reads_absent_idts else None
+    if absent and not context.identified:
+        return unknown(f"{NOT_IDENTIFIED}: one kind of path faults on a CPU that is absent", {"absent": []}, observed)
+    reads_all = context.identified and context.generation.reads_absent_idts
+    faults = bool(absent) and reads_all
+    expected: Any = {"absent": []} if reads_all else None
     return Outcome(Verdict.FAIL if faults else Verdict.PASS, expected, observed, online.evidence)
 
 
@@ -94,7 +98,7 @@ def _lapic(context: Context) -> Outcome:
     if len(now) != 1:
         why = "no CPU is online" if not now else "the CPUs are not in one mode"
         return unknown(why, None, observed)
-    if after == "x2apic" and context.generation.hook is not Hook.CALLBACK:
+    if after == "x2apic" and not (context.identified and context.generation.hook is Hook.CALLBACK):
         return unknown(
             "releases before 4.5.0 return to x2APIC mode by a transition that faults (mended by 77ffa26374), and this "
             "crash path has releases of both kinds", None, observed,
@@ -184,7 +188,7 @@ def preflight(memory: XenMemory, identification: Identification | None = None) -
         return report
     try:
         identification = identification or identify(memory)
-    except Undecidable as error:
+    except Undecidable as error:  # the symbols name functions only
         report = new_report(memory)
         report.findings, report.undecided = [built_in], str(error)
         return report

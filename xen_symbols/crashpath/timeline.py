@@ -321,9 +321,13 @@ BY_FIELD = {written.field: written for written in _WRITES if written.field}
 # -- What follows -----------------------------------------------------------------------------
 
 
-def at_stops(written: Object, generation: Generation, role: Whose) -> list[Write]:
-    """The rows of an object that a stop may find made to a CPU, in order."""
-    return [write for write in _WRITES[written] if write.concerns(role) and write.stays and write.made_in(generation)]
+def at_stops(written: Object, generation: Generation | None, role: Whose) -> list[Write]:
+    """The rows of an object that a stop may find made to a CPU, in order; of an unknown generation's path none is a
+    step, and what is none may be made."""
+    rows = [write for write in _WRITES[written] if write.concerns(role) and write.stays]
+    if generation is None:
+        return [write for write in rows if isinstance(write.when, Window)]
+    return [write for write in rows if write.made_in(generation)]
 
 
 def values(of: Object, writes: Sequence[Write], role: Whose, crash: Span, other: Span) -> tuple[Any, ...]:

@@ -27,8 +27,10 @@ class Unblocking(NamedTuple):
     absence: Absent | None = None
 
 
-def unblocking(memory: XenMemory, generation: Generation) -> Unblocking:
-    """Where a Xen unblocks NMIs, if its generation does."""
+def unblocking(memory: XenMemory, generation: Generation | None) -> Unblocking:
+    """Where a Xen unblocks NMIs, if its generation, if that is known, does."""
+    if generation is None:
+        return Unblocking(absence=Absent(f"{_NOT_KNOWN}: the generation of the crash path is not"))
     if not generation.swaps_mc:
         return Unblocking()
     try:

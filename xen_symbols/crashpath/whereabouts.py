@@ -41,9 +41,11 @@ class Whereabouts(NamedTuple):
         return found
 
 
-def whereabouts(memory: XenMemory, generation: Generation) -> Whereabouts:
+def whereabouts(memory: XenMemory, generation: Generation | None) -> Whereabouts:
     """What bounds them in this build: a compiler may have put a function into the handler, and then no CPU comes to its
     symbol. What cannot be read bounds nothing."""
+    if generation is None:
+        return Whereabouts(())
     try:
         start, code = function_text(memory, generation.parks_in)
     except Unreadable:

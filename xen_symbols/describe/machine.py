@@ -66,6 +66,13 @@ def describe_generation(
     return {**described, "given": True} if given else described
 
 
+def describe_near(
+    id: str, introduced: str, releases: str, holds: int, differs: Sequence[str]
+) -> contract.NearGeneration:
+    """A generation that does not fit: how many of the statements about it hold, and which do not."""
+    return {"id": id, "introduced": introduced, "releases": releases, "holds": holds, "differs": list(differs)}
+
+
 def describe_gate(symbols: SymbolTable, gate: Gate) -> contract.Gate:
     """A gate, with its handler's name."""
     return {

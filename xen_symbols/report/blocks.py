@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from xen_symbols.report.crashpath import crash_path, near_line
 from xen_symbols.report.model import Verdict, worst
 from xen_symbols.text import cpu_list, ranges
 from xen_symbols.x86 import apic
@@ -81,6 +82,7 @@ def header(report: contract.Report) -> Lines:
         given = "".join(f", {name} is {actual}" for name, actual in symbols.get("aliases", {}).items())
         used = f"{symbols['path']} ({symbols.get('source')}){given}, build-id {symbols['build_id'] or 'none'}: "
         lines.append([Cell("symbols     ", "dim"), Cell(used), match[symbols["match"]]])
+    lines += [[Cell("crash path  ", "dim"), Cell(near_line(near), "unknown")] for near in report.get("nearest", ())]
     if generation:
         evidence = "; ".join(generation["evidence"])
         lines.append([Cell("crash path  ", "dim"), Cell(crash_path(generation), "strong"), Cell(f": {evidence}")])
@@ -89,20 +91,6 @@ def header(report: contract.Report) -> Lines:
     elif report["crashing_cpu"] is not None:
         lines.append([Cell("crashed on  ", "dim"), Cell(f"CPU {report['crashing_cpu']}", "strong")])
     return Lines(lines)
-
-
-def crash_path(generation: Mapping[str, Any]) -> str:
-    """A generation, by the releases that have it and the commit that introduced it, and whether it was recognised."""
-    return _in_words(generation) + (", given, not recognised" if generation.get("given") else "")
-
-
-def _in_words(generation: Mapping[str, Any]) -> str:
-    releases = generation.get("releases")
-    if releases is None:  # a report from before it had them
-        return f"generation {generation['id']}"
-    if releases[0].isdecimal():
-        return f"as in Xen {releases} ({generation['introduced']})"
-    return f"{generation['introduced']} ({releases})"
 
 
 def target_line(target: contract.Target) -> str:
@@ -294,10 +282,14 @@ def alike(findings: Iterable[contract.Finding]) -> list[list[list[contract.Findi
 
 def problems(report: contract.Report) -> Lines | None:
     """Every failure and unknown, in words: what, where first, expected, observed, consequence, where to look. Those
-    that follow from another come last."""
+    that follow from another come last, and then those of which one reason is all that is known."""
     lines: list[list[Cell]] = []
-    for cpus in sorted(alike(report["findings"]), key=lambda cpus: bool(cpus[0][0].get("follows"))):
+    groups = sorted(alike(report["findings"]), key=lambda cpus: bool(cpus[0][0].get("follows")))
+    prevented = _prevented(cpus[0][0] for cpus in groups)
+    for cpus in groups:
         finding = cpus[0][0]
+        if _is_bare(finding) and finding.get("reason") in prevented:
+            continue
         verdict = finding["verdict"]
         stages = dict.fromkeys(same["stage"] for same in cpus[0])
         numbers = sorted(same[0]["cpu"] for same in cpus if same[0]["cpu"] is not None)
@@ -315,7 +307,23 @@ def problems(report: contract.Report) -> Lines | None:
             lines.append([Cell(f"         {'so ' if verdict == 'fail' else ''}{finding['reason']}")])
         lines += _evidence([same[0] for same in cpus])
         lines.append([Cell(f"         see {finding['source']}", "dim")])
+    for reason, checks in prevented.items():
+        lines.append([Cell(f"{'UNKNOWN':8}", "unknown"), Cell(", ".join(checks), "strong")])
+        lines.append([Cell(f"         {reason}")])
     return Lines(lines) if lines else None
+
+
+def _is_bare(finding: contract.Finding) -> bool:
+    """Whether it was not made at all: nothing is expected or observed."""
+    return finding["verdict"] == "unknown" and finding["expected"] is finding["observed"] is None
+
+
+def _prevented(findings: Iterable[contract.Finding]) -> dict[str, dict[str, None]]:
+    """The checks that were not made for one and the same reason, by the reason, where these are many."""
+    found: dict[str, dict[str, None]] = {}
+    for finding in filter(_is_bare, findings):
+        found.setdefault(finding.get("reason", ""), {})[finding["check"]] = None
+    return {reason: checks for reason, checks in found.items() if len(checks) > 4}
 
 
 def _evidence(findings: Sequence[contract.Finding]) -> list[list[Cell]]:
@@ -334,14 +342,6 @@ def _evidence(findings: Sequence[contract.Finding]) -> list[list[Cell]]:
 
 def shorten(raw: str) -> str:
     return raw if len(raw) <= 64 else f"{raw[:64]}… ({len(raw) // 2} bytes)"
-
-
-def missing_lines(missing: Sequence[Json]) -> list[str]:
-    """What the symbols do not name, and what that makes unknown, in at most two lines."""
-    values = [" or ".join(row["names"]) for row in missing if row["stage"] is None]
-    stages = [f"{row['stage']} ({' or '.join(row['names'])})" for row in missing if row["stage"] is not None]
-    lines = [f"{', '.join(values)}: what is read through them is unknown"] if values else []
-    return lines + ([f"stages {', '.join(stages)}: a trace does not stop there"] if stages else [])
 
 
 def verdict_line(report: contract.Report) -> Lines:

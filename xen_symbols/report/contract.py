@@ -61,6 +61,16 @@ class Generation(_Generation, total=False):
     given: bool  # by who asked; else it was recognised
 
 
+class NearGeneration(TypedDict):
+    """One that does not fit: how many of the statements about it hold, and those that do not."""
+
+    id: str
+    introduced: str
+    releases: str
+    holds: int
+    differs: list[str]
+
+
 class Place(TypedDict):
     """Where a CPU is in Xen's text."""
 
@@ -194,6 +204,7 @@ class _Report(TypedDict):
 
 
 class Report(_Report, total=False):
+    nearest: list[NearGeneration]  # where generation is null
     gate_changes: list[TracedChange]
     writers_absent: str
     undecided: str

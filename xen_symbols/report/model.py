@@ -143,6 +143,7 @@ class Report:
     ) -> None:
         self.tool, self.target, self.symbols = tool, target, symbols
         self.generation: contract.Generation | None = None
+        self.nearest: list[contract.NearGeneration] = []  # where none fits
         self.crashing_cpu: int | None = None
         self.cpus: Sequence[contract.Cpu] = ()
         self.stages: list[StageSeen] = []
@@ -177,6 +178,8 @@ class Report:
             "findings": map(Finding.to_json, self.findings),
             "verdict": self.verdict.word,
         }
+        if self.nearest:
+            out["nearest"] = [dict(near) for near in self.nearest]
         if self.gate_changes is not None:
             out["gate_changes"] = [dict(change) for change in self.gate_changes]
         if self.writers_absent is not None:

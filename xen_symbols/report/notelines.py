@@ -1,4 +1,4 @@
-"""A dump's notes and Xen's own crash notes, in lines of text."""
+"""A dump's notes, Xen's own crash notes, and what symbols lack, in lines of text."""
 
 from __future__ import annotations
 
@@ -52,3 +52,11 @@ def info_note_lines(info: Json) -> list[str]:
         f"physical start {info['xen_phys_start']}, tainted {info['tainted']}, "
         f"dom0's pfn-to-mfn frame list {info['dom0_pfn_to_mfn_frame_list_list']}",
     ]
+
+
+def missing_lines(missing: Sequence[Json]) -> list[str]:
+    """What the symbols do not name, and what that makes unknown, in at most two lines."""
+    values = [" or ".join(row["names"]) for row in missing if row["stage"] is None]
+    stages = [f"{row['stage']} ({' or '.join(row['names'])})" for row in missing if row["stage"] is not None]
+    lines = [f"{', '.join(values)}: what is read through them is unknown"] if values else []
+    return lines + ([f"stages {', '.join(stages)}: a trace does not stop there"] if stages else [])

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from xen_symbols.report.backtracelines import SCANNED, way_back
-from xen_symbols.report.blocks import Block, Cell, Lines, Table, crash_path, show, target_line
+from xen_symbols.report.blocks import Block, Cell, Lines, Table, show, target_line
+from xen_symbols.report.crashpath import crash_path
 from xen_symbols.text import cpu_list, ranges
 
 if TYPE_CHECKING:

@@ -17,6 +17,20 @@ _GATES_SIZE = (gate.VECTOR_MC + 1) * gate.SIZE - _GATES_AT
 _NO_TABLE = Absent("it has no IDT", Kind.NOT_APPLICABLE)
 
 
+class EntryPoint(NamedTuple):
+    """The handlers that a gate may have, by their names in Xen, newest first."""
+
+    names: tuple[str, ...]
+    source: str
+
+
+ENTRY_POINTS = (
+    EntryPoint(("entry_NMI", "nmi"), "renamed by abe93fc8aa (4.18.0)"),
+    EntryPoint(("entry_MC", "machine_check"), "renamed by abe93fc8aa (4.18.0)"),
+    EntryPoint(("trap_nop",), "77ad1faa6b (4.3.0)"),
+)
+
+
 class Pointer(NamedTuple):
     """What holds the address of one CPU's table. `name` is what it is called in Xen's source."""
 

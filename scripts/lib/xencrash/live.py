@@ -33,12 +33,13 @@ def describe(asked: Request) -> Json:
         known = session.xen("symbols")
         data: Json = {"schema": SCHEMA_VERSION} | {name: known[name] for name in ("target", "symbols", "missing")}
         if known["generation"] is None:
-            return data | {"undecided": known["absent"]}
-        data["generation"] = {name: known["generation"][name] for name in ("id", "introduced", "evidence")}
+            data |= {"nearest": known["nearest"], "undecided": known["absent"]}
+        else:
+            data["generation"] = known["generation"]
         try:
             status = session.xen("crash-status")
         except MiError as error:
-            return data | {"undecided": str(error)}
+            return {"undecided": str(error)} | data
     return data | {name: status[name] for name in ("stage", "crashing_cpu", "online_at_crash")}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.crashpath.checks.model import (
+    ByGeneration,
     Check,
     Need,
     Outcome,
@@ -95,7 +96,7 @@ FOUND = (
     Check(
         "cpus-found", Subject.MACHINE, "xen/arch/x86/percpu.c and smpboot.c (7cfb005362)",
         "never fails; UNKNOWN if a CPU that was online is not found among Xen's",
-        _cpus_found, shows=Shows.NOT_BROKEN,
+        _cpus_found, shows=Shows.NOT_BROKEN, by_generation=ByGeneration.NEVER,
     ),
 )  # fmt: skip
 
@@ -274,7 +275,7 @@ def _idtr(context: Context, cpu: int) -> Outcome:
 IDTR = Check(
     "idtr", Subject.ONLINE, "xen/arch/x86/cpu/common.c, load_system_tables",
     "the CPU does not use the IDT that Xen writes to: it takes other handlers than the gates show", _idtr,
-    needs=Need.REGISTERS, shows=Shows.NOT_BROKEN,
+    needs=Need.REGISTERS, shows=Shows.NOT_BROKEN, by_generation=ByGeneration.NEVER,
 )  # fmt: skip
 
 LEFT = (LATCH, PENDING, PARKED, IDTR)

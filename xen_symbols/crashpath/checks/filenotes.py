@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.crashpath.checks.model import Check, Need, Outcome, Subject, from_absence, skip, unknown
+from xen_symbols.crashpath.checks.model import ByGeneration, Check, Need, Outcome, Subject, from_absence, skip, unknown
 from xen_symbols.crashpath.context import Context
 from xen_symbols.formats.elfnotes import Note
 from xen_symbols.report.model import Evidence, Verdict
@@ -79,7 +79,7 @@ INFO = Check(
     "dump-crash-info", Subject.MACHINE, _SOURCE.format("kexec_crash_save_info"),
     "tools that go by the file's CRASH_INFO look in the wrong place: crash(8), libkdumpfile (and what uses it) and "
     "xen-crashdump-analyser find Xen by its xen_phys_start, and dom0's memory by dom0_pfn_to_mfn_frame_list_list",
-    _info, needs=Need.NOTES,
+    _info, needs=Need.NOTES, by_generation=ByGeneration.NEVER,
 )  # fmt: skip
 
 # -- VMCOREINFO -------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ VMCOREINFO = Check(
     "dump-vmcoreinfo", Subject.MACHINE, _SOURCE.format("crash_save_vmcoreinfo"),
     "tools that go by the file's VMCOREINFO_XEN read the wrong memory: makedumpfile -X finds domains and pages by it "
     "and leaves out the wrong ones, and xen-crashdump-analyser and libkdumpfile start at its pgd_l4", _vmcoreinfo,
-    needs=Need.NOTES,
+    needs=Need.NOTES, by_generation=ByGeneration.NEVER,
 )  # fmt: skip
 
 CHECKS = (INFO, VMCOREINFO)

@@ -5,6 +5,7 @@ from typing import Any
 
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath.checks.model import (
+    ByGeneration,
     Check,
     Judge,
     Need,
@@ -140,7 +141,8 @@ def _checks_of(prefix: str, handler: GateProperty, ist: GateProperty, event: str
     written = ("handler", "ist")  # the path leaves the others alone
     return tuple(
         Check(f"{prefix}-gate-{name}", Subject.TABLES, source, consequence, judge, instead_of,
-              shows=Shows.KEPT if name in written else Shows.NOT_BROKEN)
+              shows=Shows.KEPT if name in written else Shows.NOT_BROKEN,
+              by_generation=ByGeneration.ONCE_BEGUN if name in written else ByGeneration.NEVER)
         for name, source, consequence, judge, instead_of in rows
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import Any
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath.checks.cpus import NO_SELF_NMI, on_its_way, said_by
 from xen_symbols.crashpath.checks.model import (
+    ByGeneration,
     Check,
     Need,
     Outcome,
@@ -66,7 +67,7 @@ def _lapic_mode(context: Context, cpu: int) -> Outcome:
 MODE = Check(
     "lapic-mode", Subject.ONLINE, "xen/arch/x86/apic.c, disable_local_APIC",
     "the crash kernel finds the LAPIC in a mode that it does not expect and hangs or faults", _lapic_mode,
-    needs=Need.DEVICE_STATE, shows=Shows.SO_ALREADY,
+    needs=Need.DEVICE_STATE, shows=Shows.SO_ALREADY, by_generation=ByGeneration.ONCE_BEGUN,
 )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def _lapic_id(context: Context, cpu: int) -> Outcome:
 ID = Check(
     "lapic-id", Subject.ONLINE, "xen/arch/x86/smpboot.c, x86_cpu_to_apicid; do_nmi_crash goes by the register",
     "what Xen sends to this CPU reaches another, and the NMI that it sends to itself does, too", _lapic_id,
-    needs=Need.LAPIC, shows=Shows.NOT_BROKEN,
+    needs=Need.LAPIC, shows=Shows.NOT_BROKEN, by_generation=ByGeneration.NEVER,
 )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ ENABLED = Check(
     "lapic-enabled", Subject.ONLINE, "xen/arch/x86/apic.c, disable_local_APIC",
     "a stopped CPU still takes interrupts, or a running one none", as_written(LAPIC_ENABLED, _read_enabled),
     {False: "this stopped CPU still takes interrupts", True: "this CPU takes no interrupts, and should"},
-    Need.LAPIC,
+    Need.LAPIC, by_generation=ByGeneration.ONCE_BEGUN,
 )  # fmt: skip
 
 

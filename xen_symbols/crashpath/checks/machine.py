@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from xen_symbols.absence import Absent, Kind
 from xen_symbols.crashpath import timeline
 from xen_symbols.crashpath.checks.model import (
+    ByGeneration,
     Check,
     Need,
     Outcome,
@@ -41,6 +42,7 @@ ON_ITS_WAY = Check(
     "kexecing", Subject.MACHINE, "xen/common/kexec.c, kexec_crash; read by disable_local_APIC",
     "the local APICs are not returned to the mode in which the firmware left them, as the crash kernel expects",
     as_written(KEXECING, variable(KEXECING)), {False: "Xen behaves as if on its way into a crash kernel, but is not"},
+    by_generation=ByGeneration.ONCE_BEGUN,
 )  # fmt: skip
 
 

@@ -55,13 +55,22 @@ class Shows(enum.Enum):
     NOT_BROKEN = "it was not seen to be broken at any stop; what comes and goes between two stops is not seen"
 
 
+class ByGeneration(enum.Enum):
+    """When the generation of the crash path decides what is right: without one a check is made only where it does not.
+    """
+
+    NEVER = "never: it is the same on every path"
+    ONCE_BEGUN = "once Xen has begun to crash: before, no path has written to it"
+    ALWAYS = "always"
+
+
 Judge = Callable[[Context, int], Outcome]
 
 
 class Check(NamedTuple):
     """One invariant. `source` says where to look, `consequence` what its failure would do to a real crash; where that
     depends on what should have been there, `instead_of` says it by the expected value, a handler's by its name.
-    `shows` says what a pass shows."""
+    `shows` says what a pass shows, `by_generation` when it needs to be known which generation the path is."""
 
     id: str
     subject: Subject
@@ -71,6 +80,14 @@ class Check(NamedTuple):
     instead_of: Mapping[Any, str] = MappingProxyType({})
     needs: Need = Need.MEMORY
     shows: Shows = Shows.KEPT
+    by_generation: ByGeneration = ByGeneration.ALWAYS
+
+    def made_of(self, context: Context) -> Judge:
+        """The judge; where the generation would decide and is not known, one that says so."""
+        if context.identified or self.by_generation is ByGeneration.NEVER:
+            return self.judge
+        decides = context.on_unknown_path or self.by_generation is ByGeneration.ALWAYS
+        return _not_identified if decides else self.judge
 
     def explain(self, outcome: Outcome) -> str:
         """What a failure would do to a real crash."""
@@ -96,6 +113,13 @@ def skip(reason: str) -> Outcome:
 
 def unknown(reason: str, allowed: Any = None, observed: Any = None) -> Outcome:
     return Outcome(Verdict.UNKNOWN, allowed, observed, reason=reason)
+
+
+NOT_IDENTIFIED = "the generation of the crash path is not known, and with it what should be there"
+
+
+def _not_identified(_context: Context, _cpu: int) -> Outcome:
+    return unknown(NOT_IDENTIFIED)
 
 
 def from_absence(absence: Absent, allowed: Any = None) -> Outcome:

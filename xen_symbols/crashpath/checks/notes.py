@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from xen_symbols.absence import Absent, Kind
 from xen_symbols.crashpath.checks import registers
 from xen_symbols.crashpath.checks.model import (
+    NOT_IDENTIFIED,
+    ByGeneration,
     Check,
     Need,
     Outcome,
@@ -25,6 +27,8 @@ from xen_symbols.xen.savedcpus import NO_PAIR
 
 def _crash_notes(context: Context, cpu: int) -> Outcome:
     read = context.state.of(cpu).notes
+    if context.on_unknown_path:
+        return _as_saved(context, cpu, read)
     allowed = context.allowed(NOTES, cpu)
     if isinstance(read.value, Absent) or isinstance(allowed, Absent):
         return expect(read, allowed)
@@ -40,11 +44,20 @@ def _crash_notes(context: Context, cpu: int) -> Outcome:
     return because(outcome, "saved-cpus") if observed == "empty" else outcome
 
 
+def _as_saved(context: Context, cpu: int, read: Read) -> Outcome:
+    """Of notes that an unknown path has filled in, whether they can be its registers; when it does so is not known."""
+    if isinstance(read.value, Absent):
+        return from_absence(read.value)
+    if read.value.progress != "saved":
+        return unknown(NOT_IDENTIFIED, None, read.value.progress)
+    return registers.outcome(registers.parts(context, cpu, read.value), read.evidence)
+
+
 _NOT_ITS_OWN = "not Xen's registers"
 CRASH_NOTES = Check(
     "crash-notes", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
     "its registers are missing from the dump, or are not its own", _crash_notes,
-    {"empty": "the dump shows registers of this CPU that this crash did not save"},
+    {"empty": "the dump shows registers of this CPU that this crash did not save"}, by_generation=ByGeneration.NEVER,
 )  # fmt: skip
 
 _AS_SAVED = "what Xen's memory holds"
@@ -86,7 +99,7 @@ def _few(words: Sequence[str]) -> str:
 DUMP_NOTES = Check(
     "dump-notes", Subject.ONLINE, "xen/common/kexec.c, kexec_crash_save_cpu; the dump's own ELF notes",
     "the registers that gdb or crash(8) show for this CPU are not those that Xen saved", _dump_notes,
-    needs=Need.NOTES,
+    needs=Need.NOTES, by_generation=ByGeneration.NEVER,
 )  # fmt: skip
 
 
@@ -100,9 +113,14 @@ def _crash_info_note(context: Context, _cpu: int) -> Outcome:
     if isinstance(info, Absent) and info.kind is Kind.NOT_APPLICABLE:
         return unknown("CPU 0's buffer of crash notes holds no CRASH_INFO")
     value = None if isinstance(info, Absent) else info.xen_phys_start
+    allowed = context.allowed(CRASH_INFO, MACHINE)
+    if context.on_unknown_path:
+        if value is None:
+            return unknown(NOT_IDENTIFIED, None, "empty")
+        allowed = (context.memory.xen_phys_start,)
     outcome = expect(
         Read(value, read.evidence),
-        context.allowed(CRASH_INFO, MACHINE),
+        allowed,
         lambda start: "empty" if start is None else {"xen_phys_start": hex(start)},
     )
     if outcome.verdict is not Verdict.PASS or isinstance(info, Absent):
@@ -117,6 +135,7 @@ def _crash_info_note(context: Context, _cpu: int) -> Outcome:
 CRASH_INFO_NOTE = Check(
     "crash-info-note", Subject.MACHINE, "xen/common/kexec.c, kexec_crash_save_info",
     "tools cannot find Xen in the dump", _crash_info_note,
+    by_generation=ByGeneration.NEVER,
 )  # fmt: skip
 
 CHECKS = (CRASH_NOTES, DUMP_NOTES, CRASH_INFO_NOTE)

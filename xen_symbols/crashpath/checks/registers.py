@@ -75,6 +75,8 @@ def _rip(context: Context, cpu: int, rip: int) -> Part:
         inside = _CALLED if symbols.has(_CALLED, TEXT) else _SAVE
     except Unreadable as error:
         return Part("rip", f"in {_SAVE}", hex(rip), error.absent)
+    if not symbols.has(inside, TEXT):
+        return Part("rip", f"in {inside}", symbols.describe(rip), Absent(f"the symbols name no {inside}"))
     found = symbols.lookup(rip)
     name = found[0].name.partition(".")[0] if found and found[0].kind in TEXT else None
     right: bool | Absent = name == inside
@@ -87,7 +89,8 @@ def _rip(context: Context, cpu: int, rip: int) -> Part:
 
 
 def stack_pointer(context: Context, cpu: int, rsp: int) -> Part:
-    """On the crashing CPU whichever stack it crashed on; on another the one on which its NMI was taken."""
+    """On the crashing CPU whichever stack it crashed on; on another the one on which its NMI was taken; on an unknown
+    path any of its own."""
     stacks = context.owned.stacks(cpu)
     any_of_them = "on a stack of its own"
     if isinstance(stacks, Absent):
@@ -97,7 +100,7 @@ def stack_pointer(context: Context, cpu: int, rsp: int) -> Part:
     gate = context.state.of(cpu).nmi_gate
     ist = gate.value.ist if gate.present and not context.no_idt else 0
     expected = next((each for each in stacks.stacks if each.ist == ist), None)
-    if ist == 0 or expected is None or context.is_crashing(cpu):
+    if ist == 0 or expected is None or not _took_an_nmi(context, cpu):
         return Part("rsp", any_of_them, at, stack is not None)
     on_nmis = f"on its {expected.name} stack"
     if stack is None or stack.ist:
@@ -110,11 +113,16 @@ def stack_pointer(context: Context, cpu: int, rsp: int) -> Part:
 
 
 def _rflags(context: Context, cpu: int, rflags: int) -> Part:
-    if context.is_crashing(cpu):  # which switches interrupts off later, in nmi_shootdown_cpus()
+    if not _took_an_nmi(context, cpu):  # the crashing CPU switches interrupts off later, in nmi_shootdown_cpus()
         return Part("rflags", "as in Xen", hex(rflags), control.is_rflags_of_xen(rflags))
     off = not rflags & control.RFLAGS_IF
     return Part("rflags", "as in Xen, interrupts off", hex(rflags), off and control.is_rflags_of_xen(rflags),
                 () if off else ("nmi-gate-type",))  # fmt: skip
+
+
+def _took_an_nmi(context: Context, cpu: int) -> bool:
+    """Whether it saves its registers in its handler of the shootdown NMI."""
+    return context.identified and not context.is_crashing(cpu)
 
 
 def _selectors(saved: dict[str, int]) -> Part:
@@ -150,5 +158,6 @@ def _as_now(context: Context, cpu: int, name: str) -> int | None:
     physical = context.physical(cpu)
     if isinstance(physical, Absent) or not physical.current:
         return None
-    stopped = context.is_other(cpu) and context.other(cpu).reached(OtherStep.NOTES_SAVED)
+    saved = context.identified and context.other(cpu).reached(OtherStep.NOTES_SAVED)
+    stopped = context.is_other(cpu) and saved
     return physical.registers.get(name) if stopped else None

@@ -5,7 +5,18 @@ from collections.abc import Callable
 from xen_symbols.absence import Absent, Kind
 from xen_symbols.crashpath.checks import registers
 from xen_symbols.crashpath.checks.cpus import said_by
-from xen_symbols.crashpath.checks.model import Check, Need, Outcome, Shows, Subject, because, expect, from_absence, skip
+from xen_symbols.crashpath.checks.model import (
+    ByGeneration,
+    Check,
+    Need,
+    Outcome,
+    Shows,
+    Subject,
+    because,
+    expect,
+    from_absence,
+    skip,
+)
 from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.stages import CrashStep, OtherStep
 from xen_symbols.crashpath.timeline import INTERRUPTS
@@ -75,7 +86,7 @@ def _in_the_crash(context: Context, cpu: int) -> bool:
     """Whether it is sure to run Xen's code of the crash path, in C: before, a guest's stack pointer may be there."""
     if context.is_crashing(cpu):
         return context.crash.reached(CrashStep.SAVED)
-    return context.other(cpu).reached(OtherStep.NOTES_SAVED)
+    return context.identified and context.other(cpu).reached(OtherStep.NOTES_SAVED)
 
 
 _MAY_BE_A_GUESTS = skip("it may run a guest, or be on its way into Xen: no stack of Xen's is in use there")
@@ -114,7 +125,7 @@ def _stack(context: Context, cpu: int) -> Outcome:
 STACK = Check(
     "cpu-stack", Subject.ONLINE, "xen/arch/x86/include/asm/current.h; load_system_tables in xen/arch/x86/cpu/common.c",
     "it runs on memory that another CPU, or nothing of Xen's, uses as its stack: both return to garbage", _stack,
-    needs=Need.REGISTERS, shows=Shows.NOT_BROKEN,
+    needs=Need.REGISTERS, shows=Shows.NOT_BROKEN, by_generation=ByGeneration.NEVER,
 )  # fmt: skip
 
 # -- Its TSS ----------------------------------------------------------------------------------
@@ -156,7 +167,7 @@ def _of(context: Context, cpu: int, of: Callable[[PhysicalCpu], object]) -> Read
 TR = Check(
     "tr", Subject.ONLINE, "xen/arch/x86/cpu/common.c, load_system_tables",
     "an NMI or a machine check on this CPU is taken on a stack that another CPU uses, or on none", _tr,
-    needs=Need.REGISTERS, shows=Shows.NOT_BROKEN,
+    needs=Need.REGISTERS, shows=Shows.NOT_BROKEN, by_generation=ByGeneration.NEVER,
 )  # fmt: skip
 
 CHECKS = (INTERRUPTS_OFF, STACK, TR)

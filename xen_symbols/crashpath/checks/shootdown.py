@@ -2,6 +2,7 @@
 
 from xen_symbols.absence import Absent, Kind
 from xen_symbols.crashpath.checks.model import (
+    ByGeneration,
     Check,
     Need,
     Outcome,
@@ -146,7 +147,7 @@ SIGNS = (
         "saved-cpus", Subject.CPUS, "xen/common/kexec.c, kexec_crash_save_cpu",
         "its registers are missing from the dump, or would be saved twice", as_written(SAVED, bit(SAVED)),
         {False: "its notes are marked as saved although they are not: its registers are missing from the dump",
-         True: "its registers are missing from the dump"},
+         True: "its registers are missing from the dump"}, by_generation=ByGeneration.ONCE_BEGUN,
     ),
     Check(
         "online-cpus", Subject.CPUS, "xen/arch/x86/smp.c, __stop_this_cpu",
@@ -154,6 +155,7 @@ SIGNS = (
         as_written(ONLINE, bit(ONLINE)),
         {False: "Xen still counts it as running: later steps are sent to a CPU that is halted",
          True: "Xen does not count it as running: later steps of the crash leave it out"},
+        by_generation=ByGeneration.ONCE_BEGUN,
     ),
     Check(
         "crash-save-done", Subject.CPUS, "xen/arch/x86/crash.c, do_nmi_crash (77ad1faa6b)",

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.engine import new_report
-from xen_symbols.crashpath.generations import identify
+from xen_symbols.crashpath.identification import identify
 from xen_symbols.crashpath.missing import missing
 from xen_symbols.crashpath.position import infer
 from xen_symbols.crashpath.stages import CRASHING
 from xen_symbols.describe.machine import describe_symbols, describe_target, with_warnings
 from xen_symbols.describe.notes import describe_crash_notes, describe_notes
-from xen_symbols.report.blocks import Block, Cell, Lines, crash_path, missing_lines, target_line
+from xen_symbols.report.blocks import Block, Cell, Lines, target_line
 from xen_symbols.report.console import print_blocks
-from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus
-from xen_symbols.report.notelines import buffer_lines, info_note_lines, note_lines
+from xen_symbols.report.crashpath import crash_path, near_line
+from xen_symbols.report.model import SCHEMA_VERSION, ExitStatus, Report
+from xen_symbols.report.notelines import buffer_lines, info_note_lines, missing_lines, note_lines
 from xen_symbols.symbols.functions import names_no_variables
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets import PhysicalCpu
@@ -58,7 +59,7 @@ def run(args: Namespace) -> int:
     asked = request(args)
     begin(args.output, asked.target, asked.symbols)
     data = describe(asked)
-    if data.get("stage") == CRASHING.id:
+    if data.get("stage") == CRASHING.id and "undecided" not in data:
         data["undecided"] = (
             f"{asked.target}: Xen is {CRASHING.says}, or stuck there: how far it got cannot be determined"
         )
@@ -111,7 +112,7 @@ def describe_dump(asked: Request) -> Json:
         try:
             identification = identify(memory)
             data["missing"] = [row.to_json() for row in missing(table, identification.generation)]
-            data["generation"] = new_report(memory, identification).generation
+            data |= described_generation(new_report(memory, identification))
         finally:  # whose registers are whose does not depend on it
             state = read_state(memory)
             data |= _saved(memory, state)
@@ -121,8 +122,15 @@ def describe_dump(asked: Request) -> Json:
         data["crashing_cpu"] = position.crashing_cpu
         data["online_at_crash"] = sorted(position.online)
     except (Undecidable, Unreadable) as error:
-        data["undecided"] = str(error)
+        data.setdefault("undecided", str(error))
     return data
+
+
+def described_generation(report: Report) -> Json:
+    """The generation of the crash path; where none fits, why not and which are nearest."""
+    if report.generation is not None:
+        return {"generation": report.generation}
+    return {"nearest": report.nearest, "undecided": report.undecided}
 
 
 def _saved(memory: XenMemory, state: State) -> Json:
@@ -178,6 +186,7 @@ def blocks(data: Json) -> list[Block]:
     if "crash_notes" in data:
         lines += [line("crash notes", text) for text in buffer_lines(data["crash_notes"]["buffers"])]
         lines += [line("crash info", text) for text in info_note_lines(data["crash_notes"]["info"])]
+    lines += [line("crash path", near_line(near)) for near in data.get("nearest", [])]
     if generation:
         lines.append(line("crash path", crash_path(generation)))
         lines += [line("", f"evidence: {evidence}") for evidence in generation["evidence"]]

@@ -34,7 +34,7 @@ def to_json(results: Sequence[Result], scenery: Scenery, about: Mapping[str, Any
         "schema": SCHEMA,
         "tool": dict(TOOL),
         **about,
-        "generation": scene.identification.generation.id,
+        "generation": scene.identification.generation and scene.identification.generation.id,
         "crashing_cpu": scene.crashing,
         "cpus": scene.cpus,
         "planned": planned,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.crashpath.generations import Identification, identify
+from xen_symbols.crashpath.identification import Identification, identify
 from xen_symbols.crashpath.position import anchor_address
 from xen_symbols.crashpath.stages import BY_ID
 from xen_symbols.symbols.table import TEXT, SymbolTable

@@ -48,7 +48,8 @@ def page(report: Object) -> Iterator[str]:
 def _head(report: Object) -> Lines:
     lines = [
         [Cell("machine     ", "dim"), Cell(report["machine"], "strong"), Cell(f", QEMU {report['qemu']}, "
-         f"{report['cpus']} CPUs, CPU {report['crashing_cpu']} crashes, generation {report['generation']}")],
+         f"{report['cpus']} CPUs, CPU {report['crashing_cpu']} crashes, "
+         f"generation {report['generation'] or 'not identified'}")],
         [Cell("experiments ", "dim"), Cell(_done(report))],
         [Cell("outcomes    ", "dim"), *_counted(report["counts"])],
     ]  # fmt: skip

@@ -1,0 +1,177 @@
+"""A crash path that no generation fits: what depends on none is judged, the nearest are named, nothing is green."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from tests.machines.changed import CHANGES, MC, NMI, Machine, bad
+from tests.machines.recorded import names
+from tests.machines.syntheticxen import PHYS_START, VIRT_START, CrashedXen
+from tests.schema import SCHEMA
+from xen_symbols.crashpath.checks import CHECKS
+from xen_symbols.crashpath.checks.model import NOT_IDENTIFIED, ByGeneration
+from xen_symbols.crashpath.identification import identify, statements
+from xen_symbols.crashpath.preflight import preflight
+from xen_symbols.report.blocks import problems
+from xen_symbols.report.model import ExitStatus, Verdict
+from xencrash.cli import main
+
+RENAMED = {"do_nmi_crash": "my_nmi_crash"}
+ALWAYS_SAME = {check.id for check in CHECKS if check.by_generation is ByGeneration.NEVER}
+BEFORE_IT, DECIDED = (
+    {check.id for check in CHECKS if check.by_generation is each}
+    for each in (ByGeneration.ONCE_BEGUN, ByGeneration.ALWAYS)
+)
+# Whose values on an unknown path are other ones: which stack and what flags the registers have, when notes are filled.
+BY_ITSELF = {"crash-notes", "crash-info-note", "cpu-stack"}
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_depends_on_no_generation_is_judged_all_the_same(name: str) -> None:
+    known, unknown = Machine(name).report(), Machine(name, **RENAMED).report()
+    assert unknown.generation is None and unknown.verdict is Verdict.UNKNOWN
+    assert unknown.exit_status is ExitStatus.UNDECIDED
+    assert [f for f in unknown.findings if f.verdict is Verdict.FAIL] == []
+    same = [[f for f in report.findings if f.check in ALWAYS_SAME - BY_ITSELF] for report in (known, unknown)]
+    assert [(f.check, f.cpu, f.verdict, f.observed) for f in same[0]] == [
+        (f.check, f.cpu, f.verdict, f.observed) for f in same[1]
+    ]
+    assert {f.check for f in same[1] if f.verdict is Verdict.PASS} >= {"cpus-found", "nmi-gate-type", "mc-gate-dpl"}
+    before, now = ([f for f in report.findings if f.check in BY_ITSELF] for report in (known, unknown))
+    for one, other in zip(before, now, strict=True):
+        undecided = one.observed in ("empty", "half written") and "normal" not in name
+        assert (other.check, other.cpu) == (one.check, one.cpu)
+        assert other.verdict is (Verdict.UNKNOWN if undecided else one.verdict)
+    # Before the crash no path has written: a gate is as in any Xen that runs.
+    made = {f.check for f in unknown.findings if f.reason != NOT_IDENTIFIED}
+    before_it = {f.check for f in known.findings} & BEFORE_IT
+    assert made & (BEFORE_IT | DECIDED) == (before_it if "normal" in name else set())
+    jsonschema.validate(unknown.to_json(), SCHEMA)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_wrong_machine_is_found_or_not_judged_but_never_passes(change: str) -> None:
+    make, check, cpu = CHANGES[change]
+    machine = Machine(**RENAMED)
+    make(machine)
+    report = machine.report()
+    found = {(f.check, f.cpu) for f in report.findings if f.verdict is Verdict.FAIL}
+    if check in ALWAYS_SAME and change != "crash info empty" and change != "notes of one CPU empty":
+        assert (check, cpu) in found and report.exit_status is ExitStatus.FAILED
+    else:
+        verdicts = {f.verdict for f in report.findings if (f.check, f.cpu) == (check, cpu)}
+        assert verdicts == {Verdict.UNKNOWN} and report.exit_status is not ExitStatus.PASSED
+
+
+def test_gates_of_a_running_xen_are_judged() -> None:
+    machine = Machine("4.17-normal", **RENAMED)
+    for vector, offset, data in ((NMI, 4, b"\0"), (MC, 0, b"\0")):
+        machine.gate(1, vector, offset, data)
+    assert {found for found in bad(machine.report()) if found[2] == "fail"} == {
+        ("nmi-gate-ist", 1, "fail"), ("mc-gate-handler", 1, "fail"),
+    }  # fmt: skip
+
+
+def test_a_path_without_one_of_its_functions() -> None:
+    """A compiler, or a patch, that leaves no trap_nop and no kexec_crash_save_cpu."""
+    report = Machine("4.17-crashed-vmcore", trap_nop="", do_nmi_crash="", kexec_crash_save_cpu="").report()
+    assert report.verdict is Verdict.UNKNOWN
+    notes = [f for f in report.findings if f.check == "crash-notes"]
+    assert [(f.verdict, f.reason) for f in notes] == 4 * [
+        (Verdict.UNKNOWN, "rip: the symbols name no kexec_crash_save_cpu")
+    ]
+    assert all(f.observed["rsp"] and f.observed["cr3"] for f in notes)
+
+
+def test_a_preflight_judges_the_gates() -> None:
+    report = preflight(Machine("4.17-normal", **RENAMED).memory)
+    gates = {f.verdict for f in report.findings if "-gate-" in f.check and f.check != "gate-change"}
+    assert gates == {Verdict.PASS} and report.generation is None and report.verdict is Verdict.UNKNOWN
+    assert {f.check: f.verdict for f in report.findings if f.stage == "preflight"}["crash-cpus"] is Verdict.PASS
+
+
+def test_the_text_names_once_what_was_not_judged() -> None:
+    report = Machine("4.17-crashed-vmcore", **RENAMED).report()
+    lines = problems(report.to_json())
+    assert lines is not None
+    words = ["".join(cell.text for cell in line) for line in lines.lines]
+    assert len(words) == 2 and words[0].startswith("UNKNOWN nmi-gate-handler, nmi-gate-ist, mc-gate-handler")
+    assert words[1].strip() == NOT_IDENTIFIED
+
+
+# -- The nearest ------------------------------------------------------------------------------
+
+
+def _symbols_of(machine: Machine) -> list[str]:
+    """What the statements about its generation name, and it has."""
+    generation = identify(machine.memory).generation
+    assert generation is not None
+    words = " ".join(item.says for item in statements(generation))
+    return [name for name in dict.fromkeys(re.findall(r"[\w#]{6,}", words)) if machine.symbols.has(name)]
+
+
+@pytest.mark.parametrize("name", ["4.14-handover", "4.17-handover", "4.20-handover"])
+def test_the_true_generation_is_the_nearest_whatever_was_renamed(name: str) -> None:
+    true = identify(Machine(name).memory).generation
+    assert true is not None
+    tried = []
+    for symbol in _symbols_of(Machine(name)):
+        if symbol in ("idt_tables", "exception_table"):  # without the first nothing is judged
+            continue
+        found = identify(Machine(name, **{symbol: f"my_{symbol}"}).memory)
+        tried.append(symbol)
+        if found.generation is None:
+            assert found.nearest[0].generation is true, symbol
+            if len(found.nearest) > 1:
+                assert len(found.nearest[0].differs) < len(found.nearest[1].differs), symbol
+        else:
+            assert found.generation is true, symbol
+    assert len(tried) >= 4
+
+
+# -- The command ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> CrashedXen:
+    made = CrashedXen(tmp_path_factory.mktemp("machine"))
+    made.symbols.write_text(made.symbols.read_text().replace(" do_nmi_crash\n", " my_nmi_crash\n"))
+    return made
+
+
+@pytest.mark.parametrize("form", ["table", "json", "junit", "html"])
+def test_every_format_shows_it(machine: CrashedXen, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(machine.elf()), "--symbols", str(machine.symbols), "--format", form]) == 3
+    said = capsys.readouterr()
+    assert said.err.startswith("xencrash: no generation of the crash path fits ")
+    assert "4.17" in said.out and "do_nmi_crash" in said.out
+
+
+def test_the_nearest_stand_in_the_report(machine: CrashedXen, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--symbols", str(machine.symbols), "--format", "json"]
+    assert main(["check", str(machine.elf()), *command]) == 3
+    report: Any = json.loads(capsys.readouterr().out)
+    jsonschema.validate(report, SCHEMA)
+    first = report["nearest"][0]
+    assert (first["id"], first["holds"]) == ("4.17.0", 10)
+    assert first["differs"] == ["symbol do_nmi_crash", "machine_crash_shutdown names trap_nop"]
+    assert main(["info", str(machine.elf()), *command]) == 3
+    info = json.loads(capsys.readouterr().out)
+    assert info["nearest"] == report["nearest"] and info["stage"] == "crashed" and "generation" not in info
+
+
+def test_a_wrong_gate_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = CrashedXen(tmp_path)
+    made.symbols.write_text(made.symbols.read_text().replace(" do_nmi_crash\n", " my_nmi_crash\n"))
+    physical = made.xen.symbols["idt_table"][0] - VIRT_START + PHYS_START
+    table = bytearray(made.xen.content[physical])
+    table[16 * NMI + 5] = 0xEE  # DPL 3
+    made.xen.content[physical] = bytes(table)
+    assert main(["check", str(made.elf()), "--symbols", str(made.symbols)]) == 1
+    assert re.search(r"^FAIL +nmi-gate-dpl CPU 0", capsys.readouterr().out, re.MULTILINE)
