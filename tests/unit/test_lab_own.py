@@ -64,7 +64,7 @@ def test_an_installed_one_has_its_symbols_under_usr_lib_debug(tmp_path: Path) ->
     ("wrong", "why"),
     [
         (syms(), "a 64-bit ELF file, as xen-syms is: give {folder}/xen.gz"),
-        (pewriter.xen_efi([]), "a PE image (xen.efi, perhaps): give {folder}/xen.gz"),
+        (pewriter.xen_efi([]), "a PE image (xen.efi, perhaps): give {folder}/xen.gz, or boot it by --boot efi"),
         (ELF32 + bytes(9000), "an ELF file: give {folder}/xen.gz"),
         (bytes(9000), "not an image of Xen: give {folder}/xen.gz"),
         (b"", "empty: give {folder}/xen.gz"),
@@ -99,6 +99,41 @@ def test_symbols_of_another_build_are_refused_before_anything_boots(
     with pytest.raises(BadSpecification) as refused:
         boot._images(spec, None)  # type: ignore[arg-type]
     assert why in str(refused.value)
+
+
+OF_EFI, OF_GZ = (
+    [*SYMBOLS, Sym("__base_relocs_start", START), Sym("__base_relocs_end", START + size)] for size in (256, 0)
+)
+
+
+def test_a_xen_efi_has_its_symbols_or_they_are_beside_it(tmp_path: Path) -> None:
+    image = tmp_path / "xen.efi"
+    image.write_bytes(pewriter.xen_efi(OF_EFI))
+    own = own_xen(image, efi=True)
+    assert own == OwnXen(image, image, True) and own.plain == image.read_bytes()
+    own.check(crash_kernel=True)
+    for kind in ("map", "elf"):
+        (tmp_path / f"xen.efi.{kind}").touch()
+        assert own_xen(image, efi=True).symbols == tmp_path / f"xen.efi.{kind}"
+
+
+@pytest.mark.parametrize(
+    ("image", "symbols", "why"),
+    [
+        (IMAGE, syms(), "--xen-image {folder}/image: an ELF file: --boot efi boots a xen.efi: give that"),
+        (pewriter.xen_efi(OF_EFI), xen_syms(OF_GZ),
+         "--symbols {folder}/symbols: these are of xen.gz, whose variables lie elsewhere: give its xen.efi, "
+         "xen.efi.elf or xen.efi.map"),
+        (pewriter.xen_efi(OF_EFI), pewriter.xen_efi(OF_EFI, pewriter.sections(guid=bytes(16))),
+         "--symbols {folder}/symbols: they are of another build"),
+    ],
+)  # fmt: skip
+def test_what_does_not_boot_by_efi_is_refused(tmp_path: Path, image: bytes, symbols: bytes, why: str) -> None:
+    (tmp_path / "image").write_bytes(image)
+    (tmp_path / "symbols").write_bytes(symbols)
+    with pytest.raises(BadSpecification) as refused:
+        own_xen(tmp_path / "image", tmp_path / "symbols", efi=True).check(crash_kernel=True)
+    assert str(refused.value).startswith(why.format(folder=tmp_path))
 
 
 def test_a_xen_without_kexec_boots_where_no_crash_kernel_is_wanted(tmp_path: Path) -> None:

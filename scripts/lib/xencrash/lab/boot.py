@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from xencrash import guests
-from xencrash.lab import dom0, images, saved
+from xencrash.lab import dom0, efi, images, saved
 from xencrash.lab.digests import sha256_of
 from xencrash.lab.errors import LabError
 from xencrash.lab.firmware import with_x2apic_on
@@ -83,6 +83,8 @@ class Recipe:
         for path in (Path(word) for word in self.program.words if word.startswith("/")):
             yield from sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else (path,)
         yield from (Path(module.split()[0]) for module in self.boot.initrd.split(",") if module)
+        if made := self.boot.efi:
+            yield from (made.firmware, *sorted(filter(Path.is_file, made.esp.rglob("*"))))
 
 
 def recipe_of(specification: Specification, cache: Cache) -> Recipe:
@@ -105,7 +107,8 @@ def _images(spec: Specification, cache: Cache) -> images.XenImages:
     if spec.xen_image:
         spec.xen_image.check(spec.loads_crash_kernel)
         return images.own_images(cache, spec.xen_image)
-    return (images.domu_images if spec.domu_vcpus else images.xen_images)(cache, spec.xen_row)
+    made = (images.domu_images if spec.domu_vcpus else images.xen_images)(cache, spec.xen_row)
+    return efi.row_images(cache, spec.xen_row, made) if spec.boots_efi else made
 
 
 def _xen_boot(spec: Specification, cache: Cache) -> Boot:
@@ -121,7 +124,8 @@ def _xen_boot(spec: Specification, cache: Cache) -> Boot:
         spec.xen_args,
     )
     kernel = f"{made.kernel} console=hvc0 earlyprintk=xen {spec.dom0_args}".rstrip()
-    return Boot(made.xen, made.symbols, " ".join(filter(None, words)), f"{kernel},{made.dom0_initramfs}")
+    multiboot = Boot(made.xen, made.symbols, " ".join(filter(None, words)), f"{kernel},{made.dom0_initramfs}")
+    return efi.booted(cache, multiboot, made.kernel, made.dom0_initramfs) if spec.boots_efi else multiboot
 
 
 def up(

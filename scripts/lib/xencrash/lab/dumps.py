@@ -13,13 +13,16 @@ from xencrash.lab.sparse import copy_sparse
 _COPIED = rb"^@vmcore (?:copied (?P<size>\d+)|failed: (?P<reason>[^\r\n]*))\r?\n"
 
 
+VMCORE_IN = 600.0  # seconds until the crash kernel has copied it, on a busy host
+
+
 class Dumps:
     """The dumps of a machine."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
-    def vmcore(self, path: str | Path, timeout: float = 120.0) -> Path:
+    def vmcore(self, path: str | Path, timeout: float = VMCORE_IN) -> Path:
         """Wait until the crash kernel has copied /proc/vmcore, and write exactly that file to `path`."""
         process = self._process
         match = process.wait_log(process.paths.line_log, _COPIED, timeout, "waiting for the vmcore")

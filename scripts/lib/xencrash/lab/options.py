@@ -13,7 +13,7 @@ from xencrash.lab.errors import BadSpecification, LabError
 from xencrash.lab.machine import Machine, attach, running
 from xencrash.lab.own import OwnXen, own_xen
 from xencrash.lab.rows import ACCELS, DEFAULT_ACCEL, DEFAULT_QEMU, DEFAULT_XEN, GDBS, LAPICS, QEMUS, XENS
-from xencrash.lab.specification import Specification
+from xencrash.lab.specification import BOOTS, Specification
 from xencrash.options import count
 
 STEP = "exit status: 0 done, 2 bad usage, 3 a step failed (which, why and what to do\nis on standard error)"
@@ -30,6 +30,9 @@ def add_machine(parser: ArgumentParser) -> None:
     parser.add_argument("--qemu", choices=QEMUS, default=DEFAULT_QEMU, help=f"default: {DEFAULT_QEMU}")
     parser.add_argument(
         "--accel", choices=ACCELS, default=DEFAULT_ACCEL, help="kvm uses /dev/kvm; default: %(default)s"
+    )
+    parser.add_argument(
+        "--boot", choices=BOOTS, help=f"how Xen is booted, by {BOOTS[0]} (default) or as xen.efi by OVMF"
     )
     parser.add_argument("--lapic", choices=LAPICS, help="default: as this QEMU and Xen set it up")
     parser.add_argument("--cpus", type=count, default=4, metavar="N", help="default: 4")
@@ -63,7 +66,8 @@ def own(args: Namespace) -> OwnXen | None:
     image, symbols = getattr(args, "xen_image", None), getattr(args, "symbols", None)
     if symbols and not image:
         raise BadSpecification("--symbols is for --xen-image: a row has its own; leave it out")
-    return own_xen(image, symbols) if image else None
+    efi = getattr(args, "boot", None) == "efi"
+    return own_xen(image, symbols, efi) if image else None
 
 
 def add_crash(parser: ArgumentParser) -> None:
@@ -75,7 +79,7 @@ def add_crash(parser: ArgumentParser) -> None:
 def specification(args: Namespace) -> Specification:
     """The machine that the options ask for. Raises BadSpecification."""
     names = ("xen", "guest", "fault", "qemu", "accel", "lapic", "cpus", "max_cpus", "memory", "dom0_vcpus",
-             "domu_vcpus", "xen_args", "dom0_args", "paused")  # fmt: skip
+             "domu_vcpus", "xen_args", "dom0_args", "paused", "boot")  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     loads = not getattr(args, "no_crash_kernel", False)
     return Specification(**given, xen_image=own(args), crash_kernel=loads, crash=crash(args))

@@ -18,16 +18,22 @@ from xencrash.lab.errors import BadSpecification
 
 _MULTIBOOT = (0x1BADB002).to_bytes(4, "little")  # within the first 8 KiB (Multiboot Specification 0.6.96, 3.1)
 _MULTIBOOT_IN = 8192
+_PE = b"MZ"
 # Where a build, and its installation, have the symbols of an image, from the image's folder.
 _SYMBOLS_IN = (".", "../usr/lib/debug", "../usr/lib/debug/boot", "/usr/lib/debug", "/usr/lib/debug/boot")
 
 
 @dataclass(frozen=True)
 class OwnXen:
-    """An image that QEMU boots (`xen` or `xen.gz`), and the symbols of the same build."""
+    """An image that QEMU boots (`xen` or `xen.gz`; with `efi` OVMF boots `xen.efi`), and the symbols of its build."""
 
     image: Path
     symbols: Path
+    efi: bool = False
+
+    @property
+    def link(self) -> Link:
+        return Link.EFI if self.efi else Link.GZ
 
     @property
     def name(self) -> str:
@@ -43,15 +49,20 @@ class OwnXen:
             raise BadSpecification(f"--xen-image {self.image}: {error.strerror}") from None
         except (WrongFile, Undecidable) as error:
             raise BadSpecification(f"--xen-image {self.image}: {error}: {self._right_image()}") from None
-        if data[: len(ELF32.ident)] == ELF32.ident and _MULTIBOOT in data[:_MULTIBOOT_IN]:
+        if self.efi and data[: len(_PE)] == _PE:
+            return data
+        if not self.efi and data[: len(ELF32.ident)] == ELF32.ident and _MULTIBOOT in data[:_MULTIBOOT_IN]:
             return data
         kind = recognised(content)
+        other = ", or boot it by --boot efi" if data[: len(_PE)] == _PE else ""
         what = kind.what if kind else "not an image of Xen"
         if data[: len(ELF64.ident)] == ELF64.ident:
             what = "a 64-bit ELF file, as xen-syms is"
-        raise BadSpecification(f"--xen-image {self.image}: {what}: {self._right_image()}")
+        raise BadSpecification(f"--xen-image {self.image}: {what}: {self._right_image()}{other}")
 
     def _right_image(self) -> str:
+        if self.efi:
+            return "--boot efi boots a xen.efi: give that"
         stem = self.image.name.replace("-syms", "").removesuffix(".efi")
         beside = [self.image.parent / name for name in (f"{stem}.gz", stem, "xen.gz", "xen")]
         found = next((path for path in beside if path != self.image and path.is_file()), None)
@@ -61,10 +72,10 @@ class OwnXen:
         """Raise BadSpecification unless the files go together, and the build can do what is wanted of it."""
         image = buildid.scan(self.plain)
         table = self._table()
-        if link_of(table) is Link.EFI:
+        if link_of(table) is self.link.other:
             raise BadSpecification(
-                f"--symbols {self.symbols}: these are of xen.efi, whose variables lie elsewhere: "
-                f"give {Link.GZ.symbols}"
+                f"--symbols {self.symbols}: these are of {self.link.other.value}, whose variables lie elsewhere: "
+                f"give {self.link.symbols}"
             )
         if image and table.build_id and image[1] != table.build_id:
             raise BadSpecification(
@@ -84,11 +95,14 @@ class OwnXen:
             raise BadSpecification(f"--symbols {error}") from None
 
 
-def own_xen(image: str | Path, symbols: str | Path | None = None) -> OwnXen:
+def own_xen(image: str | Path, symbols: str | Path | None = None, efi: bool = False) -> OwnXen:
     """The Xen of an image; where its symbols are not given, they are looked for. Raises BadSpecification."""
     path = Path(image).absolute()
     if symbols is not None:
-        return OwnXen(path, Path(symbols).absolute())
+        return OwnXen(path, Path(symbols).absolute(), efi)
+    if efi:  # beside it, or the image's own
+        others = [path.parent / folder / f"{path.name}.{kind}" for folder in _SYMBOLS_IN for kind in ("elf", "map")]
+        return OwnXen(path, next(filter(Path.is_file, others), path), efi)
     version = path.name.removesuffix(".gz").removeprefix("xen")  # of an installed one: xen-4.22.0.gz
     wanted = [path.parent / folder / name for folder in _SYMBOLS_IN for name in (f"xen-syms{version}", "xen-syms")]
     found = next((candidate for candidate in wanted if candidate.is_file()), None)

@@ -14,16 +14,41 @@ SOCKET_PATH_LIMIT = 107  # sockaddr_un's sun_path holds 108 bytes with the final
 
 
 @dataclass(frozen=True)
-class Boot:
-    """What QEMU boots: a multiboot or ELF kernel, its command line, and its modules as `-initrd` takes them.
+class Efi:
+    """A firmware, and the folder that it sees as a disk with one FAT partition."""
 
-    `symbols` is the ELF file with the symbols of exactly this kernel.
+    firmware: Path
+    esp: Path
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What QEMU boots: a multiboot or ELF kernel, its command line, and its modules as `-initrd` takes them; or with
+    `efi` the same from its folder.
+
+    `symbols` is the file with the symbols of exactly this kernel.
     """
 
     kernel: Path
     symbols: Path
     append: str = ""
     initrd: str = ""
+    efi: Efi | None = None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """QEMU's options for a kernel that it loads by itself."""
+        if self.efi:
+            return ()
+        return ("-kernel", str(self.kernel), "-append", self.append, *(("-initrd", self.initrd) if self.initrd else ()))
+
+    @property
+    def efi_words(self) -> tuple[str, ...]:
+        """QEMU's options for the firmware and its disk, which comes after the machine's own."""
+        if not self.efi:
+            return ()
+        drive = f"file=fat:{_escaped(self.efi.esp)},format=raw,if=virtio,readonly=on"
+        return ("-bios", str(self.efi.firmware), "-drive", drive)
 
 
 @dataclass(frozen=True)
@@ -148,8 +173,7 @@ def command_line(
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-accel", program.accel, "-cpu", program.cpu, "-smp", smp),
         *("-object", backend, "-machine", "q35,memory-backend=ram"),
-        *("-m", str(memory_mib), "-kernel", str(boot.kernel), "-append", boot.append),
-        *(("-initrd", boot.initrd) if boot.initrd else ()),
+        *("-m", str(memory_mib), *boot.words),
         *("-gdb", f"unix:{_escaped(paths.gdb)},server=on,wait=off"),
         *("-qmp", f"unix:{_escaped(paths.qmp)},server=on,wait=off"),
         *("-qmp", f"unix:{_escaped(paths.own_qmp)},server=on,wait=off"),
@@ -157,6 +181,7 @@ def command_line(
         *_serial("line", paths.line, paths.line_log),
         # Nothing here must survive the host's own crash, so the host's cache is trusted with every write.
         *("-drive", f"file={_escaped(paths.disk)},format=raw,if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap"),
+        *boot.efi_words,
         *(("-S",) if paused or incoming else ()),
         *(("-incoming", "defer") if incoming else ()),
         *extra,

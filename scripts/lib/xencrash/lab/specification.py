@@ -30,6 +30,7 @@ from xencrash.lab.rows import (
 )
 
 WAITS = ("dom0", "xen", "none")
+BOOTS = ("multiboot", "efi")
 _GUEST_MIB, _XEN_MIB = 64, 1024
 CPUINFO = Path("/proc/cpuinfo")
 # Options for real Xen only; the reference guest has no use for them.
@@ -42,7 +43,7 @@ class Specification:
 
     What it boots is one of: `xen`, a row of the lab, with dom0 and a crash kernel (the default); `xen_image`, a Xen
     that no row has, in its place; `guest`, a generation of the reference guest, which may have a `fault`; `kernel`,
-    anything else that QEMU boots.
+    anything else that QEMU boots. `boot` is how Xen is booted, one of BOOTS.
 
     `qemu` and `accel` are rows. `lapic` is a row of LAPICS or None (what this QEMU does). `memory` is in MiB.
     `domu_vcpus` is the number of CPUs on which a domU spins once dom0 is up. With `pvh` dom0 is a PVH guest, its vCPUs
@@ -58,6 +59,7 @@ class Specification:
     guest: str | None = None
     fault: str | None = None
     kernel: Boot | None = None
+    boot: str = BOOTS[0]
     qemu: str = DEFAULT_QEMU
     accel: str = DEFAULT_ACCEL
     lapic: str | None = None
@@ -90,6 +92,10 @@ class Specification:
     @property
     def boots_xen(self) -> bool:
         return not (self.guest or self.kernel)
+
+    @property
+    def boots_efi(self) -> bool:
+        return self.boot == "efi"
 
     @property
     def boots_dom0(self) -> bool:
@@ -149,6 +155,10 @@ class Specification:
             yield "--fault is for the reference guest: give --guest too"
         if self.guest:
             yield from self._problems_of_guest(self.guest)
+        if self.boots_efi and not self.boots_xen:
+            yield "--boot efi is for real Xen: leave it out"
+        if self.boots_efi and self.lapic_row.firmware:
+            yield f"--lapic {self.lapic} changes the multiboot image, which --boot efi does not boot: leave one out"
         if self.lapic == "x2apic" or self.lapic_row.firmware:
             yield from self._without_x2apic(f"--lapic {self.lapic}")
         if self.boots_xen:
@@ -161,6 +171,7 @@ class Specification:
             ("accel", self.accel, ACCELS),
             ("lapic", self.lapic, LAPICS),
             ("wait", self.wait, WAITS),
+            ("boot", self.boot, BOOTS),
         ):
             if name is not None and name not in known:
                 yield f"--{option} is one of {', '.join(known)}, not {name!r}"

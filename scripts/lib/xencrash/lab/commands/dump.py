@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from xencrash.errors import UsageError
+from xencrash.lab.dumps import VMCORE_IN
 from xencrash.lab.options import STEP, add_run_dir, machine
 
 EPILOG = STEP
@@ -19,7 +20,9 @@ def add_options(parser: ArgumentParser) -> None:
         "--format", default="vmcore", choices=("vmcore", "elf", "kdump-zlib", "kdump-lzo", "kdump-snappy"),
         help="default: vmcore",
     )  # fmt: skip
-    parser.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for the vmcore; default: 120")
+    parser.add_argument(
+        "--timeout", type=float, metavar="S", help=f"seconds to wait for the vmcore; default: {VMCORE_IN:.0f}"
+    )
     add_run_dir(parser)
 
 
@@ -28,7 +31,7 @@ def run(args: Namespace) -> int:
         raise UsageError(f"--timeout is for --format vmcore, and {args.format} is taken at once: leave it out")
     dumped = machine(args)
     if args.format == "vmcore":
-        written = dumped.dumps.vmcore(args.output, args.timeout or 120)
+        written = dumped.dumps.vmcore(args.output, args.timeout or VMCORE_IN)
     else:
         written = dumped.dumps.qemu(args.output, args.format)
     print(f"{written}  (symbols: {dumped.symbols})")

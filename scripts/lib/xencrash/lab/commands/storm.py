@@ -41,8 +41,8 @@ exit status: 0 no experiment failed, 1 at least one failed, 2 bad usage, 3 none 
 run, or one could not be decided"""
 # Options that make a machine what it is.
 _MACHINE = (
-    "xen", "xen_image", "symbols", "guest", "fault", "qemu", "lapic", "cpus", "memory", "dom0_vcpus", "domu_vcpus",
-    "xen_args", "dom0_args", "how", "cpu",
+    "xen", "xen_image", "symbols", "boot", "guest", "fault", "qemu", "lapic", "cpus", "memory", "dom0_vcpus",
+    "domu_vcpus", "xen_args", "dom0_args", "how", "cpu",
 )  # fmt: skip
 
 
