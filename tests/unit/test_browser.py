@@ -11,9 +11,13 @@ import pytest
 
 from tests.machines.browser import browser, look_like
 from tests.machines.pages import HOSTILE, poisoned, traced
-from xen_symbols.report.page import page
+from tests.machines.recorded import load
+from xen_symbols.crashpath.engine import evaluate_if_possible
+from xen_symbols.describe.summary import summarise
+from xen_symbols.report.page import page, summary_page
+from xen_symbols.xen.locate import locate
 
-Open = Callable[[Any], Any]
+Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +26,7 @@ def show(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
     folder = tmp_path_factory.mktemp("browser")
     driver = browser(folder)
 
-    def show(report: Any) -> Any:
+    def show(report: Any, page: Callable[[Any], Iterator[str]] = page) -> Any:
         path = folder / "page.html"
         path.write_text("".join(page(report)))
         driver.get("about:blank")
@@ -130,6 +134,18 @@ def test_nothing_is_requested_and_nothing_from_a_dump_is_obeyed(show: Open, trac
     assert driver.find_elements("css selector", "script, img, b:not(summary b)") == []
     assert HOSTILE.split("\x1b")[0] in driver.find_element("css selector", "h1").text
     assert driver.get_log("browser") == []  # its own style is let in
+
+
+def test_a_summary_obeys_nothing_from_a_dump_and_is_as_wide_as_the_window(show: Open) -> None:
+    memory = locate(*load("summary/4.17-page-fault"))
+    summary = poisoned(summarise(memory, evaluate_if_possible(memory).to_json()))
+    driver = show(summary, summary_page)
+    assert requested(driver) == {driver.current_url}
+    assert driver.find_elements("css selector", "script, img, b") == []
+    assert driver.find_element("css selector", "h1").text.count(HOSTILE.split("\x1b")[0]) == 2
+    assert "(XEN) Panic on CPU 2:" in driver.find_element("css selector", "pre").text
+    assert driver.get_log("browser") == []
+    assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_the_policy_stops_what_would_get_in(show: Open, trace: Any) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from tests.machines import recorded
+from tests.machines.pages import HOSTILE, parsed
 from tests.machines.recorded import load, write_files
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath.engine import evaluate_if_possible
 from xen_symbols.describe.summary import summarise
 from xen_symbols.report.console import plain
+from xen_symbols.report.page import summary_page
 from xen_symbols.report.summary import headline, summary_blocks
 from xen_symbols.xen.backtrace import Backtrace, Call, Step
 from xen_symbols.xen.doing import Doing, doing
@@ -115,7 +117,7 @@ def test_a_failure_is_named_in_the_first_lines() -> None:
     assert found["verdict"]["verdict"] == "fail"
     first = plain(summary_blocks(found)).splitlines()[:5]
     assert first[3] == (
-        "crash path    FAIL: saved-cpus on CPU 3 at crashed: expected yes, observed no: "
+        "verdict       FAIL: saved-cpus on CPU 3 at crashed: expected yes, observed no: "
         "its registers are missing from the dump"
     )
 
@@ -161,6 +163,64 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: 
     output = str(tmp_path / "out")
     assert main(["summary", str(vmcore), "--symbols", str(symbols), "--format", "json", "--output", output]) == 0
     assert json.loads(Path(output).read_text())["why"] == fault["why"]
+
+
+def test_it_can_be_rendered_later(tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: Any) -> None:
+    report = tmp_path / "summary.json"
+    report.write_text(json.dumps(fault))
+    assert main(["render", str(report), "--format", "table"]) == 0
+    assert capsys.readouterr().out == plain(summary_blocks(fault))
+    assert main(["render", str(report)]) == 0
+    assert capsys.readouterr().out == "".join(summary_page(fault))
+    assert main(["render", str(report), "--format", "junit"]) == 3
+    assert "a summary" in capsys.readouterr().err
+
+
+# -- as a page, and what comes from a dump ----------------------------------------------------
+
+
+def test_the_page(fault: Any) -> None:
+    root = parsed("".join(summary_page(fault)))
+    assert root.all("h1")[0].text() == headline(fault)
+    names, values = ([one.text() for one in root.all(tag)] for tag in ("dt", "dd"))
+    assert dict(zip(names, values, strict=True))["other CPUs"] == "CPUs 0-1 idle in default_idle; CPU 3 d0 in add_entry"
+    console, registers, stack = (one.text() for one in root.all("pre"))
+    assert "\n> (XEN) Panic on CPU 2:\n" in console
+    assert "rip ffff82d04021fec0" in registers and "cr2 ffff87f000000000" in registers
+    assert "#PF interrupted do_kexec_op" in stack
+    assert [one.text() for one in root.all("td")][:4] == ["0-1", "idle", "default_idle", "NMI"]
+
+
+def poisoned_memory() -> XenMemory:
+    """The command line and what Xen printed are full of markup and escapes; and so is what a domain printed."""
+    memory = memory_of()
+    write(memory, "saved_cmdline", HOSTILE.encode() + b"\0")
+    ring, size = memory.variable("conring"), memory.variable("conring_size", 4)
+    held = memory.read(ring, min(size, memory.variable("conringp", 4)))
+    at = held.index(b"FATAL PAGE FAULT")
+    memory.target.write(memory.physical(ring) + at, HOSTILE.encode())  # type: ignore[attr-defined]
+    domain = f"(d1) {HOSTILE}\n(XEN) ".encode()
+    at = held.index(b"(XEN) PCI add device 0000:00:1f.2")
+    memory.target.write(memory.physical(ring) + at, domain)  # type: ignore[attr-defined]
+    return memory
+
+
+def test_hostile_strings_stay_text() -> None:
+    found = summary_of(poisoned_memory())
+    text = plain(summary_blocks(found))
+    assert all(line.isprintable() for line in text.splitlines())
+    shown = HOSTILE.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
+    assert text.count(shown) == 3  # the headline, the command line, the console: not what the domain printed
+    page = "".join(summary_page(found))
+    root = parsed(page)
+    assert "\x1b" not in page and root.all("img") == root.all("script") == []
+    assert root.all("h1")[0].text().startswith(f"Xen 4.17.7 crashed on CPU 2: {shown}")
+
+
+def test_nothing_of_a_guest_is_shown_but_where_it_entered_xen(fault: Any) -> None:
+    """Its general registers are in Xen's memory, too."""
+    guest = fault["crashing_cpu"]["backtrace"]["guest"]
+    assert guest.keys() == {"address", "vector", "event", "rip", "symbol", "cs", "rflags", "rsp", "ss"}
 
 
 def test_the_command_without_a_xen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

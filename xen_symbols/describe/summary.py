@@ -12,12 +12,12 @@ from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.describe.backtrace import describe_backtrace
 from xen_symbols.describe.notes import describe_crash_notes
 from xen_symbols.targets import PhysicalCpu
-from xen_symbols.xen import frames
+from xen_symbols.xen import frames, savedcpus
 from xen_symbols.xen.backtrace import Backtrace, backtrace
 from xen_symbols.xen.console import console_parts, printable
 from xen_symbols.xen.doing import Doing, doing, function
 from xen_symbols.xen.kexec import crash_area, crash_image_loaded, image_size
-from xen_symbols.xen.memory import XenMemory
+from xen_symbols.xen.memory import XenMemory, image_region
 from xen_symbols.xen.reason import Reason, around, find_reason, lines_of_xen
 from xen_symbols.xen.stacks import REGS_SIZE
 from xen_symbols.xen.state import CpuState, State, read_state
@@ -38,9 +38,11 @@ def summarise(memory: XenMemory, report: contract.Report) -> Json:
     state = read_state(memory)
     crashed = bool(state.system["kexecing"].value is True or report["crashing_cpu"] is not None)
     cpus = [cpu for cpu in state.cpus.values() if cpu.exists]
+    crashing = _crashing(state, report) if crashed else None
+    if crashing is not None:
+        cpus = [_while_in_xen(memory, cpu) if cpu.cpu == crashing else cpu for cpu in cpus]
     traces = {cpu.cpu: backtrace(memory, state, cpu) for cpu in cpus}
     vcpus = running_vcpus(memory, {cpu: trace.stacks for cpu, trace in traces.items()})
-    crashing = _crashing(state, report) if crashed else None
     trace = None if crashing is None else traces[crashing]
     summary: Json = {
         **{name: report[name] for name in ("schema", "tool", "target", "symbols", "generation")},
@@ -53,8 +55,9 @@ def summarise(memory: XenMemory, report: contract.Report) -> Json:
         "verdict": _verdict(report),
         "crash_kernel": _crash_kernel(memory, state),
     }
-    if crashing is not None:
-        summary["crashing_cpu"] = _crashing_cpu(memory, state.of(crashing), traces[crashing], vcpus[crashing])
+    for cpu in cpus:
+        if cpu.cpu == crashing:
+            summary["crashing_cpu"] = _crashing_cpu(memory, cpu, traces[crashing], vcpus[crashing])
     return summary
 
 
@@ -88,6 +91,15 @@ def _crashing(state: State, report: contract.Report) -> int | None:
         return report["crashing_cpu"]
     owner = state.system["crash_owner"].value
     return owner if owner in state.cpus and state.of(owner).exists else None
+
+
+def _while_in_xen(memory: XenMemory, cpu: CpuState) -> CpuState:
+    """The crashing CPU with the registers that it saved, where it runs the crash kernel by now."""
+    physical, notes = cpu.physical, cpu.notes.value
+    rip = None if isinstance(physical, Absent) else physical.registers.get("rip")
+    if rip is None or image_region(rip) == image_region(memory.table) or isinstance(notes, Absent) or not notes.saved:
+        return cpu
+    return cpu._replace(physical=savedcpus.from_memory(cpu.cpu, notes.saved))
 
 
 def _why(memory: XenMemory, trace: Backtrace | None, crashed: bool) -> Json:

@@ -31,10 +31,12 @@ from xen_symbols.report.blocks import (
     verdict_line,
 )
 from xen_symbols.report.picture import LINES, Column, Group, Mark, Row, Square, Value, groups, picture
+from xen_symbols.report.summary import fields, headline, sections
 from xen_symbols.text import cpu_list, escaped, ranges
 
 if TYPE_CHECKING:
     from xen_symbols.report import contract
+    from xen_symbols.report.contract import Json
 
 _CSS = Path(__file__).with_name("page.css")
 _SIGNS = {"fail": "\u2717", "unknown": "?", "pass": "\u2713", "skip": "\u2013"}
@@ -72,6 +74,13 @@ def index(reports: Iterable[contract.Report], files: Sequence[str]) -> Iterator[
 def table_page(title: str, blocks: Iterable[Block], folded: Iterable[Table] = ()) -> Iterator[str]:
     """A page of tables and lines; the `folded` ones can be opened one by one."""
     yield from _document(title, [f"<h1>{_text(title)}</h1>", *map(_block, blocks), *map(_folded, folded)])
+
+
+def summary_page(summary: Json) -> Iterator[str]:
+    """The page of a summary."""
+    title, named = headline(summary), Lines([line for lines in fields(summary) for line in lines.lines])
+    parts = [_fields(named), *map(_block, sections(summary)), _by(summary)]
+    yield from _document(title, [f"<h1>{_text(title)}</h1>", *parts])
 
 
 def _document(title: str, body: Iterable[str]) -> Iterator[str]:
@@ -116,7 +125,7 @@ def _report(report: contract.Report, place: str) -> Iterator[str]:
         yield f"<details><summary>All checks, counted</summary>{_block(_counts(report))}</details>"
 
 
-def _by(report: contract.Report) -> str:
+def _by(report: contract.Report | Json) -> str:
     tool = report["tool"]
     return f"<footer>{_text(tool['name'])} {_text(tool['version'])}</footer>"
 
@@ -276,6 +285,9 @@ def _index(reports: Sequence[contract.Report], links: Sequence[str]) -> str:
 
 
 def _block(block: Block) -> str:
+    if isinstance(block, Lines) and block.title:
+        lines = "\n".join("".join(map(_cell, line)) for line in block.lines)
+        return f'<h2>{_text(block.title)}</h2><pre class="scroll" tabindex="0">{lines}</pre>'
     if isinstance(block, Lines):
         return "".join(f"<p>{''.join(map(_cell, line))}</p>" for line in block.lines)
     rows = [[_cell(cell) for cell in row] for row in block.rows]

@@ -31,25 +31,14 @@ def headline(summary: Json) -> str:
     return f"Xen {version} crashed{where}: {why['says'] or 'why is not known: ' + why['absent']}"
 
 
-def first_lines(summary: Json) -> Lines:
-    """Where it was, what the others did, whether to trust this, and which Xen it is."""
-    lines = []
-    cpu = summary["crashing_cpu"]
-    if cpu is not None:
-        lines.append(_line("at", _place(cpu), *_running(cpu)))
-    title = "CPUs" if cpu is None else "other CPUs"
-    lines.append(_line(title, Cell(_groups_in_short(summary["others"]))))
-    lines.append(_line("crash path", *_trust(summary)))
-    xen = summary["xen"]
-    names = {"changeset": "changeset", "build_id": "build-id"}
-    lines.append(_line("Xen", *_commas(f"{said} {_or_why(xen, name)}" for name, said in names.items())))
-    return Lines(lines)
+def fields(summary: Json) -> list[Lines]:
+    """The answer in four lines, and what stands behind it; each line begins with a name."""
+    return [_answer(summary), _about(summary)]
 
 
-def details(summary: Json) -> list[Block]:
-    """All the rest: more of the same, the console, registers, stack, the other CPUs."""
-    blocks: list[Block] = [_about(summary)]
-    blocks.append(_console(summary["console"]))
+def sections(summary: Json) -> list[Block]:
+    """The console, registers, stack, the other CPUs."""
+    blocks: list[Block] = [_console(summary["console"])]
     cpu = summary["crashing_cpu"]
     if cpu is not None:
         blocks += [_registers(cpu), _stack(cpu)]
@@ -60,15 +49,26 @@ def details(summary: Json) -> list[Block]:
 
 def summary_blocks(summary: Json) -> list[Block]:
     """The whole page."""
-    return [Lines([[Cell(headline(summary), "strong")]]), first_lines(summary), *details(summary)]
+    return [Lines([[Cell(headline(summary), "strong")]]), *fields(summary), *sections(summary)]
+
+
+def _answer(summary: Json) -> Lines:
+    """Where it was, what the others did, whether to trust this, and which Xen it is."""
+    lines = []
+    cpu = summary["crashing_cpu"]
+    if cpu is not None:
+        lines.append(_line("at", _place(cpu), *_running(cpu)))
+    title = "CPUs" if cpu is None else "other CPUs"
+    lines.append(_line(title, Cell(_groups_in_short(summary["others"]))))
+    lines.append(_line("verdict", *_trust(summary)))
+    xen = summary["xen"]
+    names = {"changeset": "changeset", "build_id": "build-id"}
+    lines.append(_line("Xen", Cell(", ".join(f"{said} {_or_why(xen, name)}" for name, said in names.items()))))
+    return Lines(lines)
 
 
 def _line(name: str, *cells: Cell) -> list[Cell]:
     return [Cell(f"{name:14}", "dim"), *cells]
-
-
-def _commas(parts: Iterator[str]) -> list[Cell]:
-    return [Cell(", ".join(parts))]
 
 
 def _or_why(values: Json, name: str, otherwise: str = "not known") -> str:

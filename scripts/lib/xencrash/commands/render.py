@@ -1,5 +1,5 @@
-"""Write a JSON report, of check, trace, a run or a storm of the lab, in another format. A list of
-reports, as check writes it for several dumps, becomes one page, table or document.
+"""Write a JSON report, of check, trace, a run or a storm of the lab, or a summary, in another format.
+A list of reports, as check writes it for several dumps, becomes one page, table or document.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ EPILOG = """\
 exit status: 0 written, 2 bad usage, 3 not a report (the reason is on standard error)"""
 _MEMBERS = ("tool", "target", "symbols", "generation", "crashing_cpu", "cpus", "stages", "findings", "verdict")
 _STORM = "xencrash.lab.storm.shown"
+_SUMMARY = "xencrash.commands.summary"
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -41,6 +42,10 @@ def run(args: Namespace) -> int:
 def _writer(reports: Any, format: str) -> Callable[[IO[str]], object]:
     if _is_of_storm(reports):
         return lambda stream: load(_STORM).write(reports, format, stream)
+    if _is_summary(reports):
+        if format == "junit":
+            raise Undecidable("a summary is not made of checks, which JUnit lists: give --format html or table")
+        return lambda stream: load(_SUMMARY).write(reports, format, stream)
     renderer = load(FORMATS[format])
     write = renderer.write_several if isinstance(reports, list) else renderer.write
     return lambda stream: write(reports, stream)
@@ -50,6 +55,10 @@ def _is_of_storm(report: Any) -> bool:
     return isinstance(report, dict) and report.get("schema") == 1 and "experiments" in report
 
 
+def _is_summary(report: Any) -> bool:
+    return isinstance(report, dict) and report.get("schema") == 1 and "crash_kernel" in report
+
+
 def _reports(path: str) -> Any:
     """A report, or a list of them. Raises Undecidable."""
     try:
@@ -57,7 +66,7 @@ def _reports(path: str) -> Any:
             read = json.load(file)
     except (ValueError, RecursionError) as error:
         raise Undecidable(f"{path}: not JSON: {error}") from None
-    if _is_of_storm(read):
+    if _is_of_storm(read) or _is_summary(read):
         return read
     for one in read if isinstance(read, list) else [read]:
         if not isinstance(one, dict) or (missing := [name for name in _MEMBERS if name not in one]):

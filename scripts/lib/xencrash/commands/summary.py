@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath.engine import evaluate_if_possible
 from xen_symbols.describe.summary import summarise
 from xen_symbols.report.console import print_blocks
 from xen_symbols.report.model import ExitStatus
+from xen_symbols.report.page import summary_page
 from xen_symbols.report.summary import summary_blocks
 from xencrash import live
 from xencrash.judging import open_xen
@@ -37,7 +38,7 @@ exit status:
 def add_options(parser: ArgumentParser) -> None:
     add_target(parser)
     add_given(parser)
-    add_output(parser, "table", "json")
+    add_output(parser, "table", "json", "html")
 
 
 def run(args: Namespace) -> int:
@@ -45,11 +46,18 @@ def run(args: Namespace) -> int:
     asked = request(args)
     begin(args.output, asked.target, asked.symbols)
     summary = _summary(asked)
-    if args.format == "json":
-        to(args.output, lambda stream: print(json.dumps(summary, indent=2), file=stream))
-    else:
-        to(args.output, lambda stream: print_blocks(summary_blocks(summary), stream))
+    to(args.output, lambda stream: write(summary, args.format, stream))
     return ExitStatus.PASSED
+
+
+def write(summary: Json, format: str, stream: IO[str]) -> None:
+    """A summary in one of the formats."""
+    if format == "json":
+        print(json.dumps(summary, indent=2), file=stream)
+    elif format == "html":
+        stream.writelines(summary_page(summary))
+    else:
+        print_blocks(summary_blocks(summary), stream)
 
 
 def _summary(asked: Request) -> Json:
