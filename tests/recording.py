@@ -11,6 +11,10 @@ and what a summary of a dump reads besides:
 
     python -m tests.recording summary DUMP XEN-SYMS EXAMPLE
 
+A machine that died on its crash path is a row's, with a fault planted in one of Xen's functions:
+
+    python -m tests.recording died 4.17 page-fault machine_kexec
+
 For a QEMU it records its monitor's output, and its device state with a crashed Xen's CPUs at the handover:
 
     python -m tests.recording qemu 10.0
@@ -24,6 +28,7 @@ import contextlib
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,6 +213,23 @@ def record_row(xen: str, qemu: str, wanted: Sequence[str]) -> None:
             _save(f"{xen}-crashed-vmcore", record(open_dump(str(vmcore)), load_symbols(symbols), about))
 
 
+def record_died(xen: str, fault: str, function: str) -> None:
+    """Crash a row of the lab whose crash path runs into a fault; record QEMU's dump of it, once Xen has said so."""
+    from xencrash.lab.boot import up
+    from xencrash.lab.planted import plant
+    from xencrash.lab.specification import Specification
+
+    with up(Specification(xen=xen), progress=print) as lab, tempfile.TemporaryDirectory() as folder:
+        plant(fault, lab.gdb_socket, lab.symbols, lab.state.cpus, function)
+        lab.qmp("cont")
+        lab.crash()
+        lab.wait_log(lab.serial_log, r"Manual reset required", 60, "recording a machine that died")
+        time.sleep(3)  # until other CPUs have said it, too
+        dump = lab.dumps.qemu(Path(folder) / "dump")
+        about = f"Xen {xen}, 4 CPUs: QEMU's dump after a {fault.replace('-', ' ')} in {function} on the crash path."
+        _save(f"died/{xen}-{function}", record(open_dump(str(dump)), load_symbols(str(lab.symbols)), about))
+
+
 def device_state(qmp: Qmp) -> bytes:
     """The whole file that QEMU's xen-save-devices-state writes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -264,6 +286,10 @@ def main() -> None:
     lab.add_argument("--qemu", default="7.2", metavar="QEMU", help="default: %(default)s")
     qemu = commands.add_parser("qemu", help="a QEMU of the lab: what its monitor prints, and its device state")
     qemu.add_argument("qemu", metavar="QEMU", help="a row of scripts/lib/xencrash/lab/rows.py")
+    died = commands.add_parser("died", help="crash a row of the lab that dies on the crash path, and record a dump")
+    died.add_argument("xen", metavar="XEN")
+    died.add_argument("fault", metavar="FAULT", help="of scripts/lib/xencrash/lab/planted.py")
+    died.add_argument("function", metavar="FUNCTION", help="of Xen's")
     dump = commands.add_parser("dump", help="any dump: one example")
     dump.add_argument("dump", metavar="DUMP")
     dump.add_argument("symbols", metavar="XEN-SYMS")
@@ -283,6 +309,9 @@ def main() -> None:
         if unknown := {*args.examples} - {*OF_A_ROW}:
             parser.error(f"no such example: {', '.join(sorted(unknown))}; there are {', '.join(OF_A_ROW)}")
         record_row(args.xen, args.qemu, args.examples or OF_A_ROW)
+        return
+    if args.command == "died":
+        record_died(args.xen, args.fault, args.function)
         return
     if args.command == "qemu":
         record_qemu(args.qemu)

@@ -15,7 +15,7 @@ from xen_symbols.describe.machine import describe_cpus
 from xen_symbols.report.blocks import Block, Cell, Lines, cpus_table, report_blocks, show
 from xen_symbols.report.crashpath import crash_path
 from xen_symbols.text import cpu_list
-from xen_symbols.xen.kexec import crash_image_loaded
+from xen_symbols.xen.kexec import is_crash_image_loaded
 from xen_symbols.xen.state import read_state
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ def _status(session: Session) -> Json:
         state = read_state(memory, notes=False)
         position = infer(state, generation)
         context = Context(memory, state, position, generation)
-        flags = state.system["kexec_flags"]
         out: Json = {
             "generation": generation and generation.id,
             "introduced": generation and generation.introduced,
@@ -40,7 +39,7 @@ def _status(session: Session) -> Json:
             "subject": position.subject,
             "crashing_cpu": position.crashing_cpu,
             "crashing_cpu_by": [] if position.crashing_cpu is None else list(crashing_cpu(state, generation)[1]),
-            "crash_kernel_loaded": crash_image_loaded(flags.value) if flags.present else None,
+            "crash_kernel_loaded": is_crash_image_loaded(state),
             "online_at_crash": sorted(position.online),
         }
         for name in ("online", "saved", "waiting_mask", "waiting_count", "kexecing"):

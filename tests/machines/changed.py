@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tests.machines.recorded import Example, load
 from xen_symbols.crashpath.checks import CHECKS
-from xen_symbols.crashpath.checks.model import Need
+from xen_symbols.crashpath.checks.model import Need, Subject
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.report.model import Report, Verdict
 from xen_symbols.targets import Lapic, PhysicalCpu
@@ -175,7 +175,7 @@ def no_area(machine: Machine, cpu: int) -> None:
 
 def needing(*needs: Need) -> set[str]:
     """The checks that need one of these from a target."""
-    return {check.id for check in CHECKS if check.needs in needs}
+    return {check.id for check in CHECKS if check.needs in needs and check.subject is not Subject.DIED}
 
 
 OF_THE_FILE = {"dump-crash-info", "dump-vmcoreinfo"}  # its notes about the machine

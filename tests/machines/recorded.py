@@ -133,6 +133,6 @@ def crashed(name: str) -> int | None:
     return cpu
 
 
-def names() -> list[str]:
-    """The recorded examples."""
-    return sorted(path.stem for path in RECORDED.glob("*.txt"))
+def names(folder: str = "") -> list[str]:
+    """The recorded examples: those that pass, or with the folder `died` those of machines that died on the path."""
+    return sorted(str(path.relative_to(RECORDED).with_suffix("")) for path in (RECORDED / folder).glob("*.txt"))

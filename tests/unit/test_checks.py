@@ -184,9 +184,9 @@ def test_one_change_fails_one_check(what: str) -> None:
 
 def test_every_check_has_a_change_that_fails_it() -> None:
     shown = {check for _, check, _ in CHANGES.values()}
-    # Below, in test_gate_changes.py and test_afterwards.py, and in the live tests.
-    elsewhere = {"dump-notes", "kexecing", "nmi-answered", "nmi-entries", "shootdown-report", "gate-change",
-                 "enable-nmis", "dump-crash-info", "dump-vmcoreinfo"}  # fmt: skip
+    # Below, in test_gate_changes.py, test_afterwards.py and test_death.py, and in the live tests.
+    elsewhere = {"dump-notes", "kexecing", "fatal-trap", "nmi-answered", "nmi-entries", "shootdown-report",
+                 "gate-change", "enable-nmis", "dump-crash-info", "dump-vmcoreinfo"}  # fmt: skip
     assert {check.id for check in CHECKS} == shown | elsewhere | {"cpus-found"}  # which is unknown instead
 
 

@@ -8,7 +8,7 @@ from tests.machines import exampletext
 from tests.machines.recorded import names, parsed, path_of
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [*names(), *names("died")])
 def test_an_example_is_as_it_would_be_written(name: str) -> None:
     assert exampletext.write(parsed(name)) == path_of(name).read_text()
 

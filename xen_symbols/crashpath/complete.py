@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from xen_symbols.crashpath.checks.model import NO_DUMP
+from xen_symbols.report.model import Evidence, Finding, Verdict
+
 _SHOOTDOWN = "xen/arch/x86/crash.c, nmi_shootdown_cpus"
 
 
@@ -26,5 +29,23 @@ COMPLETE = TraceCheck(
         "crash-info": "xen/arch/x86/crash.c, machine_crash_shutdown after kexec_crash_save_info",
         "exec-entry": "xen/arch/x86/machine_kexec.c, machine_kexec",
     },
-    "no crash kernel starts, and the dump is lost",
+    NO_DUMP,
 )  # fmt: skip
+
+
+def completeness(
+    stage: str,
+    cpu: int | None,
+    verdict: Verdict,
+    observed: str | None,
+    reason: str | None,
+    stop: int,
+    *,
+    last: str = "",
+    follows: str | None = None,
+) -> Finding:
+    """The finding at a stage; `last` is the last stage reached, where the path went no further."""
+    return Finding(
+        COMPLETE.id, stage, cpu, verdict, stage, observed, COMPLETE.sources.get(last, COMPLETE.sources["exec-entry"]),
+        (Evidence("breakpoint"),), reason, follows, stop,
+    )  # fmt: skip

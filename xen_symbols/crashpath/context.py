@@ -22,10 +22,11 @@ from xen_symbols.xen.ist import ist_numbers
 from xen_symbols.xen.lapic import BOOT_MODES
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.owned import Owned
-from xen_symbols.xen.reads import Read, absent, in_memory
-from xen_symbols.xen.state import CpuState, State
+from xen_symbols.xen.reads import Read, in_memory
+from xen_symbols.xen.state import CpuState, State, owed_by_online
 
-if TYPE_CHECKING:  # a trace alone needs it
+if TYPE_CHECKING:  # a trace alone needs them, or a machine that did not hand over
+    from xen_symbols.crashpath.death import Death
     from xen_symbols.crashpath.gatechanges import GateChange, Key
 
 MACHINE = -1  # the `cpu` that a check of the whole machine is asked about
@@ -57,30 +58,6 @@ def _idt_in_use(state: State) -> Absent | None:
     if isinstance(fred, Absent):
         return None if fred.kind is Kind.NO_SYMBOL else fred  # a build without it has no FRED
     return Absent("FRED delivers events: the IDT is not used", Kind.NOT_APPLICABLE) if fred == 1 else None
-
-
-def _owed_by_online(state: State, online: frozenset[int]) -> State:
-    """The state, where what a CPU that was online must have and has not is unread: a CPU that was not may be without
-    an IDT, a buffer of notes, or a per-CPU area; of one that was, something is lost."""
-    changed = {}
-    for number in online:
-        cpu = state.cpus[number]
-        if cpu.exists and cpu.idt.present and cpu.notes.present:
-            continue
-        owed: tuple[str, ...] = ("idt", "nmi_gate", "mc_gate", "df_gate", "notes")
-        if not cpu.exists:
-            owed += ("crash_save_done", "tss", "physical", "pair")
-        changed[number] = cpu._replace(**{name: _owed(getattr(cpu, name)) for name in owed})
-    return state._replace(cpus={**state.cpus, **changed}) if changed else state
-
-
-def _owed(value: Any) -> Any:
-    """A Read or what it holds; where that does not apply, it is unread."""
-    inside = value.value if isinstance(value, Read) else value
-    if not isinstance(inside, Absent) or inside.kind is not Kind.NOT_APPLICABLE:
-        return value
-    unread = Absent(f"{inside.reason}, although it was online")
-    return absent(unread) if isinstance(value, Read) else unread
 
 
 class _Standing:
@@ -115,7 +92,7 @@ class Context:
     ) -> None:
         """`generation` is None where none fits, `followed`, what a trace alone knows, for any other look at a machine.
         """
-        self.state = _owed_by_online(state, position.online)
+        self.state = owed_by_online(state, position.online)
         self.cpus = [cpu.cpu for cpu in state.cpus.values() if cpu.exists or cpu.cpu in position.online]
         self.position = position
         self.crash = position.crash
@@ -357,6 +334,16 @@ class Context:
     def owned(self) -> Owned:
         """What belongs to each CPU that was online, to hold its registers against."""
         return Owned(self.memory, self.state, sorted(self.position.online))
+
+    @cached_property
+    def deaths(self) -> "dict[int, Death]":
+        """What killed each CPU that died on the crash path."""
+        if self.position.crashing_cpu is None or self.state.by_crash_kernel:
+            return {}
+        # Not for a vmcore, which has no registers to begin with: importing is most of what judging it costs.
+        from xen_symbols.crashpath.death import deaths
+
+        return deaths(self.memory, self.state, self.position, self._generation)
 
     @cached_property
     def console_tail(self) -> str | Absent:

@@ -67,6 +67,8 @@ def _subjects(subject: Subject, context: Context) -> list[int]:
         return [] if context.position.crashing_cpu is None else [context.position.crashing_cpu]
     if subject is Subject.OTHERS:
         return [] if context.position.crashing_cpu is None else context.others
+    if subject is Subject.DIED:
+        return sorted(context.deaths)
     return sorted(context.position.online)
 
 
@@ -104,8 +106,10 @@ def evaluate(memory: XenMemory, identification: Identification | None = None) ->
         position = infer(state, identification.generation)
     except (Undecidable, Unreadable) as error:
         raise Undecidable(identification.reason or f"{memory.target.location}: {error}") from None
-    add_stage(report, Context(memory, state, position, identification.generation))
-    if position.stage is CRASHING and identification.generation is not None:
+    context = Context(memory, state, position, identification.generation)
+    add_stage(report, context)
+    stuck = position.stage is CRASHING and position.crashing_cpu not in context.deaths
+    if stuck and identification.generation is not None:
         why = "no CPU is at the beginning of a stage"
         if is_memory_alone(state):
             why = "the dump holds no registers of any CPU, and memory does not show that Xen handed over"

@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.afterwards import Afterwards
 from xen_symbols.crashpath.breakpoints import SLOTS, Anchors
-from xen_symbols.crashpath.complete import COMPLETE
+from xen_symbols.crashpath.checks.cpus import FATAL_TRAP
+from xen_symbols.crashpath.complete import COMPLETE, completeness
 from xen_symbols.crashpath.context import Context, Followed
+from xen_symbols.crashpath.death import Death, last_words
 from xen_symbols.crashpath.engine import add_stage, new_report
 from xen_symbols.crashpath.gatechanges import GateHistory, Key, Writes, gate_addresses, moment_of
 from xen_symbols.crashpath.identification import Identification, identify
@@ -37,11 +39,10 @@ from xen_symbols.crashpath.stages import (
 from xen_symbols.crashpath.unblocking import unblocking
 from xen_symbols.crashpath.whereabouts import whereabouts
 from xen_symbols.describe.changes import describe_traced_change
-from xen_symbols.report.model import Evidence, Finding, Report, StageSeen, Verdict
+from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.paging import CR0_PG
-from xen_symbols.xen.console import printable, read_console
-from xen_symbols.xen.kexec import crash_image_loaded
+from xen_symbols.xen.kexec import is_crash_image_loaded
 from xen_symbols.xen.locate import still_there
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import State, read_state
@@ -51,7 +52,6 @@ STALL_SECONDS = 30.0
 # After so long without a stage the machine is looked at, whether it still has the Xen that crashes: there is no slot
 # for a breakpoint that a reset would hit, and an ear on QMP would keep everybody else from it.
 LOOK_SECONDS = 2.0
-_LAST_WORDS = 512  # bytes of Xen's console
 
 
 class StopResult(NamedTuple):
@@ -103,6 +103,7 @@ class Follower:
         self._others = whereabouts(memory, self.generation)
         self._missed: set[str] = set()  # stages of other CPUs that had no breakpoint for a while
         self._unblocked = False
+        self._died: Death | None = None  # the crashing CPU, at the last look
         self._history = GateHistory()
         self.writes = Writes()
         self.gate_addresses: dict[Key, int] = {}
@@ -113,8 +114,7 @@ class Follower:
         if gates:
             self.report.gate_changes = []
             self.gate_addresses = gate_addresses(state)
-        flags = state.system["kexec_flags"]
-        self.crash_kernel_loaded = crash_image_loaded(flags.value) if flags.present else None
+        self.crash_kernel_loaded = is_crash_image_loaded(state)
         position = infer(state, self.generation)
         if position.stage is not NORMAL and position.stage.id != "crash-entry":
             raise Undecidable(
@@ -146,7 +146,7 @@ class Follower:
 
     def _unseen(self, stage: Stage) -> Finding:
         why = f"{self._few()}: nothing is seen at this stage"
-        return self._of_trace(stage.id, None, Verdict.UNKNOWN, None, stage.id, why)
+        return self._of_trace(stage.id, Verdict.UNKNOWN, None, why, last=stage.id)
 
     def _read(self) -> State:
         self.memory.forget()
@@ -192,7 +192,10 @@ class Follower:
         if self._afterwards is not None:
             return self._look_again(self._afterwards)
         left = self.wait()
-        if left is None or left > 0:
+        over = left is not None and left <= 0
+        if self.begun and (dead := self._look_for_death(over)) is not None:
+            return dead
+        if not over:
             return StopResult(None)
         if self.begun:
             return StopResult(None, (self._stalled(),), finished=True)
@@ -201,9 +204,8 @@ class Follower:
         raise Undecidable(f"Xen did not crash within {self._timeout:.0f} s{hint}")
 
     def _reset(self) -> str:
-        if not self.begun:
-            return "the machine was reset before a crash began"
-        return "the guest was reset while its crash was followed: the dump is lost; see its console log"
+        followed = "the guest was reset while its crash was followed: the dump is lost; see its console log"
+        return followed if self.begun else "the machine was reset before a crash began"
 
     def _was_reset(self) -> bool:
         """Whether the Xen that is followed is there no more: firmware or a loader runs, something else, or Xen anew."""
@@ -241,8 +243,8 @@ class Follower:
         if stage.role is Role.OTHER:
             position = self._as_seen(state, position, cpu)
         seen, findings = self._judge(state, position)
-        if stage.id == "crash-entry":
-            self._require_image(state)
+        if stage.id == "crash-entry" and is_crash_image_loaded(state) is False:
+            raise Undecidable(NO_IMAGE)
         if stage.id == self._anchors.last:
             self._afterwards = None if self._stay else Afterwards(findings)
             findings = (*findings, self._complete(True))
@@ -259,9 +261,9 @@ class Follower:
             return StopResult(None)
         if left:
             return StopResult(*self._judge(state, position), finished=True)
-        at = "; ".join(self._whereabouts())
-        finding = self._of_trace(AFTERWARDS.id, self._crashing, Verdict.UNKNOWN, self._anchors.last, self._anchors.last,
-                                 f"the crashing CPU has not come out of Xen, and nothing was looked at: {at}")
+        why = "; ".join(self._whereabouts())
+        why = f"the crashing CPU has not come out of Xen, and nothing was looked at: {why}"
+        finding = self._of_trace(AFTERWARDS.id, Verdict.UNKNOWN, self._anchors.last, why, last=self._anchors.last)
         self.report.findings.append(finding)
         return StopResult(None, (finding,), finished=True)
 
@@ -359,43 +361,39 @@ class Follower:
             return Absent(f"{self._few()}: it could not be seen")
         return self._unblocking.absence or ("not executed" if self._unblocking.address else "no IRET in machine_kexec")
 
-    def _require_image(self, state: State) -> None:
-        flags = state.system["kexec_flags"]
-        if flags.present and not crash_image_loaded(flags.value):
-            raise Undecidable(NO_IMAGE)
-
-    def _complete(self, reached: bool, why: str | None = None) -> Finding:
+    def _complete(self, reached: bool, why: str | None = None, follows: str | None = None) -> Finding:
         last = self.report.stages[-1].stage if self.report.stages else None
-        verdict, end = Verdict.PASS if reached else Verdict.FAIL, self._anchors.last
-        finding = self._of_trace(end, self._crashing, verdict, last, last or "", why)
+        verdict = Verdict.PASS if reached else Verdict.FAIL
+        reason = None if reached else "; ".join([f"{why}: {COMPLETE.consequence}", *self._whereabouts()])
+        finding = self._of_trace(self._anchors.last, verdict, last, reason, last=last or "", follows=follows)
         self.report.findings.append(finding)
         return finding
 
-    def _of_trace(
-        self, stage: str, cpu: int | None, verdict: Verdict, observed: str | None, source: str, why: str | None
-    ) -> Finding:
-        return Finding(
-            check=COMPLETE.id, stage=stage, cpu=cpu, verdict=verdict, expected=stage, observed=observed,
-            source=COMPLETE.sources.get(source, COMPLETE.sources["exec-entry"]), evidence=(Evidence("breakpoint"),),
-            reason=why, stop=max(0, len(self.report.stages) - 1),
-        )  # fmt: skip
+    def _of_trace(self, stage: str, verdict: Verdict, observed: str | None, why: str | None, **more: Any) -> Finding:
+        stop = max(0, len(self.report.stages) - 1)
+        return completeness(stage, self._crashing, verdict, observed, why, stop, **more)
+
+    def _look_for_death(self, over: bool) -> StopResult | None:
+        """The end of the trace, where the crashing CPU has died and Xen has said all that it has to say of that."""
+        try:
+            state = self._read()
+            context = Context(self.memory, state, infer(state, self.generation), self.generation)
+        except Undecidable:
+            return None
+        crashing = context.position.crashing_cpu
+        before, self._died = self._died, None if crashing is None else context.deaths.get(crashing)
+        if self._died is None or not (over or self._died.lines or self._died == before):
+            return None
+        self._crashing = crashing
+        complete = self._complete(False, "it died", follows=FATAL_TRAP.id)
+        findings = add_stage(self.report, context)
+        return StopResult(self.report.stages[-1], (complete, *findings), finished=True)
 
     def _stalled(self) -> Finding:
         """The crash began and never reached its end: a failure, located where it was last seen."""
-        why = f"no further stage was reached in {self._stall:.0f} s"
-        where = "; ".join([f"{why}: {COMPLETE.consequence}", *self._whereabouts()])
-        return self._complete(False, where)
+        return self._complete(False, f"no further stage was reached in {self._stall:.0f} s")
 
     def _whereabouts(self) -> list[str]:
-        """Where the crashing CPU got to, and what Xen said last, as far as they can be read."""
-        found = []
-        with contextlib.suppress(Unreadable, Undecidable):
-            physical = self._read().of(self._crashing).physical if self._crashing is not None else None
-            if isinstance(physical, PhysicalCpu) and "rip" in physical.registers:
-                halted = "halted in" if physical.halted is True else "in"
-                at = self.memory.symbols.describe(physical.registers["rip"])
-                found.append(f"CPU {self._crashing} is {halted} {at}")
-            lines = printable(read_console(self.memory, _LAST_WORDS)).split("\n")
-            if said := [line.strip() for line in lines if line.strip()]:
-                found.append(f"Xen's console ends: {said[-1]}")
-        return found
+        with contextlib.suppress(Undecidable):
+            return last_words(self.memory, self._read(), self._crashing)
+        return []

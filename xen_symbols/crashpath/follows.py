@@ -20,12 +20,14 @@ class Failure(NamedTuple):
     place: int
 
 
+_DIED = "fatal-trap"
 _SILENT = "nmi-answered"
 _SAID_ONCE = "shootdown-report"  # of how things were when the wait was over
 # The last thing judged for each CPU, in the generations that have it: it has signed off.
 _SIGNS = (("waiting-cpus", WAITING_MASK), ("crash-save-done", SAVE_DONE), ("online-cpus", ONLINE))
-# What a CPU that did not answer can have completed.
+# What a CPU can have completed that did not answer, and one that died.
 _NO_ANSWER = Span(OtherStep.NOTHING, OtherStep.NMI_TAKEN)
+_NOT_PARKED = Span(OtherStep.NOTHING, OtherStep.SELF_NMI)
 
 
 def explain(
@@ -33,8 +35,9 @@ def explain(
 ) -> None:
     """Mark the failures that follow from others, as far as these explain them.
 
-    One that was found before the wait was over may be why a CPU did not answer, and does not follow from that; what Xen
-    said once stays explained by what explained it then.
+    One that was found before the wait was over may be why a CPU did not answer, and does not follow from that; but from
+    its death, which was not seen before it had ended in a halt. What Xen said once stays explained by what explained it
+    then.
     """
     before = {finding.observed: finding.follows for finding in earlier if finding.check == _SAID_ONCE}
     own = {(finding.check, finding.cpu) for finding in earlier if finding.follows is None}
@@ -45,13 +48,13 @@ def explain(
         finding = findings[failure.place]
         cpu, follows, reason = finding.cpu, None, finding.reason
         causes = [check for number, (check, _) in late.items() if number == cpu or cpu is None]
-        concerned = causes and (cpu is None or causes == [_SILENT]) and finding.check != _SILENT
+        concerned = causes and (cpu is None or causes[0] in (_DIED, _SILENT)) and finding.check not in causes
         if finding.check == _SAID_ONCE and finding.observed in before:
             follows = before[finding.observed]
         elif concerned:
             again = failure.check.judge(held_up, failure.cpu)
             if again.verdict is not Verdict.FAIL:
-                follows = None if (finding.check, cpu) in own else causes[0]
+                follows = None if (finding.check, cpu) in own and causes[0] != _DIED else causes[0]
             elif cpu is None and again.allowed != failure.outcome.allowed:
                 whose = ", ".join(f"{check} of CPU {number}" for number, (check, _) in late.items())
                 reason = f"{reason}; {whose} would account for {again.allowed} only"
@@ -72,7 +75,7 @@ def _because_of(
 
 
 def _no_further(context: Context, failed: Sequence[Failure]) -> dict[int, tuple[str, Span]]:
-    """Each other CPU that has not signed off: the check which says so, and what it can have completed."""
+    """Each other CPU that has died or not signed off: the check that says so, and what it can have completed."""
     if not context.identified:
         return {}
     sign, last = next(
@@ -82,10 +85,15 @@ def _no_further(context: Context, failed: Sequence[Failure]) -> dict[int, tuple[
     )
     assert isinstance(last.when, OtherStep)
     before = Span(OtherStep.NOTHING, OtherStep(last.when - 1))
-    held: dict[int, tuple[str, Span]] = {}
+    reached: dict[int, tuple[str, Span]] = {}
+    dead = set()
     for failure in failed:
-        if failure.check.id == _SILENT:
-            held[failure.cpu] = (_SILENT, _NO_ANSWER)
+        if failure.check.id == _DIED:
+            dead.add(failure.cpu)
+        elif failure.check.id == _SILENT:
+            reached[failure.cpu] = (_SILENT, _NO_ANSWER)
         elif failure.check.id == sign and failure.outcome.observed is (not last.to) and context.is_other(failure.cpu):
-            held.setdefault(failure.cpu, (sign, before))
-    return dict(sorted(held.items(), key=lambda item: item[1][0] != _SILENT))
+            reached.setdefault(failure.cpu, (sign, before))
+    reached |= {cpu: (_DIED, reached.get(cpu, (_DIED, _NOT_PARKED))[1]) for cpu in dead if context.is_other(cpu)}
+    order = (_DIED, _SILENT, sign)
+    return dict(sorted(reached.items(), key=lambda item: order.index(item[1][0])))

@@ -35,7 +35,7 @@ _PARKED = Span(OtherStep.PARKED, OtherStep.PARKED)
 _SHARED = {"kexec_crash", *(name for stage in STAGES if stage.role is Role.OTHER for name in stage.anchors)}
 # Another CPU is in one of these until it has stopped (xen/arch/x86/smp.c, apic.c).
 STOPPING = {"__stop_this_cpu", "disable_local_APIC", "clear_local_APIC"}
-_ONLY_CRASHING = {name for stage in STAGES if stage.role is Role.CRASHING for name in stage.anchors} - _SHARED
+ONLY_CRASHING = {name for stage in STAGES if stage.role is Role.CRASHING for name in stage.anchors} - _SHARED
 
 
 def anchor_address(symbols: SymbolTable, stage: Stage) -> int | None:
@@ -106,7 +106,7 @@ def votes(state: State, generation: Generation | None) -> list[Vote]:
                 found.append(Vote("the only NMI gate of an online CPU with trap_nop", own[0]))
     for number, known in state.cpus.items():
         function = function_of(state.symbols, known.physical)
-        if function in _ONLY_CRASHING:
+        if function in ONLY_CRASHING:
             found.append(Vote(f"its RIP, in {function}", number))
     if saved.present and len(saved.value) == 1:
         found.append(Vote("the only notes saved", *saved.value))

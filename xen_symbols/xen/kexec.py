@@ -12,6 +12,7 @@ from xen_symbols.absence import Unreadable
 from xen_symbols.symbols.table import DATA
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.reads import Read, in_memory, unsigned
+from xen_symbols.xen.state import State
 
 _IMAGE_CRASH_BASE = 2
 _FLAG_CRASH_POS = 5
@@ -28,6 +29,12 @@ class CrashArea(NamedTuple):
 def crash_image_loaded(flags: int) -> bool:
     """Whether `kexec_flags` says that a crash image is loaded."""
     return bool(flags >> _image(flags) & 1)
+
+
+def is_crash_image_loaded(state: State) -> bool | None:
+    """The same; None where the flags could not be read."""
+    flags = state.system["kexec_flags"]
+    return crash_image_loaded(flags.value) if flags.present else None
 
 
 def _image(flags: int) -> int:

@@ -270,3 +270,27 @@ def _match(
     if len(unclaimed) == len(left) == 1 and len(physical) == len(idts):
         matched[unclaimed[0]] = left.pop()
     return matched, left
+
+
+def owed_by_online(state: State, online: frozenset[int]) -> State:
+    """The state, where what a CPU that was online must have and has not is unread: a CPU that was not may be without
+    an IDT, a buffer of notes, or a per-CPU area; of one that was, something is lost."""
+    changed = {}
+    for number in online:
+        cpu = state.cpus[number]
+        if cpu.exists and cpu.idt.present and cpu.notes.present:
+            continue
+        owed: tuple[str, ...] = ("idt", "nmi_gate", "mc_gate", "df_gate", "notes")
+        if not cpu.exists:
+            owed += ("crash_save_done", "tss", "physical", "pair")
+        changed[number] = cpu._replace(**{name: _owed(getattr(cpu, name)) for name in owed})
+    return state._replace(cpus={**state.cpus, **changed}) if changed else state
+
+
+def _owed(value: Any) -> Any:
+    """A Read or what it holds; where that does not apply, it is unread."""
+    inside = value.value if isinstance(value, Read) else value
+    if not isinstance(inside, Absent) or inside.kind is not Kind.NOT_APPLICABLE:
+        return value
+    unread = Absent(f"{inside.reason}, although it was online")
+    return absent(unread) if isinstance(value, Read) else unread

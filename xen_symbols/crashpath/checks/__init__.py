@@ -9,6 +9,7 @@ from xen_symbols.crashpath.checks.model import Check
 # In the order of reports.
 CHECKS: tuple[Check, ...] = (
     *cpus.FOUND,
+    cpus.FATAL_TRAP,
     *gates.CHECKS,
     *shootdown.CHECKS,
     *notes.CHECKS,

@@ -6,6 +6,7 @@ from typing import Any
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.crashpath.checks.model import (
+    NO_DUMP,
     ByGeneration,
     Check,
     Need,
@@ -201,6 +202,33 @@ PENDING = Check(
     _nmi_pending, needs=Need.DEVICE_STATE,
 )  # fmt: skip
 
+# -- Whether it died -------------------------------------------------------------------------
+
+_NEVER_SIGNS_OFF = (
+    "it never signs off: the crashing CPU waits for it in vain, and it is not stopped for the crash kernel"
+)
+
+
+def _fatal_trap(context: Context, cpu: int) -> Outcome:
+    death = context.deaths[cpu]
+    evidence = []
+    if death.frame is not None:
+        evidence.append(Evidence("memory", death.frame, None, "struct cpu_user_regs"))
+    if death.lines:
+        evidence.append(Evidence("Xen's console ring"))
+    said = [f"Xen said: {'; '.join(death.lines)}"] if death.lines else []
+    known = [f"{death.defect.says}: mended by {death.defect.source}"] if death.defect else []
+    consequence = NO_DUMP if context.is_crashing(cpu) else _NEVER_SIGNS_OFF
+    reason = "; ".join([*said, *known, consequence])
+    return Outcome(Verdict.FAIL, "none", f"{death.event} at {death.at}", tuple(evidence), reason)
+
+
+FATAL_TRAP = Check(
+    "fatal-trap", Subject.DIED, "xen/arch/x86/traps.c, fatal_trap; xen/common/kexec.c, one_cpu_only (470f58c159)",
+    f"an exception, or a panic, ended the crash path: {NO_DUMP}", _fatal_trap, needs=Need.REGISTERS,
+    shows=Shows.NOT_BROKEN, by_generation=ByGeneration.NEVER,
+)  # fmt: skip
+
 # -- How it is left ---------------------------------------------------------------------------
 
 
@@ -233,7 +261,7 @@ def _cpu_parked(context: Context, cpu: int) -> Outcome:
         at = context.symbols.describe(physical.registers["rip"])
         return f"{stands} {at}, interrupts {interrupts}".lstrip()
 
-    outcome = expect(_physical_read(context, cpu, where), (parked,))
+    outcome = because(expect(_physical_read(context, cpu, where), (parked,)), "fatal-trap")
     if outcome.verdict is Verdict.FAIL and context.position.stage is AFTERWARDS and context.followed:
         times = f"{context.followed.looks} time{'s' * (context.followed.looks != 1)}"
         return outcome._replace(reason=f"it was looked at {times} after the handover: {PARKED.consequence}")

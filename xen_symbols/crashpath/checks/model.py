@@ -12,6 +12,8 @@ from xen_symbols.crashpath.timeline import Object
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.xen.reads import Read
 
+NO_DUMP = "no crash kernel starts, and the dump is lost"
+
 
 class Outcome(NamedTuple):
     """What a judge found. `allowed` and `observed` are JSON values."""
@@ -34,6 +36,7 @@ class Subject(enum.Enum):
     CRASHING = "the crashing CPU"
     OTHERS = "each other CPU that was online"
     CPUS = "each CPU that exists, or was online"
+    DIED = "each CPU that died on the crash path, and no other"
 
 
 class Need(enum.Enum):

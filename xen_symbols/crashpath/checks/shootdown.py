@@ -105,7 +105,8 @@ def _answered(context: Context, cpu: int) -> Outcome:
         return unknown(unread.reason, "answered")
     verdict = Verdict.PASS if answered else Verdict.FAIL
     outcome = Outcome(verdict, "answered", "answered" if answered else "did not answer", evidence)
-    return because(outcome, "nmi-dispatch", "nmi-gate-present", "nmi-gate-handler", "nmi-gate-selector", "idtr")
+    gate = ("nmi-dispatch", "nmi-gate-present", "nmi-gate-handler", "nmi-gate-selector", "idtr")
+    return because(outcome, "fatal-trap", *gate)
 
 
 ANSWERED = Check(

@@ -47,9 +47,9 @@ def ways_it_lacks(symbols: Path) -> dict[str, str]:
     return {kind: why for kind in _NEEDS if (why := lacks(kind, table))}
 
 
-def plant(kind: str, stub: Path, symbols: Path, cpus: int) -> str | None:
-    """Write what this way of crashing needs, and return what is to be known about it. The machine is left standing
-    still. Raises LabError."""
+def plant(kind: str, stub: Path, symbols: Path, cpus: int, where: str = WHERE) -> str | None:
+    """Write what this way of crashing needs, and return what is to be known about it; `where` is the function whose
+    code it replaces. The machine is left standing still. Raises LabError."""
     table = load_symbols(str(symbols))
     if why := lacks(kind, table):
         raise LabError(f"crashing Xen: {why}: {symbols}: use another way")
@@ -58,7 +58,7 @@ def plant(kind: str, stub: Path, symbols: Path, cpus: int) -> str | None:
             try:
                 if kind == "mce":
                     return _have_banks_looked_at(rsp, cpu, table)
-                rsp.write_virtual(cpu, _address(table, WHERE), _code(kind, table))
+                rsp.write_virtual(cpu, _address(table, where), _code(kind, table))
             except Unreadable:
                 continue
             return None
