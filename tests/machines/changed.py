@@ -116,6 +116,7 @@ CHANGES: dict[str, tuple[Callable[[Machine], object], str, int | None]] = {
     "an online bit set": (lambda m: m.variable("cpu_online_map", b"\x02"), "online-cpus", 1),
     "the hook taken away": (unhooked, "nmi-dispatch", None),
     "another owner": (lambda m: m.variable("kexec.c#crashing_cpu", b"\x03"), "crash-owner", None),
+    "kexec not in progress": (lambda m: m.variable("kexec_flags", b"\x04"), "kexec-in-progress", None),
     "x2apic_enabled set": (lambda m: m.variable("x2apic_enabled", b"\1"), "x2apic-enabled", None),
     "notes of one CPU empty": (lambda m: m.poke(m.notes(1) + 20, bytes(336)), "crash-notes", 1),
     "notes of one CPU not Xen's": (lambda m: m.poke(m.notes(1) + 20 + 112 + 17 * 8, b"\x33\0"), "crash-notes", 1),

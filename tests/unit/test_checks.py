@@ -482,6 +482,15 @@ def test_kexecing_must_be_set_on_the_crash_path() -> None:
     assert _shootdown_findings(lambda m: m.variable("kexecing", b"\0")) == {("kexecing", None, "fail")}
 
 
+@pytest.mark.parametrize("others", [0x04, 0x28, 0xAC])  # the images, which of them counts, a hypercall under way
+def test_of_kexec_flags_one_bit_is_judged(others: int) -> None:
+    def flags(value: int) -> set[tuple[str, int | None, str]]:
+        return _shootdown_findings(lambda m: m.variable("kexec_flags", value.to_bytes(8, "little")))
+
+    assert flags(others) == {("kexec-in-progress", None, "fail")}
+    assert flags(others | 1 << 6) == set()
+
+
 def test_ist_0_while_an_amd_cpu_holds_a_guests_state_is_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def guest(machine: Machine, **changes: Any) -> None:
         for vector in (NMI, 8, MC):

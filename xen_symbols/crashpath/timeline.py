@@ -58,6 +58,7 @@ class GateProperty(Object):
 
 
 KEXECING = Object("kexecing", False, field="kexecing")
+IN_PROGRESS = Object("KEXEC_FLAG_IN_PROGRESS of kexec_flags", False, field="kexec_flags", exists=lambda _: True)
 # 470f58c159 is in 4.2.4, 4.3.2 and 4.4.0: of the generations that count, only some have it.
 CRASH_OWNER = Object("crashing_cpu of one_cpu_only()", -1, field="crash_owner",
                      exists=lambda generation: generation.bookkeeping is Bookkeeping.MASK)  # fmt: skip
@@ -187,6 +188,7 @@ def _handover(source: str) -> Writer:
 
 
 _KEXEC_CRASH = _on_crashing("xen/common/kexec.c, kexec_crash", "kexec_crash")
+_MARK = _on_crashing("xen/common/kexec.c, one_cpu_only", "one_cpu_only")
 _ONE_CPU_ONLY = _on_crashing("xen/common/kexec.c, one_cpu_only (470f58c159)", "one_cpu_only")
 _SAVE_CPU = Writer("xen/common/kexec.c, kexec_crash_save_cpu", ("kexec_crash_save_cpu",))
 _SAVE_INFO = _on_crashing("xen/common/kexec.c, kexec_crash_save_info", "kexec_crash_save_info")
@@ -235,6 +237,7 @@ _DONE = {"has_save_done": True}
 PATH: tuple[Write, ...] = (
     # kexec_crash(), on the CPU that crashes
     Write(KEXECING, Whose.MACHINE, CrashStep.SAVED, True, _KEXEC_CRASH),
+    Write(IN_PROGRESS, Whose.MACHINE, CrashStep.SAVED, True, _MARK),
     Write(CRASH_OWNER, Whose.MACHINE, CrashStep.SAVED, Value.CRASHING_CPU, _ONE_CPU_ONLY),
     Write(SAVED, Whose.CRASHING, CrashStep.SAVED, True, _SAVE_CPU),
     Write(NOTES, Whose.CRASHING, CrashStep.SAVED, "saved", _SAVE_CPU),

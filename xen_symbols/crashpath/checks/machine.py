@@ -20,7 +20,7 @@ from xen_symbols.crashpath.checks.model import (
 )
 from xen_symbols.crashpath.context import MACHINE, Context
 from xen_symbols.crashpath.stages import CrashStep, OtherStep
-from xen_symbols.crashpath.timeline import CRASH_OWNER, KEXECING, REPORT
+from xen_symbols.crashpath.timeline import CRASH_OWNER, IN_PROGRESS, KEXECING, REPORT
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.xen.reads import Read
 
@@ -43,6 +43,20 @@ ON_ITS_WAY = Check(
     "the local APICs are not returned to the mode in which the firmware left them, as the crash kernel expects",
     as_written(KEXECING, variable(KEXECING)), {False: "Xen behaves as if on its way into a crash kernel, but is not"},
     by_generation=ByGeneration.ONCE_BEGUN,
+)  # fmt: skip
+
+_FLAG_IN_PROGRESS = 6  # KEXEC_IMAGE_NR + 2 (xen/common/kexec.c)
+
+
+def _in_progress(context: Context, _cpu: int) -> Outcome:
+    read = context.state.system[IN_PROGRESS.field]
+    return expect(read, context.allowed(IN_PROGRESS, MACHINE), of=lambda flags: bool(flags >> _FLAG_IN_PROGRESS & 1))
+
+
+FLAGS = Check(
+    "kexec-in-progress", Subject.MACHINE, "xen/common/kexec.c, one_cpu_only: KEXEC_FLAG_IN_PROGRESS",
+    "kexec hypercalls are still let in: a crash image may be unloaded or replaced while Xen is on its way into it",
+    _in_progress, {False: "kexec hypercalls are refused with EBUSY, and no other crash image can be loaded"},
 )  # fmt: skip
 
 
@@ -106,4 +120,4 @@ ENABLE_NMIS = Check(
     "starts with NMIs blocked", _enable_nmis, needs=Need.TRACE,
 )  # fmt: skip
 
-CHECKS = (OWNER, ON_ITS_WAY, SHOOTDOWN_REPORT, ENABLE_NMIS)
+CHECKS = (OWNER, ON_ITS_WAY, FLAGS, SHOOTDOWN_REPORT, ENABLE_NMIS)
