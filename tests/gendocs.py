@@ -6,6 +6,7 @@ import enum
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests import genterminal
 from tests.genfigure import picture
 from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.checks.model import ByGeneration, Need, Shows
@@ -194,3 +195,4 @@ PAGES = {"reference.md": reference, "faults.md": faults, "crash-path.svg": pictu
 if __name__ == "__main__":
     for name, page in PAGES.items():
         (DOCS / name).write_text(page())
+    (DOCS / "trace.svg").write_text(genterminal.picture())

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from html import escape
 
 from xen_symbols.crashpath.generations import GENERATIONS
-from xen_symbols.crashpath.stages import STAGES, CrashStep, OtherStep, Role, Stage
-from xen_symbols.crashpath.timeline import PATH, Value, Whose, Write
+from xen_symbols.crashpath.stages import AFTERWARDS, STAGES, UNBLOCKED, CrashStep, OtherStep, Role, Stage
+from xen_symbols.crashpath.timeline import NMI_LATCH, PATH, Value, Whose, Write
 
 ROW, TOP = 22, 86  # pixels: of a line; above the first
 LANES = {False: 158, True: 572}  # where what the crashing CPU writes begins, and what each other CPU writes
@@ -66,7 +66,9 @@ def _marks() -> Iterator[Write | tuple[Role, str]]:
         while waiting and _passed(waiting[0], write):
             yield waiting[0].role, waiting.pop(0).id
         yield write
-    for stage in waiting:
+        if write.object is NMI_LATCH and not _by_other(write):
+            yield UNBLOCKED.role, UNBLOCKED.id
+    for stage in (*waiting, AFTERWARDS):
         yield stage.role, stage.id
 
 
@@ -86,10 +88,12 @@ _OF = {Whose.NOT_CRASHING: "the others' ", Whose.OTHER: "the others' ", Whose.EV
 def _object(write: Write) -> str:
     name = write.object.name
     prefix = "" if _by_other(write) else _OF.get(write.whose, "")
-    return prefix + (name.removeprefix("its ") if prefix else name)
+    return prefix + (name.removeprefix("its ") if prefix else name).replace(", ist", ", IST")
 
 
 def _value(write: Write) -> str:
+    if isinstance(write.to, bool):
+        return "set" if write.to else "clear"
     return str(write.to.value if isinstance(write.to, Value) else write.to)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.gendocs import DOCS
+from tests.genterminal import trace
 from tests.machines import dumpwriter
 from tests.machines.browser import browser, look_like
 from tests.machines.changed import CHANGES, NMI, Machine
@@ -43,7 +44,9 @@ def xencrash(*words: str, folder: str, fine: Sequence[int] = (0, 1)) -> bytes:
 def traced(*words: str) -> Callable[[str], bytes]:
     def make(folder: str) -> bytes:
         xencrash("lab", "run", *words, "--output", "run", folder=folder, fine=(0, 1, 3))  # 3: no vmcore, on a busy host
-        return (Path(folder) / "run/trace.json").read_bytes()
+        report = json.loads((Path(folder) / "run/trace.json").read_text())
+        report["target"]["location"], report["symbols"]["path"] = "gdb:gdb.sock", "xen-syms"
+        return json.dumps(report).encode()
 
     return make
 
@@ -88,7 +91,7 @@ class Shown(NamedTuple):
 
 
 REPORTS = {
-    "clean-trace": Shown(traced("--xen", "4.17"), narrow=True),
+    "clean-trace": Shown(lambda folder: json.dumps(trace()).encode(), narrow=True),
     "rfc-as-posted": Shown(traced("--guest", "rfc-v1"), narrow=True),
     "deaf-cpu": Shown(traced("--guest", "4.17.0", "--fault", "stuck")),
     "32-cpus": Shown(traced("--guest", "4.17.0", "--cpus", "32", "--fault", "nmi-not-sent")),

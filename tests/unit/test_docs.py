@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import genterminal
 from tests.gendocs import DOCS, PAGES
 from xencrash import commands
 from xencrash.subcommands import every, find
@@ -19,6 +20,14 @@ WRITTEN = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 @pytest.mark.parametrize("name", PAGES)
 def test_the_generated_pages_are_current(name: str) -> None:
     assert (DOCS / name).read_text() == PAGES[name](), "run python -m tests.gendocs"
+
+
+def test_the_terminal_in_the_readme_shows_what_a_trace_prints_now() -> None:
+    """By its words: another rich draws the same ones in another way."""
+    shown = (DOCS / "trace.svg").read_text()
+    assert genterminal.words(shown) == genterminal.words(genterminal.picture()), "run python -m tests.gendocs"
+    assert "nmis-unblocked" in genterminal.words(shown)
+    assert re.findall(r"https?://[^ \"'<]+", shown.replace("http://www.w3.org/2000/svg", "")) == ["https://www.textualize.io"]
 
 
 def test_every_subcommand_that_the_readme_names_has_help() -> None:
