@@ -16,4 +16,13 @@ myst_heading_anchors = 3
 default_role = "code"  # docstrings are plain text: `name` is code
 nitpicky = False  # a signature may name types that have no page
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 90
+
+
+def setup(app):
+    """A record's fields are in its signature: of each alone autodoc knows no more than its number."""
+    app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: (
+        skip or (getattr(member, "__doc__", None) or "").startswith("Alias for field number")
+    ))  # fmt: skip

@@ -37,6 +37,8 @@ _WORDS: dict[Verdict, Literal["pass", "skip", "unknown", "fail"]] = {
 
 
 class ExitStatus(enum.IntEnum):
+    """That of the command."""
+
     PASSED = 0
     FAILED = 1
     USAGE = 2
@@ -154,13 +156,16 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
+        """The worst of the findings, skips aside; at least unknown where something could not be decided."""
         return verdict_of((finding.verdict for finding in self.findings), self.undecided)
 
     @property
     def exit_status(self) -> ExitStatus:
+        """What the command would end with."""
         return exit_status(self.verdict)
 
     def to_json(self) -> "contract.Report":
+        """The JSON report, as report/schema.json has it."""
         made = {name: list(value) if isinstance(value, map) else value for name, value in self.members().items()}
         return cast("contract.Report", made)
 

@@ -213,6 +213,7 @@ class SymbolTable:
         return self.rows.symbol(self._require(name, kinds))
 
     def address(self, name: str, kinds: str | None = None) -> int:
+        """The address of `find`'s symbol. Raises as it does."""
         return self.rows.addresses()[self._require(name, kinds)]
 
     def get(self, name: str, kinds: str | None = None) -> int | None:

@@ -81,6 +81,7 @@ class State(NamedTuple):
     by_crash_kernel: bool = False  # a dump with Xen's notes, which the crash kernel alone has
 
     def of(self, cpu: int) -> CpuState:
+        """The state of one of Xen's CPUs, by its number."""
         return self.cpus[cpu]
 
 
