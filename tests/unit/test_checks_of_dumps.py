@@ -172,3 +172,12 @@ def test_memory_without_vmcoreinfo_leaves_the_files_unknown() -> None:
     machine = Machine("4.17-crashed-vmcore")
     machine.variable("vmcoreinfo_data", bytes(28), None)
     assert bad(machine.report()) == {("dump-vmcoreinfo", None, "unknown")}
+
+
+def test_a_file_without_vmcoreinfo_says_who_misses_it() -> None:
+    machine = Machine("4.17-crashed-vmcore")
+    machine.example.notes_of_file = [each for each in machine.example.notes() if each.name != "VMCOREINFO_XEN"]
+    missing = found(machine, "dump-vmcoreinfo")
+    assert (missing.verdict, "makedumpfile -X needs --xen-syms" in (missing.reason or "")) == (Verdict.SKIP, True)
+    live = found(Machine("4.17-handover"), "dump-vmcoreinfo")
+    assert (live.verdict, live.reason) == (Verdict.SKIP, "the target has no notes of Xen's")

@@ -23,6 +23,8 @@ AS_IN_MEMORY = "what Xen's memory holds"
 _VMCOREINFO, _ROOT = "VMCOREINFO_XEN", "SYMBOL(pgd_l4)"
 # vmcoreinfo_data[] holds the whole note: its header, its name, padded, and the text.
 _VMCOREINFO_DESC = 12 + 16
+# Not a failure: kexec-tools leave it out where they cannot ask Xen where it is (kexec/crashdump-elf.c).
+_NO_VMCOREINFO = "the file has no VMCOREINFO_XEN note, so makedumpfile -X needs --xen-syms"
 _SOURCE = "xen/common/kexec.c, {}; the dump's own ELF notes"
 
 
@@ -88,7 +90,7 @@ INFO = Check(
 def _vmcoreinfo(context: Context, _cpu: int) -> Outcome:
     notes = _of_the_file(context, _VMCOREINFO, 0)
     if not notes:
-        return skip("the target has no VMCOREINFO_XEN note")
+        return skip(_NO_VMCOREINFO if _is_xens_vmcore(context) else "the target has no notes of Xen's")
     theirs = notes[-1].desc.split(b"\0", 1)[0]
     try:
         address = context.symbols.address("vmcoreinfo_data", DATA)
