@@ -17,7 +17,7 @@ HANDOVER, IMAGE = 0xFFFF82D040200000, 0x39FC9005
 def driver(sign: bytes | None, console: bytes = b"") -> Driver:
     live: Any = SimpleNamespace(rsp=None, console=lambda: console)
     scene: Any = SimpleNamespace(
-        crashing=0, cpus=2, sent=1, handover=HANDOVER, ends={}, parks={}, kernel_sign=sign, kernel_at=IMAGE
+        crashing=0, others=[1], cpus=2, sent=1, handover=HANDOVER, ends={}, parks={}, kernel_sign=sign, kernel_at=IMAGE
     )
     found = Driver(live, scene, Experiment())
     found._sent = found._let_go = found._handed_over = True
@@ -87,3 +87,21 @@ def test_a_machine_check_comes_after_a_pending_nmi_has_been_taken(
     assert at == [injected_at]
     (seen,) = storm.course.injected
     assert (seen.pc, seen.taken) == (injected_at, True)
+
+
+@pytest.mark.parametrize(
+    ("action", "cpu", "done", "held"),
+    [
+        (Action.YIELD, 1, set(), {1}),
+        (Action.STOP, 1, set(), {1}),
+        (Action.YIELD, 1, {1}, set()),  # it is parked
+        (Action.YIELD, 0, set(), set()),  # the crashing CPU, which nobody waits for
+    ],
+)
+def test_another_cpu_that_is_not_done_is_held_by_an_event(
+    action: Action, cpu: int, done: set[int], held: set[int]
+) -> None:
+    storm = driver(None)
+    storm._done = done
+    assert storm._happens(event(action, Place(cpu, IDLE)), cpu)
+    assert storm._held == held

@@ -106,6 +106,15 @@ def test_what_a_held_cpu_explains_is_excused_at_the_handover_and_not_at_the_end(
     assert outcome(**HANDED, late=frozenset((1,)), stopped=frozenset((1,)), at_end=found)[0] is Verdict.PASS
 
 
+def test_what_xen_said_of_a_held_cpu_when_its_wait_ended_is_excused_though_the_cpu_was_done_at_the_handover() -> None:
+    found = (finding("shootdown-report"),)
+    assert outcome(**HANDED, at_handover=found) == (Verdict.FAIL, "check")
+    assert outcome(**HANDED, held=frozenset((1,)), at_handover=found)[0] is Verdict.PASS
+    assert outcome(**HANDED, held=frozenset((1,)), at_end=found)[0] is Verdict.PASS
+    counts = (finding("waiting-cpus"),)
+    assert outcome(**HANDED, held=frozenset((1,)), at_handover=counts) == (Verdict.FAIL, "check")
+
+
 def test_what_follows_from_another_finding_is_not_repeated() -> None:
     found = (finding("crash-notes", 1), finding("saved-cpus", 1, follows="crash-notes"))
     assert judge(Course(**HANDED, at_handover=found), SCENE).says == "crash-notes of CPU 1: 1, not 0"

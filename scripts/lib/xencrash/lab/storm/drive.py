@@ -68,6 +68,7 @@ class Course:
     how: str = ""
     injected: list[Injected] = field(default_factory=list)
     unfired: tuple[Event, ...] = ()  # places that were not reached
+    held: frozenset[int] = frozenset()  # other CPUs that an event kept from being done
     late: frozenset[int] = frozenset()  # other CPUs that were not done at the handover
     stopped: frozenset[int] = frozenset()  # for good
     spinning: frozenset[int] = frozenset()  # at the end
@@ -94,6 +95,7 @@ class Driver:
         self._patience: Counter[int] = Counter()
         self._notes: dict[int, bytes] = {}
         self._done: set[int] = set()
+        self._held: set[int] = set()
         self._stopped: set[int] = set()
         self._over = self._kernel_runs = False
 
@@ -107,6 +109,7 @@ class Driver:
             self.course.end, self.course.how = End.RESET, self.live.ended()
         course = self.course
         course.unfired = tuple(self.left)
+        course.held = frozenset(self._held)
         course.stopped = frozenset(self._stopped)
         course.console = _last_line(self.live.console())
         return course
@@ -151,6 +154,8 @@ class Driver:
 
     def _happens(self, event: Event, cpu: int) -> bool:
         """Whether the CPU yields because of that."""
+        if not event.action.injects and cpu in self.scene.others and cpu not in self._done:
+            self._held.add(cpu)
         if event.action is Action.YIELD:
             self.queue.append(cpu)
             return True

@@ -13,8 +13,8 @@ from xencrash.lab.storm.drive import Course, End, Injected
 from xencrash.lab.storm.experiment import Action
 from xencrash.lab.storm.scene import Scene
 
-_OF_THE_WAIT = frozenset(("waiting-cpus", "shootdown-report"))  # what they count has the CPUs that were held in it
-_SAID_ONCE = "shootdown-report"  # of how things were when the wait was over
+_COUNTS = "waiting-cpus"  # includes the CPUs that are held
+_SAID_ONCE = "shootdown-report"  # of how things were when the wait was over, which may be long before the handover
 _PRESENT = "not present"
 
 
@@ -112,12 +112,13 @@ def _badly_taken(seen: Injected, scene: Scene) -> tuple[str, str] | None:
 
 def _unexcused(findings: Iterable[Finding], course: Course) -> list[Finding]:
     """Without failures that follow from CPUs that the experiment itself held."""
-    held = course.late
     return [
         finding
         for finding in findings
         if finding.follows is None
-        and not (held and (finding.cpu in held or (finding.cpu is None and finding.check in _OF_THE_WAIT)))
+        and not (course.held and finding.check == _SAID_ONCE)
+        and finding.cpu not in course.late
+        and not (course.late and finding.check == _COUNTS)
     ]
 
 
@@ -128,8 +129,8 @@ def _unexcused_at_end(findings: Iterable[Finding], course: Course) -> list[Findi
         for finding in findings
         if finding.follows is None
         and finding.cpu not in course.stopped
-        and not (course.late and finding.check == _SAID_ONCE)
-        and not (course.stopped and finding.cpu is None and finding.check in _OF_THE_WAIT)
+        and not (course.held and finding.check == _SAID_ONCE)
+        and not (course.stopped and finding.check == _COUNTS)
     ]
 
 
