@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.machines.changed import Machine
+from xen_symbols.absence import Undecidable
+from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.crashpath.generations import identify
 from xen_symbols.report.model import Finding
 from xen_symbols.report.model import Verdict as Judged
 from xencrash.lab.storm.delivery import Delivery
@@ -118,3 +122,17 @@ def test_what_xen_said_of_a_held_cpu_when_its_wait_ended_is_excused_though_the_c
 def test_what_follows_from_another_finding_is_not_repeated() -> None:
     found = (finding("crash-notes", 1), finding("saved-cpus", 1, follows="crash-notes"))
     assert judge(Course(**HANDED, at_handover=found), SCENE).says == "crash-notes of CPU 1: 1, not 0"
+
+
+def test_the_crashing_cpu_is_known_where_the_evidence_for_it_is_divided() -> None:
+    machine = Machine("4.17-handover")
+    machine.variable("kexec.c#crashing_cpu", bytes((1, 0, 0, 0)))
+    machine.per_cpu("crash_save_done", 0, b"\1")
+    machine.per_cpu("crash_save_done", 1, b"\0")
+    machine.memory.forget()
+    with pytest.raises(Undecidable, match="contradictory"):
+        evaluate(machine.memory)
+    memory = machine.memory
+    scene = replace(SCENE, memory_root=memory.root, identification=identify(memory))
+    found = {(one.check, one.cpu) for one in scene.failures(machine.target)}
+    assert found == {("crash-owner", None), ("crash-save-done", 0), ("crash-save-done", 1)}

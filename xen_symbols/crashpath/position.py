@@ -143,8 +143,11 @@ def online_at_crash(state: State, generation: Generation | None, crashing: int |
     return frozenset(found & set(state.cpus))
 
 
-def infer(state: State, generation: Generation | None) -> Position:
-    """Where this machine or dump is, on an unknown path roughly. Raises Undecidable when its state does not say."""
+def infer(state: State, generation: Generation | None, crashing: int | None = None) -> Position:
+    """Where this machine or dump is, on an unknown path roughly. `crashing`: the CPU that crashes, if that is known.
+
+    Raises Undecidable when its state does not say.
+    """
     kexecing = state.system["kexecing"]
     if isinstance(kexecing.value, Absent):
         raise Undecidable(f"whether Xen has begun to crash could not be read: {kexecing.value}")
@@ -158,7 +161,7 @@ def infer(state: State, generation: Generation | None) -> Position:
         return Position(NORMAL, None, None, nothing, dict.fromkeys(online, _RUNNING), online)
 
     try:
-        cpu, _ = crashing_cpu(state, generation)
+        cpu = crashing_cpu(state, generation)[0] if crashing is None else crashing
     except Undecidable:
         if generation is not None:
             raise

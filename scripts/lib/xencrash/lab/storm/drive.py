@@ -12,9 +12,8 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from xen_symbols.absence import Undecidable, Unreadable
-from xen_symbols.crashpath.engine import evaluate
-from xen_symbols.report.model import Finding, Verdict
+from xen_symbols.absence import Unreadable
+from xen_symbols.report.model import Finding
 from xen_symbols.targets import PhysicalCpu
 from xencrash.lab.errors import LabError
 from xencrash.lab.storm import inject
@@ -348,11 +347,7 @@ class Driver:
 
     def _failures(self) -> tuple[Finding, ...]:
         self.live.target.forget()
-        try:
-            report = evaluate(self.scene.memory(self.live.target), self.scene.identification)
-        except Undecidable as error:
-            return (Finding("judged", "handover", None, Verdict.FAIL, None, None, "", reason=str(error)),)
-        return tuple(finding for finding in report.findings if finding.verdict is Verdict.FAIL)
+        return self.scene.failures(self.live.target)
 
     def _hand_over(self) -> None:
         self._handed_over = True

@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
+from xen_symbols.crashpath.context import Context
+from xen_symbols.crashpath.engine import judge
 from xen_symbols.crashpath.identification import Identification, identify
-from xen_symbols.crashpath.position import anchor_address
+from xen_symbols.crashpath.position import anchor_address, infer
 from xen_symbols.crashpath.stages import BY_ID
+from xen_symbols.report.model import Finding, Verdict
 from xen_symbols.symbols.table import TEXT, SymbolTable
 from xen_symbols.targets import Target
 from xen_symbols.x86 import gate
 from xen_symbols.xen.idt import idt_address
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import IMAGE_REGION, XenMemory, image_region
+from xen_symbols.xen.state import read_state
 from xencrash.lab.errors import LabError
 
 # Reaching one of these ends the crash: Xen gives up, or starts again.
@@ -58,6 +62,17 @@ class Scene:
         memory = XenMemory(target, self.symbols, self.memory_root, self.found_by)
         memory.build_id = self.build_id
         return memory
+
+    def failures(self, target: Target) -> tuple[Finding, ...]:
+        """What the checks find wrong now, with the CPU that crashes known: late in old crash paths nothing names it."""
+        memory, generation = self.memory(target), self.identification.generation
+        try:
+            state = read_state(memory)
+            position = infer(state, generation, self.crashing)
+        except (Undecidable, Unreadable) as error:
+            return (Finding("judged", "handover", None, Verdict.FAIL, None, None, "", reason=str(error)),)
+        findings = judge(Context(memory, state, position, generation))
+        return tuple(finding for finding in findings if finding.verdict is Verdict.FAIL)
 
     def is_xen(self, pc: int) -> bool:
         region = image_region(self.handover)
