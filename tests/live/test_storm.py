@@ -91,6 +91,8 @@ def test_a_sample_of_injections_passes_except_for_windows(clean: Scenery) -> Non
         ("mc>1@0:kexec_reloc,nmi>1@0:kexec_reloc", "handed-over"),
         ("nmi@0:kexec_reloc+0x6", "unreachable"),  # the stack is gone
         ("yield@1:do_nmi_crash", "handed-over"),  # late
+        # Late, with an NMI that is blocked when the machine check comes, whose IRET unblocks it.
+        ("yield@1:do_nmi_crash,nmi@1:do_nmi_crash,mc@1:do_nmi_crash", "handed-over"),
         ("stop@1:do_nmi_crash", "handed-over"),  # never
     ],
 )

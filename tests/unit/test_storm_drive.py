@@ -1,4 +1,4 @@
-"""When the crash kernel counts as started."""
+"""How one experiment drives its CPUs, with a stub in place of QEMU's."""
 
 from __future__ import annotations
 
@@ -105,3 +105,60 @@ def test_another_cpu_that_is_not_done_is_held_by_an_event(
     storm._done = done
     assert storm._happens(event(action, Place(cpu, IDLE)), cpu)
     assert storm._held == held
+
+
+@pytest.mark.parametrize(("blocked", "stands"), [(True, True), (False, False)], ids=["blocked", "taken"])
+def test_a_cpu_stays_at_its_place_with_a_blocked_nmi(
+    monkeypatch: pytest.MonkeyPatch, blocked: bool, stands: bool
+) -> None:
+    """What else is to happen to it there does happen, instead of waiting for it to come there once more."""
+    storm = driver(None)
+    storm.rsp = Stepped(IDLE, NMI)  # type: ignore[assignment]
+    storm.live.target = storm.live.qmp = None  # type: ignore[assignment]
+    storm.scene.apic_ids = (0, 1)
+    physical: Any = SimpleNamespace(nmi_pending=False, nmi_blocked=blocked)
+    monkeypatch.setattr(storm, "_physical", lambda: [physical] * 2)
+    monkeypatch.setattr("xencrash.lab.storm.drive.foresee", lambda *_: Delivery(NMI, 0x1000))
+    monkeypatch.setattr("xencrash.lab.storm.inject.nmi", lambda *_: None)
+    storm._stands[1] = True
+    assert not storm._happens(event(Action.NMI, Place(1, IDLE)), 1)
+    assert storm._stands[1] is stands
+
+
+class Starved(Stepped):
+    """Its CPU has no time while it runs, and goes on when it is stepped."""
+
+    def __init__(self, *places: int) -> None:
+        super().__init__(*places)
+        self.steps = 0
+
+    def run(self, cpus: list[int], timeout: float) -> None:
+        pass
+
+    def is_halted(self, cpu: int) -> bool:
+        return False
+
+    def step(self, cpu: int, timeout: float) -> bool:
+        self.steps += 1
+        self.places.append(self.places.pop(0))
+        return True
+
+
+def test_a_cpu_that_the_host_gives_no_time_does_not_go_in_circles() -> None:
+    storm = driver(None)
+    storm.rsp = Starved(*range(0x400, 0x41F), IDLE)  # type: ignore[assignment]
+    storm._breakpoints = {IDLE}
+    assert storm._runs(1)
+    assert storm.rsp.registers(1)["rip"] == IDLE
+    assert 1 not in storm.queue
+
+
+def test_another_cpu_that_goes_in_circles_lets_others_run_and_comes_back_twice() -> None:
+    storm = driver(None)
+    storm.rsp = Starved(0x400, 0x402)  # type: ignore[assignment]
+    came_back = []
+    for _ in range(3):
+        storm.queue.clear()
+        assert not storm._runs(1)
+        came_back.append(1 in storm.queue)
+    assert came_back == [True, True, False]

@@ -13,8 +13,8 @@ from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.crashpath.generations import identify
 from xen_symbols.report.model import Finding
 from xen_symbols.report.model import Verdict as Judged
+from xencrash.lab.storm.course import Course, End, Injected
 from xencrash.lab.storm.delivery import Delivery
-from xencrash.lab.storm.drive import Course, End, Injected
 from xencrash.lab.storm.experiment import Action, Event, Place
 from xencrash.lab.storm.judge import Verdict, judge
 from xencrash.lab.storm.scene import Scene

@@ -114,6 +114,7 @@ def test_windows_are_not_failures() -> None:
 def test_the_table_says_what_failed_and_how_to_do_it_again() -> None:
     text = plain(blocks(report(), ["kexec_crash"]))
     assert "3 of 10 in 12 s, seed 7" in text
+    assert "not reached the place of an event, in 1 of them" in text
     line = next(line for line in text.splitlines() if line.startswith("nmi@0:kexec_crash+0x4"))
     assert "hang" in line and "different outcome" in line and "enough: nmi@0:kexec_crash+0x0" in line
     picture = text[text.index("kexec_crash, on the crashing CPU") :].splitlines()

@@ -6,18 +6,17 @@ the crashing one to its end. Nothing depends on the host's speed, except what Xe
 
 from __future__ import annotations
 
-import enum
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from xen_symbols.absence import Unreadable
 from xen_symbols.report.model import Finding
 from xen_symbols.targets import PhysicalCpu
 from xencrash.lab.errors import LabError
 from xencrash.lab.storm import inject
-from xencrash.lab.storm.delivery import VECTORS, Delivery, foresee
+from xencrash.lab.storm.course import Course, End, Injected
+from xencrash.lab.storm.delivery import VECTORS, foresee
 from xencrash.lab.storm.experiment import Action, Event, Experiment, Place
 from xencrash.lab.storm.rsp import SSTEP_ENABLE, SSTEP_MASKED, Gone
 from xencrash.lab.storm.scene import Scene
@@ -25,59 +24,15 @@ from xencrash.lab.storm.snapshot import Live
 
 # Seconds. Xen waits for one second of its own for the other CPUs, which on a busy host are many more.
 HANG = 60.0
-SPIN = 0.4  # for another CPU that neither halts nor reaches a place: it may be waiting for the others
+BUSY = 0.4  # for another CPU before the NMIs are sent: it may run a guest
 _PIECE = 0.2
-_SAMPLES = 9  # of the registers: where a third of them are different at most, it goes round in circles for good
-_PATIENCE = 3  # how often it is let run again
+_SAMPLES = 9  # of the registers: where at most a third of them are different, it may go round in circles
+_CIRCLES = 60  # steps in which they repeat: it does
+_PATIENCE = 3  # how often another CPU that goes round in circles is let run again: it may wait for others
 _HALTS = 0.003  # for a HLT with nothing after it
 _STEP = 0.2
-_TRIES = 5  # about once in a hundred times, on a busy host, QEMU reports a step that did not happen
+_TRIES = 25  # about once in a hundred times, on a busy host, QEMU reports a step that did not happen
 _IF = 0x200  # RFLAGS: interrupts are taken
-
-
-class End(enum.Enum):
-    """How a crash ended."""
-
-    HANDOVER = "handed over"
-    HANG = "hangs"
-    PANIC = "panics"
-    RESET = "reset"  # the machine's end, or QEMU's own
-
-
-@dataclass
-class Injected:
-    """What was observed of one injection."""
-
-    event: Event
-    pc: int  # of its target
-    foreseen: Delivery
-    nmi_blocked: bool
-    after_handover: bool
-    taken: bool = False
-    frame: int | None = None  # where RSP was when the handler began
-    returned: bool = False
-    said: str = ""  # by QEMU
-
-
-@dataclass
-class Course:
-    """Everything observed of one experiment."""
-
-    end: End = End.HANG
-    how: str = ""
-    injected: list[Injected] = field(default_factory=list)
-    unfired: tuple[Event, ...] = ()  # places that were not reached
-    held: frozenset[int] = frozenset()  # other CPUs that an event kept from being done
-    late: frozenset[int] = frozenset()  # other CPUs that were not done at the handover
-    stopped: frozenset[int] = frozenset()  # for good
-    spinning: frozenset[int] = frozenset()  # at the end
-    at_handover: tuple[Finding, ...] = ()  # failures
-    at_end: tuple[Finding, ...] = ()
-    notes_changed: frozenset[int] = frozenset()  # CPUs whose notes were complete, and then written again
-    running: dict[int, str] = field(default_factory=dict)  # other CPUs that are not parked at the end, and why not
-    kernel: bool | None = None  # whether the crash kernel started; None if it was not waited for
-    where: dict[int, str] = field(default_factory=dict)
-    console: str = ""
 
 
 class Driver:
@@ -161,11 +116,10 @@ class Driver:
         if event.action is Action.STOP:
             self._stopped.add(cpu)
             return True
-        self._inject(event)
+        if self._inject(event):
+            self._stands[event.target] = False
         if event.target == cpu:
-            self._stands[cpu] = False
             return False
-        self._stands[event.target] = False
         self.queue.extendleft((cpu, event.target))
         return True
 
@@ -233,7 +187,7 @@ class Driver:
 
     def _runs(self, cpu: int) -> bool:
         crashing = cpu == self.scene.crashing
-        begun, patience, piece = time.monotonic(), HANG if crashing else SPIN, 0.01
+        begun, patience, piece = time.monotonic(), HANG if crashing or self._let_go else BUSY, 0.01
         states: list[tuple[int, ...]] = []
         while time.monotonic() - begun < patience:
             if self.rsp.run([cpu], piece) is not None:
@@ -244,14 +198,31 @@ class Driver:
             if crashing and self._handed_over and self._kernel_has_begun():
                 return False
             states.append(tuple(self.rsp.registers(cpu).values()))
-            if len(states) >= _SAMPLES and len(set(states[-_SAMPLES:])) <= _SAMPLES // 3:
-                break
+            if len(states) >= _SAMPLES and _repeats(states):
+                if self._goes_in_circles(cpu):
+                    break
+                if self.rsp.registers(cpu)["rip"] in self._breakpoints:
+                    return True
+                states.clear()
             piece = min(2 * piece, _PIECE)
         if crashing:
             self._over = not self._handed_over
         elif (self._patience.update((cpu,)) or self._patience[cpu]) < _PATIENCE:
             self.queue.append(cpu)
         return False
+
+    def _goes_in_circles(self, cpu: int) -> bool:
+        """Whether its registers repeat step by step: samples are equal, too, while the host gives the CPU no time."""
+        self.rsp.masking(SSTEP_ENABLE)
+        states = []
+        for _ in range(_CIRCLES):
+            if self.rsp.step(cpu, _STEP) is None:
+                return False
+            registers = self.rsp.registers(cpu)
+            if registers["rip"] in self._breakpoints:
+                return False
+            states.append(tuple(registers.values()))
+        return _repeats(states)
 
     def _wakes(self, cpu: int) -> bool:
         """Whether an NMI is pending that the CPU takes as soon as it runs, also from HLT."""
@@ -290,10 +261,10 @@ class Driver:
 
     # Injection.
 
-    def _inject(self, event: Event) -> None:
+    def _inject(self, event: Event) -> bool:
+        """Whether its target moved: it stays where it is with an NMI that is blocked."""
         cpu, name = event.target, event.action.value
-        if event.action is Action.MC:
-            self._take_pending_nmi(cpu)
+        moved = event.action is Action.MC and self._take_pending_nmi(cpu)
         physical = self._physical()[cpu]
         blocked = physical.nmi_blocked is True
         before = self.rsp.registers(cpu)
@@ -304,7 +275,7 @@ class Driver:
         if event.action is Action.NMI:
             inject.nmi(self.rsp, self.scene.apic_ids[cpu])
             if blocked:
-                return  # it stays pending, and is taken when NMIs are unblocked
+                return moved  # it stays pending, and is taken when NMIs are unblocked
         else:
             seen.said = inject.machine_check(self.live.qmp, cpu)
         after = self._step_in(cpu, before)
@@ -313,11 +284,14 @@ class Driver:
         if seen.taken:
             seen.frame = after["rsp"]
             self._returns[cpu].append((before["rip"], before["rsp"], seen))
+        return moved or after["rip"] != before["rip"]
 
-    def _take_pending_nmi(self, cpu: int) -> None:
+    def _take_pending_nmi(self, cpu: int) -> bool:
         """QEMU would deliver it before the machine check, whose handler then would not begin at the next step."""
-        if self._wakes(cpu):
-            self._step_in(cpu, self.rsp.registers(cpu))
+        if not self._wakes(cpu):
+            return False
+        self._step_in(cpu, self.rsp.registers(cpu))
+        return True
 
     def _step_in(self, cpu: int, before: Mapping[str, int]) -> Mapping[str, int]:
         """Have a CPU take what is pending; its registers after that."""
@@ -387,6 +361,10 @@ class Driver:
         pc = self.rsp.registers(cpu)["rip"]
         halted = "halted in " if self.rsp.is_halted(cpu) else ""
         return f"{halted}{self.scene.symbols.describe(pc)}"
+
+
+def _repeats(states: Sequence[tuple[int, ...]]) -> bool:
+    return len(set(states)) <= len(states) // 3
 
 
 def _last_line(console: bytes) -> str:

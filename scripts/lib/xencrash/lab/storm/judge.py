@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from xen_symbols.report.blocks import show
 from xen_symbols.report.model import Finding
 from xen_symbols.text import cpu_list
-from xencrash.lab.storm.drive import Course, End, Injected
+from xencrash.lab.storm.course import Course, End, Injected
 from xencrash.lab.storm.experiment import Action
 from xencrash.lab.storm.scene import Scene
 

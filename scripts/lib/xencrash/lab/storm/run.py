@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from xencrash.lab.errors import LabError
 from xencrash.lab.storm.begin import Scenery
-from xencrash.lab.storm.drive import Course, Driver, End
+from xencrash.lab.storm.course import Course, End
+from xencrash.lab.storm.drive import Driver
 from xencrash.lab.storm.experiment import Experiment, describe, shrink
 from xencrash.lab.storm.judge import Outcome, Verdict, judge
 from xencrash.lab.storm.snapshot import Live

@@ -53,6 +53,8 @@ def _head(report: Object) -> Lines:
         [Cell("experiments ", "dim"), Cell(_done(report))],
         [Cell("outcomes    ", "dim"), *_counted(report["counts"])],
     ]  # fmt: skip
+    if unfired := sum("unfired" in one for one in report["experiments"]):
+        lines.append([Cell("not reached ", "dim"), Cell(f"the place of an event, in {unfired} of them", "unknown")])
     return Lines(lines)
 
 
