@@ -26,7 +26,7 @@ from xencrash.lab.storm.snapshot import Live
 HANG = 60.0
 BUSY = 0.4  # for another CPU before the NMIs are sent: it may run a guest
 _PIECE = 0.2
-_SAMPLES = 9  # of the registers: where at most a third of them are different, it may go round in circles
+_SAMPLES = 6  # of the registers: where at most a third of them are different, it may go round in circles
 _CIRCLES = 60  # steps in which they repeat: it does
 _PATIENCE = 3  # how often another CPU that goes round in circles is let run again: it may wait for others
 _HALTS = 0.003  # for a HLT with nothing after it
