@@ -10,7 +10,7 @@ import pytest
 from tests.machines.changed import Machine
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.engine import evaluate
-from xen_symbols.crashpath.generations import identify
+from xen_symbols.crashpath.identification import identify
 from xen_symbols.report.model import Finding
 from xen_symbols.report.model import Verdict as Judged
 from xencrash.lab.storm.course import Course, End, Injected
