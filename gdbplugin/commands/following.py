@@ -89,12 +89,12 @@ def _step(session: Session, follower: Follower, expired: bool, signal: str | Non
 
 
 def _end(session: Session) -> Json:
-    """End the trace. {"verdict": of the whole}; -xen-crash-report has the whole report."""
+    """End the trace. {"verdict": of the whole, "undecided": why it is not decided, or null}; -xen-crash-report has the
+    whole report."""
     session.end_watching()
-    follower = _follower(session)
-    report = follower.report.to_json()
+    report = _follower(session).end().to_json()
     session.report, session.follower = report, None
-    return {"verdict": report["verdict"]}
+    return {"verdict": report["verdict"], "undecided": report.get("undecided")}
 
 
 def _follower(session: Session) -> Follower:

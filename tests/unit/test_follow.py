@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -28,9 +30,11 @@ def clock() -> Clock:
     return Clock()
 
 
-def follower(clock: Clock, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Follower:
+def follower(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, renamed: Mapping[str, str] = MappingProxyType({}), **more: Any
+) -> Follower:
     """A recorded machine that stands for a running one; that it has crashed does not matter here."""
-    example, symbols = load("4.17-handover")
+    example, symbols = load("4.17-handover", renamed)
     memory = locate(example, symbols)
     monkeypatch.setattr(Follower, "_start", lambda self, gates: None)
     follow = Follower(memory, identify(memory), clock=clock, **more)
@@ -74,6 +78,18 @@ def test_a_stage_is_waited_for_and_the_machine_looked_at(clock: Clock, monkeypat
     (finding,) = result.findings
     assert (finding.check, finding.verdict) == ("trace-complete", Verdict.FAIL)
     assert finding.reason and finding.reason.startswith("no further stage was reached in 7 s: no crash kernel starts")
+
+
+def test_an_unknown_path_that_is_seen_no_more_may_have_gone_elsewhere(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follow = follower(clock, monkeypatch, {"do_nmi_crash": "my_nmi_crash"}, stall=7)
+    follow.begun = True
+    assert follow.generation is None and follow.report.undecided is None
+    clock.now = 7
+    result = follow.stop(0, NOWHERE, expired=True)
+    assert result.finished and [finding.verdict for finding in result.findings] == [Verdict.UNKNOWN]
+    assert str(follow.end().undecided).startswith("no generation of the crash path fits 4.17-handover.txt")
 
 
 def test_a_machine_whose_cpus_have_paging_off_was_reset(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

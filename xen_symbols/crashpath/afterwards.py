@@ -45,4 +45,4 @@ class Afterwards:
 
 
 def _fails(check: Check, context: Context, cpu: int) -> bool:
-    return check.judge(context, cpu).verdict is Verdict.FAIL
+    return check.made_of(context)(context, cpu).verdict is Verdict.FAIL

@@ -17,6 +17,8 @@ from xen_symbols.symbols.table import TEXT, SymbolTable
 SLOTS = 4
 # Where Xen's C code begins at boot: reached again only after a reset.
 _RESET_ANCHOR = "__start_xen"
+_BEGIN = ("crash-entry", "shutdown-entry")
+NOT_BEGUN = f"the symbols name neither {' nor '.join(BY_ID[name].anchors[0] for name in _BEGIN)}"
 # The stages of other CPUs, from the one that is missed most: where there are fewer slots the last are given up. On
 # the way out of Xen the entries into the handler go on being counted.
 _OTHERS = ("cpu-stop", "nmi-taken", "cpu-save")
@@ -33,6 +35,11 @@ class Anchors:
         self.of: Mapping[str, int] = {name: at for name in BY_ID if (at := found.get(name)) is not None}
         self.reset = symbols.get(_RESET_ANCHOR, TEXT)
         self._crashing = [s for name in self.of if (s := BY_ID[name]).role is Role.CRASHING and s is not UNBLOCKED]
+
+    @property
+    def begins(self) -> bool:
+        """Whether a crash can be seen to begin."""
+        return any(name in self.of for name in _BEGIN)
 
     @property
     def last(self) -> str:
@@ -56,8 +63,7 @@ class Anchors:
         return tuple(found)[: self.slots]
 
     def _before(self, entered: bool) -> Iterator[int]:
-        names = ("shutdown-entry", "crash-entry") if entered else ("crash-entry", "shutdown-entry")
-        yield from (self.of[name] for name in names if name in self.of)
+        yield from (self.of[name] for name in (reversed(_BEGIN) if entered else _BEGIN) if name in self.of)
         if self.reset is not None:
             yield self.reset
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.afterwards import Afterwards
-from xen_symbols.crashpath.breakpoints import SLOTS, Anchors
+from xen_symbols.crashpath.breakpoints import NOT_BEGUN, SLOTS, Anchors
 from xen_symbols.crashpath.checks.cpus import FATAL_TRAP
 from xen_symbols.crashpath.complete import COMPLETE, completeness
 from xen_symbols.crashpath.context import Context, Followed
@@ -81,12 +81,14 @@ class Follower:
         bounds the wait for the crash to begin (None: forever), `stall` the time between two stages, in seconds of
         `clock`. `settable` tries how many of some addresses can have hardware breakpoints at the same time.
 
-        Raises Undecidable for a Xen that has crashed already, or that cannot be identified.
+        A path that no generation fits is followed by what symbols of its stages there are. Raises Undecidable for a Xen
+        that has crashed already.
         """
         self.memory = memory
         self.identification = identification or identify(memory)
         self.generation = self.identification.generation
         self.report: Report = new_report(memory, self.identification)
+        self.report.undecided = None  # that the path is unknown is said at the end: it is followed all the same
         self._unblocking = unblocking(memory, self.generation)
         self._anchors = Anchors(memory.symbols, unblocked=self._unblocking.address)
         self._anchors.slots = min(SLOTS, settable(self._anchors.all()))
@@ -130,8 +132,13 @@ class Follower:
             self.early = ends_early(context)
         self._entered = self.begun = position.stage is not NORMAL
         self.report.findings += [self._unseen(stage) for stage in self._anchors.unseen()]
-        if not self._anchors.slots:
-            self.report.undecided = f"{self._few()}: no stage of a crash could be seen; judge it afterwards with check"
+        if why := NOT_BEGUN * (not self._anchors.begins) or self._few() * (not self._anchors.slots):
+            self.report.undecided = f"{why}: no stage of a crash could be seen; judge it afterwards with check"
+
+    def end(self) -> Report:
+        """The report, which says of a path that was followed without its generation why that is not known."""
+        self.report.undecided = self.report.undecided or self.identification.reason or None
+        return self.report
 
     def _few(self) -> str:
         slots = self._anchors.slots
@@ -363,7 +370,8 @@ class Follower:
 
     def _complete(self, reached: bool, why: str | None = None, follows: str | None = None) -> Finding:
         last = self.report.stages[-1].stage if self.report.stages else None
-        verdict = Verdict.PASS if reached else Verdict.FAIL
+        # An unknown path may end elsewhere.
+        verdict = Verdict.PASS if reached else Verdict.FAIL if self.generation else Verdict.UNKNOWN
         reason = None if reached else "; ".join([f"{why}: {COMPLETE.consequence}", *self._whereabouts()])
         finding = self._of_trace(self._anchors.last, verdict, last, reason, last=last or "", follows=follows)
         self.report.findings.append(finding)

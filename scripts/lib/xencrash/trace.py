@@ -113,7 +113,10 @@ def follow(
         if trigger is not None:
             trigger()
         _to_the_end(session, report, begin["wait"], progress, on_stop)
-        report["verdict"] = session.xen("crash-trace-end")["verdict"]
+        end = session.xen("crash-trace-end")
+        report["verdict"] = end["verdict"]
+        if end["undecided"]:
+            report["undecided"] = end["undecided"]
         session.leave(running=False if leave_stopped else None)
     except Undecidable as error:
         if report is None:

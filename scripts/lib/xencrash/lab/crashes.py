@@ -105,7 +105,7 @@ def _reports(cell: Cell, gdb: str, output: Path, fresh: bool) -> Iterator[contra
         lab.prepare(cell.how, cell.cpu)
         report = judged.follow(lab, output, lambda: _crash_later(lab, cell), gdb=gdb)
         yield report
-        if not report.get("undecided"):
+        if judged.was_followed(report):
             yield judged.check_vmcore(lab, output)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from xen_symbols.crashpath.stages import AFTERWARDS
 from xencrash.judging import judge_dump
 from xencrash.lab.boot import up
 from xencrash.lab.errors import LabError
@@ -107,6 +108,11 @@ def follow(machine: Machine, output: Path, crash: Callable[[], None], **options:
     )
     _leave(report, output, _TRACE)
     return report
+
+
+def was_followed(report: contract.Report) -> bool:
+    """Whether a crash was followed to its end, whatever is not known of its path: a vmcore is to be had."""
+    return not report.get("undecided") or [stage["stage"] for stage in report["stages"]][-1:] == [AFTERWARDS.id]
 
 
 def check_vmcore(machine: Machine, output: Path, **given: Any) -> contract.Report:

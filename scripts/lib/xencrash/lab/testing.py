@@ -72,6 +72,6 @@ def traced(lab: Machine, crash: Crash, output: Path) -> Judged:
 
 def dumped(lab: Machine, trace: Judged, output: Path) -> Judged:
     """The vmcore of the crash that was traced. Raises Undecidable."""
-    if trace.report.get("undecided"):
+    if not judged.was_followed(trace.report):
         raise LabError(f"no vmcore is taken, since the crash was not followed to its end: {trace.why}")
     return Judged(judged.check_vmcore(lab, output), output / "vmcore")

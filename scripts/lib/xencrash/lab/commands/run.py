@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
             machine, output, lambda: _crash(machine, wanted), progress=show_stage, gates=gates, **said
         )
         status = finish(report)
-        if wanted.guest or report.get("undecided"):
+        if wanted.guest or not judged.was_followed(report):
             return status or as_asked(wanted, [report])
         tell("the crash kernel copies the vmcore")
         checked = judged.check_vmcore(machine, output, **said)
