@@ -23,6 +23,7 @@ from pathlib import Path
 from tests.machines import dumpwriter
 from tests.machines.syntheticxen import SyntheticXen
 from xen_symbols.crashpath.engine import evaluate
+from xen_symbols.report.page import page
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets.dump import open_dump
@@ -104,12 +105,17 @@ def measure(name: str, dump: str, symbols: str | None, python: str, runs: int) -
 
     loaded = table()
     memory = locate(open_dump(dump), loaded)
+    made = evaluate(memory)
+    length = sum(map(len, page(made.to_json())))
     seconds = {
         "symbols": median(runs, lambda: table().get("idle_pg_table")),
         "opening": median(runs, lambda: locate(open_dump(dump), loaded)),
         "checks": median(runs, lambda: evaluate(memory)),
+        "page": median(runs, lambda: sum(map(len, page(made.to_json())))),
     }
-    print("    inside: " + ", ".join(f"{part} {value * 1e3:.1f} ms" for part, value in seconds.items()), flush=True)
+    inside = ", ".join(f"{part} {value * 1e3:.1f} ms" for part, value in seconds.items())
+    drawn = f"{seconds['page'] / seconds['checks']:.2f} x its checks, {length / 1e3:.0f} kB"
+    print(f"    inside: {inside} ({drawn})", flush=True)
     return seconds["checks"]
 
 
