@@ -15,8 +15,8 @@ from pygdbmi import gdbmiparser
 Record = dict[str, Any]
 
 _PIPE = 1 << 16  # bytes, which a pipe holds
-# The result of a command of the plugin: up to a megabyte, whose escapes pygdbmi decodes one by one. It is JSON
-# in a C string; where the latter has JSON's escapes only, it is JSON as well.
+# The result of a command of the plugin: up to a megabyte, whose escapes pygdbmi decodes one by one. It is JSON in a C
+# string; where that has the escapes of JSON only, it is JSON as well.
 _ANSWER = re.compile(r'(\d+)\^done,json=(".*")')
 
 
