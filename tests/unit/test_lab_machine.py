@@ -242,7 +242,7 @@ def test_what_follows_from_a_specification() -> None:
     assert Specification().lapic_row.mode == "xapic"
     assert Specification(qemu="10.0").lapic_row.mode == "x2apic"
     assert Specification(guest="rfc-v1").memory_mib == 64
-    assert (Specification().memory_mib, Specification(memory=2048).memory_mib) == (1024, 2048)
+    assert (Specification().memory_mib, Specification(memory=2048).memory_mib) == (704, 2048)
     assert Specification(kernel=Boot(Path("/boot/linux"), Path("/syms"))).name == "linux"
     assert [Specification(**fields).boots_dom0 for fields in ({}, {"paused": True}, {"wait": "xen"})] == [
         True, False, False

@@ -39,7 +39,7 @@ def add_machine(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-cpus", type=count, metavar="N", help="CPUs that the firmware names as possible; default: those present"
     )
-    parser.add_argument("--memory", type=count, metavar="MIB", help="default: 1024")
+    parser.add_argument("--memory", type=count, metavar="MIB", help="default: 704")
     parser.add_argument("--dom0-vcpus", type=count, metavar="N", help="default: 1; pinned if as many as CPUs")
     parser.add_argument(
         "--domu-vcpus", type=count, metavar="N",

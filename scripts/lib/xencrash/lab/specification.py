@@ -31,7 +31,7 @@ from xencrash.lab.rows import (
 
 WAITS = ("dom0", "xen", "none")
 BOOTS = ("multiboot", "efi")
-_GUEST_MIB, _XEN_MIB = 64, 1024
+_GUEST_MIB, _XEN_MIB = 64, 704
 CPUINFO = Path("/proc/cpuinfo")
 # Options for real Xen only; the reference guest has no use for them.
 _OF_XEN = ("xen", "xen_image", "memory", "dom0_vcpus", "domu_vcpus", "xen_args", "dom0_args", "how", "no_crash_kernel")
