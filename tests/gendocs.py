@@ -12,12 +12,13 @@ from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.checks.model import ByGeneration, Need, Shows
 from xen_symbols.crashpath.complete import COMPLETE
 from xen_symbols.crashpath.gatechanges import GATE_WRITES
-from xen_symbols.crashpath.generations import GENERATIONS
+from xen_symbols.crashpath.generations import GENERATIONS, Generation
 from xen_symbols.crashpath.preflight import BUILT_IN, PROMISES
 from xen_symbols.crashpath.stages import BY_ID, CrashStep, OtherStep, Role
 from xen_symbols.crashpath.timeline import HELPERS, PATH, Value, Whose, Write
 from xen_symbols.x86.gate import VECTOR_NAMES
 from xencrash.guests import FAULTS
+from xencrash.lab.rows import XENS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -34,11 +35,15 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "## Generations"
     yield ""
-    yield "| id | introduced by | releases | other CPUs hooked by | recognised by |"
-    yield "|---|---|---|---|---|"
+    yield "Judged on: the real Xens whose crash was followed to its end and judged, those of the lab (lab) in each run"
+    yield "of its matrix, others once, built from source. The tests run every generation on the reference guest, too."
+    yield ""
+    yield "| id | introduced by | releases | other CPUs hooked by | recognised by | judged on |"
+    yield "|---|---|---|---|---|---|"
     for generation in GENERATIONS:
         evidence = "; ".join(item.says for item in generation.evidence)
-        row = (generation.id, generation.introduced, generation.releases, generation.hook.value, evidence)
+        row = (generation.id, generation.introduced, generation.releases, generation.hook.value, evidence,
+               _judged_on(generation))  # fmt: skip
         yield f"| {' | '.join(row)} |"
     yield ""
     yield "## Stages"
@@ -122,6 +127,13 @@ def _lines() -> Iterator[str]:
         row = (whose, becomes, _stage_at(write.window.first - 1), _stage_at(write.window.last), _generations(write),
                write.by.source, _writer(write))  # fmt: skip
         yield f"| {' | '.join(row)} |"
+
+
+def _judged_on(generation: Generation) -> str:
+    """The real Xens; where there are none, that it was seen on the reference guest only."""
+    return ", ".join(f"{xen} (lab)" if xen in XENS else xen for xen in generation.judged_on) or (
+        "**the reference guest only**"
+    )
 
 
 def _word(shows: Shows) -> str:

@@ -369,6 +369,31 @@ def test_a_silent_cpu_stays_in_the_mode_in_which_xen_ran() -> None:
     assert failures(machine)["lapic-mode", 2] == "nmi-answered"
 
 
+def test_a_lapic_that_the_emulator_may_have_left_off_is_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 4.4 the path switches it off and on again, which TCG of QEMU before 9.0 does not do."""
+
+    def mode(base: int, *, off: bool = True, accelerator: object = "tcg") -> Finding:
+        machine = Machine()
+        machine.lapic(2, apic_base=base)
+        monkeypatch.setattr(type(machine.target), "accelerator", accelerator, raising=False)
+        state = read_state(machine.memory)
+        generation = identify(machine.memory).generation
+        assert generation is not None
+        generation = generation._replace(switches_lapic_off=off)
+        context = Context(machine.memory, state, infer(state, generation), generation)
+        return next(f for f in judge(context) if (f.check, f.cpu) == ("lapic-mode", 2))
+
+    disabled, x2apic = 0xFEE00000, 0xFEE00C00
+    for accelerator in ("tcg", Absent("not asked")):
+        undecided = mode(disabled, accelerator=accelerator)
+        assert (undecided.verdict, undecided.observed) == (Verdict.UNKNOWN, "disabled")
+        assert str(undecided.reason).endswith("leaves it off under TCG: judge it under a newer QEMU")
+    assert mode(disabled, accelerator="kvm").verdict is Verdict.FAIL
+    assert mode(disabled, off=False).verdict is Verdict.FAIL  # since 77ffa26374
+    assert mode(x2apic).verdict is Verdict.FAIL  # that is not off
+    assert mode(0xFEE00800).verdict is Verdict.PASS
+
+
 def test_xens_own_report_of_a_failed_shootdown_is_a_failure() -> None:
     machine = Machine()
     ring = machine.memory.variable("conring")

@@ -9,7 +9,9 @@ import pytest
 
 from tests import genterminal
 from tests.gendocs import DOCS, PAGES
+from xen_symbols.crashpath.generations import GENERATIONS
 from xencrash import commands
+from xencrash.lab.rows import XENS
 from xencrash.subcommands import every, find
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,18 @@ def test_the_terminal_in_the_readme_shows_what_a_trace_prints_now() -> None:
     assert genterminal.words(shown) == genterminal.words(genterminal.picture()), "run python -m tests.gendocs"
     assert "nmis-unblocked" in genterminal.words(shown)
     assert re.findall(r"https?://[^ \"'<]+", shown.replace("http://www.w3.org/2000/svg", "")) == ["https://www.textualize.io"]
+
+
+def test_where_each_generation_was_seen() -> None:
+    page = PAGES["reference.md"]().splitlines()
+    shown = {row.split(" | ")[0].removeprefix("| "): row for row in page if row.count(" | ") == 5}
+    for generation in GENERATIONS:
+        said = shown[generation.id].removesuffix(" |").rpartition(" | ")[2]
+        lab = {xen.name for xen in XENS.values() if xen.generation == generation.id}
+        assert {name for name in generation.judged_on if name in XENS} == lab
+        assert {name.removesuffix(" (lab)") for name in said.split(", ") if name.endswith("(lab)")} == lab
+        assert (said == "**the reference guest only**") is (not generation.judged_on)
+    assert {row.id for row in GENERATIONS if not row.judged_on} == {"rfc-v1", "rfc-v1-fixed"}  # never released
 
 
 def test_every_subcommand_that_the_readme_names_has_help() -> None:

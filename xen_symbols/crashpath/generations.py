@@ -121,10 +121,13 @@ class Generation(NamedTuple):
     has_save_done: bool = True  # crash_save_done and the self-NMI
     announces: bool = True  # "Shot down all CPUs" on the console
     frees_offline_cpus: bool = False  # with its IDT: every CPU that has one was online (until 8797d20a6e, 4.12)
+    switches_lapic_off: bool = False  # and on again, on its way to the boot mode, always (until 77ffa26374, 4.5.0)
     reads_absent_idts: bool = False  # in machine_kexec, of possible CPUs that are not present (until 2c9829a261)
     dead_cpus_use_trap_nop: bool = False  # in their own NMI gates (73cb1383bf, 4.13)
     idle_callbacks: tuple[str, ...] = ()  # legitimate values of nmi_callback before the crash
     parks_in: str = "do_nmi_crash"
+    # Real Xens whose crash was followed and judged, of those without a row in the lab built from source.
+    judged_on: tuple[str, ...] = ()
 
 
 _DUMMY = ("dummy_nmi_callback", "nmi_int.c#nmi_callback")
@@ -136,29 +139,32 @@ GENERATIONS = (
         "4.2.0", "before 77ad1faa6b", "4.2.0 - 4.2.5", Hook.CRASH_CALLBACK,
         (has("crash_nmi_callback", TEXT), lacks("do_nmi_crash", TEXT)),
         bookkeeping=Bookkeeping.COUNT, own_nmi_gate=False, swaps_mc=False, has_save_done=False, announces=False,
-        frees_offline_cpus=True, idle_callbacks=_DUMMY, parks_in="crash_nmi_callback",
+        frees_offline_cpus=True, switches_lapic_off=True, idle_callbacks=_DUMMY, parks_in="crash_nmi_callback",
+        judged_on=("4.2.5",),
     ),
     Generation(
         "rfc-v1", "RFC of 2012-12-04, as posted", "never released", Hook.GATE,
         (has("nmi_crash", TEXT), lacks("waiting_to_crash"), _stub_starts_with_cli(True), _decrement(False)),
         bookkeeping=Bookkeeping.COUNT, clears_remote_ist=True, announces=False, frees_offline_cpus=True,
-        idle_callbacks=_DUMMY,
+        switches_lapic_off=True, idle_callbacks=_DUMMY,
     ),
     Generation(
         "rfc-v1-fixed", "RFC of 2012-12-04 with the missing atomic_dec", "never released", Hook.GATE,
         (has("nmi_crash", TEXT), lacks("waiting_to_crash"), _stub_starts_with_cli(True), _decrement(True)),
         bookkeeping=Bookkeeping.COUNT, clears_remote_ist=True, announces=False, frees_offline_cpus=True,
-        idle_callbacks=_DUMMY,
+        switches_lapic_off=True, idle_callbacks=_DUMMY,
     ),
     Generation(
         "4.3.0", "77ad1faa6b", "4.3.0, 4.3.1", Hook.GATE,
         (has("nmi_crash", TEXT), lacks("waiting_to_crash"), has("waiting_for_crash_ipi"), _stub_starts_with_cli(False)),
-        bookkeeping=Bookkeeping.COUNT, announces=False, frees_offline_cpus=True, idle_callbacks=_DUMMY,
+        bookkeeping=Bookkeeping.COUNT, announces=False, frees_offline_cpus=True, switches_lapic_off=True,
+        idle_callbacks=_DUMMY, judged_on=("4.3.0",),
     ),
     Generation(
         "4.3.2", "f12c1f0b09", "4.3.2, 4.3.3, 4.4.0, 4.4.1, 4.5.0", Hook.GATE,
         (has("nmi_crash", TEXT), has("waiting_to_crash")),
-        bookkeeping=Bookkeeping.MASK, frees_offline_cpus=True, idle_callbacks=_DUMMY,
+        bookkeeping=Bookkeeping.MASK, frees_offline_cpus=True, switches_lapic_off=True, idle_callbacks=_DUMMY,
+        judged_on=("4.5.0",),
     ),
     Generation(
         # 8228055568 (4.4.3) writes the same entry through another mapping, which leaves no trace.
@@ -168,6 +174,7 @@ GENERATIONS = (
             either(has("exception_table", DATA), has("dummy_nmi_callback", TEXT)),
         ),
         bookkeeping=Bookkeeping.MASK, dead_cpus_use_trap_nop=True, idle_callbacks=(*_DUMMY, *_TRANSIENT),
+        judged_on=("4.8.5", "4.11.4", "4.13.4", "4.14"),
     ),
     Generation(
         "4.17.0", "e7f147bf4a", "4.17 - 4.20", Hook.CALLBACK,
@@ -176,6 +183,7 @@ GENERATIONS = (
             lacks("dummy_nmi_callback", TEXT), has("idt_tables", DATA),
         ),
         bookkeeping=Bookkeeping.MASK, dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
+        judged_on=("4.17", "4.19.6", "4.20"),
     ),
     Generation(
         "4.21.0", "9c20d3c591", "4.21.0, 4.21.1", Hook.CALLBACK,
@@ -184,6 +192,7 @@ GENERATIONS = (
             code_references("machine_crash_shutdown", "trap_nop"),
         ),
         bookkeeping=Bookkeeping.MASK, reads_absent_idts=True, dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
+        judged_on=("4.21.0",),
     ),
     Generation(
         "4.21.2", "ad9c7d86c9, 2c9829a261", "4.21.2, 4.22", Hook.CALLBACK,
@@ -192,6 +201,7 @@ GENERATIONS = (
             code_references("machine_crash_shutdown", "trap_nop", expected=False),
         ),
         bookkeeping=Bookkeeping.MASK, own_nmi_gate=False, dead_cpus_use_trap_nop=True, idle_callbacks=_TRANSIENT,
+        judged_on=("4.22.0",),
     ),
 )  # fmt: skip
 
