@@ -208,8 +208,7 @@ class _Gate(gdb.Function):
                 raise Undecidable(f"vector {vector} does not exist: an IDT has {gate.IDT_ENTRIES}")
             with self._session.look() as memory:
                 raw = memory.read(idt_address(memory, cpu) + vector * gate.SIZE, gate.SIZE)
-            kind = gdb.selected_inferior().architecture().integer_type(64, False)
-            return gdb.Value(gate.decode(raw).handler).cast(kind)
+            return gdb.Value(gate.decode(raw).handler).cast(gdb.parse_and_eval("(void (*)(void))0").type)
 
 
 def _taken(call: str, arguments: Sequence[gdb.Value], count: int) -> Sequence[gdb.Value]:

@@ -33,7 +33,7 @@ It has the variable's type where the symbols carry debug information; else it is
 integer of the variable's size (1, 2, 4 or 8 bytes), or an array of unsigned char.
 It is a copy, read by Xen's own page tables whatever CPU is selected: it has no address
 (xen percpu shows that), and assigning to it changes nothing in the machine.""",
-    "xen_gate": """$xen_gate(CPU, VECTOR): the handler's address in one of Xen's interrupt gates, an unsigned long.
+    "xen_gate": """$xen_gate(CPU, VECTOR): the handler in one of Xen's interrupt gates, a pointer to a function.
 
-For instance: info symbol $xen_gate(0, 2)""",
+print shows its symbol, too; x/i $xen_gate(0, 2) its first instruction.""",
 }

@@ -77,7 +77,7 @@ def assert_it_is_what_ram_holds(lab: Machine, facts: Json) -> None:
     with ram(lab) as memory:
         assert memory[at : at + 16].hex() == facts["idt"]["gates"][0]["gate"]["raw"]
     handler = facts["idt-of-one"]["gates"][18]["gate"]["handler"]["address"]
-    assert int(facts["$xen_gate"]) == int(handler, 16)
+    assert facts["$xen_gate"].split()[0] == handler
     assert int(facts["$xen_per_cpu"]) == int(facts["percpu"]["cpus"][1]["value"], 16)
 
 
