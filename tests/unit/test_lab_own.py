@@ -16,7 +16,7 @@ import pytest
 from tests.machines import pewriter
 from tests.machines.elfwriter import BUILD_ID, START, Sym, build_id_note, function, sections, variable, xen_syms
 from xencrash.lab import boot, cells, images, options
-from xencrash.lab.commands import matrix
+from xencrash.lab.commands import matrix, repeat
 from xencrash.lab.errors import BadSpecification, LabError
 from xencrash.lab.own import OwnXen, own_xen
 from xencrash.lab.rows import GDBS, QEMUS
@@ -165,6 +165,23 @@ def test_its_cells_are_those_of_a_row_without_domus(tmp_path: Path) -> None:
     assert {cell.qemu for cell in cells.settled(made)} == {"7.2", "10.0"}
     with pytest.raises(BadSpecification, match="--xen and --xen-image are two Xens"):
         matrix.run(argparse.Namespace(xen=["4.17"], xen_image=str(own.image), symbols=str(own.symbols)))
+
+
+def test_a_xen_is_not_crashed_in_ways_that_it_lacks_symbols_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, xen_gz=IMAGE, xen__syms=syms(symbols=[*SYMBOLS, function("do_kexec_op", START + 0x200)]))
+    ran: list[cells.Cell] = []
+    monkeypatch.setattr(repeat, "crash_all", lambda crashes, *_: ran.extend(crashes) or [])
+    monkeypatch.setattr(repeat, "finish", lambda *_: 0)
+    parser = argparse.ArgumentParser()
+    repeat.add_options(parser)
+    assert repeat.run(parser.parse_args(["--xen-image", str(tmp_path / "xen.gz"), "-n", "200", "--seed", "1"])) == 0
+    assert {cell.how for cell in ran} == {"key", "panic", "nmi", "bug", "page-fault", "double-fault"}
+    assert [line for line in capsys.readouterr().err.splitlines() if "--how" in line] == [
+        f"xencrash: --how {way} needs {name}, which its symbols do not have: it is not crashed in this way"
+        for way, name in (("watchdog", "do_nmi_trigger"), ("mce", "mca_allbanks"))
+    ]
 
 
 @pytest.mark.parametrize("says", ["Serial input to ", "Serial input -> "])
