@@ -24,8 +24,8 @@ from xencrash.lab.crash import WAYS, Crash
 from xencrash.lab.crash import crashes as crashes_of
 from xencrash.lab.crashes import crash
 from xencrash.lab.errors import BadSpecification, LabError, PackageGone
-from xencrash.lab.outcomes import finish, render, status_of
-from xencrash.lab.rows import GDBS, QEMUS, SUITES, XENS
+from xencrash.lab.outcomes import finish, render, status_of, words
+from xencrash.lab.rows import ACCELS, GDBS, QEMUS, SUITES, XENS
 from xencrash.lab.specification import Specification
 
 Json = dict[str, Any]
@@ -34,7 +34,7 @@ Json = dict[str, Any]
 def outcome(verdict: str = "pass", *, gone: bool = False, **more: Any) -> Json:
     cell = {"name": "one", "xen": "4.17", "qemu": "7.2", "gdb": "debian", "lapic": "xapic", "how": "panic", "cpu": 2}
     came = {"verdict": verdict, "reason": "" if verdict == "pass" else "why | so", "gone": gone, "seconds": 31.4}
-    found = {"load": 0, "domu": False, "delay": 0.0}
+    found = {"load": 0, "domu": False, "delay": 0.0, "accel": "tcg"}
     found |= {"generation": "4.17.0", "crashing_cpu": 2, "lapic_modes": ["xapic"]}
     return {**cell, **came, **found, **more}
 
@@ -47,6 +47,16 @@ def test_a_mode_that_a_qemu_does_not_have_makes_no_cell() -> None:
     assert modes == {(row.name, mode) for row in QEMUS.values() for mode in row.cpu}
     assert ("10.0", "x2apic") in modes and ("7.2", "x2apic") not in modes
     assert {(cell.how, cell.cpu) for cell in every} == {("key", None), *(("panic", cpu) for cpu in range(4))}
+
+
+def test_under_kvm_every_qemu_has_both_modes_and_no_domu() -> None:
+    every = cells.cells(accel="kvm-in-tcg")
+    assert {(cell.qemu, cell.lapic) for cell in every} == set(itertools.product(QEMUS, ("xapic", "x2apic")))
+    assert {cell.accel for cell in every} == {"kvm-in-tcg"} and not any(cell.domu for cell in every)
+    assert every[0].name == "4.17-7.2-debian-xapic-kvm-in-tcg"
+    made = crashes._specification(every[0])
+    assert (made.accel, made.lapic, made.accel_row.nested) == ("kvm-in-tcg", "xapic", True)
+    assert words(outcome(accel="kvm-in-tcg"))[1] == "7.2, kvm-in-tcg"
 
 
 def test_the_default_selection_covers_every_pair() -> None:
@@ -84,7 +94,7 @@ def test_a_moving_suite_is_in_no_selection_that_does_not_ask_for_it(monkeypatch:
 
 
 def _args(**given: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{**dict.fromkeys(cells.DIMENSIONS), **given})
+    return argparse.Namespace(**{**dict.fromkeys(cells.DIMENSIONS), "accel": "tcg", **given})
 
 
 def test_filters() -> None:
@@ -242,7 +252,8 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     @contextlib.contextmanager
     def machine(*_: object, **__: object) -> Iterator[Any]:
         dom0 = argparse.Namespace(load=lambda loops: None)
-        yield argparse.Namespace(gdb_socket="", symbols="", qmp_socket="", dom0=dom0, prepare=lambda how, cpu: None)
+        yield argparse.Namespace(gdb_socket="", symbols="", qmp_socket="", dom0=dom0, prepare=lambda how, cpu: None,
+                                 accel_row=ACCELS["tcg"])  # fmt: skip
 
     monkeypatch.setattr(judged, "machine", machine)
     monkeypatch.setattr(judged, "trace", lambda *_, **__: report())

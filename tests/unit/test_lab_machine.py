@@ -138,7 +138,7 @@ def test_a_machine_that_is_loaded_waits_and_has_ram_of_its_own(tmp_path: Path) -
     ("fields", "why"),
     [
         ({"xen": "4.99"}, f"--xen is one of {', '.join(XENS)}, not '4.99'"),
-        ({"wait": "dom1"}, "--wait is one of dom0, xen, none, not 'dom1'"),
+        ({"wait": "dom1"}, "--wait is one of dom0, xen, shell, none, not 'dom1'"),
         ({"lapic": "x2apic"}, "--lapic x2apic needs x2APIC, which QEMU 7.2 does not emulate: give --qemu 10.0 or sid"),
         ({"domu_vcpus": 5}, "--domu-vcpus 5: each needs its own CPU, and the machine has 4"),
         ({"max_cpus": 3}, "--max-cpus 3: the machine has 4 CPUs: give as many or more"),
@@ -149,6 +149,7 @@ def test_a_machine_that_is_loaded_waits_and_has_ram_of_its_own(tmp_path: Path) -
         ({"guest": "rfc-v1", "crash_kernel": False}, "--no-crash-kernel is for real Xen"),
         ({"guest": "rfc-v1", "kernel": Boot(Path("/k"), Path("/s"))}, "kernel and guest are two things to boot"),
         ({"crash": Crash("panic", 2)}, "boot the machine with --dom0-vcpus 4"),
+        ({"accel": "kvm-in-tcg", "boot": "efi"}, "--accel kvm-in-tcg has no OVMF"),
         ({"crash": Crash("panic", 4), "dom0_vcpus": 4}, "--cpu 4: the machine's CPUs are 0 to 3"),
     ],
 )
@@ -302,7 +303,7 @@ def test_what_was_made_is_made_again_when_it_is_broken(tmp_path: Path) -> None:
             digest = hashlib.sha256(b"").hexdigest()
             return [Package("in", str(version), f"in_{version}.deb", 0, digest, ())]
 
-        return images._made(cache, "thing", [images.Wanted("bookworm", choose)], build)
+        return images.make_once(cache, "thing", [images.Wanted("bookworm", choose)], build)
 
     (tmp_path / "packages").mkdir()
     for version in (1, 2):
@@ -497,7 +498,7 @@ def test_what_a_xen_lacks_is_not_planted(symbols: Path, name: str, ways: set[str
 
 _XEN = b"(XEN) Brought up 4 CPUs\r\n[ 0.0] Kernel command line: panic=5\r\n"
 _GUEST = b"4 CPUs ready, CPU 0 crashes on 'C'\r\n"
-_LOADED = b"@dom0 ready\r\n@crash-kernel-loaded 0\r\n"
+_LOADED = b"@shell ready\r\n@crash-kernel-loaded 0\r\n"
 
 
 @pytest.mark.parametrize(
@@ -509,7 +510,7 @@ _LOADED = b"@dom0 ready\r\n@crash-kernel-loaded 0\r\n"
         (_XEN + b"(XEN) 'C' pressed -> triggering crashdump\r\n", _LOADED, "crashed"),
         (_XEN + b"(XEN) Hardware Dom0 crashed: Executing kexec image on cpu2\r\n", _LOADED, "crashed"),
         (_XEN + b"(XEN) Panic on CPU 1:\r\n(XEN) FATAL PAGE FAULT\r\n", b"", "crashed"),
-        (_XEN + b"(XEN) Panic on CPU 1:\r\n" + _XEN, b"@dom0 ready\r\n", "dom0 runs"),  # and a reset
+        (_XEN + b"(XEN) Panic on CPU 1:\r\n" + _XEN, b"@shell ready\r\n", "dom0 runs"),  # and a reset
         (_XEN + b"(XEN) Executing kexec image on cpu0\r\n", _LOADED + b"@crash kernel\r\n", "crash kernel runs"),
         (_XEN + b"(XEN) Executing kexec image on cpu0\r\n", _LOADED + b"@vmcore copied 9\r\n", "vmcore copied"),
         (_GUEST, b"", "guest runs"),

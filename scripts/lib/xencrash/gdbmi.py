@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 ATTACH_SECONDS = 4.0  # QEMU's stub answers within milliseconds; one that serves another gdb never does
+FREE_SECONDS = 60.0  # where QMP says that it serves nobody: on a busy host it may be slow
 COMMAND_SECONDS = 30.0
 READ_SECONDS = 120.0  # for what reads the machine: over a slow line each of a thousand packets takes its time
 _LEAVE_SECONDS = 3.0
@@ -197,7 +198,7 @@ class GdbSession:
         self.location = target
         running = _ask_before_attaching(target, qmp) if qmp else None
         try:
-            self.mi(f"-target-select remote {address}", ATTACH_SECONDS)
+            self.mi(f"-target-select remote {address}", ATTACH_SECONDS if running is None else FREE_SECONDS)
         except Timeout:
             self._process.kill()  # it would go on trying
             raise Timeout(

@@ -6,17 +6,18 @@ import contextlib
 import hashlib
 import json
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from xencrash import guests
-from xencrash.lab import dom0, efi, images, saved
+from xencrash.lab import dom0, efi, images, nested, saved
 from xencrash.lab.digests import sha256_of
 from xencrash.lab.errors import LabError
 from xencrash.lab.firmware import with_x2apic_on
-from xencrash.lab.machine import XEN_UP, Machine, logs_say_why
+from xencrash.lab.machine import GUEST_UP, XEN_UP, Machine, logs_say_why
 from xencrash.lab.packages import Cache
 from xencrash.lab.process import Progress
 from xencrash.lab.qemu import Boot, Memory, Paths, Program, Ram, command_line, start, start_time
@@ -49,9 +50,10 @@ class Recipe:
     def command(self, paths: Paths, ram: Ram, incoming: bool = False) -> list[str]:
         spec = self.specification
         iommu = ("-device", spec.qemu_row.iommu) if spec.pvh else ()
+        boot = replace(self.boot, kernel=paths.kernel) if spec.lapic_row.firmware else self.boot
         return command_line(
             self.program,
-            replace(self.boot, kernel=paths.kernel) if spec.lapic_row.firmware else self.boot,
+            nested.moved(boot, paths) if spec.accel_row.nested else boot,
             paths,
             ram,
             cpus=spec.cpus,
@@ -59,6 +61,7 @@ class Recipe:
             memory_mib=spec.memory_mib,
             paused=spec.paused,
             incoming=incoming,
+            connected=nested.ENDS if spec.accel_row.nested else None,
             extra=(*iommu, *spec.qemu_args),
         )
 
@@ -81,9 +84,8 @@ class Recipe:
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:32]
 
     def _files(self) -> Iterator[Path]:
-        for path in (Path(word) for word in self.program.words if word.startswith("/")):
-            yield from sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else (path,)
-        yield from (Path(module.split()[0]) for module in self.boot.initrd.split(",") if module)
+        yield from self.program.files()
+        yield from (Path(module.split(" ")[0]) for module in self.boot.modules)
         if made := self.boot.efi:
             yield from (made.firmware, *sorted(filter(Path.is_file, made.esp.rglob("*"))))
 
@@ -93,7 +95,8 @@ def recipe_of(specification: Specification, cache: Cache) -> Recipe:
     spec = specification
     words = (spec.cpu_modes[spec.lapic_row.mode], "-rdtscp" * spec.pvh, spec.cpu_args, spec.crash_cpu_args)
     cpu = ",".join(filter(None, words))
-    program = Program(images.qemu_words(cache, spec.qemu_row), cpu, spec.accel)
+    accel = spec.accel_row
+    program = Program(images.qemu_words(cache, spec.qemu_row), cpu, accel.option, accel.irqchip)
     return Recipe(spec, program, spec.kernel or (_guest_boot(spec) if spec.guest else _xen_boot(spec, cache)))
 
 
@@ -124,7 +127,8 @@ def _xen_boot(spec: Specification, cache: Cache) -> Boot:
         spec.crash.way.xen_args,
         spec.xen_args,
     )
-    kernel = f"{made.kernel} console=hvc0 earlyprintk=xen {spec.dom0_args}".rstrip()
+    quiet = " quiet" * spec.accel_row.nested  # where each byte of the console takes its time
+    kernel = f"{made.kernel} console=hvc0 earlyprintk=xen{quiet} {spec.dom0_args}".rstrip()
     multiboot = Boot(made.xen, made.symbols, " ".join(filter(None, words)), f"{kernel},{made.dom0_initramfs}")
     return efi.booted(cache, multiboot, made.kernel, made.dom0_initramfs) if spec.boots_efi else multiboot
 
@@ -149,6 +153,13 @@ def up(
     recipe = recipe_of(specification, cache)
     limit = limit_of_space()
     run = Run(recipe, *new_run(run_dir), owned, progress)
+    if specification.accel_row.nested:
+        return run.in_another(
+            lambda folder: up(
+                nested.outer(cache, recipe.program, specification.memory_mib),
+                folder, progress=progress, owned=owned, fresh=fresh,
+            )
+        )  # fmt: skip
     if fresh or not specification.keeps_snapshot or not limit:
         return run.booted()
     snapshots = Snapshots(cache.root / "snapshots", limit, progress)
@@ -206,6 +217,19 @@ class Run:
             self._create_domu(machine)
         return machine
 
+    def in_another(self, start_outer: Callable[[Path], Machine]) -> Machine:
+        """Boot it in a machine that is started in a given folder."""
+        spec = self.recipe.specification
+        outer = start_outer(self.paths.outer)
+        machine = self._machine(outer.state.pid, outer.child)
+        with _down_on_failure(machine):
+            self.progress(f"starting {spec.name} on {spec.cpus} CPUs in QEMU {spec.qemu} in it ({self.paths.run_dir})")
+            nested.place(self.recipe.boot, self.recipe.kernel(), self.paths)
+            nested.start(outer, machine, self.recipe.command(self.paths, Ram(None)))
+            wait_until_up(machine, spec)
+            self._create_domu(machine)
+        return machine
+
     def loaded(self, snapshot: Snapshot, shared_ram: bool) -> Machine:
         """Start it from a snapshot."""
         spec = self.recipe.specification
@@ -245,11 +269,14 @@ class Run:
             self.paths.kernel.write_bytes(self.recipe.kernel())
 
     def _started(self, command: list[str], memory: Memory | None) -> Machine:
-        spec = self.recipe.specification
         child = start(command, self.paths, self.owned, memory)
+        return self._machine(child.pid, child)
+
+    def _machine(self, pid: int, child: subprocess.Popen[bytes] | None) -> Machine:
+        spec = self.recipe.specification
         state = State(
-            pid=child.pid,
-            started=start_time(child.pid) or 0,
+            pid=pid,
+            started=start_time(pid) or 0,
             symbols=str(self.recipe.boot.symbols),
             memory_mib=spec.memory_mib,
             cpus=spec.cpus,
@@ -257,6 +284,7 @@ class Run:
             guest=spec.name,
             qemu=spec.qemu,
             owned=self.owned,
+            accel=spec.accel,
         )
         return Machine(self.paths, state, self.temporary, self.progress, child)
 
@@ -279,6 +307,10 @@ def wait_for_qemu(machine: Machine) -> None:
 def wait_until_up(machine: Machine, spec: Specification) -> None:
     """Wait for as much of the boot as the specification asks for."""
     wait_for_qemu(machine)
+    if spec.boots_guest:
+        _boots(machine, "booting the reference guest", machine.paths.serial_log, GUEST_UP)
+    if spec.boots_shell:
+        _boots(machine, f"booting {spec.name}", machine.paths.line_log, dom0.READY)
     if spec.paused or not spec.boots_xen or spec.wait == "none":
         return
     begun = time.monotonic()
@@ -297,7 +329,7 @@ def last_words(console: bytes) -> str:
 
 
 def _boots(machine: Machine, step: str, log: Path, sign: bytes) -> None:
-    size, heard = 0, time.monotonic()
+    size, heard, slower = 0, time.monotonic(), machine.accel_row.slower
 
     def ready() -> bool | None:
         nonlocal size, heard
@@ -308,8 +340,8 @@ def _boots(machine: Machine, step: str, log: Path, sign: bytes) -> None:
             return True
         if (now := machine.serial.size()) != size:
             size, heard = now, time.monotonic()
-        elif time.monotonic() - heard > _STALLED:
-            raise Stalled(f"{step}: the console said nothing for {_STALLED:.0f} s: {machine.where_to_look()}")
+        elif time.monotonic() - heard > _STALLED * slower:
+            raise Stalled(f"{step}: the console said nothing for {_STALLED * slower:.0f} s: {machine.where_to_look()}")
         return None
 
-    machine.until(step, BOOT_TIMEOUT, ready)
+    machine.until(step, BOOT_TIMEOUT * slower, ready)

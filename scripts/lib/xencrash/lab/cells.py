@@ -12,7 +12,7 @@ from typing import Any
 from xencrash.lab.crash import Crash, crashes
 from xencrash.lab.errors import BadSpecification
 from xencrash.lab.own import OwnXen, own_xen
-from xencrash.lab.rows import GDBS, QEMUS, SUITES, XENS
+from xencrash.lab.rows import ACCELS, DEFAULT_ACCEL, GDBS, QEMUS, SUITES, XENS
 
 CPUS = 4
 _LONGEST_DELAY = 2.0  # seconds; dom0 and Xen settle long before this after a boot
@@ -43,6 +43,7 @@ class Cell:
     delay: float = 0.0
     image: str = ""
     symbols: str = ""
+    accel: str = DEFAULT_ACCEL
 
     @property
     def own(self) -> OwnXen | None:
@@ -54,22 +55,23 @@ class Cell:
         return None if self.image else XENS[self.xen].generation
 
 
-def cells(own: OwnXen | None = None) -> tuple[Cell, ...]:
-    """Every cell, of all rows or of one own Xen: none for a LAPIC mode that a QEMU does not have."""
+def cells(own: OwnXen | None = None, accel: str = DEFAULT_ACCEL) -> tuple[Cell, ...]:
+    """Every cell, of all rows or of one own Xen: none for a LAPIC mode that a QEMU does not have; domUs under TCG."""
     made = []
+    suffix = [accel] * (accel != DEFAULT_ACCEL)
     image, symbols = (str(own.image), str(own.symbols)) if own else ("", "")
     names = [own.name] if own else list(XENS)
     for number, xen in enumerate(names):  # each Xen starts at another way, or all would be crashed alike
         ways = itertools.islice(itertools.cycle(_WAYS), number, None)
         domus = itertools.islice(itertools.cycle(_DOMU), number, None)
         for qemu, gdb in itertools.product(QEMUS, GDBS):
-            for lapic in sorted(QEMUS[qemu].cpu, reverse=True):
+            for lapic in sorted(ACCELS[accel].cpu or QEMUS[qemu].cpu, reverse=True):
                 how, cpu = next(ways)
-                domu = QEMUS[qemu].domu and next(domus) and not own
+                domu = QEMUS[qemu].domu and next(domus) and not own and accel == DEFAULT_ACCEL
                 made.append(
                     Cell(
-                        "-".join((xen, qemu, gdb, lapic)), xen, qemu, gdb, lapic, how=how, cpu=cpu, domu=domu,
-                        image=image, symbols=symbols,
+                        "-".join((xen, qemu, gdb, lapic, *suffix)), xen, qemu, gdb, lapic, how=how, cpu=cpu, domu=domu,
+                        image=image, symbols=symbols, accel=accel,
                     )
                 )  # fmt: skip
     return tuple(made)

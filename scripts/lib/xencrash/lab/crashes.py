@@ -114,6 +114,7 @@ def _specification(cell: Cell) -> Specification:
         xen=None if cell.image else cell.xen,
         xen_image=cell.own,
         qemu=cell.qemu,
+        accel=cell.accel,
         lapic=cell.lapic,
         cpus=CPUS,
         dom0_vcpus=CPUS,

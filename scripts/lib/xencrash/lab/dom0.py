@@ -13,7 +13,7 @@ from xencrash.lab.initramfs import LINE
 from xencrash.lab.process import Process
 from xencrash.lab.serial import Line
 
-READY = rb"^@dom0 ready\r?\n"
+READY = rb"^@shell ready\r?\n"
 LOADED = rb"^@crash-kernel-loaded 0\r?$"
 BUSY_ANSWERS = 600.0  # seconds for an answer from a dom0 that shares each CPU with loops and a domU, on a busy host
 _TYPED_AGAIN_AFTER = 20.0  # seconds without a sign of a command's beginning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,11 @@ class Dumps:
         """QEMU's own dump of the whole machine; `format` is one of its `dump-guest-memory` formats."""
         target = Path(path).absolute()
         arguments: dict[str, Any] = {} if format == "elf" else {"format": format}
-        self._process.qmp("dump-guest-memory", timeout=300, protocol=f"file:{target}", paging=paging, **arguments)
+        # Of a QEMU in another machine only the run's folder is here.
+        there = self._process.paths.run_dir / "dump" if self._process.accel_row.nested else target
+        self._process.qmp("dump-guest-memory", timeout=300, protocol=f"file:{there}", paging=paging, **arguments)
+        if there != target:
+            shutil.move(there, target)
         return target
 
 

@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from xencrash.lab.images import Files, Wanted, XenImages, _made, _only, members
+from xencrash.lab.images import Files, Wanted, XenImages, make_once, members, only
 from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot, Efi
 from xencrash.lab.rows import KERNEL_SUITE, XenRow
@@ -26,11 +26,11 @@ def row_images(cache: Cache, row: XenRow, plain: XenImages) -> XenImages:
     name = row.image.removesuffix(".gz") + ".efi"
 
     def build(folder: Path, xen: Files) -> None:
-        (folder / "xen.efi").write_bytes(_only(members(xen.values(), (name,)), name))
+        (folder / "xen.efi").write_bytes(only(members(xen.values(), (name,)), name))
 
     with cache.lock():
         wanted = Wanted(row.suite, lambda cache: cache.packages(row.suite, row.packages[:1]))
-        image = _made(cache, f"efi-{row.name}", [wanted], build) / "xen.efi"
+        image = make_once(cache, f"efi-{row.name}", [wanted], build) / "xen.efi"
     return replace(plain, xen=image, symbols=image)
 
 
@@ -38,15 +38,15 @@ def booted(cache: Cache, boot: Boot, kernel: Path, initramfs: Path) -> Boot:
     """The same boot, by the firmware; `kernel` and `initramfs` are the files of its modules."""
 
     def build_firmware(folder: Path, packages: Files) -> None:
-        (folder / "OVMF.fd").write_bytes(_only(members(packages.values(), (_FIRMWARE,)), _FIRMWARE))
+        (folder / "OVMF.fd").write_bytes(only(members(packages.values(), (_FIRMWARE,)), _FIRMWARE))
 
     text = configuration(boot)
     files = {f"{_NAME}.EFI": boot.kernel, _KERNEL: kernel, _INITRAMFS: initramfs}
     with cache.lock():
         wanted = Wanted(KERNEL_SUITE, lambda cache: cache.packages(KERNEL_SUITE, [_PACKAGE]))
-        firmware = _made(cache, "ovmf", [wanted], build_firmware) / "OVMF.fd"
+        firmware = make_once(cache, "ovmf", [wanted], build_firmware) / "OVMF.fd"
         kind = f"esp-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        esp = _made(cache, kind, [], lambda folder: _write_esp(folder / _FOLDER, text, files), files.values())
+        esp = make_once(cache, kind, [], lambda folder: _write_esp(folder / _FOLDER, text, files), files.values())
     return replace(boot, efi=Efi(firmware, esp))
 
 

@@ -74,7 +74,7 @@ def xen_images(cache: Cache, row: XenRow) -> XenImages:
     wanted = [
         *_kexec(row),
         Wanted(row.suite, lambda cache: cache.packages(row.suite, row.packages)),
-        Wanted(KERNEL_SUITE, _kernel_packages),
+        Wanted(KERNEL_SUITE, kernel_packages),
     ]
 
     def build(folder: Path, tools: Files, libxenctrl: Files, xen: Files, base: Files) -> None:
@@ -84,7 +84,7 @@ def xen_images(cache: Cache, row: XenRow) -> XenImages:
         _build_dom0(folder, kernel, base[BUSYBOX_PACKAGE], kexec, row.libxenctrl_as)
 
     with cache.lock():
-        made = _made(cache, f"xen-{row.name}", wanted, build)
+        made = make_once(cache, f"xen-{row.name}", wanted, build)
     return XenImages(made / "xen", made / "xen-syms", made / "vmlinuz", made / "dom0.cpio.gz")
 
 
@@ -98,7 +98,7 @@ def domu_images(cache: Cache, row: XenRow) -> XenImages:
         _add(folder, plain, _domu([path for files in packages for path in files.values()]))
 
     with cache.lock():
-        made = _made(cache, f"domu-{row.name}", wanted, build, [plain.dom0_initramfs, *_DOMU_SOURCES])
+        made = make_once(cache, f"domu-{row.name}", wanted, build, [plain.dom0_initramfs, *_DOMU_SOURCES])
     return replace(plain, dom0_initramfs=made / "dom0.cpio.gz")
 
 
@@ -107,11 +107,11 @@ def own_images(cache: Cache, own: OwnXen) -> XenImages:
     plain = xen_images(cache, XENS[DEFAULT_XEN])
     _require_gcc("lets kexec talk to any Xen")
     with cache.lock():
-        dom0 = _made(
+        dom0 = make_once(
             cache, "dom0-any", [], lambda folder: _add(folder, plain, _any_xen()),
             [plain.dom0_initramfs, _ANY_XEN_SOURCE],
         )  # fmt: skip
-        made = _made(cache, "own", [], lambda folder: _write(folder / "xen", own.plain), [own.image])
+        made = make_once(cache, "own", [], lambda folder: _write(folder / "xen", own.plain), [own.image])
     return replace(plain, xen=made / "xen", symbols=own.symbols, dom0_initramfs=dom0 / "dom0.cpio.gz")
 
 
@@ -141,7 +141,7 @@ def qemu_words(cache: Cache, row: QemuRow) -> tuple[str, ...]:
         _build_qemu(folder, list(program.values()), list(data.values()))
 
     with cache.lock():
-        made = _made(cache, f"qemu-{row.name}", wanted, build)
+        made = make_once(cache, f"qemu-{row.name}", wanted, build)
     return (
         *("env", f"QEMU_MODULE_DIR={made / 'data'}"),
         *(str(made / "lib/ld-linux-x86-64.so.2"), "--library-path", str(made / "lib")),
@@ -149,7 +149,7 @@ def qemu_words(cache: Cache, row: QemuRow) -> tuple[str, ...]:
     )
 
 
-def _kernel_packages(cache: Cache) -> list[Package]:
+def kernel_packages(cache: Cache) -> list[Package]:
     (meta,) = cache.packages(KERNEL_SUITE, [KERNEL_PACKAGE])
     kernels = [name for name in meta.depends if name.startswith("linux-image-")]
     return cache.packages(KERNEL_SUITE, [*kernels, BUSYBOX_PACKAGE])
@@ -169,7 +169,7 @@ def _libxenctrl(cache: Cache, row: XenRow) -> list[Package]:
     return [package for package in packages if package.name.startswith("libxen")]
 
 
-def _made(
+def make_once(
     cache: Cache, kind: str, wanted: Sequence[Wanted], build: Callable[..., None], sources: Iterable[Path] = ()
 ) -> Path:
     """The folder that `build(folder, files…)` makes, from the files of each that is wanted and from source files.
@@ -234,8 +234,8 @@ def _whole(folder: Path) -> bool:
 
 def _build_xen(folder: Path, row: XenRow, packages: list[Path]) -> None:
     found = members(packages, (row.image, row.symbols))
-    image = _only(found, row.image)
-    symbols = _only(found, row.symbols)
+    image = only(found, row.image)
+    symbols = only(found, row.symbols)
     (folder / "xen").write_bytes(gzip.decompress(image) if image[:2] == b"\x1f\x8b" else image)
     (folder / "xen-syms").write_bytes(gzip.decompress(symbols) if symbols[:2] == b"\x1f\x8b" else symbols)
 
@@ -243,9 +243,9 @@ def _build_xen(folder: Path, row: XenRow, packages: list[Path]) -> None:
 def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path], libxenctrl_as: str) -> None:
     wanted = dict.fromkeys((*initramfs.DOM0_MODULES, *initramfs.CRASH_MODULES))
     found = members([kernel], ("boot/vmlinuz-*", *(f"*/{name}" for name in wanted)))
-    modules = {name: _only(found, f"*/{name}") for name in wanted}
-    vmlinuz = _only(found, "boot/vmlinuz-*")
-    shell = _only(members([busybox], ("*bin/busybox",)), "*bin/busybox")
+    modules = {name: only(found, f"*/{name}") for name in wanted}
+    vmlinuz = only(found, "boot/vmlinuz-*")
+    shell = only(members([busybox], ("*bin/busybox",)), "*bin/busybox")
     crash = initramfs.initramfs(initramfs.CRASH_INIT, shell, {name: modules[name] for name in initramfs.CRASH_MODULES})
     extra = [
         *_kexec_files(kexec, libxenctrl_as),
@@ -389,7 +389,7 @@ def members(packages: Iterable[Path], patterns: Iterable[str]) -> dict[str, byte
     return found
 
 
-def _only(found: dict[str, bytes], pattern: str) -> bytes:
+def only(found: dict[str, bytes], pattern: str) -> bytes:
     matches = fnmatch.filter(found, pattern)
     if len(matches) != 1:
         raise LabError(f"making the images: expected one file like {pattern} in the packages, got {matches or 'none'}")

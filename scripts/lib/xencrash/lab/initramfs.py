@@ -25,7 +25,7 @@ CRASH_MODULES = (
 # so what a command prints arrives as it is. The first is Xen's console.
 LINE = "/dev/ttyS1"
 
-_HEAD = """#!/bin/busybox sh
+HEAD = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin
 mount -t proc none /proc
@@ -34,29 +34,31 @@ mount -t sysfs none /sys
 dmesg -n {loglevel}
 """
 
-# A request is one line: a token and a command in base64. The answer is what the command printed, then a
-# line with the token and the exit status.
-DOM0_INIT = (
-    _HEAD.format(loglevel=4)
-    + "".join(f"insmod /lib/modules/{name}\n" for name in DOM0_MODULES)
-    + f"""mount -t xenfs none /proc/xen
-(while :; do sh </dev/hvc0 >/dev/hvc0 2>&1; done) &
-exec <{LINE} >{LINE} 2>&1
+# The lab's line to a shell. A request is one line: a token and a command in base64. The answer is what the command
+# printed, then a line with the token and the exit status.
+SHELL = f"""exec <{LINE} >{LINE} 2>&1
 stty raw -echo
-echo "@dom0 ready"
+echo "@shell ready"
 while read -r token command; do
     echo "$command" | base64 -d >/run.sh
     sh /run.sh </dev/null
     printf '\\n@%s %d\\n' "$token" $?
 done
-echo "@dom0 lost its line"
+echo "@shell lost its line"
 sleep 100000
 """
+DOM0_INIT = (
+    HEAD.format(loglevel=4)
+    + "".join(f"insmod /lib/modules/{name}\n" for name in DOM0_MODULES)
+    + """mount -t xenfs none /proc/xen
+(while :; do sh </dev/hvc0 >/dev/hvc0 2>&1; done) &
+"""
+    + SHELL
 )
 
 # With the size, so that the reader knows when the vmcore is complete.
 CRASH_INIT = (
-    _HEAD.format(loglevel=4)
+    HEAD.format(loglevel=4)
     + f"""exec >{LINE} 2>&1
 stty raw
 echo "@crash kernel"

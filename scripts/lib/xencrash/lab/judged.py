@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from xen_symbols.crashpath.follow import STALL_SECONDS
 from xen_symbols.crashpath.stages import AFTERWARDS
 from xencrash.judging import judge_dump
 from xencrash.lab.boot import up
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # Seconds. The guest is up in a fraction of one, and Xen handles its crash key at once; but on a busy host dom0's panic
 # waits for its turn beside loops and a domU.
 _CRASH_BEGINS_IN = 300.0
+_COPIED_IN = 120.0  # the vmcore, on a busy host
 # What a run leaves besides the logs.
 _TRACE = {"trace.json": json, "trace.xml": junit, "trace.html": html}
 _CHECK = {"check.json": json, "check.html": html}
@@ -103,6 +105,7 @@ def follow(machine: Machine, output: Path, crash: Callable[[], None], **options:
         str(machine.symbols),
         str(machine.qmp_socket),
         timeout=_CRASH_BEGINS_IN,
+        stall=STALL_SECONDS * machine.accel_row.slower,
         trigger=crash,
         **options,
     )
@@ -118,7 +121,7 @@ def was_followed(report: contract.Report) -> bool:
 def check_vmcore(machine: Machine, output: Path, **given: Any) -> contract.Report:
     """The report on the vmcore that the crash kernel takes, also left as the files of _CHECK beside the `vmcore`;
     what is `given` is Request's."""
-    vmcore = machine.dumps.vmcore(output / _VMCORE)
+    vmcore = machine.dumps.vmcore(output / _VMCORE, _COPIED_IN * machine.accel_row.slower)
     checked = judge_dump(Request(str(vmcore), str(machine.symbols), **given)).to_json()
     _leave(checked, output, _CHECK)
     return checked

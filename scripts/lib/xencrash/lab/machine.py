@@ -88,8 +88,11 @@ class Machine(Process):
     def ram_file(self) -> Path:
         """The guest's RAM as a file that can be mapped: the offset is the physical address (RAM below 2 GiB).
 
-        LabError for a machine with private RAM: one from a snapshot, unless `up` was asked for `shared_ram`.
+        LabError for a machine with private RAM: one from a snapshot, unless `up` was asked for `shared_ram`, or one
+        whose QEMU runs in another machine.
         """
+        if self.accel_row.nested:
+            raise LabError(f"the RAM of this machine is in another's, as --accel {self.state.accel} has it")
         for link in Path(f"/proc/{self.state.pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 if Memory.NAME in str(link.readlink()):

@@ -28,9 +28,7 @@ def add_machine(parser: ArgumentParser) -> None:
     parser.add_argument("--xen", choices=XENS, help=f"default: {DEFAULT_XEN}")
     add_own_xen(parser)
     parser.add_argument("--qemu", choices=QEMUS, default=DEFAULT_QEMU, help=f"default: {DEFAULT_QEMU}")
-    parser.add_argument(
-        "--accel", choices=ACCELS, default=DEFAULT_ACCEL, help="kvm uses /dev/kvm; default: %(default)s"
-    )
+    _add_accel(parser)
     parser.add_argument(
         "--boot", choices=BOOTS, help=f"how Xen is booted, by {BOOTS[0]} (default) or as xen.efi by OVMF"
     )
@@ -49,6 +47,13 @@ def add_machine(parser: ArgumentParser) -> None:
     parser.add_argument("--dom0-args", metavar="WORDS", help="added to dom0's command line")
     parser.add_argument("--guest", metavar="GENERATION", help="boot the reference guest of this generation, not Xen")
     parser.add_argument("--fault", metavar="NAME", help="the fault that the reference guest has")
+
+
+def _add_accel(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--accel", choices=ACCELS, default=DEFAULT_ACCEL, metavar="ROW",
+        help="tcg, kvm (with /dev/kvm), or kvm-in-tcg and kvm-split-in-tcg (without it, slow); default: %(default)s",
+    )  # fmt: skip
 
 
 def add_own_xen(parser: ArgumentParser) -> None:
@@ -94,6 +99,7 @@ def add_cells(parser: ArgumentParser, output: str) -> None:
     """Which cells of the matrix, and what to do with them."""
     for name, rows in (("xen", XENS), ("qemu", QEMUS), ("gdb", GDBS), ("lapic", ("xapic", "x2apic"))):
         parser.add_argument(f"--{name}", choices=rows, action="append", help="only cells with this; may be repeated")
+    _add_accel(parser)
     add_own_xen(parser)
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help="machines to run in parallel; default: 1")
     parser.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="default: %(default)s")
@@ -102,11 +108,13 @@ def add_cells(parser: ArgumentParser, output: str) -> None:
 
 
 def own_cells(args: Namespace) -> tuple[Cell, ...]:
-    """Every cell there is, of the rows or of the Xen that --xen-image names. Raises BadSpecification."""
+    """Every cell there is, of the rows or of the Xen that --xen-image names, as --accel has it. Raises
+    BadSpecification."""
     xen = own(args)
     if xen and args.xen:
         raise BadSpecification("--xen and --xen-image are two Xens: leave one out")
-    return cells(xen)
+    Specification(accel=args.accel)  # which may be refused on this machine
+    return cells(xen, args.accel)
 
 
 def add_fresh(parser: ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from xen_symbols.report.junit import to_junit
 from xen_symbols.report.model import ExitStatus, Verdict, exit_status
 from xen_symbols.report.page import table_page
 from xencrash.errors import complain
+from xencrash.lab.rows import DEFAULT_ACCEL
 from xencrash.output import to
 
 if TYPE_CHECKING:
@@ -35,8 +36,11 @@ def words(outcome: Json) -> list[str]:
     guest = "a domU on every CPU" * outcome["domu"]
     later = f"after {outcome['delay']:.2f} s" * bool(outcome["delay"])
     cpu = "-" if outcome["crashing_cpu"] is None else f"CPU {outcome['crashing_cpu']}"
+    accel = f", {outcome['accel']}" * (outcome["accel"] != DEFAULT_ACCEL)
     return [
-        *(outcome[name] for name in ("xen", "qemu", "gdb", "lapic")),
+        outcome["xen"],
+        outcome["qemu"] + accel,
+        *(outcome[name] for name in ("gdb", "lapic")),
         ", ".join(filter(None, (crash, busy, guest, later))),
         outcome["generation"] or "-",
         cpu,

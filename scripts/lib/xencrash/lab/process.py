@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from xen_symbols.targets.qmp import Qmp, QmpError
 from xencrash.lab.errors import LabError
 from xencrash.lab.qemu import Paths, end
+from xencrash.lab.rows import ACCELS, AccelRow
 from xencrash.lab.runs import State
 
 Progress = Callable[[str], None]
@@ -34,7 +35,11 @@ class Process:
         self.state = state
         self.progress = progress
         self._temporary = temporary
-        self._child = child  # if this process started it
+        self.child = child  # if this process started it
+
+    @property
+    def accel_row(self) -> AccelRow:
+        return ACCELS[self.state.accel]
 
     def alive(self) -> bool:
         return self.state.alive()
@@ -99,10 +104,12 @@ class Process:
     def end(self, keep: bool) -> None:
         """End QEMU and remove what is no longer useful; the logs stay if `keep` or the folder was given."""
         end(self.state.pid, self.state.started)
-        if self._child is not None:
-            self._child.kill()  # no-op once it is gone; makes the wait below end
-            self._child.wait()
-        for path in (*self.paths.sockets, self.paths.disk, self.paths.kernel, self.paths.state):
-            path.unlink(missing_ok=True)
+        if self.child is not None:
+            self.child.kill()  # no-op once it is gone; makes the wait below end
+            self.child.wait()
+        for paths in (self.paths, Paths(self.paths.outer)):
+            for path in (*paths.sockets, paths.disk, paths.kernel, paths.state):
+                path.unlink(missing_ok=True)
+        shutil.rmtree(self.paths.placed, ignore_errors=True)
         if self._temporary and not keep:
             shutil.rmtree(self.paths.run_dir, ignore_errors=True)

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,11 @@ class Boot:
             return ()
         drive = f"file=fat:{_escaped(self.efi.esp)},format=raw,if=virtio,readonly=on"
         return ("-bios", str(self.efi.firmware), "-drive", drive)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """A file each, and its command line."""
+        return tuple(filter(None, self.initrd.split(",")))
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,16 @@ class Paths:
         return self.run_dir / "disk.raw"
 
     @property
+    def outer(self) -> Path:
+        """The folder of the machine in which QEMU runs, if it does (nested.py)."""
+        return self.run_dir / "outer"
+
+    @property
+    def placed(self) -> Path:
+        """Where that has what it boots."""
+        return self.outer / "boot"
+
+    @property
     def kernel(self) -> Path:
         """The kernel, if it was made for this run alone."""
         return self.run_dir / "xen-of-this-run"
@@ -118,6 +133,17 @@ class Program:
     words: tuple[str, ...]
     cpu: str
     accel: str = "tcg"
+    irqchip: str | None = None  # under KVM: `kernel_irqchip`
+
+    def files(self) -> Iterator[Path]:
+        """All that it consists of."""
+        for path in (Path(word) for word in self.words if word.startswith("/")):
+            yield from sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else (path,)
+
+    @property
+    def machine(self) -> str:
+        """Of `-machine`."""
+        return "q35,memory-backend=ram" + (f",kernel_irqchip={self.irqchip}" if self.irqchip else "")
 
 
 class Memory:
@@ -144,10 +170,46 @@ class Memory:
 @dataclass(frozen=True)
 class Ram:
     """The file that RAM is mapped from: shared, so that what the machine writes is in it; or privately, so that it
-    stays as it is."""
+    stays as it is. Without one it is QEMU's own."""
 
-    path: Path
+    path: Path | None
     shared: bool = True
+
+    def backend(self, size_mib: int) -> str:
+        """Of `-object`."""
+        if not self.path:
+            return f"memory-backend-ram,id=ram,size={size_mib}M"
+        share = "on" if self.shared else "off"
+        return f"memory-backend-file,id=ram,size={size_mib}M,mem-path={_escaped(self.path)},share={share}"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where the other ends of QEMU's connections are, as its options take them: `-gdb`, `-qmp`, `-chardev` for each
+    serial port, and `-drive file=`."""
+
+    gdb: str
+    qmp: tuple[str, ...]
+    console: str
+    line: str
+    disk: str
+
+
+def ends(paths: Paths) -> Ends:
+    """The sockets and files of a run. A client may connect to a serial port; its output is always logged."""
+    gdb, qmp, own_qmp, console, line = (f"{_escaped(path)},server=on,wait=off" for path in paths.sockets)
+
+    def serial(socket: str, log: Path) -> str:
+        return f"socket,path={socket},logfile={_escaped(log)},logappend=on"
+
+    return Ends(
+        gdb=f"unix:{gdb}",
+        qmp=(f"unix:{qmp}", f"unix:{own_qmp}"),
+        console=serial(console, paths.serial_log),
+        line=serial(line, paths.line_log),
+        # Nothing here must survive the host's own crash, so the host's cache is trusted with every write.
+        disk=f"{_escaped(paths.disk)},cache=unsafe",
+    )
 
 
 def command_line(
@@ -161,26 +223,25 @@ def command_line(
     memory_mib: int,
     paused: bool = False,
     incoming: bool = False,
+    connected: Ends | None = None,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """The whole command. With `incoming` QEMU waits for a saved machine, and does not start it."""
-    share = "on" if ram.shared else "off"
-    backend = f"memory-backend-file,id=ram,size={memory_mib}M,mem-path={_escaped(ram.path)},share={share}"
+    """The whole command. With `incoming` QEMU waits for a saved machine, and does not start it. `connected` is to
+    what; by default the run's sockets and files."""
+    there = connected or ends(paths)
     smp = f"{cpus},maxcpus={max_cpus}" if max_cpus else f"{cpus}"
     command = [
         *program.words,
         *("-name", f"xencrash,process=xencrash-{paths.run_dir.name}"[:60]),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-accel", program.accel, "-cpu", program.cpu, "-smp", smp),
-        *("-object", backend, "-machine", "q35,memory-backend=ram"),
+        *("-object", ram.backend(memory_mib), "-machine", program.machine),
         *("-m", str(memory_mib), *boot.words),
-        *("-gdb", f"unix:{_escaped(paths.gdb)},server=on,wait=off"),
-        *("-qmp", f"unix:{_escaped(paths.qmp)},server=on,wait=off"),
-        *("-qmp", f"unix:{_escaped(paths.own_qmp)},server=on,wait=off"),
-        *_serial("console", paths.console, paths.serial_log),
-        *_serial("line", paths.line, paths.line_log),
-        # Nothing here must survive the host's own crash, so the host's cache is trusted with every write.
-        *("-drive", f"file={_escaped(paths.disk)},format=raw,if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap"),
+        *("-gdb", there.gdb),
+        *(word for qmp in there.qmp for word in ("-qmp", qmp)),
+        *_serial("console", there.console),
+        *_serial("line", there.line),
+        *("-drive", f"file={there.disk},format=raw,if=virtio,discard=unmap,detect-zeroes=unmap"),
         *boot.efi_words,
         *(("-S",) if paused or incoming else ()),
         *(("-incoming", "defer") if incoming else ()),
@@ -189,10 +250,8 @@ def command_line(
     return command
 
 
-def _serial(name: str, socket: Path, log: Path) -> tuple[str, ...]:
-    """A serial port that a client may connect to; its output is always logged."""
-    where = f"path={_escaped(socket)},server=on,wait=off,logfile={_escaped(log)},logappend=on"
-    return ("-chardev", f"socket,id={name},{where}", "-serial", f"chardev:{name}")
+def _serial(name: str, end: str) -> tuple[str, ...]:
+    return ("-chardev", f"{end},id={name}", "-serial", f"chardev:{name}")
 
 
 def _escaped(path: Path) -> str:

@@ -194,13 +194,24 @@ DEFAULT_QEMU = "7.2"
 
 @dataclass(frozen=True)
 class AccelRow:
-    """What runs a machine's CPUs. `cpu` gives `-cpu` by LAPIC mode; without it that is the QEMU's (QemuRow)."""
+    """What runs a machine's CPUs. `cpu` gives `-cpu` by LAPIC mode; without it that is the QEMU's (QemuRow). `irqchip`
+    is what of the interrupt controllers is in the kernel. A `nested` one is in a machine of the lab under TCG. What
+    happens there may take `slower` times as long as under TCG."""
 
     name: str
     reason: str
     cpu: dict[str, str] | None = None
+    irqchip: str | None = None
+    nested: bool = False
+    slower: float = 1.0
+
+    @property
+    def option(self) -> str:
+        """QEMU's `-accel`."""
+        return "kvm" if self.cpu else "tcg"
 
 
+_KVM_CPU = {"x2apic": "host,-smap", "xapic": "host,-smap,-x2apic"}
 ACCELS = {
     row.name: row
     for row in (
@@ -209,7 +220,11 @@ ACCELS = {
             "kvm",
             "this machine's /dev/kvm, which has x2APIC with every QEMU; only where the processor has SVM or VMX: there "
             "are others, which abort QEMU",
-            {"x2apic": "host,-smap", "xapic": "host,-smap,-x2apic"},
+            _KVM_CPU,
+        ),
+        AccelRow("kvm-in-tcg", "AMD's KVM in a Linux under TCG: on any machine", _KVM_CPU, "on", True, slower=8.0),
+        AccelRow(
+            "kvm-split-in-tcg", "the same with the I/O APIC and PICs in QEMU", _KVM_CPU, "split", True, slower=8.0
         ),
     )
 }

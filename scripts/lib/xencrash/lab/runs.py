@@ -14,6 +14,7 @@ from pathlib import Path
 
 from xencrash.lab.errors import LabError
 from xencrash.lab.qemu import SOCKET_PATH_LIMIT, Paths, start_time
+from xencrash.lab.rows import DEFAULT_ACCEL
 
 _TEMPORARY = "temporary"
 
@@ -31,6 +32,7 @@ class State:
     guest: str  # "Xen 4.17", or the guest's name
     qemu: str
     owned: bool  # it ends with the process that started it
+    accel: str = DEFAULT_ACCEL
 
     def alive(self) -> bool:
         """Whether the machine's process is there, and still the one that was started."""

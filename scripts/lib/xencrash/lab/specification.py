@@ -24,12 +24,13 @@ from xencrash.lab.rows import (
     LAPICS,
     QEMUS,
     XENS,
+    AccelRow,
     LapicRow,
     QemuRow,
     XenRow,
 )
 
-WAITS = ("dom0", "xen", "none")
+WAITS = ("dom0", "xen", "shell", "none")
 BOOTS = ("multiboot", "efi")
 _GUEST_MIB, _XEN_MIB = 64, 704
 CPUINFO = Path("/proc/cpuinfo")
@@ -50,8 +51,9 @@ class Specification:
     in SVM guest mode, and no crash kernel is loaded: kexec finds no place for one there. It gets no RDTSCP, on whose
     intercept Xen kills it under TCG. `cpu_args` is added to QEMU's -cpu, `qemu_args` to its command line. `wait` is how
     far the boot is waited for: "dom0" (a shell answers, the crash kernel is loaded unless `crash_kernel` is false, and
-    the domU runs), "xen" (all CPUs are up) or "none"; only of `xen`. `paused` stops before the first instruction, and
-    waits for nothing. `crash` is how it will be crashed: the reference guest is given its CPU when it boots.
+    the domU runs), "xen" (all CPUs are up) or "none", of `xen`; "shell", of a `kernel`, whose shell answers as dom0's.
+    `paused` stops before the first instruction, and waits for nothing. `crash` is how it will be crashed: the reference
+    guest is given its CPU when it boots.
     """
 
     xen: str | None = None
@@ -103,6 +105,16 @@ class Specification:
         return self.boots_xen and self.wait == "dom0" and not self.paused
 
     @property
+    def boots_guest(self) -> bool:
+        """Whether the reference guest is waited for."""
+        return self.guest is not None and self.wait != "none" and not self.paused
+
+    @property
+    def boots_shell(self) -> bool:
+        """Whether a kernel's shell is waited for, and answers."""
+        return self.kernel is not None and self.wait == "shell" and not self.paused
+
+    @property
     def loads_crash_kernel(self) -> bool:
         return self.crash_kernel and not self.pvh
 
@@ -120,13 +132,17 @@ class Specification:
         return QEMUS[self.qemu]
 
     @property
+    def accel_row(self) -> AccelRow:
+        return ACCELS[self.accel]
+
+    @property
     def lapic_row(self) -> LapicRow:
-        return LAPICS[self.lapic or ("x2apic" if ACCELS[self.accel].cpu else self.qemu_row.default_lapic)]
+        return LAPICS[self.lapic or ("x2apic" if self.accel_row.cpu else self.qemu_row.default_lapic)]
 
     @property
     def cpu_modes(self) -> Mapping[str, str]:
         """`-cpu` by LAPIC mode."""
-        return ACCELS[self.accel].cpu or self.qemu_row.cpu
+        return self.accel_row.cpu or self.qemu_row.cpu
 
     @property
     def crash_cpu_args(self) -> str:
@@ -136,7 +152,7 @@ class Specification:
     @property
     def keeps_snapshot(self) -> bool:
         """Whether it starts from a snapshot of an earlier boot. Not under KVM, whose CPU is the host's."""
-        return self.boots_dom0 and self.accel == DEFAULT_ACCEL
+        return (self.boots_dom0 or self.boots_shell) and self.accel == DEFAULT_ACCEL
 
     @property
     def memory_mib(self) -> int:
@@ -157,6 +173,8 @@ class Specification:
             yield from self._problems_of_guest(self.guest)
         if self.boots_efi and not self.boots_xen:
             yield "--boot efi is for real Xen: leave it out"
+        if self.boots_efi and self.accel_row.nested:
+            yield f"--accel {self.accel} has no OVMF, which --boot efi needs: leave one out"
         if self.boots_efi and self.lapic_row.firmware:
             yield f"--lapic {self.lapic} changes the multiboot image, which --boot efi does not boot: leave one out"
         if self.lapic == "x2apic" or self.lapic_row.firmware:
