@@ -25,6 +25,7 @@ from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.checks import CHECKS, model
 from xen_symbols.crashpath.checks.model import Need
 from xen_symbols.crashpath.complete import COMPLETE
+from xen_symbols.describe.summary import summarise
 from xen_symbols.formats.content import File
 from xen_symbols.report.model import Verdict
 from xen_symbols.symbols.embedded import SOURCE
@@ -104,6 +105,7 @@ class Crash:
     report: Json = field(default_factory=dict)
     cpus: list[PhysicalCpu] = field(default_factory=list)  # at the handover, as QEMU's monitor prints them
     ram: dict[int, bytes] = field(default_factory=dict)  # at the handover, a page of each MiB
+    console: str = ""  # all that was printed
 
     def memory(self, name: str) -> XenMemory:
         return open_xen(self.folder / name, self.symbols)
@@ -138,6 +140,7 @@ def crash(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         assert taken.report.get("undecided") is None
         lab.qmp("cont")
         lab.dumps.vmcore(taken.folder / "vmcore")
+        taken.console = lab.serial_log.read_text(errors="replace")
     for name, options in _MAKEDUMPFILE.items():
         makedumpfile(taken.folder / "vmcore", taken.folder / name, options)
     yield taken
@@ -466,6 +469,26 @@ def test_cpus_of_xens_notes_are_xens(crash: Crash) -> None:
         for cpu in cpus:
             top = (cpu.registers["rsp"] | 0x7FFF) + 1
             assert memory.read_uint(top - 64, 4) == cpu.xen_cpu, "cpu_info.processor_id"
+
+
+def test_the_same_summary_of_each_kind_of_dump(crash: Crash) -> None:
+    """With the registers of the handover, with those that Xen saved, and with none but the notes in Xen's memory."""
+    dumps = [(name, crash.memory(name)) for name in ("vmcore", "qemu-kdump-zlib", "makedumpfile-zlib")]
+    dumps.append(("raw", open_xen(crash.folder / "raw", crash.symbols, base=0)))
+    for name, memory in dumps:
+        summary = summarise(memory, evaluate(memory).to_json())
+        crashed = summary["crashing_cpu"]
+        assert (crashed["cpu"], summary["why"]["id"]) == (crash.report["crashing_cpu"], "key"), name
+        assert crashed["doing"]["at"].startswith("do_crashdump_trigger+"), name
+        lines = summary["console"]["lines"]
+        assert lines[summary["console"]["at"]] == "(XEN) 'C' pressed -> triggering crashdump", name
+        assert {group["domain"] for group in summary["others"]} <= {"idle", 0}, name
+        assert {group["doing"]["event"] for group in summary["others"]} == {"NMI"}, name
+        assert sum(len(group["cpus"]) for group in summary["others"]) == 3, name
+        assert re.match(r"xen com1=.*crashkernel=256M", summary["xen"]["command_line"]), name
+        assert re.search(rf"Xen version {re.escape(summary['xen']['version'])} ", crash.console), name
+        assert summary["verdict"]["verdict"] == "pass", name
+        assert summary["crash_kernel"]["notes"] == [{"cpus": [0, 1, 2, 3], "state": "saved", "says": "complete"}], name
 
 
 def test_registers_of_xens_notes_are_those_that_it_saved(crash: Crash) -> None:

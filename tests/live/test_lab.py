@@ -14,10 +14,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.live.machines import booted, ready
+from xen_symbols import evaluate, open_dump
+from xen_symbols.describe.summary import summarise
+from xen_symbols.report.summary import headline
 from xencrash.lab import boot
 from xencrash.lab.errors import LabError
 from xencrash.lab.images import xen_images
@@ -84,8 +88,19 @@ def test_a_boot_without_console_output_is_tried_twice(monkeypatch: pytest.Monkey
 def test_dom0s_panic_crashes_the_chosen_cpu(tmp_path: Path) -> None:
     with ready(dom0_vcpus=4) as lab:
         lab.crash("panic", cpu=2)
-        lab.dumps.vmcore(tmp_path / "vmcore")
+        memory = open_dump(lab.dumps.vmcore(tmp_path / "vmcore"), lab.symbols)
         assert b"Executing kexec image on cpu2" in lab.serial_log.read_bytes()
+    summary = summarise(memory, evaluate(memory).to_json())
+    crashed = summary["crashing_cpu"]
+    assert headline(summary).endswith(" crashed on CPU 2: the hardware domain crashed")
+    assert (crashed["vcpu"]["name"], crashed["vcpu"]["hardware_domain"]) == ("d0v2", True)
+    assert crashed["doing"]["at"].startswith("hwdom_shutdown+") and "Hardware Dom0 crashed: " in _reason(summary)
+    assert summary["verdict"]["verdict"] == "pass"
+
+
+def _reason(summary: dict[str, Any]) -> str:
+    """The line of the console that says why."""
+    return str(summary["console"]["lines"][summary["console"]["at"]])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from xen_symbols.xen.doing import Doing, doing, function
 from xen_symbols.xen.kexec import crash_area, crash_image_loaded, image_size
 from xen_symbols.xen.memory import XenMemory, image_region
 from xen_symbols.xen.reason import Reason, around, find_reason, lines_of_xen
-from xen_symbols.xen.stacks import REGS_SIZE
+from xen_symbols.xen.stacks import REGS_SIZE, stacks_of_each
 from xen_symbols.xen.state import CpuState, State, read_state
 from xen_symbols.xen.vcpus import Vcpu, running_vcpus
 from xen_symbols.xen.version import command_line, xen_version
@@ -41,7 +41,8 @@ def summarise(memory: XenMemory, report: contract.Report) -> Json:
     crashing = _crashing(state, report) if crashed else None
     if crashing is not None:
         cpus = [_while_in_xen(memory, cpu) if cpu.cpu == crashing else cpu for cpu in cpus]
-    traces = {cpu.cpu: backtrace(memory, state, cpu) for cpu in cpus}
+    stacks = stacks_of_each(memory, state, cpus)
+    traces = {cpu.cpu: backtrace(memory, state, cpu, stacks[cpu.cpu]) for cpu in cpus}
     vcpus = running_vcpus(memory, {cpu: trace.stacks for cpu, trace in traces.items()})
     trace = None if crashing is None else traces[crashing]
     summary: Json = {

@@ -75,10 +75,11 @@ class Backtrace:
     guest: Frame | None = None  # with which a guest entered Xen, where the way back ends there
 
 
-def backtrace(memory: XenMemory, state: State, cpu: CpuState) -> Backtrace:
-    """One CPU's. What could not be read or determined is stated in it; nothing is raised for that."""
+def backtrace(memory: XenMemory, state: State, cpu: CpuState, stacks: CpuStacks | Absent | None = None) -> Backtrace:
+    """One CPU's, on its `stacks`, which are looked for if they are not given. What could not be read or determined is
+    stated in it; nothing is raised for that."""
     fred = state.system["fred"]
-    stacks = stacks_of(memory, state, cpu)
+    stacks = stacks_of(memory, state, cpu) if stacks is None else stacks
     if fred.present and fred.value == 1:
         stacks = Absent("FRED delivers events: its stacks and frames are not decoded")
     physical = cpu.physical
