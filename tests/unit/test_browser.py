@@ -14,7 +14,8 @@ from tests.machines.pages import HOSTILE, poisoned, traced
 from tests.machines.recorded import load
 from xen_symbols.crashpath.engine import evaluate_if_possible
 from xen_symbols.describe.summary import summarise
-from xen_symbols.report.page import page, summary_page
+from xen_symbols.report.blocks import Cell, Lines, Table
+from xen_symbols.report.page import page, pages, summary_page, table_page
 from xen_symbols.xen.locate import locate
 
 Open = Callable[..., Any]
@@ -146,6 +147,29 @@ def test_a_summary_obeys_nothing_from_a_dump_and_is_as_wide_as_the_window(show: 
     assert "(XEN) Panic on CPU 2:" in driver.find_element("css selector", "pre").text
     assert driver.get_log("browser") == []
     assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_an_index_leads_to_each_dump_by_keyboard_and_back(show: Open, trace: Any) -> None:
+    driver = show([poisoned(trace), trace], pages)
+    assert requested(driver) == {driver.current_url} and driver.get_log("browser") == []
+    assert driver.find_elements("css selector", "script, img, b:not(summary b)") == []
+    driver.find_element("css selector", ".index a[href='#r1-top']").send_keys("\ue007")
+    section = driver.find_element("css selector", ":target")
+    assert section.tag_name == "section" and trace["target"]["location"] in section.text
+    section.find_element("css selector", "p.back a[href='#index']").send_keys("\ue007")
+    assert driver.find_element("css selector", ":target").text.startswith("2 dumps: 2 fail")
+
+
+def test_tables_of_a_matrix_or_a_storm_unfold_and_ask_for_nothing(show: Open) -> None:
+    """All of their pages are made by this one function."""
+    table = Table(HOSTILE, ["verdict"], [[Cell(HOSTILE, "fail")]])
+    driver = show(HOSTILE, lambda title: table_page(title, [Lines([[Cell(HOSTILE)]]), table], [table]))
+    assert requested(driver) == {driver.current_url} and driver.get_log("browser") == []
+    assert driver.find_elements("css selector", "script, img, b:not(summary b)") == []
+    inside = driver.find_element("css selector", "details td")
+    assert not inside.is_displayed()
+    driver.find_element("css selector", "summary").send_keys("\ue007")
+    assert inside.is_displayed() and inside.text.startswith("\u2717 </script>")
 
 
 def test_the_policy_stops_what_would_get_in(show: Open, trace: Any) -> None:
