@@ -27,7 +27,7 @@ class Shell(threading.Thread):
         self.ran: list[str] = []
         self.typed = 0  # times
         self._lost, self._mute, self._log = lost, mute, paths.line_log
-        self._log.write_bytes(b"@dom0 ready\r\n")
+        self._log.write_bytes(b"@shell ready\r\n")
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.bind(str(paths.line))
         self._listening.listen()

@@ -37,7 +37,7 @@ def test_the_disk_has_xen_where_firmware_looks_for_it(tmp_path: Path, monkeypatc
             build(folder)
         return folder
 
-    monkeypatch.setattr(efi, "_made", made)
+    monkeypatch.setattr(efi, "make_once", made)
     for name in ("xen.efi", "vmlinuz", "cpio"):
         (tmp_path / name).write_text(name)
     xen = Boot(tmp_path / "xen.efi", tmp_path / "syms", XEN.append, XEN.initrd)
@@ -85,7 +85,7 @@ def test_rules(fields: dict[str, Any], why: str) -> None:
 
 
 def test_a_rows_xen_efi_is_its_own_symbols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(efi, "_made", lambda cache, kind, *_: tmp_path / kind)
+    monkeypatch.setattr(efi, "make_once", lambda cache, kind, *_: tmp_path / kind)
     plain = images.XenImages(Path("/xen"), Path("/syms"), Path("/vmlinuz"), Path("/cpio"))
     made = efi.row_images(Cache(tmp_path), Specification(xen="4.20").xen_row, plain)
     image = tmp_path / "efi-4.20/xen.efi"
