@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from tests.machines.changed import CHANGES, MC, NMI, Machine, bad
 from tests.machines.recorded import names
 from tests.machines.syntheticxen import PHYS_START, VIRT_START, CrashedXen
 from tests.schema import SCHEMA
+from xen_symbols.absence import Unreadable
 from xen_symbols.crashpath.checks import CHECKS
 from xen_symbols.crashpath.checks.model import NOT_IDENTIFIED, ByGeneration
+from xen_symbols.crashpath.generations import BY_ID
 from xen_symbols.crashpath.identification import identify, statements
 from xen_symbols.crashpath.preflight import preflight
 from xen_symbols.report.blocks import problems
 from xen_symbols.report.model import ExitStatus, Verdict
+from xen_symbols.symbols.load import load_symbols
 from xencrash.cli import main
+from xencrash.guests import build, generations
 
 RENAMED = {"do_nmi_crash": "my_nmi_crash"}
 ALWAYS_SAME = {check.id for check in CHECKS if check.by_generation is ByGeneration.NEVER}
@@ -135,6 +140,55 @@ def test_the_true_generation_is_the_nearest_whatever_was_renamed(name: str) -> N
     assert len(tried) >= 4
 
 
+class Built:
+    """The reference guest's image as memory: enough to see which generation it is."""
+
+    given_generation = None
+
+    def __init__(self, generation: str) -> None:
+        path = build(generation).symbols
+        self.symbols, raw = load_symbols(str(path)), path.read_bytes()
+        (table,), (size, count) = struct.unpack_from("<Q", raw, 40), struct.unpack_from("<HH", raw, 58)
+        sections = [struct.unpack_from("<IIQQQQ", raw, table + number * size) for number in range(count)]
+        self.content = [(at, raw[offset : offset + length]) for _, kind, _, at, offset, length in sections if kind == 1]
+
+    def hide(self, name: str) -> None:
+        for known in [known for known in self.symbols._by_name if known.rpartition("#")[2] == name]:
+            del self.symbols._by_name[known]
+
+    def read(self, address: int, size: int) -> bytes:
+        for start, data in self.content:
+            if start <= address and address + size <= start + len(data):
+                return bytes(data[address - start : address - start + size])
+        raise Unreadable(f"{address:#x}")
+
+
+# The symbol is all that distinguishes them: both are named first.
+TIES = {
+    ("rfc-v1", "do_nmi_crash"), ("rfc-v1-fixed", "do_nmi_crash"), ("rfc-v1", "waiting_for_crash_ipi"),
+    ("rfc-v1-fixed", "waiting_for_crash_ipi"), ("4.3.2", "waiting_to_crash"),
+    ("4.17.0", "idt_tables"), ("4.21.0", "per_cpu__idt"),
+    *((each, name) for each in ("4.21.0", "4.21.2") for name in ("machine_crash_shutdown", "trap_nop")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("generation", [each for each in generations() if each in BY_ID])
+def test_the_true_generation_is_the_nearest_in_the_reference_guest(generation: str) -> None:
+    true, words = BY_ID[generation], " ".join(item.says for item in statements(BY_ID[generation]))
+    for symbol in dict.fromkeys(re.findall(r"[\w#]{6,}", words)):
+        guest = Built(generation)
+        if not guest.symbols.has(symbol):
+            continue
+        guest.hide(symbol.rpartition("#")[2])
+        found = identify(guest)  # type: ignore[arg-type]
+        if found.generation is None:
+            first = [near for near in found.nearest if len(near.differs) == len(found.nearest[0].differs)]
+            assert true in [near.generation for near in first], symbol
+            assert (len(first) == 1 or found.nearest[0].holds > found.nearest[1].holds) or (generation, symbol) in TIES
+        elif (generation, symbol) != ("4.3.2", "nmi_crash"):  # as in 4.3.4, but for its code
+            assert found.generation is true, symbol
+
+
 # -- The command ------------------------------------------------------------------------------
 
 
@@ -159,7 +213,7 @@ def test_the_nearest_stand_in_the_report(machine: CrashedXen, capsys: pytest.Cap
     report: Any = json.loads(capsys.readouterr().out)
     jsonschema.validate(report, SCHEMA)
     first = report["nearest"][0]
-    assert (first["id"], first["holds"]) == ("4.17.0", 10)
+    assert (first["id"], first["holds"]) == ("4.17.0", 11)
     assert first["differs"] == ["symbol do_nmi_crash", "machine_crash_shutdown names trap_nop"]
     assert main(["info", str(machine.elf()), *command]) == 3
     info = json.loads(capsys.readouterr().out)

@@ -170,7 +170,7 @@ GENERATIONS = (
         # 8228055568 (4.4.3) writes the same entry through another mapping, which leaves no trace.
         "4.3.4", "cbeeaa7da0, 8228055568", "4.3.4, 4.4.2 - 4.4.4, 4.5.1 - 4.16", Hook.EXCEPTION_TABLE,
         (
-            has("do_nmi_crash", TEXT), lacks("nmi_crash", TEXT),
+            has("do_nmi_crash", TEXT), lacks("nmi_crash", TEXT), lacks("waiting_for_crash_ipi"),
             either(has("exception_table", DATA), has("dummy_nmi_callback", TEXT)),
         ),
         bookkeeping=Bookkeeping.MASK, dead_cpus_use_trap_nop=True, idle_callbacks=(*_DUMMY, *_TRANSIENT),

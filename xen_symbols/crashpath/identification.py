@@ -146,6 +146,8 @@ def _variables(generation: Generation) -> Iterator[Evidence]:
     for written in (timeline.WAITING_COUNT, timeline.WAITING_MASK):
         for name in names[written.field]:
             yield has(name) if timeline.makes(written, generation) else lacks(name)
+    if timeline.exists_in(timeline.CRASH_OWNER, generation):
+        yield has(names[timeline.CRASH_OWNER.field][0])
     yield has(_SAVE_DONE) if generation.has_save_done else lacks(_SAVE_DONE)
     per_cpu = _OWN_IDT.says in {item.says for item in generation.evidence}
     yield from (_OWN_IDT, lacks("idt_tables", DATA)) if per_cpu else (lacks(_IDT), has("idt_tables", DATA))
