@@ -160,7 +160,7 @@ def crash_in(sessions: list[GdbSession], run: Run, stall: float) -> Followed:
 
 
 def gets_stuck(run: Run) -> bool:
-    return any(item.check == "trace-complete" for item in (BY_ID[run.fault].findings if run.fault else ()))
+    return bool(run.fault) and any(check == "trace-complete" for check, _, _ in expected(run))
 
 
 def first_seen(report: Json, verdict: str) -> Found:

@@ -103,6 +103,9 @@ def clean(generation: str) -> tuple[Expected, ...]:
 _SILENT = Expected("nmi-answered", "F", "shootdown-done")
 _NO_IRET = Expected("enable-nmis", None, "handover")  # NMIs that are blocked follow from it
 _LOST = Expected("trace-complete", "C", "handover")
+# In 4.2.0 nothing in memory names the crashing CPU by then.
+_DIES = (Expected("fatal-trap", "C", "crashing", ("HARDENED",)),
+         Expected("trace-complete", "C", "handover", ("!HARDENED",)))
 _IN_DEVICES = "QEMU's dumps hold neither the local APICs nor the NMI latches"
 _OVER = "by then the CPU has done all of it, in the wrong order"
 _ON_ITS_WAY = "it shows a machine on the crash path, but not that it is stuck there"
@@ -221,7 +224,7 @@ FAULTS: tuple[Fault, ...] = (
           (), (Expected("lapic-mode", "C", "crash-info"),), cpus=1, x2apic="x2apic"),
     Fault("x2apic-enabled-stale", "x2apic_enabled is not updated after the stop: the next access to the local APIC "
           "uses MSRs that no longer exist, and Xen panics during the crash.",
-          (), (_LOST,), cpus=1, x2apic="x2apic", not_in_a_dump=_ON_ITS_WAY),
+          (), _DIES, cpus=1, x2apic="x2apic", not_in_a_dump=_ON_ITS_WAY),
     Fault("no-self-nmi", "A CPU parks without queueing an NMI to itself.",
           ("HARDENED",), (Expected("lapic-self-nmi", "F", "handover"),), not_in_a_dump=_IN_DEVICES),
     Fault("self-nmi-misdirected", "A CPU addresses its own NMI to an APIC ID that no CPU has.",
@@ -245,11 +248,12 @@ FAULTS: tuple[Fault, ...] = (
           (), (_LOST,), cpus=1, not_in_a_dump=_ON_ITS_WAY),
     # What a generation does wrong by itself
     Fault("absent-cpus", "CPUs are possible but not present: 4.21.0's machine_kexec() uses their per-CPU pointers.",
-          ("READS_ABSENT_IDTS",), (_LOST,), cpus=1, words="nr_cpu_ids=17", not_in_a_dump=_ON_ITS_WAY),
+          ("READS_ABSENT_IDTS",), _DIES, cpus=1, words="nr_cpu_ids=17", not_in_a_dump=_ON_ITS_WAY),
     Fault("firmware-x2apic", "The firmware booted in x2APIC mode: until 4.4 each CPU that is stopped switches its "
           "LAPIC from disabled straight to x2APIC mode, which raises #GP.",
           ("ALWAYS_REVERTS_LAPIC",),
-          (*(Expected(check, "O", "shootdown-done") for check in ("lapic-mode", "online-cpus")), _LOST),
+          (Expected("fatal-trap", "O", "shootdown-done"),
+           Expected("lapic-mode", "O", "shootdown-done", ("!HARDENED",)), *_DIES),
           nobody_signs_off=True,
           most_cpus=2, x2apic="x2apic=firmware", words="x2apic=firmware", not_in_a_dump=_ON_ITS_WAY),
     # Harmless, unless something comes at the wrong moment
