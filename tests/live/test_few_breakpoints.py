@@ -137,7 +137,7 @@ def test_the_command_says_it_before_it_waits(lab: Machine) -> None:
             report, rest = process.stdout.read(), process.stderr.read()
     assert said[0] == "xencrash: only 3 hardware breakpoints can be set, and 4 are needed: cpu-save cannot be seen\n"
     assert said[1] == f"xencrash: writers not seen: gdb:{socket} takes fewer than 8 watchpoints of 16 bytes\n"
-    assert re.fullmatch(r"normal +101 pass, 1 unknown\n", said[2]) and said[3].startswith("waiting for Xen to crash")
+    assert re.fullmatch(r"normal +102 pass, 1 unknown\n", said[2]) and said[3].startswith("waiting for Xen to crash")
     assert process.returncode == 3 and "handover" in rest and "Traceback" not in rest
     assert re.search(r"^UNKNOWN +\d+ pass, 1 unknown", report, re.MULTILINE), report
     assert re.search(r"^writers not seen: gdb:\S+ takes fewer than 8 watchpoints", report, re.MULTILINE)
