@@ -19,7 +19,7 @@ from xen_symbols.crashpath.stages import CRASHING, Position
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.apic import Mode
 from xen_symbols.xen.backtrace import Backtrace, Step, backtrace
-from xen_symbols.xen.console import printable, read_console
+from xen_symbols.xen.console import OF_XEN, printable, read_console, without_prefix
 from xen_symbols.xen.lapic import BOOT_MODES
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import State
@@ -147,8 +147,6 @@ def _known(state: State, generation: Generation | None, step: Step) -> Defect | 
 
 # -- What Xen said ----------------------------------------------------------------------------
 
-_A_LINE = re.compile(r"\(XEN\) ?(?:\[[-\d :.]+\] ?)?")  # console_timestamps= puts the time there
-
 
 def _panic(memory: XenMemory, cpu: int, rip: int | None = None) -> tuple[str, ...]:
     """The lines of a CPU's panic; with `rip`, of the one that came after the registers with it."""
@@ -160,7 +158,7 @@ def _panic(memory: XenMemory, cpu: int, rip: int | None = None) -> tuple[str, ..
 
 def panic_lines(console: str, cpu: int, rip: int | None = None) -> tuple[str, ...]:
     """From the text of Xen's console."""
-    said = [_A_LINE.sub("", line, count=1).strip() for line in console.split("\n") if line.startswith("(XEN)")]
+    said = [without_prefix(line) for line in console.split("\n") if line.startswith(OF_XEN)]
     if rip is not None:
         registers = [at for at, line in enumerate(said) if line.startswith("RIP:") and f"<{rip:016x}>" in line]
         said = said[registers[0] :] if registers else []

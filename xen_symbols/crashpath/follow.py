@@ -2,7 +2,8 @@
 
 A driver sets hardware breakpoints on `breakpoints` and no others, lets the machine run for as long as `wait` allows,
 and hands what happened to `stop`, until that says that the trace is finished. Every stop reads every gate and every
-CPU afresh. After the handover the machine runs on, and is looked at once more.
+CPU afresh. After the handover the machine runs on, and is looked at once more. It is one module, of more than 400
+lines, since each kind of stop depends on what all the stops before it have shown.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ class Follower:
             self.early = ends_early(context)
         self._entered = self.begun = position.stage is not NORMAL
         self.report.findings += [self._unseen(stage) for stage in self._anchors.unseen()]
-        if why := NOT_BEGUN * (not self._anchors.begins) or self._few() * (not self._anchors.slots):
+        if not (self._anchors.begins and self._anchors.slots):
+            why = self._few() if self._anchors.begins else NOT_BEGUN
             self.report.undecided = f"{why}: no stage of a crash could be seen; judge it afterwards with check"
 
     def end(self) -> Report:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.symbols.table import DATA
 from xen_symbols.text import escaped
 from xen_symbols.xen.memory import XenMemory
 
 _PAGE = 4096
+OF_XEN = "(XEN)"  # with which Xen begins its own lines: what domains print may be in the ring, too
+_PREFIX = re.compile(r"\(XEN\) ?(?:\[[-\d :.]+\] ?)?")  # console_timestamps= puts the time there
 _LARGEST = 64 << 20  # conring_size=; no Xen keeps more
 
 
@@ -53,6 +57,11 @@ def _held(memory: XenMemory, last: int | None = None) -> list[tuple[int, int]]:
     start = (producer - held) % size
     first = min(held, size - start)
     return [(ring + start, first), (ring, held - first)]
+
+
+def without_prefix(line: str) -> str:
+    """What Xen said, of a line of its own."""
+    return _PREFIX.sub("", line, count=1).strip()
 
 
 def printable(text: str) -> str:

@@ -19,8 +19,6 @@ _HANDLERS = {
     "do_machine_check", "do_int3", "do_debug", "do_stack_segment", "do_device_not_available",
     "__stop_this_cpu", "stop_this_cpu", "disable_local_APIC",
 }  # fmt: skip
-
-
 _BEGIN = {"kexec_crash", "do_nmi_crash", "nmi_crash", "crash_nmi_callback"}
 
 

@@ -1,7 +1,7 @@
 """The crash kernel: whether one is loaded, the memory reserved for it, and what its image takes of that.
 
 xen/include/public/kexec.h and xen/common/kexec.c: bit 5 of kexec_flags selects which of the crash images, bits 2 and 3,
-is live.
+is live; bit 6 (KEXEC_IMAGE_NR + 2) is KEXEC_FLAG_IN_PROGRESS.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from xen_symbols.xen.reads import Read, in_memory, unsigned
 from xen_symbols.xen.state import State
 
 _IMAGE_CRASH_BASE = 2
-_FLAG_CRASH_POS = 5
+_FLAG_CRASH_POS, _FLAG_IN_PROGRESS = 5, 6
 _MOST_SEGMENTS = 16  # KEXEC_SEGMENT_MAX (xen/include/xen/kimage.h)
 
 
@@ -35,6 +35,11 @@ def is_crash_image_loaded(state: State) -> bool | None:
     """The same; None where the flags could not be read."""
     flags = state.system["kexec_flags"]
     return crash_image_loaded(flags.value) if flags.present else None
+
+
+def is_in_progress(flags: int) -> bool:
+    """Whether `kexec_flags` says that Xen is on its way into an image, and lets no other be loaded."""
+    return bool(flags >> _FLAG_IN_PROGRESS & 1)
 
 
 def _image(flags: int) -> int:

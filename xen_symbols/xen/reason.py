@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from xen_symbols.xen.console import OF_XEN, without_prefix
+
 
 class Way(NamedTuple):
     """One way into kexec_crash(): its caller, the line that Xen prints there, and what that means."""
@@ -33,7 +35,6 @@ WAYS = (
         "the hardware domain's kernel started the crash kernel, as it does when it panics",
         "xen/common/kexec.c, kexec_exec"),
 )  # fmt: skip
-_OF_XEN = "(XEN)"
 _LEAVES = re.compile("Executing (?:kexec|crash) image")  # xen/common/kexec.c: what comes later is not the reason
 _STARS = "*" * 20  # panic() prints them around its message
 _MESSAGE = 8  # lines of a panic's message, at most
@@ -54,7 +55,7 @@ class Reason(NamedTuple):
 def lines_of_xen(text: str) -> list[str]:
     """The lines that Xen itself printed; all of them where none has its prefix."""
     lines = text.replace("\r", "").splitlines()
-    return [line for line in lines if line.startswith(_OF_XEN)] or lines
+    return [line for line in lines if line.startswith(OF_XEN)] or lines
 
 
 def find_reason(lines: Sequence[str], calls: Sequence[str]) -> Reason | None:
@@ -103,5 +104,5 @@ def _message(lines: Sequence[str], at: int) -> str:
     for line in lines[at + 1 : at + 1 + _MESSAGE]:
         if _STARS in line:
             break
-        found.append(re.sub(r"^\(XEN\) (?:\[[^]<]*\] )?", "", line).strip())
+        found.append(without_prefix(line))
     return ", ".join(filter(None, found)) or WAYS[0].says

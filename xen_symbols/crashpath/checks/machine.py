@@ -22,6 +22,7 @@ from xen_symbols.crashpath.context import MACHINE, Context
 from xen_symbols.crashpath.stages import CrashStep, OtherStep
 from xen_symbols.crashpath.timeline import CRASH_OWNER, IN_PROGRESS, KEXECING, REPORT
 from xen_symbols.report.model import Evidence, Verdict
+from xen_symbols.xen.kexec import is_in_progress
 from xen_symbols.xen.reads import Read
 
 
@@ -45,12 +46,10 @@ ON_ITS_WAY = Check(
     by_generation=ByGeneration.ONCE_BEGUN,
 )  # fmt: skip
 
-_FLAG_IN_PROGRESS = 6  # KEXEC_IMAGE_NR + 2 (xen/common/kexec.c)
-
 
 def _in_progress(context: Context, _cpu: int) -> Outcome:
     read = context.state.system[IN_PROGRESS.field]
-    return expect(read, context.allowed(IN_PROGRESS, MACHINE), of=lambda flags: bool(flags >> _FLAG_IN_PROGRESS & 1))
+    return expect(read, context.allowed(IN_PROGRESS, MACHINE), of=is_in_progress)
 
 
 FLAGS = Check(

@@ -18,8 +18,6 @@ WHERE, _TRIGGER, _BANKS = "do_kexec_op", "do_nmi_trigger", "mca_allbanks"
 MAKES_IT = "kexec -p -u"  # in dom0: the hypercall
 # In the directmap, beyond all memory: neither Xen nor a guest maps anything there (xen/include/asm-x86/config.h).
 _UNMAPPED = (0xFFFF87F000000000).to_bytes(8, "little")
-
-
 _FAULTS = {
     "bug": bytes.fromhex("0f0b"),  # ud2, as BUG() has it
     "page-fault": b"\x48\xa1" + _UNMAPPED,  # mov (_UNMAPPED), %rax
