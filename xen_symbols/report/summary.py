@@ -205,7 +205,7 @@ def _registers(cpu: Json) -> Lines:
     title = f"Registers of CPU {cpu['cpu']}"
     if cpu["registers"] is None:
         return Lines([[Cell(f"  not known: {cpu['absent']['registers']}", "unknown")]], title)
-    words = [f"{name:>6} {value[2:]:0>16}" for name, value in cpu["registers"].items()]
+    words = [f"{name:>7} {value[2:]:0>16}" for name, value in cpu["registers"].items()]
     lines = [[Cell("  " + "  ".join(words[at : at + _ACROSS]))] for at in range(0, len(words), _ACROSS)]
     return Lines(lines, f"{title} ({cpu['registers_of']})")
 
