@@ -118,6 +118,39 @@ def test_something_else_at_the_socket(serve: Serve, tmp_path: Path) -> None:
         client.execute("query-status")
 
 
+def test_an_event_before_the_greeting_is_kept(tmp_path: Path) -> None:
+    first = [{"event": "RESUME"}, GREETING, {"return": {}, "id": 1}]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "qmp"))
+        listener.listen(1)
+
+        def greet() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"".join(json.dumps(message).encode() + b"\r\n" for message in first))
+                connection.recv(65536)
+
+        threading.Thread(target=greet, daemon=True).start()
+        with Qmp(tmp_path / "qmp") as client:
+            assert client.events == [{"event": "RESUME"}]
+
+
+def test_what_begins_with_neither_greeting_nor_event_is_not_qmp(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "other"))
+        listener.listen(1)
+
+        def greet() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b'{"return": {}}\r\n')
+                connection.recv(65536)
+
+        threading.Thread(target=greet, daemon=True).start()
+        with pytest.raises(QmpError, match="does not speak QMP: it began with"):
+            Qmp(tmp_path / "other")
+
+
 def test_nothing_listens_at_the_socket(tmp_path: Path) -> None:
     with pytest.raises(QmpError, match=r"cannot connect to QMP at .*/nothing: No such file"):
         Qmp(tmp_path / "nothing")

@@ -69,9 +69,7 @@ class Qmp:
         self._sent = 0
         self._socket = _connected(self.path, timeout)
         try:
-            greeting = self._message(time.monotonic() + timeout, "its greeting (another client may be connected)")
-            if "QMP" not in greeting:
-                raise QmpError(f"{self.path} does not speak QMP: it began with {json.dumps(greeting)[:80]}")
+            self._greet(time.monotonic() + timeout)
             self.execute("qmp_capabilities")
         except BaseException:
             self.close()
@@ -126,6 +124,14 @@ class Qmp:
                     self.events.append(message)
         except QmpError:
             return self.events
+
+    def _greet(self, deadline: float) -> None:
+        """Read the greeting. QEMU may send an event before it: its monitor forgets only with the greeting that the
+        client before this one had finished the negotiation."""
+        while "QMP" not in (message := self._message(deadline, "its greeting (another client may be connected)")):
+            if "event" not in message:
+                raise QmpError(f"{self.path} does not speak QMP: it began with {json.dumps(message)[:80]}")
+            self.events.append(message)
 
     def _message(self, deadline: float, awaited: str) -> dict[str, Any]:
         """The next JSON object: QMP sends one a line."""
