@@ -109,6 +109,20 @@ def test_a_cpu_in_no_mask_is_identified_by_what_it_runs() -> None:
     assert "its CPU 3 may run Xen: its registers could not be read" in str(cpus_found(machine).reason)
 
 
+def test_what_two_cpus_share_is_not_known_to_be_each_ones_own() -> None:
+    """In a dump no IDTR shows whose the gates are."""
+    machine = memory_alone("4.17-handover")
+    pointers = machine.symbols.address("idt_tables")
+    machine.poke(pointers + 8, machine.memory.read(pointers + 16, 8))
+    assert bad(machine.report()) == {("cpus-found", None, "unknown")}
+    assert cpus_found(machine).reason == "CPUs 1-2 have one IDT"
+    machine = memory_alone("4.17-handover")
+    offsets = machine.symbols.address("__per_cpu_offset")
+    machine.poke(offsets + 8, machine.memory.read(offsets + 16, 8))
+    assert ("cpus-found", None, "unknown") in bad(machine.report())
+    assert cpus_found(machine).reason == "CPUs 1-2 have one per-CPU area"
+
+
 @pytest.mark.parametrize("lose", [no_idt, no_buffer, no_area, no_offset])
 def test_a_cpu_that_was_not_online_may_be_missing(
     lose: Callable[[Machine, int], None], monkeypatch: pytest.MonkeyPatch

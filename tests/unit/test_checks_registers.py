@@ -76,6 +76,8 @@ WRONG: dict[str, tuple[Callable[[Machine, int], dict[str, int]], set[str]]] = {
     "rip in another function": (lambda m, cpu: {"rip": m.symbols.address("do_nmi_crash")}, {"rip"}),
     "rip in no function": (lambda m, cpu: {"rip": 0xFFFFFFFF81000000}, {"rip"}),
     "rip behind the function": (lambda m, cpu: {"rip": m.symbols.extent(function(m))[1]}, {"rip"}),
+    "rip in the function, where no other CPU saved": (lambda m, cpu: {"rip": saved(m, cpu, "rip") + 1}, {"rip"}),
+    "rsp that is no multiple of 8": (lambda m, cpu: {"rsp": saved(m, cpu, "rsp") + 4}, {"rsp"}),
     "rsp on another CPU's stack": (lambda m, cpu: {"rsp": saved(m, (cpu + 1) % 4, "rsp")}, {"rsp"}),
     "rsp on its primary stack, and idle": (lambda m, cpu: {"rsp": stack(m, cpu, "primary")}, {"rsp"}),
     "rsp on its #MC stack": (lambda m, cpu: {"rsp": stack(m, cpu, "#MC")}, {"rsp"}),
@@ -121,6 +123,15 @@ def test_each_register_fails_alone(name: str, what: str) -> None:
     assert str(found.reason).startswith(f"{', '.join(sorted(wrong))} not its own: tools show")
     right = finding(Machine(name), cpu)
     assert {register for register in found.observed if found.observed[register] != right.observed[register]} == wrong
+
+
+def test_of_two_cpus_that_saved_at_two_places_neither_is_believed() -> None:
+    machine = Machine("4.17-crashed-vmcore")
+    for cpu in (0, 1):
+        save(machine, cpu, rip=saved(machine, cpu, "rip") + 1)
+    report = machine.report()
+    assert bad(report) == {("crash-notes", cpu, "unknown") for cpu in range(4)}
+    assert "rip: CPUs saved 0xffff82d04021ed72 and 0xffff82d04021ed73" in str(finding(machine, 1).reason)
 
 
 @pytest.mark.parametrize("name", SAVED)

@@ -1,5 +1,6 @@
 """One moment of one machine, with what the checks need to know about it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -121,6 +122,12 @@ class Context:
     def on_unknown_path(self) -> bool:
         """Whether Xen is on a crash path that no generation fits."""
         return not self.identified and self.position.stage is not NORMAL
+
+    @cached_property
+    def rips_saved(self) -> Counter[int]:
+        """Each rip in Xen's crash notes, and how many CPUs saved it."""
+        notes = [cpu.notes.value for cpu in self.state.cpus.values() if cpu.notes.present]
+        return Counter(each.registers["rip"] for each in notes if not isinstance(each.registers, Absent))
 
     def assuming(self, spans: Mapping[int, Span]) -> "Context":
         """The same moment, with other positions of some other CPUs."""

@@ -66,11 +66,25 @@ def _cpus_found(context: Context, _cpu: int) -> Outcome:
         lost.append(f"{len(strays) - _STRAYS_MAX} more like these")
     if not known:
         lost.append("no CPU is online")
+    lost += _shared(context, known)
     found = {cpu for cpu in known if cpu in state.cpus and state.cpus[cpu].exists}
     if lost:
         return Outcome(Verdict.UNKNOWN, cpu_list(known), cpu_list(found), evidence, "; ".join(lost))
     reason = f"{len(unmatched)} of the machine's CPUs are not used by Xen" if unmatched else None
     return Outcome(Verdict.PASS, cpu_list(known), cpu_list(found), evidence, reason)
+
+
+def _shared(context: Context, cpus: set[int]) -> list[str]:
+    """What two CPUs have and each should have for itself: of one of them another's is judged."""
+    idts: dict[int, set[int]] = {}
+    areas: dict[int, set[int]] = {}
+    for cpu in (context.state.cpus[number] for number in cpus if number in context.state.cpus):
+        if cpu.exists:
+            areas.setdefault(cpu.per_cpu_offset, set()).add(cpu.cpu)
+        if cpu.idt.present:
+            idts.setdefault(cpu.idt.value, set()).add(cpu.cpu)
+    named = (("IDT", idts), ("per-CPU area", areas))
+    return [f"{cpu_list(two)} have one {what}" for what, held in named for two in held.values() if len(two) > 1]
 
 
 def _at_work(context: Context, physical: PhysicalCpu) -> str | None:
@@ -96,7 +110,7 @@ def _outside_xen(context: Context, physical: PhysicalCpu) -> bool:
 FOUND = (
     Check(
         "cpus-found", Subject.MACHINE, "xen/arch/x86/percpu.c and smpboot.c (7cfb005362)",
-        "never fails; UNKNOWN if a CPU that was online is not found among Xen's",
+        "never fails; UNKNOWN if a CPU that was online is not found among Xen's, or has another's IDT or per-CPU area",
         _cpus_found, shows=Shows.NOT_BROKEN, by_generation=ByGeneration.NEVER,
     ),
 )  # fmt: skip

@@ -17,8 +17,8 @@ from xen_symbols.xen.crashnotes import CpuNotes
 from xen_symbols.xen.memory import HYPERVISOR_CS, HYPERVISOR_DS
 
 _SAVE = "kexec_crash_save_cpu"
-# Until 1e15dcfbae (4.15) rip is the address of this function, which therefore has one; since, it is in whatever it was
-# inlined into.
+# Until 1e15dcfbae (4.15) rip is the address of this function, which therefore has one; since, it is that of one
+# instruction in whatever it was inlined into.
 _CALLED = "elf_core_save_regs"
 _CALLER = "kexec_crash"  # into which a compiler may have put the crashing CPU's copy
 NOT_ITS_OWN = "tools show a stack and a place in Xen's code that are not this CPU's, or none at all"
@@ -39,7 +39,7 @@ def parts(context: Context, cpu: int, notes: CpuNotes) -> list[Part]:
     saved = notes.saved
     return [
         _rip(context, cpu, saved["rip"]),
-        stack_pointer(context, cpu, saved["rsp"]),
+        _aligned(stack_pointer(context, cpu, saved["rsp"]), saved["rsp"]),
         _rflags(context, cpu, saved["rflags"]),
         Part("cs", hex(HYPERVISOR_CS), hex(saved["cs"]), saved["cs"] == HYPERVISOR_CS),
         # An NMI or an interrupt that finds a guest loads a null SS (SDM vol. 3, 6.14.2).
@@ -77,15 +77,39 @@ def _rip(context: Context, cpu: int, rip: int) -> Part:
         return Part("rip", f"in {_SAVE}", hex(rip), error.absent)
     if not symbols.has(inside, TEXT):
         return Part("rip", f"in {inside}", symbols.describe(rip), Absent(f"the symbols name no {inside}"))
-    found = symbols.lookup(rip)
-    name = found[0].name.partition(".")[0] if found and found[0].kind in TEXT else None
+    name = _function(context, rip)
     right: bool | Absent = name == inside
+    if name == _CALLED:
+        right = rip == symbols.address(_CALLED, TEXT)
+    elif name == inside:
+        right = _where_all_save(context, rip)
     if name == _CALLER and inside == _SAVE and context.is_crashing(cpu):
         try:
             right = not references(context.memory, _CALLER, _SAVE)
         except Unreadable as error:
             right = error.absent
     return Part("rip", f"in {inside}", symbols.describe(rip), right)
+
+
+def _function(context: Context, rip: int) -> str | None:
+    found = context.symbols.lookup(rip)
+    return found[0].name.partition(".")[0] if found and found[0].kind in TEXT else None
+
+
+def _where_all_save(context: Context, rip: int) -> bool | Absent:
+    """Every CPU reads rip by the same instruction of the function: what most saved is right."""
+    function = _function(context, rip)
+    cpus = context.rips_saved
+    most = max(count for other, count in cpus.items() if _function(context, other) == function)
+    if cpus[rip] < most:
+        return False
+    equal = [other for other, count in cpus.items() if count == most and _function(context, other) == function]
+    return True if len(equal) == 1 else Absent(f"CPUs saved {' and '.join(hex(each) for each in sorted(equal))}")
+
+
+def _aligned(part: Part, rsp: int) -> Part:
+    """In Xen's C code a stack pointer is a multiple of 8."""
+    return part if rsp % 8 == 0 or part.right is not True else part._replace(right=False)
 
 
 def stack_pointer(context: Context, cpu: int, rsp: int) -> Part:
