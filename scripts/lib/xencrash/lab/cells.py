@@ -121,8 +121,9 @@ def chosen(names: Mapping[str, Collection[str]], cells: Sequence[Cell]) -> tuple
 
 
 def moments(count: int, seed: int, cells: tuple[Cell, ...], without: Collection[str] = ()) -> list[Cell]:
-    """`count` crashes, across the cells in turn; `seed` determines their random parts. Each way on each CPU is as
-    likely as another, but for the ways that these Xens are `without`."""
+    """`count` crashes, across the cells in turn; `seed` determines their random parts. Every second machine whose
+    QEMU can run one has a domU; each way on each CPU that it can be crashed in is as likely as another, but for the
+    ways that these Xens are `without`."""
     chance = random.Random(seed)
     order = list(cells)
     chance.shuffle(order)
@@ -131,15 +132,16 @@ def moments(count: int, seed: int, cells: tuple[Cell, ...], without: Collection[
 
 
 def _moment(chance: random.Random, number: int, cell: Cell, ways: Sequence[Crash]) -> Cell:
-    crash = chance.choice(ways)
+    domu = chance.choice((False, True)) and QEMUS[cell.qemu].domu and not cell.image
     # What is planted needs a CPU that is not in a guest.
-    domu = QEMUS[cell.qemu].domu and not cell.image and not crash.way.planted
+    crash = chance.choice([each for each in ways if not (domu and each.way.planted)] or ways)
+    domu = domu and not crash.way.planted
     return replace(
         cell,
         name=f"{number + 1:03}-{cell.name}",
         how=crash.way.name,
         cpu=crash.cpu,
         load=chance.choice((0, chance.randint(CPUS, 2 * CPUS))),
-        domu=chance.choice((False, True)) and domu,
+        domu=domu,
         delay=round(chance.uniform(0, _LONGEST_DELAY), 2),
     )
