@@ -19,7 +19,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert {path.stem for path in DOCS.glob("*.md")} <= pages.keys()
     assert 'id="xen_symbols.open_dump"' in pages["python-api"]
     for page, words in {"dumps": "check vmcore", "in-gdb": "xen crash status", "kvm": "four hardware breakpoints",
-                        "reading-a-report": "it was read, and is not"}.items():  # sections of the README
+                        "reading-a-report": "it was read, and is not"}.items():  # what one looks for there
         assert words in re.sub("<[^>]+>", "", pages[page]), page
     assert re.search(r'<img[^>]* src="_images/crash-path\.svg"', pages["crash-path"])
     assert (tmp_path / "site/_images/crash-path.svg").read_text() == (DOCS / "crash-path.svg").read_text()
