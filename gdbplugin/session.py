@@ -19,9 +19,10 @@ from xen_symbols.crashpath.gatechanges import Key
 from xen_symbols.crashpath.gatewatch import GateWatch
 from xen_symbols.crashpath.identification import Identification, identify
 from xen_symbols.symbols.load import load_symbols
-from xen_symbols.symbols.table import SymbolTable, parse_aliases
+from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.targets.qmp import absolute
+from xen_symbols.xen.given import Given, parse_aliases
 from xen_symbols.xen.images import carried_symbols
 from xen_symbols.xen.locate import locate, still_there
 from xen_symbols.xen.memory import ROOT, XenMemory
@@ -62,13 +63,17 @@ class Session:
 
     def _with_aliases(self, table: SymbolTable) -> SymbolTable:
         """The same object for as long as the setting is the same."""
-        aliases = self._aliases()
+        aliases = self._given().aliases
         if self._renamed is None or self._renamed[0] is not table or self._renamed[1].aliases != aliases:
             self._renamed = table, table.with_aliases(aliases)
         return self._renamed[1]
 
-    def _aliases(self) -> dict[str, str]:
-        return parse_aliases((self.settings["aliases"].value or "").split())
+    def _given(self) -> Given:
+        return Given(
+            self.settings["generation"].value or None,
+            parse_aliases((self.settings["aliases"].value or "").split()),
+            bool(self.settings["allow-build-id-mismatch"].value),
+        )
 
     def _file(self) -> SymbolTable | None:
         chosen = self.settings["symbols"].value
@@ -129,20 +134,16 @@ class Session:
 
     def _xen(self, target: LiveTarget | ServedDump) -> XenMemory:
         """Xen where it was found before, or else located again: after a new connection, other symbols, another boot."""
-        chosen = self._chosen()
+        chosen, given = self._chosen(), self._given()
         memory = self._memory
         same = memory is not None and memory.target is target and (
-            memory.symbols.aliases == self._aliases() if chosen is None else memory.symbols is chosen
+            memory.symbols.aliases == given.aliases if chosen is None else memory.symbols is chosen
         )
         if memory is None or not same or not still_there(memory):
             self._memory = self._identification = None
-            mismatch = bool(self.settings["allow-build-id-mismatch"].value)
-            table = chosen or carried_symbols(target).with_aliases(self._aliases())
-            memory = locate(target, table, allow_mismatch=mismatch)
-            self._memory = memory
-        given = self.settings["generation"].value or None
-        if memory.given_generation != given:
-            memory.given_generation, self._identification = given, None
+            memory = self._memory = locate(target, chosen or carried_symbols(target), given)
+        if memory.given_generation != given.generation:
+            memory.given_generation, self._identification = given.generation, None
         return memory
 
     def identification(self, memory: XenMemory) -> Identification:

@@ -9,6 +9,7 @@ from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.targets import dump
 from xen_symbols.targets.raw import Map
+from xen_symbols.xen.given import Given
 from xen_symbols.xen.images import carried_symbols
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
@@ -37,6 +38,4 @@ def open_dump(
     """
     target = dump.open_dump(os.fspath(path), base=base, maps=[Map(*one) for one in maps])
     table = carried_symbols(target, progress) if symbols is None else load_symbols(os.fspath(symbols))
-    memory = locate(target, table.with_aliases(aliases or {}), allow_mismatch=allow_mismatch)
-    memory.given_generation = generation
-    return memory
+    return locate(target, table, Given(generation, aliases or {}, allow_mismatch))

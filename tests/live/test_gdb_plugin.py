@@ -114,7 +114,7 @@ def test_rdmsr_gives_what_the_device_state_gives(mode: str) -> None:
             machine.serial.send(b"C")
             assert session.wait_stop(20) is not None
             exact = session.xen("lapic")["cpus"]
-            session.set("rdmsr", True)
+            session.set("rdmsr", "on")
             with pytest.raises(Undecidable, match="gdb drops the result"):
                 session.xen("lapic")
             session.leave(running=False)
@@ -377,7 +377,7 @@ def test_symbols_of_another_build() -> None:
         with pytest.raises(Undecidable) as error:
             session.xen("crash-check")
         assert ours.hex() in str(error.value) and theirs.hex() in str(error.value)
-        session.set("allow-build-id-mismatch", True)
+        session.set("allow-build-id-mismatch", "on")
         assert session.xen("symbols")["symbols"]["match"] is False
 
 

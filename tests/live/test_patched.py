@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.live.machines import gdb, guest, named, target
+from xen_symbols.xen.given import Given
 from xencrash.trace import trace
 
 pytestmark = pytest.mark.live
@@ -20,8 +21,9 @@ def test_a_renamed_function_is_followed_by_its_alias(tmp_path: Path) -> None:
         patched = ("set xen generation 4.21.0", "set xen aliases do_nmi_crash=mine")
         again = ("set xen generation", "xen crash check")
         shown = gdb(lab, *patched, "xen crash check", *again, symbols=str(renamed))
-        report = trace(target(lab), str(renamed), str(lab.qmp_socket), timeout=60, generation="4.17.0",
-                       aliases={"do_nmi_crash": "mine"}, trigger=lambda: lab.serial.send(b"C"))  # fmt: skip
+        given = Given("4.17.0", {"do_nmi_crash": "mine"})
+        report = trace(target(lab), str(renamed), str(lab.qmp_socket), given, timeout=60,
+                       trigger=lambda: lab.serial.send(b"C"))  # fmt: skip
     assert (named(report["findings"]), report["verdict"]) == ([], "pass")
     assert report["stages"][-1]["stage"] == "after-handover"
     assert (report["generation"]["id"], report["generation"]["given"]) == ("4.17.0", True)

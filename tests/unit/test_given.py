@@ -15,7 +15,9 @@ from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Undecidable
 from xen_symbols.report.model import Verdict
 from xen_symbols.symbols.load import load_symbols
+from xen_symbols.xen.given import NOTHING_GIVEN, Given
 from xencrash.cli import main
+from xencrash.gdbprogram import plugin_settings
 
 ALIAS = "do_nmi_crash=my_nmi_crash"
 
@@ -86,6 +88,19 @@ def test_names_and_addresses(renamed: Path) -> None:
     assert table.address("do_nmi_crash") == table.address("my_nmi_crash") == address
     assert (table.describe(address + 4), plain.describe(address + 4)) == ("do_nmi_crash+0x4", "my_nmi_crash+0x4")
     assert table.has("do_nmi_crash") and not plain.has("do_nmi_crash")
+
+
+def test_as_settings_of_the_plugin() -> None:
+    plain = {"allow-build-id-mismatch": "off"}
+    assert plugin_settings(None, None, NOTHING_GIVEN) == plain
+    given = Given("4.17.0", {"do_nmi_crash": "mine", "nmi": "mine2"}, allow_mismatch=True)
+    assert plugin_settings("/xen-syms", "localhost:4444", given) == {
+        "symbols": "/xen-syms",
+        "qmp-socket": "localhost:4444",
+        "allow-build-id-mismatch": "on",
+        "generation": "4.17.0",
+        "aliases": "do_nmi_crash=mine nmi=mine2",
+    }
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from tests.texts import RecordedSession, answer
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.report.console import plain
+from xen_symbols.xen.given import NOTHING_GIVEN, Given
 from xencrash import gdbmi as sessions
 from xencrash import live as live_machine
 from xencrash.cli import main
@@ -43,9 +44,8 @@ def live(monkeypatch: pytest.MonkeyPatch) -> LiveSession:
     session = LiveSession()
 
     @contextlib.contextmanager
-    def opened(target: str, symbols: str | None, qmp: str | None, **more: Any) -> Iterator[LiveSession]:
-        given = {"allow_mismatch": False, "generation": None, "aliases": {}}
-        assert (target, symbols, qmp, {name: more[name] for name in given}) == ("gdb:/s", None, None, given)
+    def opened(target: str, symbols: str | None, qmp: str | None, given: Given, **more: Any) -> Iterator[LiveSession]:
+        assert (target, symbols, qmp, given) == ("gdb:/s", None, None, NOTHING_GIVEN)
         yield session
 
     monkeypatch.setattr(live_machine, "open_session", opened)

@@ -261,7 +261,7 @@ xen_symbols.targets.raw xen_symbols.targets.stretches
 xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.lapic
 xen_symbols.xen.kexec xen_symbols.xen.locate xen_symbols.xen.hole xen_symbols.xen.images xen_symbols.xen.cpuinfo
 xen_symbols.xen.idt xen_symbols.xen.memory xen_symbols.xen.owned xen_symbols.xen.percpu xen_symbols.xen.reads
-xen_symbols.xen.savedcpus xen_symbols.xen.search xen_symbols.xen.stacks xen_symbols.xen.state
+xen_symbols.xen.savedcpus xen_symbols.xen.search xen_symbols.xen.stacks xen_symbols.xen.state xen_symbols.xen.given
 xen_symbols.describe xen_symbols.describe.machine
 xen_symbols.crashpath xen_symbols.crashpath.context xen_symbols.crashpath.engine xen_symbols.crashpath.follows
 xen_symbols.crashpath.generations xen_symbols.crashpath.identification xen_symbols.crashpath.position

@@ -122,11 +122,11 @@ class SymbolTable:
 
         What lies at such a symbol is called by the name that it stands for. Raises Undecidable for what is not there.
         """
+        if aliases == self.aliases:
+            return self
         for name, actual in aliases.items():
             if not self._named(actual):
                 raise Undecidable(f"--alias {name}={actual}: {self.path} has no {actual}")
-        if not aliases:
-            return self
         table = copy(self)
         table.aliases = dict(aliases)
         table._remember()
@@ -334,17 +334,6 @@ class SymbolTable:
         if not ends:
             raise SymbolNotFound(f"where {name} ends is not in the {self.source} ({self.path})")
         return start, min(ends)
-
-
-def parse_aliases(words: Iterable[str]) -> dict[str, str]:
-    """Of NAME=ACTUAL each. Raises Undecidable."""
-    aliases = {}
-    for word in words:
-        name, equals, actual = word.partition("=")
-        if not (name and equals and actual):
-            raise Undecidable(f"{word!r} is not an alias: that is NAME=ACTUAL, such as do_nmi_crash=my_nmi_crash")
-        aliases[name] = actual
-    return aliases
 
 
 def _same_file(recorded: str | None, asked: str) -> bool:

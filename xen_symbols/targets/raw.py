@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from xen_symbols.absence import Undecidable, Unreadable
+from xen_symbols.absence import Undecidable
 from xen_symbols.formats.content import File
 from xen_symbols.formats.extents import Extents
-from xen_symbols.targets import PHYSICAL_END, Memory, Opened, bounded
+from xen_symbols.targets import PHYSICAL_END, Memory, Opened, stretches
 
 
 class Map(NamedTuple):
@@ -42,14 +42,7 @@ class RawMemory(Memory):
         return RawMemory(self.file, maps, given=self.given)
 
     def read(self, address: int, size: int) -> bytes:
-        bounded(address, size)
-        parts = []
-        for position, length in self._extents.pieces(address, size):
-            if position is None:
-                raise Unreadable(f"physical {address:#x} is not in the image")
-            parts.append(self.file.read(position, length))
-            address += length
-        return b"".join(parts)
+        return stretches.read(self.file, self._extents, address, size, lambda address: "is not in the image")
 
     def ranges(self) -> Sequence[tuple[int, int]]:
         return self._extents.ranges()

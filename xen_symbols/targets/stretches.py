@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats.content import Content
@@ -29,6 +29,22 @@ def disjoint(stretches: Iterable[Stretch], what: str) -> Extents:
     return extents
 
 
+def read(content: Content, held: Extents, address: int, size: int, why_not: Callable[[int], str]) -> bytes:
+    """`size` bytes of the content by the stretches that it holds. Raises Unreadable where one is missing: `why_not`
+    says of its address what became of it."""
+    bounded(address, size)
+    whole = held.position(address, size)
+    if whole is not None:
+        return content.read(whole, size)
+    parts = []
+    for position, length in held.pieces(address, size):
+        if position is None:
+            raise Unreadable(f"physical {address:#x} {why_not(address)}")
+        parts.append(content.read(position, length))
+        address += length
+    return b"".join(parts)
+
+
 class StretchMemory(Memory):
     """`held` is in the file; `left_out` is memory that its writer knew and did not write; `lost` is what a `truncated`
     file no longer has."""
@@ -40,17 +56,7 @@ class StretchMemory(Memory):
         self._lost, self._truncated = lost, truncated
 
     def read(self, address: int, size: int) -> bytes:
-        bounded(address, size)
-        whole = self._held.position(address, size)
-        if whole is not None:
-            return self._content.read(whole, size)
-        parts = []
-        for position, length in self._held.pieces(address, size):
-            if position is None:
-                raise Unreadable(f"physical {address:#x} {self._why_not(address)}")
-            parts.append(self._content.read(position, length))
-            address += length
-        return b"".join(parts)
+        return read(self._content, self._held, address, size, self._why_not)
 
     def _why_not(self, address: int) -> str:
         if self._lost.position(address, 1) is not None:

@@ -13,6 +13,7 @@ from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu, Target
 from xen_symbols.x86 import paging
 from xen_symbols.xen import hole
+from xen_symbols.xen.given import NOTHING_GIVEN, Given
 from xen_symbols.xen.images import (
     BY_INFO,
     BY_TABLES,
@@ -39,11 +40,13 @@ from xen_symbols.xen.memory import (
 from xen_symbols.xen.search import booted_last
 
 
-def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False) -> XenMemory:
+def locate(target: Target, symbols: SymbolTable, given: Given = NOTHING_GIVEN) -> XenMemory:
     """Xen in `target`, whose symbols are `symbols`.
 
-    Raises Undecidable when there is no Xen, Xen has no paging yet, or it is another build (both build-ids are named).
+    Raises Undecidable when there is no Xen, Xen has no paging yet, it is another build (both build-ids are named), or
+    an alias is given that the symbols do not have.
     """
+    symbols = symbols.with_aliases(given.aliases)
     cpus = target.cpus()
     unread = Unread(target)
     memory = _by_evidence(target, symbols, cpus, unread)
@@ -54,20 +57,21 @@ def locate(target: Target, symbols: SymbolTable, *, allow_mismatch: bool = False
             other, booted = _other_xen(target, cpus, unread)
             _require_link(target, symbols, booted)
         if other and symbols.build_id and other != symbols.build_id:
-            if not allow_mismatch or memory is None:
+            if not given.allow_mismatch or memory is None:
                 even = " (its page tables cannot be found with them, so a mismatch cannot be allowed)"
                 raise Undecidable(
                     f"the symbols are of another build: {symbols.path} has build-id {symbols.build_id.hex()}, "
-                    f"the Xen in {target.location} has {other.hex()}{even * allow_mismatch}; "
+                    f"the Xen in {target.location} has {other.hex()}{even * given.allow_mismatch}; "
                     "give its own xen-syms with --symbols"
                 )
         elif memory is None:
             raise Undecidable(_why_not(target, symbols, cpus, unread))
+    memory.given_generation = given.generation
     if theirs:
         memory.build_id = theirs
     else:
         memory.build_id = Absent("the build-id note in memory could not be read")
-        if symbols.build_id and not allow_mismatch:
+        if symbols.build_id and not given.allow_mismatch:
             raise Undecidable(
                 f"{target.location} shows no build-id where {symbols.path} says it lies: the symbols are of another "
                 "build, or the note was left out of the dump; --allow-build-id-mismatch continues without it"

@@ -15,15 +15,16 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from xen_symbols.absence import Undecidable
-from xen_symbols.targets.qmp import Qmp, QmpError, absolute
-from xencrash.gdbprogram import find_gdb, gdb_arguments, path_for_gdb, plugin_script
+from xen_symbols.targets.qmp import Qmp, QmpError
+from xen_symbols.xen.given import NOTHING_GIVEN, Given
+from xencrash.gdbprogram import find_gdb, gdb_arguments, path_for_gdb, plugin_script, plugin_settings
 from xencrash.mi import Record, Records
 from xencrash.options import parse_live
 
@@ -160,11 +161,9 @@ class GdbSession:
         answer: Json = json.loads(self.mi(f"-xen-{name}{words}", timeout)["json"])
         return answer
 
-    def set(self, name: str, value: str | bool | None) -> None:
-        """One of the plugin's settings; None leaves it alone."""
-        if value is not None:
-            words = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-            self.cli(f"set xen {name} {words}")
+    def set(self, name: str, value: str) -> None:
+        """One of the plugin's settings."""
+        self.cli(f"set xen {name} {value}")
 
     # -- the machine --------------------------------------------------------------------------
 
@@ -173,18 +172,13 @@ class GdbSession:
         target: str,
         symbols: str | None = None,
         qmp: str | None = None,
-        *,
-        allow_mismatch: bool = False,
-        generation: str | None = None,
-        aliases: Mapping[str, str] = MappingProxyType({}),
+        given: Given = NOTHING_GIVEN,
     ) -> None:
         """Tell the plugin what the user said, and attach to the machine; one after another, if wished. Settings that
         are not given stay as they are. Raises Undecidable."""
-        self.set("symbols", path_for_gdb(symbols, Path(self._folder.name)) if symbols else None)
-        self.set("qmp-socket", absolute(qmp) if qmp else None)
-        self.set("allow-build-id-mismatch", allow_mismatch)
-        self.set("generation", generation)
-        self.set("aliases", " ".join(f"{name}={actual}" for name, actual in aliases.items()) or None)
+        ours = path_for_gdb(symbols, Path(self._folder.name)) if symbols else None
+        for name, value in plugin_settings(ours, qmp, given).items():
+            self.set(name, value)
         self.attach(target, qmp)
 
     def attach(self, target: str, qmp: str | None = None) -> None:
@@ -393,10 +387,8 @@ def open_session(
     target: str,
     symbols: str | None = None,
     qmp: str | None = None,
+    given: Given = NOTHING_GIVEN,
     *,
-    allow_mismatch: bool = False,
-    generation: str | None = None,
-    aliases: Mapping[str, str] = MappingProxyType({}),
     gdb: str | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> GdbSession:
@@ -405,9 +397,7 @@ def open_session(
     parse_live(target)
     session = GdbSession(gdb, notice)
     try:
-        session.open(
-            target, symbols, qmp, allow_mismatch=allow_mismatch, generation=generation, aliases=aliases
-        )  # fmt: skip
+        session.open(target, symbols, qmp, given)
     except BaseException:
         session.close()
         raise

@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 from xen_symbols.absence import Undecidable
+from xen_symbols.targets.qmp import absolute
+from xen_symbols.xen.given import Given
 
 OLDEST_GDB = 12  # has custom MI commands and packets sent from Python
 _VERSION_SECONDS = 30.0
@@ -69,3 +71,16 @@ def path_for_gdb(path: str, folder: Path) -> str:
         link.symlink_to(plain)
         return str(link)
     return plain
+
+
+def plugin_settings(symbols: str | None, qmp: str | None, given: Given) -> dict[str, str]:
+    """What the user said, as values under `set xen`; what was not said stays as it is. `symbols`: by `path_for_gdb`."""
+    aliases = " ".join(f"{name}={actual}" for name, actual in given.aliases.items())
+    settings = {
+        "symbols": symbols,
+        "qmp-socket": absolute(qmp) if qmp else None,
+        "allow-build-id-mismatch": "on" if given.allow_mismatch else "off",
+        "generation": given.generation,
+        "aliases": aliases,
+    }
+    return {name: value for name, value in settings.items() if value}

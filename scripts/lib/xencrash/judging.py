@@ -65,10 +65,8 @@ def open_xen(asked: Request) -> XenMemory:
         asked.symbols,
         base=asked.base,
         maps=asked.maps,
-        allow_mismatch=asked.allow_mismatch,
-        generation=asked.generation,
-        aliases=asked.aliases,
         progress=searching(asked.target),
+        **asked.given._asdict(),
     )
 
 

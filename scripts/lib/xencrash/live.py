@@ -57,7 +57,4 @@ def summary(asked: Request) -> Json:
 
 
 def _session(asked: Request) -> GdbSession:
-    return open_session(
-        asked.target, asked.symbols, asked.qmp, allow_mismatch=asked.allow_mismatch, generation=asked.generation,
-        aliases=asked.aliases, notice=complain,
-    )  # fmt: skip
+    return open_session(asked.target, asked.symbols, asked.qmp, asked.given, notice=complain)

@@ -1,15 +1,13 @@
 """Options that several sub-commands share, and what they mean."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.generations import BY_ID
-from xen_symbols.symbols.table import parse_aliases
 from xen_symbols.targets import PHYSICAL_END
 from xen_symbols.targets.raw import Map
+from xen_symbols.xen.given import NOTHING_GIVEN, Given, parse_aliases
 from xencrash.errors import UsageError
 
 LIVE_TARGET = "gdb:HOST:PORT, or gdb:/path/of/a/unix/socket (QEMU's -gdb)"
@@ -29,9 +27,7 @@ class Request(NamedTuple):
     qmp: str | None = None  # of a live machine
     base: int | None = None  # of a raw image
     maps: tuple[Map, ...] = ()  # the same, where it is not one piece
-    allow_mismatch: bool = False
-    generation: str | None = None  # of the crash path; None: recognised
-    aliases: Mapping[str, str] = MappingProxyType({})  # what this Xen calls a name of the crash path
+    given: Given = NOTHING_GIVEN
 
     @property
     def live(self) -> bool:
@@ -79,16 +75,13 @@ def add_given(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-class Given(NamedTuple):
-    """What was said of a crash path: as in Request."""
-
-    generation: str | None
-    aliases: Mapping[str, str]
-
-
 def what_is_given(args: Namespace) -> Given:
     """Nothing where the command has no such options."""
-    return Given(getattr(args, "generation", None), parse_aliases(getattr(args, "alias", [])))
+    return Given(
+        getattr(args, "generation", None),
+        parse_aliases(getattr(args, "alias", [])),
+        getattr(args, "allow_build_id_mismatch", False),
+    )
 
 
 def _alias(text: str) -> str:
@@ -113,9 +106,7 @@ def request(args: Namespace, *, symbols_may_follow: bool = False) -> Request:
 
 
 def _request(target: str, args: Namespace) -> Request:
-    asked = Request(
-        target, args.symbols, args.qmp, args.base, tuple(args.map), args.allow_build_id_mismatch, *what_is_given(args)
-    )
+    asked = Request(target, args.symbols, args.qmp, args.base, tuple(args.map), what_is_given(args))
     if asked.maps and asked.base is not None:
         raise UsageError("--map says all of what is where in a raw image, and --base as well: leave one out")
     for name, given in (("--base", asked.base is not None), ("--map", bool(asked.maps))):

@@ -7,13 +7,13 @@ to QEMU or to gdb on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.follow import STALL_SECONDS
 from xen_symbols.report.model import Verdict, verdict_of
+from xen_symbols.xen.given import NOTHING_GIVEN, Given
 from xencrash.gdbmi import GdbSession, open_session
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def trace(
     target: str,
     symbols: str | None = None,
     qmp: str | None = None,
+    given: Given = NOTHING_GIVEN,
     *,
     timeout: float | None = None,
     stall: float = STALL_SECONDS,
@@ -46,9 +47,6 @@ def trace(
     trigger: Callable[[], None] | None = None,
     on_stop: Callable[[GdbSession], None] | None = None,
     leave_stopped: bool = False,
-    allow_mismatch: bool = False,
-    generation: str | None = None,
-    aliases: Mapping[str, str] = MappingProxyType({}),
     gates: bool = False,
     interrupted: Callable[[contract.Report], None] = _unreported,
     gdb: str | None = None,
@@ -57,10 +55,7 @@ def trace(
 
     The rest is as for `follow`. What prevents its beginning is raised as Undecidable.
     """
-    with open_session(
-        target, symbols, qmp, allow_mismatch=allow_mismatch, generation=generation, aliases=aliases, gdb=gdb,
-        notice=notice,
-    ) as session:  # fmt: skip
+    with open_session(target, symbols, qmp, given, gdb=gdb, notice=notice) as session:
         return follow(
             session, timeout=timeout, stall=stall, progress=progress, notice=notice, trigger=trigger, on_stop=on_stop,
             leave_stopped=leave_stopped, gates=gates, interrupted=interrupted,

@@ -20,8 +20,7 @@ from xen_symbols.symbols.elf import SOURCE as ELF_TABLE
 from xen_symbols.symbols.elfwrite import symbol_file
 from xen_symbols.symbols.load import load_symbols, unpacked
 from xen_symbols.symbols.table import SymbolTable
-from xen_symbols.targets.qmp import absolute
-from xencrash.gdbprogram import find_gdb, gdb_arguments, path_for_gdb, plugin_script
+from xencrash.gdbprogram import find_gdb, gdb_arguments, path_for_gdb, plugin_script, plugin_settings
 from xencrash.judging import open_xen
 from xencrash.options import ANY_TARGET, Request, add_given, add_target, parse_live, request
 from xencrash.serve import GDB_SETTINGS, served, serving
@@ -47,16 +46,7 @@ def run(args: Namespace) -> int:
     command = [find_gdb(), *gdb_arguments()]
     with _target(asked) as (place, settings, table), _symbol_files(asked.symbols, table) as (ours, gdbs):
         words = [f"source {plugin_script()}"]
-        if ours:
-            words.append(f"set xen symbols {ours}")
-        if asked.qmp:
-            words.append(f"set xen qmp-socket {absolute(asked.qmp)}")
-        if asked.allow_mismatch:
-            words.append("set xen allow-build-id-mismatch on")
-        if asked.generation:
-            words.append(f"set xen generation {asked.generation}")
-        if asked.aliases:
-            words.append("set xen aliases " + " ".join(f"{name}={actual}" for name, actual in asked.aliases.items()))
+        words += [f"set xen {name} {value}" for name, value in plugin_settings(ours, asked.qmp, asked.given).items()]
         words += [*settings, f"target remote {place}"]
         for word in words:
             command += ["-ex", word]

@@ -98,9 +98,8 @@ def describe_dump(asked: Request) -> Json:
                 table = carried_symbols(target, searching(asked.target))
             else:
                 table = load_symbols(asked.symbols)
-            table = table.with_aliases(asked.aliases)
-            memory = locate(target, table, allow_mismatch=asked.allow_mismatch)
-            memory.given_generation = asked.generation
+            memory = locate(target, table, asked.given)
+            table = memory.symbols
         finally:  # what is where in a raw image is known when Xen is found
             data["memory"] = [[hex(start), hex(end)] for start, end in target.physical_ranges()]
             data["target"]["format"] = target.format

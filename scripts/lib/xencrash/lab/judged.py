@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from xen_symbols.crashpath.follow import STALL_SECONDS
 from xen_symbols.crashpath.stages import AFTERWARDS
+from xen_symbols.xen.given import NOTHING_GIVEN, Given
 from xencrash.judging import judge_dump
 from xencrash.lab.boot import up
 from xencrash.lab.errors import LabError
@@ -118,11 +119,10 @@ def was_followed(report: contract.Report) -> bool:
     return not report.get("undecided") or [stage["stage"] for stage in report["stages"]][-1:] == [AFTERWARDS.id]
 
 
-def check_vmcore(machine: Machine, output: Path, **given: Any) -> contract.Report:
-    """The report on the vmcore that the crash kernel takes, also left as the files of _CHECK beside the `vmcore`;
-    what is `given` is Request's."""
+def check_vmcore(machine: Machine, output: Path, given: Given = NOTHING_GIVEN) -> contract.Report:
+    """The report on the vmcore that the crash kernel takes, also left as the files of _CHECK beside the `vmcore`."""
     vmcore = machine.dumps.vmcore(output / _VMCORE, _COPIED_IN * machine.accel_row.slower)
-    checked = judge_dump(Request(str(vmcore), str(machine.symbols), **given)).to_json()
+    checked = judge_dump(Request(str(vmcore), str(machine.symbols), given=given)).to_json()
     _leave(checked, output, _CHECK)
     return checked
 

@@ -40,7 +40,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Leaves the logs in the folder, `trace` as JSON, JUnit and HTML, and of a real Xen `vmcore` and `check`."""
-    wanted, said = specification(args), what_is_given(args)._asdict()
+    wanted, said = specification(args), what_is_given(args)
     output = judged.folder(args.output)
     tell = progress.on_stderr()
     with judged.machine(output, wanted, tell, args.fresh) as machine:
@@ -50,13 +50,13 @@ def run(args: Namespace) -> int:
         if not wanted.guest:
             machine.prepare(wanted.crash.how, wanted.crash.cpu)
         report = judged.follow(
-            machine, output, lambda: _crash(machine, wanted), progress=show_stage, gates=gates, **said
+            machine, output, lambda: _crash(machine, wanted), progress=show_stage, gates=gates, given=said
         )
         status = finish(report)
         if wanted.guest or not judged.was_followed(report):
             return status or as_asked(wanted, [report])
         tell("the crash kernel copies the vmcore")
-        checked = judged.check_vmcore(machine, output, **said)
+        checked = judged.check_vmcore(machine, output, said)
     print("\nThe vmcore:", flush=True)
     write(checked)
     print(f"\nThe reports, the vmcore and the logs are in {output}", file=sys.stderr)
