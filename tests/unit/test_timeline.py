@@ -15,6 +15,7 @@ from xen_symbols.crashpath.stages import ANYWHERE, CrashStep, OtherStep, Span
 from xen_symbols.crashpath.timeline import (
     BESIDE,
     BY_FIELD,
+    LAPIC_ENABLED,
     MC_HANDLER,
     MC_IST,
     NMI_HANDLER,
@@ -107,6 +108,18 @@ def test_where_a_cpu_may_be_on_either_side_of_a_step_both_values_are_allowed() -
     # Meanwhile the bit may still be clear, or clear again.
     arming = Span(CrashStep.SAVED, CrashStep.ARMED)
     assert may_be(WAITING_MASK, "4.17.0", Whose.OTHER, arming, ANYWHERE) == (False, True)
+
+
+@pytest.mark.parametrize("generation", BY_ID)
+def test_the_crashing_cpus_lapic_is_off_on_its_way_to_virtual_wire_mode(generation: str) -> None:
+    """Between disable_local_APIC() and disable_IO_APIC(), where a CPU that is late may stop; at no stage of its own."""
+
+    def enabled(low: CrashStep, high: CrashStep) -> tuple[object, ...]:
+        return may_be(LAPIC_ENABLED, generation, Whose.CRASHING, Span(low, high), ANYWHERE)
+
+    assert enabled(CrashStep.WAITED, CrashStep.WAITED) == enabled(CrashStep.ARMED, CrashStep.WAITED) == (True,)
+    assert enabled(CrashStep.WAITED, CrashStep.STOPPED) == (True, False)
+    assert enabled(CrashStep.STOPPED, CrashStep.STOPPED) == enabled(CrashStep.STOPPED, CrashStep.LEFT) == (True,)
 
 
 def test_only_a_cpu_that_is_not_online_may_have_what_play_dead_leaves() -> None:

@@ -208,6 +208,7 @@ _ANSWER = Writer("77ad1faa6b, do_nmi_crash", ("do_nmi_crash", *HELPERS))
 _SIGN_OFF = Writer("xen/arch/x86/crash.c, do_nmi_crash", ("do_nmi_crash", "crash_nmi_callback"))
 _STOP = Writer("xen/arch/x86/smp.c, __stop_this_cpu", ("__stop_this_cpu",))
 _LAPIC_OFF = Writer("xen/arch/x86/apic.c, disable_local_APIC", ("disable_local_APIC", "clear_local_APIC"))
+_LAPIC_ON = Writer("xen/arch/x86/apic.c, disconnect_bsp_APIC", ("disable_IO_APIC", "disconnect_bsp_APIC"))
 
 _SWAP = _handover("77ad1faa6b, machine_kexec")
 _REWRITE = _handover(f"{_RFC}, machine_kexec")
@@ -275,12 +276,14 @@ PATH: tuple[Write, ...] = (
     Write(WAITING_MASK, Whose.OTHER, OtherStep.SIGNED_OFF, False, _SIGN_OFF, _MASK),
     Write(SELF_NMI, Whose.OTHER, OtherStep.SELF_NMI, "an NMI to itself", _ANSWER, _DONE),
 
-    # nmi_shootdown_cpus() after its wait. disable_IO_APIC() leaves the crashing CPU's LAPIC, software-enabled and
-    # unmasked, in virtual-wire mode: its enable bit and LVT have no rows.
+    # nmi_shootdown_cpus() after its wait. disable_IO_APIC() leaves the crashing CPU's LAPIC, enabled again and
+    # unmasked, in virtual-wire mode: its LVT has no row. A CPU that is late may stop while the LAPIC is off.
     Write(REPORT, Whose.MACHINE, CrashStep.WAITED, "Shot down, or failed to shoot down", _SAY, {"announces": True}),
     Write(LAPIC_MODE, Whose.CRASHING, CrashStep.STOPPED, Value.BOOT_MODE, _LAPIC_OFF),
+    Write(LAPIC_ENABLED, Whose.CRASHING, CrashStep.STOPPED, False, _LAPIC_OFF),
     Write(ONLINE, Whose.CRASHING, CrashStep.STOPPED, False, _STOP),
     Write(X2APIC_ENABLED, Whose.MACHINE, CrashStep.STOPPED, Value.IS_BOOT_MODE, _ARM),
+    Write(LAPIC_ENABLED, Whose.CRASHING, CrashStep.STOPPED, True, _LAPIC_ON),
     Write(CRASH_INFO, Whose.MACHINE, CrashStep.INFO_SAVED, Value.XEN_PHYS_START, _SAVE_INFO),
 
     # machine_kexec()
