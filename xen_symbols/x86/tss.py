@@ -1,7 +1,5 @@
 """The task state segment in 64-bit mode (Intel SDM vol. 3, 8.7, figure 8-11): the stacks that the CPU switches to."""
 
-from __future__ import annotations
-
 import struct
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ xen/include/public/kexec.h and xen/common/kexec.c: bit 5 of kexec_flags selects 
 is live; bit 6 (KEXEC_IMAGE_NR + 2) is KEXEC_FLAG_IN_PROGRESS.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from xen_symbols.absence import Unreadable
