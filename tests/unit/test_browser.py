@@ -79,6 +79,23 @@ def test_a_narrow_page_scrolls_within_the_picture_alone(show: Open, trace: Any) 
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_a_row_that_is_too_long_for_a_telephone_is_a_paragraph_there(show: Open) -> None:
+    long = Table("Long", ["what", "empty", "why"], [[Cell("hang", "fail"), Cell("", "pass"), Cell("it is in " * 9)]])
+    short = Table("Short", ["CPU", "at"], [[Cell("1"), Cell("idle")]])
+    driver = show([long, short], lambda blocks: table_page("Tables", blocks))
+    wide = texts(driver, "thead")
+    look_like(driver, 400, 800)
+    try:
+        cells = driver.find_elements("css selector", ".wide td")
+        assert all(cell.rect["x"] + cell.rect["width"] <= 400 for cell in cells)
+        assert [cell.is_displayed() for cell in cells] == [True, False, True]
+        name = "return getComputedStyle(arguments[0], '::before').content"
+        assert [driver.execute_script(name, cell).strip('" ') for cell in cells] == ["what", "empty", "why"]
+        assert (wide, texts(driver, ".plain thead")) == (["what empty why", "CPU at"], ["CPU at"])
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_by_keyboard_alone(show: Open, trace: Any) -> None:
     """Tab to the first failure, then to the switch: Space shows every value; Tab to the failing cell: Enter leads to
     its finding."""

@@ -130,7 +130,7 @@ def test_the_page_has_each_failure_with_its_command_and_each_function_to_unfold(
     assert "xencrash lab storm --xen 4.17 --qemu 7.2 --cpus 2 --replay nmi@0:kexec_crash+0x4" in row
     crashing, other = text.split("<details>")[1:]
     assert crashing.startswith("<summary>kexec_crash, on the crashing CPU, 1 pass, 1 fail, 1 window")
-    assert "<td>push rbx</td>" in crashing and "do_nmi_crash" in other
+    assert ">push rbx</td>" in crashing and "do_nmi_crash" in other
 
 
 def test_the_page_marks_only_where_something_failed() -> None:

@@ -7,6 +7,7 @@ All text passes `_text`, which leaves nothing of it to be obeyed; the page allow
 from __future__ import annotations
 
 import hashlib
+import re
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,7 @@ _MARKS = 3  # links in a cell; the rest are counted
 _GROUPS, _OPEN = 500, 50  # findings on a page, and those unfolded: 4096 CPUs may each fail in their own way
 _HEAD = 20  # characters of the CPUs in a column's head; more are counted
 _WIDE = 3  # columns, above which their heads stand upright
+_NARROW = 40  # characters of a row for which a telephone is wide enough
 
 
 def page(report: contract.Report) -> Iterator[str]:
@@ -309,9 +311,16 @@ def _fields(lines: Lines) -> str:
 
 
 def _rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table. One that a telephone is too narrow for names its columns in each cell: there, a row is a paragraph."""
+    rows = list(rows)
+    longest = (max(len(re.sub("<[^>]*>", "", cell)) for cell in column) for column in zip(columns, *rows, strict=True))
+    kind = "wide" if sum(longest) > _NARROW else "plain"
+    names = [f' data-name="{_text(column)}"' if kind == "wide" else "" for column in columns]
     heads = "".join(f'<th scope="col">{_text(column)}</th>' for column in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    cells = ("".join(f"<td{name}>{cell}</td>" for name, cell in zip(names, row, strict=True)) for row in rows)
+    body = "".join(f"<tr>{row}</tr>\n" for row in cells)
+    inside = f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll" tabindex="0"><table class="{kind}">{inside}</table></div>'
 
 
 def _fold(table: Table) -> Table:
@@ -324,8 +333,10 @@ def _fold(table: Table) -> Table:
 
 
 def _cell(cell: Cell) -> str:
-    sign = f"{_SIGNS[cell.style]} " if cell.style in ("fail", "unknown") and cell.text else ""
-    return f'<span class="{_text(cell.style)}">{sign}{_text(cell.text)}</span>' if cell.style else _text(cell.text)
+    if not (cell.style and cell.text):
+        return _text(cell.text)
+    sign = f"{_SIGNS[cell.style]} " if cell.style in ("fail", "unknown") else ""
+    return f'<span class="{_text(cell.style)}">{sign}{_text(cell.text)}</span>'
 
 
 def _verdict(word: str) -> str:
