@@ -1,4 +1,7 @@
-"""Dumps of one real crash by every producer: Linux, makedumpfile and QEMU, and the machine itself."""
+"""Dumps of one real crash by every producer: Linux, makedumpfile and QEMU, and the machine itself.
+
+More than 400 lines: every test needs the dumps of one crash, which are made once for a module.
+"""
 
 from __future__ import annotations
 

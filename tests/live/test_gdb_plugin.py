@@ -1,4 +1,7 @@
-"""The plugin in a real gdb on real QEMUs: right values, nothing changed, and one line for each error."""
+"""The plugin in a real gdb on real QEMUs: right values, nothing changed, and one line for each error.
+
+More than 400 lines: each test needs the same machines, which are booted once for a module.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The lab's files and command lines, without a machine."""
+"""The lab's files and command lines, without a machine.
+
+More than 400 lines: a command line is made of all options together.
+"""
 
 from __future__ import annotations
 

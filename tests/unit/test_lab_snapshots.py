@@ -1,4 +1,7 @@
-"""The store of snapshots, without a machine: complete or absent, checked, limited in size, and shared by processes."""
+"""The store of snapshots, without a machine: complete or absent, checked, limited in size, and shared by processes.
+
+More than 400 lines: one store, in whatever state it may be found.
+"""
 
 from __future__ import annotations
 

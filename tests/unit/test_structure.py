@@ -1,4 +1,7 @@
-"""Structural rules: who may import whom, what importing may do, no comparison of version numbers, and citations."""
+"""Structural rules: who may import whom, what importing may do, no comparison of version numbers, and citations.
+
+More than 400 lines: the rules share what they read of the sources.
+"""
 
 from __future__ import annotations
 
@@ -584,6 +587,12 @@ def cited_tables() -> Iterator[tuple[str, Any]]:
 def citation(row: Any) -> str | None:
     """A row's own, or that of the writer it names."""
     return getattr(row, "introduced", getattr(getattr(row, "by", row), "source", None))
+
+
+def test_a_long_module_says_why_at_its_head() -> None:
+    texts = {path: path.read_text() for path in (*MODULES, *(ROOT / "tests").rglob("*.py"))}
+    long = {path: ast.get_docstring(ast.parse(text)) or "" for path, text in texts.items() if text.count("\n") > 400}
+    assert [path for path, head in long.items() if "more than 400 lines" not in " ".join(head.split()).lower()] == []
 
 
 def test_each_row_of_a_table_cites_where_it_comes_from() -> None:

@@ -1,4 +1,7 @@
-"""Symbol tables from ELF files and maps: names to addresses and back, and what is refused."""
+"""Symbol tables from ELF files and maps: names to addresses and back, and what is refused.
+
+More than 400 lines: each promise is made for every kind of symbols.
+"""
 
 from __future__ import annotations
 

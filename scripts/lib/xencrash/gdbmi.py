@@ -2,6 +2,7 @@
 
 One `GdbSession` is one gdb with the plugin loaded. It always ends that gdb, and leaves the machine as it was found:
 running, or stopped. What goes wrong is an Undecidable of one line: gdb ended, the machine went away, nobody answers.
+It is one module, of more than 400 lines, since each step from start to end depends on what state the others left.
 """
 
 from __future__ import annotations

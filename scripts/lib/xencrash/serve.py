@@ -3,7 +3,8 @@
 The protocol is the one of gdb's manual, appendix E. Threads are CPUs: thread id is CPU number + 1, as QEMU's
 gdbstub has it. Memory is virtual, by Xen's page tables, or physical after `Qqemu.PhyMemMode:1` (QEMU's packet, so
 that a client of QEMU's works here too). `qxencrash.dump` gives the path of the file in hex, and after commas a raw
-image's base, or PHYS=OFFSET:SIZE of each stretch of it, for clients that can open the dump themselves.
+image's base, or PHYS=OFFSET:SIZE of each stretch of it, for clients that can open the dump themselves. It is one
+module, of more than 400 lines, since the packets and what answers them are read side by side.
 """
 
 from __future__ import annotations
