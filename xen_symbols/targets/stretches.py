@@ -45,13 +45,17 @@ def read(content: Content, held: Extents, address: int, size: int, why_not: Call
     return b"".join(parts)
 
 
+_NONE = Extents(())
+
+
 class StretchMemory(Memory):
     """`held` is in the file; `left_out` is memory that its writer knew and did not write; `lost` is what a `truncated`
     file no longer has."""
 
     def __init__(
-        self, content: Content, held: Extents, left_out: Extents, lost: Extents, truncated: str | None
-    ) -> None:
+        self, content: Content, held: Extents, left_out: Extents = _NONE, lost: Extents = _NONE,
+        truncated: str | None = None,
+    ) -> None:  # fmt: skip
         self._content, self._held, self._left_out = content, held, left_out
         self._lost, self._truncated = lost, truncated
 
