@@ -210,7 +210,7 @@ def test_a_known_defect_is_in_the_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     reason = fatal(Machine(FAULT).report().findings)[0].reason
     assert reason == (
         f"Xen said: {'; '.join(LINES)}; machine_kexec() reads the IDT of each possible CPU, of those that are not "
-        f"present, too: mended by 2c9829a261 (4.21.2, 4.22.0); {LOST}"
+        f"present, too: fixed by 2c9829a261 (4.21.2, 4.22.0); {LOST}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What killed a CPU on the crash path: an exception or a panic there, what Xen said of it, and who mended it.
+"""What killed a CPU on the crash path: an exception or a panic there, what Xen said of it, and what fixed it.
 
 An exception that Xen does not expect ends in panic(). On the crash path that finds the path taken already
 (one_cpu_only), and halts or resets the machine: a CPU in panic(), in whose way back the crash path comes before, has
@@ -37,7 +37,7 @@ _GP = 13
 class Defect(NamedTuple):
     """A known one of Xen's own: an exception that comes in one of these functions."""
 
-    source: str  # the commit that mends it, and since when
+    source: str  # the commit that fixes it, and since when
     says: str
     vector: int
     functions: frozenset[str]

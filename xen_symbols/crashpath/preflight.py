@@ -100,7 +100,7 @@ def _lapic(context: Context) -> Outcome:
         return unknown(why, None, observed)
     if after == "x2apic" and not (context.identified and context.generation.hook is Hook.CALLBACK):
         return unknown(
-            "releases before 4.5.0 return to x2APIC mode by a transition that faults (mended by 77ffa26374), and this "
+            "releases before 4.5.0 return to x2APIC mode by a transition that faults (fixed by 77ffa26374), and this "
             "crash path has releases of both kinds", None, observed,
         )  # fmt: skip
     return Outcome(Verdict.PASS, None, observed)
@@ -141,7 +141,7 @@ PROMISES = (
         "no crash kernel can be loaded: boot Xen with crashkernel=SIZE", _area,
     ),
     Promise(
-        "crash-cpus", "xen/arch/x86/machine_kexec.c, machine_kexec (9c20d3c591, mended by 2c9829a261)",
+        "crash-cpus", "xen/arch/x86/machine_kexec.c, machine_kexec (9c20d3c591, fixed by 2c9829a261)",
         "machine_kexec() reads the IDT of each possible CPU: of one that is not present (those listed as absent) the "
         "address is non-canonical, and the crash ends in #GP: no crash kernel starts", _cpus, ends_trace=True,
     ),

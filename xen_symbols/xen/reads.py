@@ -115,7 +115,7 @@ def signed(raw: bytes) -> int:
 def flag(raw: bytes) -> bool | Absent:
     """A bool of C's, which is 0 or 1: anything else was not written by Xen."""
     value = unsigned(raw)
-    return value == 1 if value < 2 else Absent(f"it holds {value:#x}, which is no bool")
+    return value == 1 if value < 2 else Absent(f"it holds {value:#x}, which is not a bool")
 
 
 def mask(raw: bytes) -> frozenset[int]:

@@ -231,7 +231,7 @@ def _fatal_trap(context: Context, cpu: int) -> Outcome:
     if death.lines:
         evidence.append(Evidence("Xen's console ring"))
     said = [f"Xen said: {'; '.join(death.lines)}"] if death.lines else []
-    known = [f"{death.defect.says}: mended by {death.defect.source}"] if death.defect else []
+    known = [f"{death.defect.says}: fixed by {death.defect.source}"] if death.defect else []
     consequence = NO_DUMP if context.is_crashing(cpu) else _NEVER_SIGNS_OFF
     reason = "; ".join([*said, *known, consequence])
     return Outcome(Verdict.FAIL, "none", f"{death.event} at {death.at}", tuple(evidence), reason)

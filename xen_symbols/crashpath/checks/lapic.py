@@ -75,7 +75,7 @@ _STAYS_OFF = (
 
 
 def _may_stay_off(context: Context) -> bool:
-    """Whether the emulator may be why a LAPIC is off (hw/intc/apic.c: "if disabled, cannot be enabled again", mended by
+    """Whether the emulator may be why a LAPIC is off (hw/intc/apic.c: "if disabled, cannot be enabled again", fixed by
     b5ee0468e9d2)."""
     switched = context.identified and context.generation.switches_lapic_off
     return switched and context.memory.target.accelerator != "kvm" and context.boot_mode == apic.Mode.XAPIC.value

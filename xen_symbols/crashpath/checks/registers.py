@@ -155,7 +155,7 @@ def _selectors(saved: dict[str, int]) -> Part:
 
 
 def _bases(saved: dict[str, int]) -> Part:
-    """Of FS and GS, since c8b2488a81 (4.15); a base of 0 is not told from none."""
+    """Of FS and GS, since c8b2488a81 (4.15); a base of 0 cannot be distinguished from none."""
     bases = {name: saved[name] for name in ("fs_base", "gs_base") if name in saved}
     observed = " ".join(f"{base:#x}" for base in bases.values()) or "none"
     return Part("fs and gs base", "canonical", observed, all(map(paging.is_canonical, bases.values())))

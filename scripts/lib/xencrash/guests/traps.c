@@ -238,7 +238,7 @@ void do_nmi(struct cpu_user_regs *regs)
 #endif
 }
 
-/* As VMX's handler of VM exits did with an NMI until 4.5.0: past the gate (7dd3b06ff0; mended by d3eb16b8a7). */
+/* As VMX's handler of VM exits did with an NMI until 4.5.0: past the gate (7dd3b06ff0; fixed by d3eb16b8a7). */
 void do_vm_exit_nmi(struct cpu_user_regs *regs)
 {
     ack_APIC_irq();

@@ -80,7 +80,7 @@ def _have_banks_looked_at(rsp: Rsp, cpu: int, symbols: SymbolTable) -> str | Non
     rsp.write_virtual(cpu, bitmap, ((1 << count) - 1).to_bytes(size, "little"))
     return (
         f"this Xen ignores every machine check, since {_BANKS}, the banks that its handler looks at, is empty "
-        '(560cf418c845; mended by "x86/mcheck: fix mca_allbanks updating"): all are set in it now'
+        '(560cf418c845; fixed by "x86/mcheck: fix mca_allbanks updating"): all are set in it now'
     )
 
 
