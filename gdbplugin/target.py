@@ -29,6 +29,7 @@ from xen_symbols.targets.qmp import Qmp, QmpError
 from xen_symbols.targets.raw import Map
 from xen_symbols.x86 import gate
 
+_QMP_SECONDS = 30.0  # for each answer: a busy host's QEMU takes its time, and without it a trace is lost
 _APIC_IDS = 1 << 12  # no machine of QEMU's has more
 # The stub sends the monitor's text line by line and reads nothing before the command ends; gdb acknowledges each line.
 # A unix socket holds 277 of these single bytes; then both sides wait forever. `info mtree -f` prints up to 13 lines for
@@ -141,7 +142,7 @@ class LiveTarget(Target):
             if self.qmp_socket is None:
                 self._require_room()
                 return hmp.parse_ram(self._monitor(command))
-            with Qmp(self.qmp_socket) as qmp:
+            with Qmp(self.qmp_socket, _QMP_SECONDS) as qmp:
                 self._require_same_machine(qmp)
                 return hmp.parse_ram(qmp.execute("human-monitor-command", command_line=command))
         except QmpError as error:
@@ -209,7 +210,7 @@ class LiveTarget(Target):
 
     def _from_device_state(self, socket: str) -> list[PhysicalCpu]:
         try:
-            with Qmp(socket) as qmp:
+            with Qmp(socket, _QMP_SECONDS) as qmp:
                 self._require_same_machine(qmp)
                 if why := unsavable(qmp.execute("query-migrate")):
                     absence = Absent(f"QEMU cannot save this machine's device state ({why})")

@@ -117,6 +117,17 @@ def test_a_cpu_that_never_halts_is_looked_at_again_and_fails(monkeypatch: pytest
     assert trace.follower.wait() is not None  # it is asked for once more
 
 
+def test_the_looks_are_further_apart_where_a_stage_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stall, slower in ((240.0, 8.0), (30.0, 1.0), (3.0, 1.0)):
+        trace = Trace(monkeypatch, stall=stall)
+        trace.unblock()
+        trace.hand_over()
+        begun = trace.now
+        for _ in INTERVALS:
+            after = trace.look()
+        assert after.finished and trace.now - begun == pytest.approx(sum(INTERVALS) * slower)
+
+
 def test_a_cpu_that_comes_to_rest_meanwhile_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = Trace(monkeypatch)
     trace.unblock()

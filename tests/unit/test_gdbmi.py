@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -127,16 +128,30 @@ def test_a_command_takes_any_text() -> None:
         assert session.cli('echo a "quoted" \\\\ word') == 'a "quoted" \\ word'
 
 
-def test_what_takes_long_is_told_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_long_is_told_meanwhile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: list[str] = []
-    monkeypatch.setattr(gdbmi, "_SAID_EVERY", 0.2)
-    with GdbSession(notice=told.append) as session:
+    enough = tmp_path / "enough"
+
+    def notice(text: str) -> None:
+        told.append(text)
+        if len(told) == 4:
+            enough.touch()
+
+    with GdbSession(notice=notice) as session:
         session.location = "gdb:localhost:1234"
         told.clear()
-        session.cli("python import time; time.sleep(1.1)")
-    assert told[:2] == ["gdb:localhost:1234 answers slowly: reading for 0 s so far"] * 2
-    assert told[-1] == "gdb:localhost:1234 answers slowly: reading for 1 s so far"
-    assert len(told) <= 5
+        monkeypatch.setattr(gdbmi, "_SAID_EVERY", 0.2)
+        begun = time.monotonic()
+        session.cli(
+            "python import os, time; "
+            f"[time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(enough)!r}), True)]"
+        )
+        lasted = time.monotonic() - begun
+    said = [re.fullmatch(r"gdb:localhost:1234 answers slowly: reading for (\d+) s so far", text) for text in told]
+    seconds = [int(found[1]) for found in said if found]
+    assert len(seconds) == len(told) and 4 <= len(told) <= lasted / 0.2
+    assert seconds == sorted(seconds) and seconds[-1] <= round(lasted)
+
 
 
 def test_without_a_machine_every_command_says_so() -> None:

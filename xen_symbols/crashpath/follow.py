@@ -255,7 +255,7 @@ class Follower:
         if stage.id == "crash-entry" and is_crash_image_loaded(state) is False:
             raise Undecidable(NO_IMAGE)
         if stage.id == self._anchors.last:
-            self._afterwards = None if self._stay else Afterwards(findings)
+            self._afterwards = None if self._stay else Afterwards(findings, max(1.0, self._stall / STALL_SECONDS))
             findings = (*findings, self._complete(True))
         return StopResult(seen, findings, stage.id == self._anchors.last and self._stay)
 

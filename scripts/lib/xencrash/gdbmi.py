@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 
 ATTACH_SECONDS = 4.0  # QEMU's stub answers within milliseconds; one that serves another gdb never does
 FREE_SECONDS = 60.0  # where QMP says that it serves nobody: on a busy host it may be slow
-COMMAND_SECONDS = 30.0
-READ_SECONDS = 120.0  # for what reads the machine: over a slow line each of a thousand packets takes its time
+COMMAND_SECONDS = 120.0  # a busy host takes its time, a slow line for each of a thousand packets
 _LEAVE_SECONDS = 3.0
 _SAID_EVERY = 5.0
 _POLL_SECONDS = 0.05
@@ -156,7 +155,7 @@ class GdbSession:
         self.mi(f"-interpreter-exec console {_quoted(command)}", timeout)
         return "".join(self._console)
 
-    def xen(self, name: str, *arguments: str, timeout: float = READ_SECONDS) -> Json:
+    def xen(self, name: str, *arguments: str, timeout: float = COMMAND_SECONDS) -> Json:
         """The answer of one of the plugin's commands: `xen("idt", "0")`, `xen("crash-check")`."""
         words = "".join(f" {_quoted(argument)}" for argument in arguments)
         answer: Json = json.loads(self.mi(f"-xen-{name}{words}", timeout)["json"])
@@ -269,7 +268,7 @@ class GdbSession:
         running = bool(self._found_running) if running is None else running
         self.interrupt()
         self.set_breakpoints(())
-        self.mi("-target-detach" if running else "-target-disconnect", _LEAVE_SECONDS)
+        self.mi("-target-detach" if running else "-target-disconnect")
         self._attached = False
 
     def close(self) -> None:
