@@ -48,6 +48,9 @@ def own_hardware() -> int:
 
 
 _HARDWARE = (gdb.BP_HARDWARE_BREAKPOINT, gdb.BP_HARDWARE_WATCHPOINT, gdb.BP_READ_WATCHPOINT, gdb.BP_ACCESS_WATCHPOINT)
+# Seconds from gdb's word that the machine runs until it does; and until an interrupt was lost, as one before that is.
+# A second one while gdb waits for the first to take effect has it ask whether to give up.
+_AT_LEAST, _AGAIN = 0.05, 30.0
 _stops: list[gdb.StopEvent] = []
 
 
@@ -57,24 +60,39 @@ def _note_stop(event: gdb.StopEvent) -> None:
 
 def let_run(seconds: float | None) -> Stop:
     """Let the machine run until it stops; after `seconds` make it stop. Raises Undecidable when it is gone."""
-    fired = threading.Event()
+    fired, over = threading.Event(), threading.Event()
 
     def interrupt() -> None:
-        fired.set()
-        os.kill(os.getpid(), signal.SIGINT)  # which gdb turns into a stop of the machine
+        left = max(seconds or 0.0, _AT_LEAST)
+        while not over.wait(left):
+            fired.set()
+            os.kill(os.getpid(), signal.SIGINT)  # which gdb turns into a stop of the machine
+            left = _AGAIN
 
-    timer = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, interrupt)
-    timer.daemon = True
+    timer = threading.Thread(target=interrupt, daemon=True)
+
+    def start(event: gdb.ContinueEvent) -> None:
+        if seconds is not None and timer.ident is None:
+            timer.start()
+
     _stops.clear()
     gdb.events.stop.connect(_note_stop)
-    timer.start()
+    gdb.events.cont.connect(start)
     try:
         gdb.execute("continue", to_string=True)
+        over.set()
+        if timer.ident is not None:
+            timer.join()
     except gdb.error as error:
         refused = any(words in str(error) for words in _REFUSED)
         raise Undecidable(NOT_SET if refused else f"{_GONE} ({error})") from None
+    except KeyboardInterrupt:
+        if not fired.is_set():
+            raise
+        # Ours, for a machine that does not run: not yet, since a busy host's gdb is slow, or no longer.
     finally:
-        timer.cancel()
+        over.set()
+        gdb.events.cont.disconnect(start)
         gdb.events.stop.disconnect(_note_stop)
     if gdb.selected_thread() is None:
         raise Undecidable(_GONE)

@@ -184,6 +184,13 @@ def test_a_check_changes_nothing(lab: Machine) -> None:
         assert session.cli(everything) == registers
 
 
+def test_a_machine_that_is_to_stop_as_soon_as_it_runs(lab: Machine) -> None:
+    """The interrupt must not meet gdb while it still sets breakpoints: a command then ended with Quit."""
+    runs = "print([let_run(0) for _ in range(20)])"
+    output = gdb(lab, f"python from gdbplugin.running import let_run; {runs}", timeout=300)
+    assert output.count("Stop(expired=True, interrupted=False)") == 20, output
+
+
 def test_physical_mode_is_off_afterwards(lab: Machine) -> None:
     interrupted = (
         "python from gdbplugin.target import LiveTarget\n"
