@@ -117,6 +117,11 @@ def named(findings: Sequence[dict[str, Any]], verdict: str = "fail") -> list[tup
     return [(finding["check"], finding["cpu"]) for finding in findings if finding["verdict"] == verdict]
 
 
+def wrong(report: dict[str, Any]) -> set[tuple[str, int | None, str, str]]:
+    return {(f["check"], f["cpu"], f["verdict"], f["stage"]) for f in report["findings"]
+            if f["verdict"] in ("fail", "unknown")}  # fmt: skip
+
+
 STATUS = "gdb.execute('xen crash status', to_string=True)"
 LOOK = "with target.batch(): memory.forget(); read_state(memory)"  # as at each stage of a trace
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from tests.live.guestruns import MAY_BE_SEEN, Run, as_in, expected, first_seen
 from tests.live.machines import guest, target
 from tests.machines.changed import needing
 from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.checks.model import Need
-from xen_symbols.crashpath.stages import STAGES, Role
 from xencrash.gdbmi import GdbSession
 from xencrash.guests import BY_ID, FAULTS, Fault, command_line, generations
 from xencrash.guests.faults import clean
@@ -31,20 +31,6 @@ from xencrash.trace import follow
 pytestmark = pytest.mark.live
 
 Json = dict[str, Any]
-Found = set[tuple[str, int | None, str]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One crash of the guest."""
-
-    generation: str
-    fault: str | None
-    cpus: int
-    lapic: str
-
-    def __str__(self) -> str:
-        return f"{self.generation}-{self.fault or 'clean'}-{self.cpus}cpus-{self.lapic}"
 
 
 def clean_runs() -> Iterator[Run]:
@@ -72,8 +58,6 @@ STALL, STALL_STUCK = 12, 3
 DUMPS: tuple[dict[str, Any], ...] = ({}, {"format": "kdump-zlib"}, {"paging": True})
 # What QEMU's notes do not hold, and what only a trace counts.
 NOT_IN_A_DUMP = needing(Need.LAPIC, Need.DEVICE_STATE, Need.TRACE)
-# What a fault does only for a moment: a stop of another CPU may fall into it.
-MAY_BE_SEEN: dict[str | None, tuple[str, ...]] = {"second-entry": ("nmi-latch",)}
 
 
 @dataclass(frozen=True)
@@ -161,33 +145,6 @@ def crash_in(sessions: list[GdbSession], run: Run, stall: float) -> Followed:
 
 def gets_stuck(run: Run) -> bool:
     return bool(run.fault) and any(check == "trace-complete" for check, _, _ in expected(run))
-
-
-def first_seen(report: Json, verdict: str) -> Found:
-    """Each (check, CPU) with that verdict, and the stage at which it had it first; consequences of others left out."""
-    found: dict[tuple[str, int | None], str] = {}
-    for finding in report["findings"]:
-        if finding["verdict"] == verdict and "follows" not in finding:
-            found.setdefault((finding["check"], finding["cpu"]), finding["stage"])
-    return {(check, cpu, stage) for (check, cpu), stage in found.items()}
-
-
-def expected(run: Run) -> Found:
-    wanted = BY_ID[run.fault].expected(run.generation) if run.fault else clean(run.generation)
-    if run.cpus == 1 and not run.fault:
-        return set()  # nobody to wait for: the RFC's defect does not show
-    return {(item.check, cpu, item.stage) for item in wanted for cpu in item.cpus(0, 1, range(run.cpus))}
-
-
-def as_in(wanted: Found, item: tuple[str, int | None, str]) -> tuple[str, int | None, str]:
-    """What a CPU does on its way from one stage to the next may be seen earlier, where another CPU stops meanwhile.
-    What all CPUs share may be seen later, too: while another CPU may just have written to it, no value is wrong."""
-    others = [stage.id for stage in STAGES if stage.role is Role.OTHER]
-    for check, cpu, stage in wanted:
-        if item[:2] == (check, cpu) and stage in others:
-            allowed = others if cpu is None else others[: others.index(stage)]
-            return (check, cpu, stage) if item[2] in allowed else item
-    return item
 
 
 def test_exactly_what_should_fail_does(run: Run, followed: Followed) -> None:

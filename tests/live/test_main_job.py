@@ -17,11 +17,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.live.machines import booted, ready
-from tests.machines.changed import CHANGES, LOST, RENAMED, needing
+from tests.live.machines import booted, ready, wrong
+from tests.machines.changed import CHANGES, LOST, NOT_IN_MEMORY, RENAMED
 from tests.machines.realxen import EVERY_ROW, MAIN, ROWS, LiveMachine, Row, follow
 from tests.schema import SCHEMA
-from xen_symbols.crashpath.checks.model import Need
 from xen_symbols.report.page import page
 from xen_symbols.targets.qemu_state import parse_cpus
 from xen_symbols.targets.qmp import Qmp
@@ -201,15 +200,6 @@ def test_dom0s_panic_on_another_cpu_and_the_machine_after_it(tmp_path: Path) -> 
         live = json.loads(after.stdout)
         assert [stage["stage"] for stage in live["stages"]] == ["crashed"]
         assert {gates(live, 0, cpu) for cpu in (0, 1, 3)} == {GATES["crashed"][1]}
-
-
-# Changes of memory; what lies in a CPU or its LAPIC cannot be changed from outside.
-NOT_IN_MEMORY = needing(Need.REGISTERS, Need.LAPIC, Need.DEVICE_STATE)
-
-
-def wrong(report: Json) -> set[tuple[str, int | None, str, str]]:
-    return {(f["check"], f["cpu"], f["verdict"], f["stage"]) for f in report["findings"]
-            if f["verdict"] in ("fail", "unknown")}  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -197,6 +197,10 @@ LOST: dict[str, tuple[Callable[[Machine], object], dict[int | None, set[str]]]] 
 }  # fmt: skip
 
 
+# Changes of memory; what lies in a CPU or its LAPIC cannot be changed from outside.
+NOT_IN_MEMORY = needing(Need.REGISTERS, Need.LAPIC, Need.DEVICE_STATE)
+
+
 def silent(machine: Machine, *cpus: int) -> None:
     """Makes CPUs of the four look as if they never took the NMI."""
     rest = {1, 2, 3} - {*cpus}

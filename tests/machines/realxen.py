@@ -98,8 +98,9 @@ class Ram(Target):
 class LiveMachine(Machine):
     """The recorded machine's helpers, on a real one; changes can be undone."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.ram = Ram(Path(lab.ram_file))
+    def __init__(self, lab: Lab, ram: Path | None = None) -> None:
+        """`ram`: the file that its RAM is, if not the lab's."""
+        self.ram = Ram(ram or Path(lab.ram_file))
         self.symbols = load_symbols(str(lab.symbols))
         self.memory = locate(self.ram, self.symbols)
         self.undo: list[tuple[int, bytes]] = []
@@ -107,9 +108,11 @@ class LiveMachine(Machine):
     def poke(self, address: int, data: bytes) -> None:
         at = self.memory.physical(address)
         self.undo.append((at, self.ram.bytes[at : at + len(data)]))
+        self.write(at, data)
+
+    def write(self, at: int, data: bytes) -> None:
         self.ram.bytes[at : at + len(data)] = data
 
     def restore(self) -> None:
         while self.undo:
-            at, data = self.undo.pop()
-            self.ram.bytes[at : at + len(data)] = data
+            self.write(*self.undo.pop())
