@@ -46,12 +46,16 @@ def expected(run: Run) -> Found:
     return {(item.check, cpu, item.stage) for item in wanted for cpu in item.cpus(0, 1, range(run.cpus))}
 
 
-def as_in(wanted: Found, item: tuple[str, int | None, str]) -> tuple[str, int | None, str]:
-    """What a CPU does on its way from one stage to the next may be seen earlier, where another CPU stops meanwhile.
-    What all CPUs share may be seen later, too: while another CPU may just have written to it, no value is wrong."""
+def as_in(wanted: Found, item: tuple[str, int | None, str], report: Json) -> tuple[str, int | None, str]:
+    """What a CPU does on its way from one stage to the next may be seen earlier, where another CPU stops meanwhile, at
+    whichever stage that is. What all CPUs share may be seen later, too: while another CPU may just have written to it,
+    no value is wrong."""
     others = [stage.id for stage in STAGES if stage.role is Role.OTHER]
-    for check, cpu, stage in wanted:
-        if item[:2] == (check, cpu) and stage in others:
-            allowed = others if cpu is None else others[: others.index(stage)]
-            return (check, cpu, stage) if item[2] in allowed else item
+    check, cpu, seen = item
+    for stage in (stage for *asked, stage in wanted if asked == [check, cpu] and {stage, seen} <= {*others}):
+        failed = [f["stop"] for f in report["findings"]
+                  if (f["check"], f["cpu"], f["verdict"]) == (check, cpu, "fail") and "follows" not in f]  # fmt: skip
+        own = [stop for stop, each in enumerate(report["stages"]) if (each["stage"], each["cpu"]) == (stage, cpu)]
+        if cpu is None or others.index(seen) < others.index(stage) or (own and min(failed) < own[0]):
+            return check, cpu, stage
     return item

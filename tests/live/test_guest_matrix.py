@@ -151,7 +151,7 @@ def test_exactly_what_should_fail_does(run: Run, followed: Followed) -> None:
     report = followed.report
     found = first_seen(report, "fail")
     wanted = expected(run)
-    assert {as_in(wanted, item) for item in found if item[0] not in MAY_BE_SEEN.get(run.fault, ())} == wanted
+    assert {as_in(wanted, item, report) for item in found if item[0] not in MAY_BE_SEEN.get(run.fault, ())} == wanted
     assert first_seen(report, "unknown") == set()
     assert report["generation"]["id"] == run.generation
     if gets_stuck(run):

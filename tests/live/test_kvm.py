@@ -72,7 +72,7 @@ def test_exactly_what_should_fail_does_under_kvm(under: Under) -> None:
     assert report["target"]["accelerator"] == "kvm"
     assert report["generation"] and report["generation"]["id"] == run.generation
     found = {item for item in first_seen(report, "fail") if item[0] not in MAY_BE_SEEN.get(run.fault, ())}
-    assert {as_in(expected(run), item) for item in found} == expected(run)
+    assert {as_in(expected(run), item, report) for item in found} == expected(run)
     assert first_seen(report, "unknown") == set()
     if not run.fault:
         assert report["stages"][-1]["stage"] == "after-handover"
