@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,20 @@ import pytest
 from xen_symbols.targets.qmp import Qmp, QmpError, absolute
 
 Answer = Callable[[dict[str, Any]], list[Any]]
-Serve = Callable[[Answer], Path]
+Serve = Callable[..., Path]
 GREETING = {"QMP": {"version": {}, "capabilities": []}}
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Start a server that answers each request with what the function returns (bytes as they are)."""
+    """Start a server that says what it begins with, by default its greeting, and answers each request with what the
+    function returns (bytes as they are)."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
-    def run(answer: Answer) -> None:
+    def run(answer: Answer, begins: Sequence[object]) -> None:
         connection, _ = listener.accept()
         with connection, connection.makefile("rb") as requests:
-            connection.sendall(json.dumps(GREETING).encode() + b"\r\n")
+            connection.sendall(b"".join(json.dumps(each).encode() + b"\r\n" for each in begins))
             for line in requests:
                 request = json.loads(line)
                 if request["execute"] == "qmp_capabilities":
@@ -38,11 +39,11 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
                 if not replies:
                     return
 
-    def start(answer: Answer) -> Path:
+    def start(answer: Answer, *begins: object) -> Path:
         path = tmp_path / "qmp"
         listener.bind(str(path))
         listener.listen(1)
-        threading.Thread(target=run, args=(answer,), daemon=True).start()
+        threading.Thread(target=run, args=(answer, begins or (GREETING,)), daemon=True).start()
         return path
 
     yield start
@@ -118,37 +119,14 @@ def test_something_else_at_the_socket(serve: Serve, tmp_path: Path) -> None:
         client.execute("query-status")
 
 
-def test_an_event_before_the_greeting_is_kept(tmp_path: Path) -> None:
-    first = [{"event": "RESUME"}, GREETING, {"return": {}, "id": 1}]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(tmp_path / "qmp"))
-        listener.listen(1)
-
-        def greet() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.sendall(b"".join(json.dumps(message).encode() + b"\r\n" for message in first))
-                connection.recv(65536)
-
-        threading.Thread(target=greet, daemon=True).start()
-        with Qmp(tmp_path / "qmp") as client:
-            assert client.events == [{"event": "RESUME"}]
+def test_an_event_before_the_greeting_is_kept(serve: Serve) -> None:
+    with Qmp(serve(lambda request: [], {"event": "RESUME"}, GREETING)) as client:
+        assert client.events == [{"event": "RESUME"}]
 
 
-def test_what_begins_with_neither_greeting_nor_event_is_not_qmp(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(tmp_path / "other"))
-        listener.listen(1)
-
-        def greet() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.sendall(b'{"return": {}}\r\n')
-                connection.recv(65536)
-
-        threading.Thread(target=greet, daemon=True).start()
-        with pytest.raises(QmpError, match="does not speak QMP: it began with"):
-            Qmp(tmp_path / "other")
+def test_what_begins_with_neither_greeting_nor_event_is_not_qmp(serve: Serve) -> None:
+    with pytest.raises(QmpError, match="does not speak QMP: it began with"):
+        Qmp(serve(lambda request: [], {"return": {}}, GREETING))
 
 
 def test_nothing_listens_at_the_socket(tmp_path: Path) -> None:

@@ -124,10 +124,17 @@ class Context:
         return not self.identified and self.position.stage is not NORMAL
 
     @cached_property
-    def rips_saved(self) -> Counter[int]:
-        """Each rip in Xen's crash notes, and how many CPUs saved it."""
+    def rips_saved(self) -> Mapping[str | None, Sequence[int]]:
+        """By function, the rip that most CPUs have there in Xen's crash notes; two of them where as many have another.
+        """
         notes = [cpu.notes.value for cpu in self.state.cpus.values() if cpu.notes.present]
-        return Counter(each.registers["rip"] for each in notes if not isinstance(each.registers, Absent))
+        counts = Counter(each.registers["rip"] for each in notes if not isinstance(each.registers, Absent))
+        most: dict[str | None, list[int]] = {}
+        for rip, count in counts.most_common():
+            of_function = most.setdefault(self.symbols.function_at(rip), [])
+            if len(of_function) < 2 and (not of_function or count == counts[of_function[0]]):
+                of_function.append(rip)
+        return most
 
     def assuming(self, spans: Mapping[int, Span]) -> "Context":
         """The same moment, with other positions of some other CPUs."""

@@ -290,6 +290,11 @@ class SymbolTable:
         symbol, offset = found
         return f"{symbol.name}+{offset:#x}" if offset else symbol.name
 
+    def function_at(self, address: int) -> str | None:
+        """The function there, without what a compiler adds to the name of a part of it (`.cold`, `.part.0`)."""
+        found = self.lookup(address)
+        return found[0].name.partition(".")[0] if found and found[0].kind in TEXT else None
+
     def describe_caller(self, address: int) -> str:
         """`name+0x51/0x80` of a return address: of the function that calls, also where the call is its very end.
 

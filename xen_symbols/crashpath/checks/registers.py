@@ -75,12 +75,12 @@ def _rip(context: Context, cpu: int, rip: int) -> Part:
         return Part("rip", f"in {_SAVE}", hex(rip), error.absent)
     if not symbols.has(inside, TEXT):
         return Part("rip", f"in {inside}", symbols.describe(rip), Absent(f"the symbols name no {inside}"))
-    name = _function(context, rip)
+    name = symbols.function_at(rip)
     right: bool | Absent = name == inside
     if name == _CALLED:
         right = rip == symbols.address(_CALLED, TEXT)
-    elif name == inside:
-        right = _where_all_save(context, rip)
+    elif right:
+        right = _where_all_save(rip, context.rips_saved[inside])
     if name == _CALLER and inside == _SAVE and context.is_crashing(cpu):
         try:
             right = not references(context.memory, _CALLER, _SAVE)
@@ -89,20 +89,11 @@ def _rip(context: Context, cpu: int, rip: int) -> Part:
     return Part("rip", f"in {inside}", symbols.describe(rip), right)
 
 
-def _function(context: Context, rip: int) -> str | None:
-    found = context.symbols.lookup(rip)
-    return found[0].name.partition(".")[0] if found and found[0].kind in TEXT else None
-
-
-def _where_all_save(context: Context, rip: int) -> bool | Absent:
+def _where_all_save(rip: int, most: Sequence[int]) -> bool | Absent:
     """Every CPU reads rip by the same instruction of the function: what most saved is right."""
-    function = _function(context, rip)
-    cpus = context.rips_saved
-    most = max(count for other, count in cpus.items() if _function(context, other) == function)
-    if cpus[rip] < most:
+    if rip not in most:
         return False
-    equal = [other for other, count in cpus.items() if count == most and _function(context, other) == function]
-    return True if len(equal) == 1 else Absent(f"CPUs saved {' and '.join(hex(each) for each in sorted(equal))}")
+    return True if len(most) == 1 else Absent(f"as many CPUs saved {most[0]:#x} as {most[1]:#x}")
 
 
 def _aligned(part: Part, rsp: int) -> Part:

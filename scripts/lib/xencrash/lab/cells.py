@@ -134,8 +134,7 @@ def moments(count: int, seed: int, cells: tuple[Cell, ...], without: Collection[
 def _moment(chance: random.Random, number: int, cell: Cell, ways: Sequence[Crash]) -> Cell:
     domu = chance.choice((False, True)) and QEMUS[cell.qemu].domu and not cell.image
     # What is planted needs a CPU that is not in a guest.
-    crash = chance.choice([each for each in ways if not (domu and each.way.planted)] or ways)
-    domu = domu and not crash.way.planted
+    crash = chance.choice([each for each in ways if not (domu and each.way.planted)])
     return replace(
         cell,
         name=f"{number + 1:03}-{cell.name}",
