@@ -29,6 +29,7 @@ from xen_symbols.xen.state import CpuState, State, owed_by_online
 if TYPE_CHECKING:  # a trace alone needs them, or a machine that did not hand over
     from xen_symbols.crashpath.death import Death
     from xen_symbols.crashpath.gatechanges import GateChange, Key
+    from xen_symbols.crashpath.halts import Halts
 
 MACHINE = -1  # the `cpu` that a check of the whole machine is asked about
 
@@ -107,7 +108,6 @@ class Context:
         self.no_idt = _idt_in_use(state)
         self._shown: dict[int, dict[str, Any]] = {}
         self._words: dict[tuple[str, int], Read] = {}
-        self._hlts: dict[int, bool | Absent] = {}
         self._makes: dict[Object, bool] = {}
         self._shared: dict[tuple[Whose, int], _Standing] = {}
         self._standings: dict[int, _Standing] = {}
@@ -367,16 +367,11 @@ class Context:
         except Unreadable as error:
             return error.absent
 
-    def after_hlt(self, rip: int) -> bool | Absent:
-        """Whether the instruction before is HLT (SDM vol. 2, F4): a halted CPU's RIP is behind it."""
-        found = self._hlts.get(rip)
-        if found is None:
-            try:
-                found = self.memory.read(rip - 1, 1) == b"\xf4"
-            except Unreadable as error:
-                found = error.absent
-            self._hlts[rip] = found
-        return found
+    @cached_property
+    def halts(self) -> "Halts":
+        from xen_symbols.crashpath.halts import Halts  # of CPUs as they are now, which a dump by Xen does not have
+
+        return Halts(self.memory)
 
     def show_code(self, address: int) -> dict[str, Any]:
         shown = self._shown.get(address)

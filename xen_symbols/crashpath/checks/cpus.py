@@ -169,7 +169,7 @@ def _stands(context: Context, physical: PhysicalCpu) -> str | Absent:
     """Whether a CPU in Xen's code is halted; where the target does not say so, whether it may be."""
     if not isinstance(physical.halted, Absent):
         return _HALTED if physical.halted else _AWAKE
-    after = context.after_hlt(physical.registers["rip"])
+    after = context.halts.behind_hlt(physical.registers["rip"])
     if isinstance(after, Absent):
         return after
     return _AFTER_HLT if after else _AWAKE
@@ -268,10 +268,11 @@ def _cpu_parked(context: Context, cpu: int) -> Outcome:
         if isinstance(stands, Absent):
             return stands
         if inside and stands != _AWAKE and interrupts == "off":
-            after = context.after_hlt(physical.registers["rip"])  # RIP of a halted CPU is behind a HLT
-            if after is True or isinstance(after, Absent):
-                return parked if after is True else after
-            stands = "halted, and not after a HLT, in"
+            after = context.halts.behind_hlt(physical.registers["rip"])  # RIP of a halted CPU is behind a HLT
+            loops = context.halts.again(physical.registers["rip"], function) if after is True else after
+            if loops is True or isinstance(loops, Absent):
+                return parked if loops is True else loops
+            stands = "halted once, in no loop, in" if after else "halted, and not after a HLT, in"
         at = context.symbols.describe(physical.registers["rip"])
         return f"{stands} {at}, interrupts {interrupts}".lstrip()
 

@@ -78,6 +78,20 @@ static bool never_halt(unsigned int cpu)
     spin();
 }
 
+/* Every loop around a HLT (hlt; jmp back to it) becomes hlt; ret; nop. */
+static bool return_behind_halt(unsigned int cpu)
+{
+    extern uint8_t _stext[], _etext[];
+
+    for ( uint8_t *code = _stext; code + 3 <= _etext; code++ )
+        if ( code[0] == 0xf4 && code[1] == 0xeb && code[2] == 0xfd )
+        {
+            code[1] = 0xc3;
+            code[2] = 0x90;
+        }
+    return false;
+}
+
 static bool interrupts_on(unsigned int cpu)
 {
     local_irq_enable();
@@ -492,6 +506,7 @@ static const struct row {
     /* The end */
     ONE(NOT_HALTED,             PARK,                   FAULTY,     never_halt),
     ONE(PARKED_AWAKE,           HALT,                   ANY,        leave_out),
+    ONE(HALTED_ONCE,            PARK,                   ANY,        return_behind_halt),
     ONE(INTERRUPTS_ON,          PARK,                   FAULTY,     interrupts_on),
     ONE(NMIS_LATCHED,           UNBLOCK_NMIS,           ANY,        leave_out),
     ONE(ENABLE_NMIS_SKIPPED,    UNBLOCK_NMIS,           ANY,        leave_out),

@@ -78,6 +78,7 @@
     /* The end */                                               \
     F(NOT_HALTED,               "not-halted")                   \
     F(PARKED_AWAKE,             "parked-awake")                 \
+    F(HALTED_ONCE,              "halted-once")                  \
     F(INTERRUPTS_ON,            "interrupts-on")                \
     F(NMIS_LATCHED,             "nmis-latched")                 \
     F(ENABLE_NMIS_SKIPPED,      "enable-nmis-skipped")          \

@@ -235,6 +235,8 @@ FAULTS: tuple[Fault, ...] = (
           "be on its way into the halt loop still.",
           (), (Expected("cpu-parked", "O", "after-handover"),),
           not_in_a_dump="it shows where a CPU was at the handover"),
+    Fault("halted-once", "Every other CPU halts outside of a loop: what wakes it lets it return from its NMI handler.",
+          (), (Expected("cpu-parked", "O", "handover"),)),
     Fault("interrupts-on", "A CPU halts with interrupts on.", (), (Expected("cpu-parked", "F", "handover"),)),
     Fault("nmis-latched", "The crash starts in an NMI handler, and NMIs are not unblocked before the jump.",
           ("HARDENED",), (_NO_IRET,), cpus=1, not_in_a_dump=_IN_DEVICES),
