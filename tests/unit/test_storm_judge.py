@@ -97,6 +97,17 @@ def test_a_window_in_which_the_machine_lives_on_passes() -> None:
     assert outcome(**HANDED, injected=[injected(Action.MC, handler=OWN_MC)])[0] is Verdict.PASS
 
 
+def test_what_is_wrong_after_a_machine_check_that_was_survived_is_no_window() -> None:
+    """4.17 ignores machine checks: the IRET of its handler unblocks a pending NMI, and notes stay half written."""
+    seen, found = injected(Action.MC, cpu=1, handler=OWN_MC), (finding("crash-notes", 1),)
+    assert outcome(**HANDED, injected=[seen], at_end=found) == (Verdict.FAIL, "check")
+    stuck = {"running": {1: "it spins"}, "where": {1: "panic"}}
+    assert outcome(**HANDED, injected=[seen], at_end=found, **stuck) == (Verdict.WINDOW, "own-mc-handler")
+    assert outcome(end=End.HANG, injected=[seen]) == (Verdict.WINDOW, "own-mc-handler")
+    both = [injected(Action.MC, cpu=cpu, handler=OWN_MC) for cpu in (1, 2)]
+    assert outcome(**HANDED, injected=both, at_end=found, running={2: "it spins"})[0] is Verdict.WINDOW
+
+
 def test_a_gate_that_is_not_present_is_a_failure() -> None:
     seen = injected(taken=False, obstacle="gate 2 is not present")
     assert outcome(end=End.RESET, how="the machine was reset", injected=[seen]) == (Verdict.FAIL, "reset")

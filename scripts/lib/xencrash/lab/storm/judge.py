@@ -65,11 +65,16 @@ def _window(course: Course, scene: Scene) -> tuple[str, str] | None:
             continue
         if seen.said:
             return "ends-machine", f"CPU {cpu} cannot take a machine check: QEMU said {seen.said!r}"
-        if seen.taken and seen.foreseen.handler == scene.own_handlers["mc"]:
+        if seen.taken and seen.foreseen.handler == scene.own_handlers["mc"] and not _went_on(seen, course):
             return "own-mc-handler", f"the machine check reached Xen's own handler on CPU {cpu}"
         if seen.taken and not scene.is_xen(seen.foreseen.handler or 0):
             return "kernel-mc-handler", f"the machine check reached the crash kernel's own handler on CPU {cpu}"
     return None
+
+
+def _went_on(seen: Injected, course: Course) -> bool:
+    """Whether the CPU came to its end on the crash path all the same: what is wrong then, the handler has not done."""
+    return course.end is End.HANDOVER and seen.event.target not in course.running
 
 
 def _problem(course: Course, scene: Scene) -> tuple[str, str] | None:
