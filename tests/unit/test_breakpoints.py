@@ -44,12 +44,13 @@ def test_four_follow_the_stages() -> None:
     assert wanted(CrashStep.NOTHING, False, False) == ["kexec_crash", "machine_crash_shutdown", "__start_xen"]
     # Another CPU may be at kexec_crash(), too.
     assert wanted(CrashStep.NOTHING, True, False) == ["machine_crash_shutdown", "kexec_crash", "__start_xen"]
-    after = {step: wanted(step) for step in CrashStep if CrashStep.SAVED <= step < CrashStep.NEUTRALISED}
+    after = {step: wanted(step) for step in CrashStep if CrashStep.SAVED <= step < CrashStep.MC_SWAPPED}
     assert [names[0] for names in after.values()] == [
         "smp_send_nmi_allbutself", "__stop_this_cpu", "kexec_crash_save_info", "machine_kexec", "kexec_reloc",
     ]  # fmt: skip
     for step, names in after.items():
         assert len(names) == len(set(names)) == 4 and set(names) > THE_THREE, step
+    assert wanted(CrashStep.MC_SWAPPED) == wanted(CrashStep.INFO_SAVED)
     assert after[CrashStep.ARMED][-1] == "kexec_crash_save_info"  # the end of the wait is one of the three
 
 
@@ -72,7 +73,7 @@ def test_fewer_give_up_stages_of_other_cpus(slots: int, unseen: list[str]) -> No
     for entered, owned in ((False, False), (True, False), (True, True)):
         for step in CrashStep if owned else [CrashStep.NOTHING]:
             assert len(wanted(step, entered, owned)) <= slots
-    ahead = [wanted(step)[:1] for step in CrashStep if CrashStep.SAVED <= step < CrashStep.NEUTRALISED]
+    ahead = [wanted(step)[:1] for step in CrashStep if CrashStep.SAVED <= step < CrashStep.MC_SWAPPED]
     path = "smp_send_nmi_allbutself __stop_this_cpu kexec_crash_save_info machine_kexec kexec_reloc".split()
     assert ahead == [[name][:slots] for name in path]
     assert wanted(CrashStep.NOTHING, False, False)[:1] == ["kexec_crash"][:slots]
@@ -96,6 +97,16 @@ def test_the_iret_and_the_handover_are_waited_for_together(slots: int, leaving: 
     assert [wanted(step) for step in others] == [anchors(slots)[1](step) for step in others]  # as without it
     assert found.last == "handover"
     assert ("nmis-unblocked" in [stage.id for stage in found.unseen()]) is (slots == 1)
+
+
+def test_the_crashing_cpu_is_no_further_than_where_it_stops_next() -> None:
+    steps = CrashStep.ARMED, CrashStep.WAITED, CrashStep.STOPPED, CrashStep.INFO_SAVED, CrashStep.MC_SWAPPED
+    after = [CrashStep.WAITED, CrashStep.STOPPED, CrashStep.INFO_SAVED, CrashStep.NEUTRALISED, CrashStep.NEUTRALISED]
+    assert [anchors(unblocked=1000)[0].step_after(step) for step in steps] == after  # it may leave the IRET out
+    few = anchors(lacking=frozenset({"kexec_crash_save_info", "kexec_reloc"}))[0]
+    assert [few.step_after(step) for step in (CrashStep.WAITED, CrashStep.INFO_SAVED)] == [
+        CrashStep.INFO_SAVED, CrashStep.NEUTRALISED,
+    ]  # fmt: skip
 
 
 def test_the_last_stage_is_the_last_with_an_anchor() -> None:

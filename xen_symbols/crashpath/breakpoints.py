@@ -46,6 +46,10 @@ class Anchors:
         """The stage at which the crash path ends."""
         return self._crashing[-1].id
 
+    def step_after(self, step: CrashStep) -> CrashStep:
+        """The furthest that the crashing CPU may be, which has completed this step, before it stops again."""
+        return next((stage.crash_step for stage in self._crashing if stage.crash_step > step), CrashStep.NEUTRALISED)
+
     def all(self) -> list[int]:
         return list(dict.fromkeys(self.of.values()))
 
@@ -70,7 +74,7 @@ class Anchors:
     def _after(self, step: CrashStep) -> Iterator[int]:
         ahead = [self.of[stage.id] for stage in self._crashing if stage.crash_step > step]
         unseen = self.unseen()
-        leaving = step is UNBLOCKED.crash_step and UNBLOCKED.id in self.of and UNBLOCKED not in unseen
+        leaving = step is CrashStep.INFO_SAVED and UNBLOCKED.id in self.of and UNBLOCKED not in unseen
         if leaving:
             yield self.of[UNBLOCKED.id]
         yield from ahead[:1]

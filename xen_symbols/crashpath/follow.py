@@ -289,7 +289,7 @@ class Follower:
             left = handed_over(state, state.of(self._crashing).physical)
             crash = Span(CrashStep.LEFT if left else self._step, CrashStep.LEFT)
         elif self._step > position.stage.crash_step:
-            crash = Span(self._step, self._step + 1)
+            crash = Span(self._step, self._anchors.step_after(self._step))
         if cpu in self._again:
             others[cpu] = self._seen[cpu]
         return position._replace(crash=crash, others=others)
@@ -309,8 +309,6 @@ class Follower:
     def _is_next(self, stage: Stage) -> bool:
         if stage.id in ("crash-entry", "shutdown-entry"):
             return self._crashing is None
-        if stage is UNBLOCKED:
-            return self._step is stage.crash_step and not self._unblocked
         return self._crashing is not None and stage.crash_step > self._step
 
     def _advance(self, state: State, stage: Stage, cpu: int) -> None:

@@ -22,8 +22,9 @@ class CrashStep(enum.IntEnum):
     WAITED = 3  # the wait is over: everybody answered, or a second passed
     STOPPED = 4  # own LAPIC, online bit, IO-APIC
     INFO_SAVED = 5  # the crash info note
-    NEUTRALISED = 6  # #MC handlers made no-ops and NMIs unblocked
-    LEFT = 7  # the crash kernel runs
+    MC_SWAPPED = 6  # #MC handlers made no-ops
+    NEUTRALISED = 7  # and NMIs unblocked
+    LEFT = 8  # the crash kernel runs
 
 
 class OtherStep(enum.IntEnum):
@@ -75,7 +76,7 @@ STAGES = (
 
 # Two that no symbol's first instruction begins: within machine_kexec(), once it has executed an IRET (unblocking.py);
 # and where a trace looks once more, some time after the last (afterwards.py).
-UNBLOCKED = Stage("nmis-unblocked", Role.CRASHING, (), CrashStep.INFO_SAVED, says="an IRET has unblocked NMIs")
+UNBLOCKED = Stage("nmis-unblocked", Role.CRASHING, (), CrashStep.MC_SWAPPED, says="an IRET has unblocked NMIs")
 AFTERWARDS = Stage("after-handover", Role.CRASHING, (), CrashStep.LEFT, says="the crash kernel has run for a while")
 
 NORMAL = Stage("normal", Role.CRASHING, (), CrashStep.NOTHING, says="Xen runs, or has not begun to crash")

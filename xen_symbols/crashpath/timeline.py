@@ -287,12 +287,12 @@ PATH: tuple[Write, ...] = (
     Write(CRASH_INFO, Whose.MACHINE, CrashStep.INFO_SAVED, Value.XEN_PHYS_START, _SAVE_INFO),
 
     # machine_kexec()
-    Write(MC_HANDLER, Whose.EVERY, CrashStep.NEUTRALISED, Code("trap_nop"), _SWAP, _HARDENED),
-    Write(MC_IST, Whose.EVERY, CrashStep.NEUTRALISED, 0, _REWRITE, _REMOTE),
+    Write(MC_HANDLER, Whose.EVERY, CrashStep.MC_SWAPPED, Code("trap_nop"), _SWAP, _HARDENED),
+    Write(MC_IST, Whose.EVERY, CrashStep.MC_SWAPPED, 0, _REWRITE, _REMOTE),
     Write(NMI_LATCH, Whose.CRASHING, CrashStep.NEUTRALISED, "unblocked", _UNBLOCK, _HARDENED),
 )  # fmt: skip
 
-_LEAVING = (CrashStep.NEUTRALISED, CrashStep.NEUTRALISED)
+_LEAVING = (CrashStep.MC_SWAPPED, CrashStep.MC_SWAPPED)
 _RUNNING = (CrashStep.NOTHING, CrashStep.ARMED)
 _EVER = (CrashStep.NOTHING, CrashStep.LEFT)
 _DEAD = {"dead_cpus_use_trap_nop": True}

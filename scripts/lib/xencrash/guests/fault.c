@@ -329,6 +329,14 @@ static bool neutralise_on_crasher_only(unsigned int cpu)
     return true;
 }
 
+static bool neutralise_all(unsigned int cpu)
+{
+    for ( cpu = 0; cpu < nr_cpu_ids; cpu++ )
+        if ( __per_cpu_offset[cpu] != INVALID_PERCPU_AREA && idt_of(cpu) )
+            _update_gate_addr_lower(&idt_of(cpu)[VECTOR_MC], trap_nop);
+    return false;
+}
+
 static bool rewrite_mc_gate(unsigned int cpu)
 {
     _set_gate(&idt_of(cpu)[VECTOR_MC], INTERRUPT_GATE, 0, trap_nop);
@@ -487,6 +495,8 @@ static const struct row {
     ONE(MC_GATE_IST_REMOTE,     NMI_SENT,               ANY,        take_ist_off_remotely),
     ONE(MC_NOT_SWAPPED,         NEUTRALISE_MC,          ANY,        leave_out),
     ONE(MC_SWAPPED_ON_CRASHER,  NEUTRALISE_MC,          ANY,        neutralise_on_crasher_only),
+    ONE(MC_SWAPPED_LAST,        NEUTRALISE_MC,          ANY,        leave_out),
+    ONE(MC_SWAPPED_LAST,        JUMP,                   ANY,        neutralise_all),
     ONE(MC_REWRITTEN,           NEUTRALISE_MC,          ANY,        rewrite_mc_gate),
 #endif
     /* Notes */

@@ -62,6 +62,7 @@
     F(MC_GATE_IST_REMOTE,       "mc-gate-ist-remote")           \
     F(MC_NOT_SWAPPED,           "mc-not-swapped")               \
     F(MC_SWAPPED_ON_CRASHER,    "mc-swapped-on-crasher-only")   \
+    F(MC_SWAPPED_LAST,          "mc-swapped-last")              \
     F(MC_REWRITTEN,             "mc-rewritten")                 \
     /* Notes */                                                 \
     F(NOTES_MISSING,            "notes-missing")                \
