@@ -33,9 +33,7 @@ def halts_again(code: bytes, address: int, function: tuple[int, int]) -> bool | 
     straight = _STRAIGHT.match(code)
     at = straight.end() if straight else 0
     start, end = function
-    if address + at >= end:
-        return False
-    if code[at:].startswith(_ENDS):
+    if address + at >= end or code[at:].startswith(_ENDS):
         return False
     size = _JUMPS.get(code[at]) if at < len(code) else None
     displacement = code[at + 1 : at + 1 + size] if size else b""
