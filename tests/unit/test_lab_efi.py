@@ -14,13 +14,13 @@ from xencrash.lab.packages import Cache
 from xencrash.lab.qemu import Boot, Efi, Paths, Program, Ram, command_line
 from xencrash.lab.specification import Specification
 
-XEN = Boot(Path("/xen.efi"), Path("/xen.efi"), "xen console=com1 noreboot", "/vmlinuz console=hvc0 quiet,/cpio")
+XEN = Boot(Path("/xen.efi"), Path("/xen.efi"), "xen console=com1 noreboot", "/vmlinux console=hvc0 quiet,/cpio")
 CONFIGURATION = """[global]
 default=xen
 
 [xen]
 options=console=com1 noreboot
-kernel=vmlinuz console=hvc0 quiet
+kernel=vmlinux console=hvc0 quiet
 ramdisk=dom0.gz
 """
 
@@ -38,15 +38,15 @@ def test_the_disk_has_xen_where_firmware_looks_for_it(tmp_path: Path, monkeypatc
         return folder
 
     monkeypatch.setattr(efi, "make_once", made)
-    for name in ("xen.efi", "vmlinuz", "cpio"):
+    for name in ("xen.efi", "vmlinux", "cpio"):
         (tmp_path / name).write_text(name)
     xen = Boot(tmp_path / "xen.efi", tmp_path / "syms", XEN.append, XEN.initrd)
-    by_efi = efi.booted(Cache(tmp_path), xen, tmp_path / "vmlinuz", tmp_path / "cpio")
+    by_efi = efi.booted(Cache(tmp_path), xen, tmp_path / "vmlinux", tmp_path / "cpio")
     assert by_efi.efi == Efi(tmp_path / "ovmf/OVMF.fd", tmp_path / "esp")
     files = {str(path.relative_to(tmp_path / "esp")): path.read_text() for path in (tmp_path / "esp").glob("*/*/*")}
     assert files == {
         "EFI/BOOT/BOOTX64.EFI": "xen.efi", "EFI/BOOT/BOOTX64.CFG": CONFIGURATION,
-        "EFI/BOOT/vmlinuz": "vmlinuz", "EFI/BOOT/dom0.gz": "cpio",
+        "EFI/BOOT/vmlinux": "vmlinux", "EFI/BOOT/dom0.gz": "cpio",
     }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_rules(fields: dict[str, Any], why: str) -> None:
 
 def test_a_rows_xen_efi_is_its_own_symbols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(efi, "make_once", lambda cache, kind, *_: tmp_path / kind)
-    plain = images.XenImages(Path("/xen"), Path("/syms"), Path("/vmlinuz"), Path("/cpio"))
+    plain = images.XenImages(Path("/xen"), Path("/syms"), Path("/vmlinux"), Path("/cpio"))
     made = efi.row_images(Cache(tmp_path), Specification(xen="4.20").xen_row, plain)
     image = tmp_path / "efi-4.20/xen.efi"
-    assert made == images.XenImages(image, image, Path("/vmlinuz"), Path("/cpio"))
+    assert made == images.XenImages(image, image, Path("/vmlinux"), Path("/cpio"))

@@ -282,9 +282,9 @@ def test_a_digest_is_made_again_when_the_file_was_written_to(tmp_path: Path) -> 
 @pytest.fixture
 def recipe(tmp_path: Path) -> boot.Recipe:
     (tmp_path / "qemu").mkdir()
-    for name in ("qemu/qemu-system-x86_64", "qemu/bios.bin", "xen", "vmlinuz", "dom0.cpio.gz"):
+    for name in ("qemu/qemu-system-x86_64", "qemu/bios.bin", "xen", "vmlinux", "dom0.cpio.gz"):
         (tmp_path / name).write_text(name)
-    modules = f"{tmp_path}/vmlinuz console=hvc0,{tmp_path}/dom0.cpio.gz"
+    modules = f"{tmp_path}/vmlinux console=hvc0,{tmp_path}/dom0.cpio.gz"
     return boot.Recipe(
         Specification(domu_vcpus=1),
         Program((str(tmp_path / "qemu/qemu-system-x86_64"), "-L", str(tmp_path / "qemu")), "max"),
@@ -292,7 +292,7 @@ def recipe(tmp_path: Path) -> boot.Recipe:
     )
 
 
-@pytest.mark.parametrize("name", ["qemu/qemu-system-x86_64", "qemu/bios.bin", "xen", "vmlinuz", "dom0.cpio.gz"])
+@pytest.mark.parametrize("name", ["qemu/qemu-system-x86_64", "qemu/bios.bin", "xen", "vmlinux", "dom0.cpio.gz"])
 def test_the_key_is_of_every_file(name: str, recipe: boot.Recipe, tmp_path: Path) -> None:
     before = recipe.key()
     assert recipe.key() == before

@@ -18,7 +18,7 @@ from xencrash.lab.rows import KERNEL_SUITE, XenRow
 
 _PACKAGE, _FIRMWARE = "ovmf", "usr/share/ovmf/OVMF.fd"
 _FOLDER, _NAME = "EFI/BOOT", "BOOTX64"
-_KERNEL, _INITRAMFS = "vmlinuz", "dom0.gz"
+_KERNEL, _INITRAMFS = "vmlinux", "dom0.gz"
 
 
 def row_images(cache: Cache, row: XenRow, plain: XenImages) -> XenImages:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from xencrash.lab import initramfs
+from xencrash.lab import initramfs, vmlinux
 from xencrash.lab.digests import sha256_of
 from xencrash.lab.errors import LabError
 from xencrash.lab.own import OwnXen
@@ -85,7 +85,7 @@ def xen_images(cache: Cache, row: XenRow) -> XenImages:
 
     with cache.lock():
         made = make_once(cache, f"xen-{row.name}", wanted, build)
-    return XenImages(made / "xen", made / "xen-syms", made / "vmlinuz", made / "dom0.cpio.gz")
+    return XenImages(made / "xen", made / "xen-syms", made / "vmlinux", made / "dom0.cpio.gz")
 
 
 def domu_images(cache: Cache, row: XenRow) -> XenImages:
@@ -177,7 +177,7 @@ def make_once(
     It is complete and checked. Its name is a digest of the packages' names, with versions, and of the sources' content.
     """
     recipe = hashlib.sha256()
-    for source in (Path(__file__), Path(initramfs.__file__), *sources):
+    for source in (Path(__file__), Path(initramfs.__file__), Path(vmlinux.__file__), *sources):
         recipe.update(source.read_bytes())
 
     def folder_of(names: Iterable[str]) -> Path:
@@ -244,15 +244,15 @@ def _build_dom0(folder: Path, kernel: Path, busybox: Path, kexec: list[Path], li
     wanted = dict.fromkeys((*initramfs.DOM0_MODULES, *initramfs.CRASH_MODULES))
     found = members([kernel], ("boot/vmlinuz-*", *(f"*/{name}" for name in wanted)))
     modules = {name: only(found, f"*/{name}") for name in wanted}
-    vmlinuz = only(found, "boot/vmlinuz-*")
+    linux = vmlinux.unpacked(only(found, "boot/vmlinuz-*"))
     shell = only(members([busybox], ("*bin/busybox",)), "*bin/busybox")
     crash = initramfs.initramfs(initramfs.CRASH_INIT, shell, {name: modules[name] for name in initramfs.CRASH_MODULES})
     extra = [
         *_kexec_files(kexec, libxenctrl_as),
-        initramfs.file("boot/vmlinuz", vmlinuz, 0o644),
+        initramfs.file("boot/vmlinux", vmlinux.movable(linux), 0o644),
         initramfs.file("boot/crash.cpio.gz", crash, 0o644),
     ]
-    (folder / "vmlinuz").write_bytes(vmlinuz)
+    (folder / "vmlinux").write_bytes(linux)
     (folder / "dom0.cpio.gz").write_bytes(
         initramfs.initramfs(initramfs.DOM0_INIT, shell, {name: modules[name] for name in initramfs.DOM0_MODULES}, extra)
     )
