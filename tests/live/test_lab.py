@@ -85,6 +85,14 @@ def test_a_boot_without_console_output_is_tried_twice(monkeypatch: pytest.Monkey
     assert [text.split()[0] for text in messages] == ["starting", "booting", "starting"]
 
 
+def test_a_dom0_that_dies_ends_the_boot_at_once() -> None:
+    """This QEMU's FSRM without ERMS: dom0 crashes before it has a shell."""
+    begun = time.monotonic()
+    with pytest.raises(LabError, match=r"^booting dom0: Xen or dom0 died: Hardware Dom0 crashed: 'noreboot' set"):
+        booted(qemu="10.0", cpu_args="fsrm=on")
+    assert time.monotonic() - begun < boot._STALLED
+
+
 def test_dom0s_panic_crashes_the_chosen_cpu(tmp_path: Path) -> None:
     with ready(dom0_vcpus=4) as lab:
         lab.crash("panic", cpu=2)

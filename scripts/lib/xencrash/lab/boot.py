@@ -33,7 +33,7 @@ DOM0_MIB = 320
 BOOT_TIMEOUT = 600.0  # 32 vCPUs on two busy host cores boot within this
 _STALLED = 180.0  # seconds without console output: under TCG, a boot of dom0 very occasionally hangs
 _WORDS = 3  # lines
-_DIED = rb"Panic on CPU \d+|Kernel panic - not syncing|Hardware Dom0 halted"
+_DIED = rb"Panic on CPU \d+|Kernel panic - not syncing|Hardware Dom0 (?:halted|crashed)"
 
 
 class Stalled(LabError):
