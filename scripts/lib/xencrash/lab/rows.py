@@ -115,7 +115,7 @@ class QemuRow:
     """One QEMU, from a suite. `cpu` gives `-cpu` by LAPIC mode; this QEMU has no other modes.
 
     Without SMAP: a PV dom0 dies at once in create_bounce_frame when TCG has it (seen with Xen 4.17). Without ERMS, with
-    which Linux copies memory a byte at a time (a vmcore takes 6 s instead of 4); QEMU 10.0's FSRM needs it: dom0 crashes.
+    which Linux copies memory a byte at a time (a vmcore takes 6 s instead of 4); nor FSRM, which needs it.
     """
 
     name: str
