@@ -109,7 +109,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     paths = Paths(tmp_path / "a,b")
     boot = Boot(Path("/xen"), Path("/syms"), "xen noreboot", "/vmlinux quiet,/cpio")
     command = command_line(
-        Program(("qemu",), "max,-smap,-erms"), boot, paths, Ram(Path("/r,am")), cpus=4, max_cpus=8, memory_mib=512,
+        Program(("qemu",), "max,-smap"), boot, paths, Ram(Path("/r,am")), cpus=4, max_cpus=8, memory_mib=512,
         paused=True, extra=("-X",),
     )  # fmt: skip
     options = dict(itertools.pairwise(command))
@@ -193,7 +193,7 @@ def test_kvm_where_the_processor_has_it(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     options = [dict(itertools.pairwise(command)) for command in commands]
     assert [(words["-accel"], words["-cpu"]) for words in options] == [
-        ("tcg", "max,-smap,-erms"), ("kvm", "host,-smap"), ("kvm", "host,-smap,-x2apic")
+        ("tcg", "max,-smap"), ("kvm", "host,-smap"), ("kvm", "host,-smap,-x2apic")
     ]  # fmt: skip
     assert [Specification(accel=accel).keeps_snapshot for accel in ("tcg", "kvm")] == [True, False]
 
@@ -238,7 +238,7 @@ def test_what_a_machine_needs_for_a_way(
     ]
     plain, machine = (dict(itertools.pairwise(command)) for command in commands)
     assert machine["-append"].split() == [*plain["-append"].split(), *xen.split()]
-    assert machine["-cpu"] == f"{plain['-cpu']}{cpu}" == f"max,-smap,-erms{cpu}"
+    assert machine["-cpu"] == f"{plain['-cpu']}{cpu}" == f"max,-smap{cpu}"
 
 
 def test_what_follows_from_a_specification() -> None:

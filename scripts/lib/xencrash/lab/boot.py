@@ -26,7 +26,7 @@ from xencrash.lab.snapshots import Snapshot, Snapshots, limit_of_space
 from xencrash.lab.sparse import copy_packed
 from xencrash.lab.specification import Specification
 
-# All but its own memory is what a crash kernel copies, at 140 MiB a second under TCG: dom0 has what it needs, which is
+# All but its own memory is what a crash kernel copies, at 100 MiB a second under TCG: dom0 has what it needs, which is
 # most while it loads a crash kernel of 40 MiB and has it three times.
 CRASH_KERNEL_MIB = 192
 DOM0_MIB = 320

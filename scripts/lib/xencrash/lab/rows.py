@@ -114,8 +114,7 @@ DEFAULT_XEN = "4.17"
 class QemuRow:
     """One QEMU, from a suite. `cpu` gives `-cpu` by LAPIC mode; this QEMU has no other modes.
 
-    Without SMAP: a PV dom0 dies at once in create_bounce_frame when TCG has it (seen with Xen 4.17). Without ERMS, with
-    which Linux copies memory a byte at a time (a vmcore takes 6 s instead of 4); nor FSRM, which needs it.
+    Without SMAP: a PV dom0 dies at once in create_bounce_frame when TCG has it (seen with Xen 4.17).
     """
 
     name: str
@@ -135,7 +134,7 @@ QEMUS = {
         QemuRow(
             "7.2",
             "bookworm",
-            {"xapic": "max,-smap,-erms"},
+            {"xapic": "max,-smap"},
             "xapic",
             "intel-iommu,intremap=on",
             "Debian 12's; TCG has x2APIC only since QEMU 9.0 (commit b5ee0468e9d2)",
@@ -144,7 +143,7 @@ QEMUS = {
         QemuRow(
             "10.0",
             "bookworm-backports",
-            {"x2apic": "max,-smap,-erms,-fsrm", "xapic": "max,-smap,-erms,-fsrm,-x2apic"},
+            {"x2apic": "max,-smap", "xapic": "max,-smap,-x2apic"},
             "x2apic",
             "intel-iommu,intremap=on,eim=on",
             "backported to Debian 12 from 13; Xen turns x2APIC on by itself if the CPU has it",
@@ -152,7 +151,7 @@ QEMUS = {
         QemuRow(
             "sid",
             "sid",
-            {"x2apic": "max,-smap,-erms,-fsrm", "xapic": "max,-smap,-erms,-fsrm,-x2apic"},
+            {"x2apic": "max,-smap", "xapic": "max,-smap,-x2apic"},
             "x2apic",
             "intel-iommu,intremap=on,eim=on",
             "the newest in Debian (11.1 in November 2026)",
