@@ -82,7 +82,8 @@ def test_a_boot_without_console_output_is_tried_twice(monkeypatch: pytest.Monkey
     messages: list[str] = []
     with pytest.raises(LabError, match=r"^booting Xen: the console said nothing for 0 s: the console's last line"):
         booted(progress=messages.append)
-    assert [text.split()[0] for text in messages] == ["starting", "booting", "starting"]
+    done = [text.split()[0] for text in messages if not text.startswith("waiting for another run")]
+    assert done == ["starting", "booting", "starting"]
 
 
 def test_a_dom0_that_dies_ends_the_boot_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

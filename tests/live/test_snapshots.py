@@ -26,7 +26,7 @@ from xencrash.trace import trace
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("default_row")]
 
 Json = dict[str, Any]
-ROWS = [{}, {"qemu": "10.0"}, {"qemu": "10.0", "lapic": "x2apic-firmware"}, {"domu_vcpus": 4}]
+ROWS = [{}, {"qemu": "10.0"}, {"qemu": "10.0", "lapic": "x2apic-firmware"}, {"domu_vcpus": 2}]
 PLAIN = Specification(dom0_vcpus=4)
 
 

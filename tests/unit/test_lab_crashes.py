@@ -309,3 +309,21 @@ def test_what_nohup_ignores_ends_no_step(monkeypatch: pytest.MonkeyPatch) -> Non
         assert main(["lab", "run"]) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("undecided", "last", "check", "verdict", "followed"),
+    [
+        (None, "after-handover", "trace-complete", "pass", True),
+        (None, "after-handover", "nmi-gate-ist", "fail", True),
+        (None, "handover", "trace-complete", "unknown", True),  # a stage for which no breakpoint was left
+        ("gdb ended", "after-handover", "nmi-gate-ist", "pass", True),
+        ("gdb ended", "handover", "nmi-gate-ist", "pass", False),
+        (None, "crashing", "trace-complete", "fail", False),  # it died, and the report is decided
+    ],
+)
+def test_a_vmcore_is_waited_for_where_a_crash_kernel_starts(
+    undecided: str | None, last: str, check: str, verdict: str, followed: bool
+) -> None:
+    report: Any = {"findings": [{"check": check, "verdict": verdict}], "stages": [{"stage": last}]}
+    assert judged.was_followed(report | ({"undecided": undecided} if undecided else {})) is followed

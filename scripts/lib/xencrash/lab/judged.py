@@ -9,8 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from xen_symbols.crashpath.complete import COMPLETE
 from xen_symbols.crashpath.follow import STALL_SECONDS
 from xen_symbols.crashpath.stages import AFTERWARDS
+from xen_symbols.report.model import Verdict
 from xen_symbols.xen.given import NOTHING_GIVEN, Given
 from xencrash.judging import judge_dump
 from xencrash.lab.boot import up
@@ -116,6 +118,8 @@ def follow(machine: Machine, output: Path, crash: Callable[[], None], **options:
 
 def was_followed(report: contract.Report) -> bool:
     """Whether a crash was followed to its end, whatever is not known of its path: a vmcore is to be had."""
+    if any((f["check"], f["verdict"]) == (COMPLETE.id, Verdict.FAIL.word) for f in report["findings"]):
+        return False
     return not report.get("undecided") or [stage["stage"] for stage in report["stages"]][-1:] == [AFTERWARDS.id]
 
 

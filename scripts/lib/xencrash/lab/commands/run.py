@@ -54,6 +54,8 @@ def run(args: Namespace) -> int:
         )
         status = finish(report)
         if wanted.guest or not judged.was_followed(report):
+            if not wanted.guest:
+                tell(f"no vmcore: the crash was not followed to its end; the report and the logs are in {output}")
             return status or as_asked(wanted, [report])
         tell("the crash kernel copies the vmcore")
         checked = judged.check_vmcore(machine, output, said)
