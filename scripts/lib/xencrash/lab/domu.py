@@ -27,7 +27,10 @@ class DomUs:
 
         It spins, its vCPUs in SVM guest mode, each pinned to the CPU of its number.
         """
-        domid = int(self._dom0.run(f"domu create {vcpus}", BUSY_ANSWERS))
+        said = self._dom0.run(f"domu create {vcpus}", BUSY_ANSWERS)
+        if not said.strip().isdigit():
+            raise LabError(f"in dom0: 'domu create' said {' '.join(said.split())!r}, no domain ID: try again")
+        domid = int(said)
         self.rounds[domid] = [0] * vcpus
         self.require_busy()
         self._process.progress(f"domain {domid} runs")
@@ -38,7 +41,10 @@ class DomUs:
         for domid, before in self.rounds.items():
 
             def counts(domid: int = domid, before: list[int] = before) -> list[int] | None:
-                now = list(map(int, self._dom0.run(f"domu rounds {domid} {len(before)}", BUSY_ANSWERS).split()))
+                words = self._dom0.run(f"domu rounds {domid} {len(before)}", BUSY_ANSWERS).split()
+                if not all(word.isdigit() for word in words):
+                    return None  # a process of dom0 died (QemuRow.domu): it is asked again
+                now = list(map(int, words))
                 return now if all(count > then for count, then in zip(now, before, strict=True)) else None
 
             self.rounds[domid] = self._process.until(
