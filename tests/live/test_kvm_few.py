@@ -1,10 +1,15 @@
-"""KVM, on any machine: the reference guest, traced under AMD's KVM in a Linux under TCG (test_kvm.py has more)."""
+"""KVM, on any machine: AMD's in a Linux under TCG, with the reference guest (test_kvm.py has more) and real Xen."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.live.nestedruns import FEW, Under, exactly_what_should_fail_does
+from tests.live.machines import named
+from tests.live.nestedruns import ACCELS, FEW, Under, exactly_what_should_fail_does
+from xencrash.lab import judged
+from xencrash.lab.specification import Specification
 
 pytestmark = pytest.mark.live
 
@@ -16,3 +21,16 @@ def test_one_is_sound_and_one_is_not_and_each_has_its_irqchip() -> None:
 @pytest.mark.parametrize("under", FEW, ids=str)
 def test_exactly_what_should_fail_does_under_kvm(under: Under) -> None:
     exactly_what_should_fail_does(under)
+
+
+def test_real_xen_from_its_boot_to_its_vmcore(tmp_path: Path) -> None:
+    with judged.machine(tmp_path, Specification(accel=ACCELS[0], cpus=2)) as lab:
+        report = judged.follow(lab, tmp_path, lab.crash)
+        dump = judged.check_vmcore(lab, tmp_path)
+    assert (report["verdict"], report.get("undecided"), named(report["findings"], "unknown")) == ("pass", None, [])
+    assert report["target"]["accelerator"] == "kvm"
+    assert report["stages"][-1]["stage"] == "after-handover"
+    answered = {stage["cpu"] for stage in report["stages"] if stage["stage"] == "nmi-taken"}
+    assert answered == {0, 1} - {report["crashing_cpu"]}
+    assert (dump["verdict"], dump["crashing_cpu"]) == ("pass", report["crashing_cpu"])
+    assert (tmp_path / "vmcore").stat().st_size > 500 << 20
