@@ -1,59 +1,43 @@
-"""KVM, on any machine, by all rows: with `--all-rows` only (test_kvm_few.py has what is in each run).
+"""KVM, on any machine: AMD's in a Linux under TCG.
 
-Every clean generation and a dozen faults of the reference guest, the interrupt controllers in the kernel, and split:
-what fails, where and when is the same as under TCG. So is what each change of memory at the handover makes fail.
+Every clean generation of the reference guest and a dozen faults, the interrupt controllers in the kernel and split in
+turn; and real Xen, once.
+What fails, where and when is the same as under TCG (test_kvm_all_rows.py has the other half).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.live.guestruns import Run
-from tests.live.machines import target, wrong
-from tests.live.nestedruns import ACCELS, BEGINS, FEW, RUNS, STALL, Under, exactly_what_should_fail_does, specification
-from tests.machines.changed import CHANGES, NOT_IN_MEMORY
-from tests.machines.realxen import LiveMachine
-from xencrash.gdbmi import GdbSession, open_session
-from xencrash.lab.boot import up
-from xencrash.lab.machine import Machine as Lab
-from xencrash.trace import trace
+from tests.live.machines import named
+from tests.live.nestedruns import ACCELS, DEALT, OTHERS, Under, exactly_what_should_fail_does
+from xencrash.lab import judged
+from xencrash.lab.specification import Specification
 
 pytestmark = pytest.mark.live
 
 
-@pytest.mark.parametrize("under", tuple(under for under in RUNS if under not in FEW), ids=str)
+def test_each_crash_is_left_for_all_rows_by_the_other_kind() -> None:
+    both = {(under.run, under.accel) for under in (*DEALT, *OTHERS)}
+    assert both == {(under.run, accel) for under in DEALT for accel in ACCELS}
+    assert len(both) == 2 * len(DEALT) and {under.accel for under in DEALT} == {*ACCELS}
+
+
+@pytest.mark.parametrize("under", DEALT, ids=str)
 def test_exactly_what_should_fail_does_under_kvm(under: Under) -> None:
     exactly_what_should_fail_does(under)
 
 
-class NestedMachine(LiveMachine):
-    """The same helpers on a machine whose RAM is not a file here: a copy of it is, and gdb writes to both."""
-
-    def __init__(self, lab: Lab, copy: Path, session: GdbSession) -> None:
-        lab.qmp("pmemsave", timeout=300, val=0, size=lab.state.memory_mib << 20, filename=str(copy))
-        super().__init__(lab, copy)
-        self.session = session
-
-    def write(self, at: int, data: bytes) -> None:
-        super().write(at, data)
-        for packet in ("Qqemu.PhyMemMode:1", f"M{at:x},{len(data):x}:{data.hex()}", "Qqemu.PhyMemMode:0"):
-            self.session.cli(f"maintenance packet {packet}")
-
-
-def test_each_change_of_memory_is_found_under_kvm_and_nothing_else() -> None:
-    with up(specification(Under(ACCELS[0], Run("4.17.0", None, 4, "xapic")))) as lab:
-        report: Any = trace(target(lab), str(lab.symbols), str(lab.qmp_socket), timeout=BEGINS, stall=STALL,
-                            trigger=lambda: lab.serial.send(b"C"), leave_stopped=True)  # fmt: skip
-        assert report["verdict"] == "pass"
-        with open_session(target(lab), str(lab.symbols), str(lab.qmp_socket)) as session:
-            machine = NestedMachine(lab, lab.paths.run_dir / "ram", session)
-            assert wrong(session.xen("crash-check")) == set()
-            for what, (change, check, cpu) in CHANGES.items():
-                if check not in NOT_IN_MEMORY:
-                    change(machine)
-                    assert wrong(session.xen("crash-check")) == {(check, cpu, "fail", "handover")}, what
-                    machine.restore()
-            assert wrong(session.xen("crash-check")) == set()
+def test_real_xen_from_its_boot_to_its_vmcore(tmp_path: Path) -> None:
+    with judged.machine(tmp_path, Specification(accel=ACCELS[0], cpus=2)) as lab:
+        report = judged.follow(lab, tmp_path, lab.crash)
+        dump = judged.check_vmcore(lab, tmp_path)
+    assert (report["verdict"], report.get("undecided"), named(report["findings"], "unknown")) == ("pass", None, [])
+    assert report["target"]["accelerator"] == "kvm"
+    assert report["stages"][-1]["stage"] == "after-handover"
+    answered = {stage["cpu"] for stage in report["stages"] if stage["stage"] == "nmi-taken"}
+    assert answered == {0, 1} - {report["crashing_cpu"]}
+    assert (dump["verdict"], dump["crashing_cpu"]) == ("pass", report["crashing_cpu"])
+    assert (tmp_path / "vmcore").stat().st_size > 500 << 20
