@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if collection_path.name == "test_kvm_all_rows.py" and not config.getoption("all_rows") else None
+    return True if collection_path.name.startswith("test_kvm") and not config.getoption("all_rows") else None
 
 
 _LONGEST_ID = 80

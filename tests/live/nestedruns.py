@@ -47,7 +47,7 @@ def specification(under: Under) -> Specification:
     )
 
 
-# In each run of the tests: every clean generation and every fault, by the two in turn; by all rows also by the other.
+# Every clean generation and every fault, by the two in turn; and each by the other one.
 DEALT, OTHERS = (
     (
         *(_clean(generation, ACCELS[(number + odd) % 2]) for number, generation in enumerate(generations())),

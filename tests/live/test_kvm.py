@@ -1,8 +1,7 @@
-"""KVM, on any machine: AMD's in a Linux under TCG.
+"""KVM, on any machine: AMD's in a Linux under TCG; with `--all-rows` only.
 
 Every clean generation of the reference guest and a dozen faults, the interrupt controllers in the kernel and split in
-turn; and real Xen, once.
-What fails, where and when is the same as under TCG (test_kvm_all_rows.py has the other half).
+turn; and real Xen, once. What fails, where and when is the same as under TCG (test_kvm_too.py has the other half).
 """
 
 from __future__ import annotations

@@ -50,6 +50,15 @@ def entries(archive: bytes) -> dict[str, tuple[int, bytes]]:
         at = (start + size + 3) & ~3
 
 
+def test_each_folder_comes_before_what_is_in_it() -> None:
+    """Linux does not unpack an entry whose folder it has not seen, and says nothing."""
+    archive = initramfs.cpio([initramfs.folder("tmp"), initramfs.file("tmp/a/b/tool", b"1")])
+    places = [archive.index(name + b"\0") for name in (b"tmp", b"tmp/a", b"tmp/a/b", b"tmp/a/b/tool")]
+    assert places == sorted(places)
+    assert archive.count(b"tmp\0") == 1
+
+
+
 def test_the_archive_holds_the_files_and_the_folders_they_imply() -> None:
     archive = initramfs.cpio([initramfs.file("a/b/tool", b"12345"), initramfs.file("init", "#!", 0o644)])
     assert entries(archive) == {

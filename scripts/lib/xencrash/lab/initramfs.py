@@ -101,7 +101,10 @@ def cpio(entries: Iterable[Entry]) -> bytes:
         for parts in (entry.path.split("/") for entry in entries)
         for depth in range(1, len(parts))
     }
-    everything = [*(folder(path) for path in sorted(parents - given)), *entries, Entry("TRAILER!!!", 0)]
+    folders = [*(folder(path) for path in parents - given), *(entry for entry in entries if stat.S_ISDIR(entry.mode))]
+    others = (entry for entry in entries if not stat.S_ISDIR(entry.mode))
+    # A folder whose parent comes later is not unpacked.
+    everything = [*sorted(folders, key=lambda entry: entry.path), *others, Entry("TRAILER!!!", 0)]
     return b"".join(_member(number, entry) for number, entry in enumerate(everything, 1))
 
 

@@ -1,4 +1,4 @@
-"""KVM, on any machine, with `--all-rows` only: what test_kvm.py leaves out.
+"""KVM, on any machine, with `--all-rows` only: the other half of test_kvm.py.
 
 Each of the reference guest's crashes with the other interrupt controllers, and each change of memory at the handover:
 what fails, where and when is the same as under TCG.
