@@ -58,7 +58,6 @@ def test_each_folder_comes_before_what_is_in_it() -> None:
     assert archive.count(b"tmp\0") == 1
 
 
-
 def test_the_archive_holds_the_files_and_the_folders_they_imply() -> None:
     archive = initramfs.cpio([initramfs.file("a/b/tool", b"12345"), initramfs.file("init", "#!", 0o644)])
     assert entries(archive) == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import lzma
 import struct
 from typing import NamedTuple
@@ -70,6 +71,11 @@ _SEGMENTS = st.lists(
 )  # fmt: skip
 
 
+def test_another_compression_is_undone_too() -> None:
+    elf = elf_of([Segment(_PT_LOAD, 0x1000, b"code", 4)])
+    assert unpacked(bzimage(gzip.compress(elf))) == unpacked(bzimage(xz(elf)))
+
+
 @given(_SEGMENTS)
 def test_memory_comes_out_as_it_was(segments: list[Segment]) -> None:
     made = unpacked(bzimage(xz(elf_of(segments))))
@@ -93,12 +99,14 @@ def test_one_that_may_be_moved_differs_in_its_type_only() -> None:
 @pytest.mark.parametrize(
     ("image", "says"),
     [
-        (b"", "no bzImage"),
-        (b"\x7fELF" + bytes(1000), "no bzImage"),
-        (bzimage(b"\x1f\x8b\x08gzip"), "not compressed by xz"),
-        (bzimage(xz(b"\x7fELF" + bytes(100)))[:2100], "its xz data"),
-        (bzimage(xz(b"\x7fELF")), "not a whole ELF file"),
-        (bzimage(xz(elf_of([Segment(_PT_LOAD, 0x1000, b"code", 4)])[:100])), "not a whole ELF file"),
+        (b"", "the setup header of a bzImage: "),
+        (b"\x7fELF" + bytes(1000), "not a bzImage"),
+        (bzimage(b"\x1f\x8b\x08gzip"), "bad gzip data"),
+        (bzimage(xz(b"\x7fELF" + bytes(100)))[:2100], "the payload of a bzImage: "),
+        (bzimage(xz(elf_of([Segment(_PT_LOAD, 0x1000, b"code", 4)]))[:-40]), "xz data"),
+        (bzimage(xz(b"\x7fELF")), "ELF header: "),
+        (bzimage(xz(b"\x7fELF\1\1\1" + bytes(100))), "no 64-bit ELF file inside"),
+        (bzimage(xz(elf_of([Segment(_PT_LOAD, 0x1000, b"code", 4)])[:100])), "program headers: "),
     ],
 )
 def test_another_file_is_said_to_be_one(image: bytes, says: str) -> None:

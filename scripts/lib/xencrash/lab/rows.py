@@ -49,7 +49,7 @@ class XenRow:
     `generation` is the one that must be identified.
 
     kexec comes from `kexec_suite`. It talks to the hypervisor through libxenctrl, which fits its own Xen
-    only (4.17's fails on 4.14: "Cannot load /boot/vmlinux"): `libxenctrl` is the package that has this Xen's,
+    only (4.17's fails on 4.14: "Cannot load …"): `libxenctrl` is the package that has this Xen's,
     in `suite`, and `libxenctrl_as` the name under which kexec asks for it, if that is another Xen's.
     """
 
