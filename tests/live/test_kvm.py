@@ -1,4 +1,4 @@
-"""KVM, on any machine: AMD's in a Linux under TCG; with `--all-rows` only.
+"""KVM, on any machine: AMD's in a Linux under TCG.
 
 Every clean generation of the reference guest and a dozen faults, the interrupt controllers in the kernel and split in
 turn; and real Xen, once. What fails, where and when is the same as under TCG (test_kvm_too.py has the other half).
@@ -6,6 +6,8 @@ turn; and real Xen, once. What fails, where and when is the same as under TCG (t
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,15 @@ def test_real_xen_from_its_boot_to_its_vmcore(tmp_path: Path) -> None:
     assert answered == {0, 1} - {report["crashing_cpu"]}
     assert (dump["verdict"], dump["crashing_cpu"]) == ("pass", report["crashing_cpu"])
     assert (tmp_path / "vmcore").stat().st_size > 500 << 20
+
+
+def test_a_machine_that_is_left_running_holds_no_stream_of_the_command(tmp_path: Path) -> None:
+    """Else `lab up | tee log` never ends."""
+    command, run_dir = [sys.executable, "-m", "xencrash", "lab"], ["--run-dir", str(tmp_path / "machine")]
+    machine = ["--guest", "4.17.0", "--qemu", "10.0", "--accel", ACCELS[0]]
+    try:
+        subprocess.run([*command, "up", *machine, *run_dir], capture_output=True, check=True, timeout=600)
+        status = subprocess.run([*command, "status", *run_dir], capture_output=True, check=True, text=True)
+        assert "running" in status.stdout
+    finally:
+        subprocess.run([*command, "down", *run_dir], check=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import secrets
+import textwrap
 import time
 from collections.abc import Callable
 
@@ -26,6 +27,11 @@ KEXEC = (
 )
 
 
+def _short(command: str) -> str:
+    """A command for a message of one line."""
+    return repr(textwrap.shorten(command, 80, placeholder=" …"))
+
+
 class Dom0:
     """The shell in dom0."""
 
@@ -39,7 +45,7 @@ class Dom0:
         """What a shell command printed (both streams); LabError if its exit status is not 0."""
         status, output = self.status(command, timeout)
         if status:
-            raise LabError(f"in dom0, {command!r} failed with status {status}: {' '.join(output.split())[-200:]}")
+            raise LabError(f"in dom0, {_short(command)} failed with status {status}: {' '.join(output.split())[-200:]}")
         return output
 
     def status(self, command: str, timeout: float = 30.0) -> tuple[int, str]:
@@ -48,7 +54,7 @@ class Dom0:
         since = self._process.log_size(log)
         token = self.begin(command)
         answer = rb"(?s)\A(.*?)\r?\n@" + token.encode() + rb" (\d+)\r?\n"
-        match = self._process.wait_log(log, answer, timeout, f"running {command!r} in dom0", since)
+        match = self._process.wait_log(log, answer, timeout, f"running {_short(command)} in dom0", since)
         return int(match[2]), match[1].decode(errors="replace").replace("\r\n", "\n")
 
     def begin(self, command: str) -> str:
@@ -79,12 +85,12 @@ class Dom0:
                 typed_at = time.monotonic()
             return None
 
-        self._process.until(f"running {command!r} in dom0", BUSY_ANSWERS, begun)
+        self._process.until(f"running {_short(command)} in dom0", BUSY_ANSWERS, begun)
 
     def _request(self, command: str) -> tuple[str, bytes]:
         """A command's token, and the line that dom0 reads."""
         if not re.search(READY, self._process.read_log(self._process.paths.line_log), re.MULTILINE):
-            raise LabError(f"in dom0: no shell answers {command!r}: {self._process.where_to_look()}")
+            raise LabError(f"in dom0: no shell answers {_short(command)}: {self._process.where_to_look()}")
         token = secrets.token_hex(4)
         if self.clock_is_late:
             command = f"date -s @{time.time():.0f} >/dev/null; {command}"
