@@ -141,7 +141,12 @@ def test_a_trace_that_comes_too_late(lab: Machine) -> None:
 
 
 def test_the_machine_is_stopped_by_something_else(lab: Machine) -> None:
-    report = follow(lab, trigger=lambda: lab.qmp("stop"))
+    def stop() -> None:
+        while state(lab) != "running":  # gdb says that it runs before it does
+            time.sleep(0.01)
+        lab.qmp("stop")
+
+    report = follow(lab, trigger=stop)
     assert report["undecided"] == "the machine was stopped by something else (SIGINT) while it was followed"
     assert report["verdict"] == "unknown"
 

@@ -108,3 +108,20 @@ def test_a_stop_by_something_else(clock: Clock, monkeypatch: pytest.MonkeyPatch)
     follow = follower(clock, monkeypatch, timeout=20)
     with pytest.raises(Undecidable, match=r"^the machine was stopped by something else \(SIGINT\) while it was"):
         follow.stop(0, NOWHERE, signal="SIGINT")
+
+
+def test_the_entry_of_a_crash_is_a_stage_once_for_each_time_that_a_cpu_enters(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy host's machine can be stopped by the look at it, before the CPU has left."""
+    follow = follower(clock, monkeypatch, timeout=20)
+    entry = follow.memory.symbols.address("kexec_crash")
+    cpus = follow.memory.target.physical_cpus  # type: ignore[attr-defined]
+
+    def stage_at(**registers: int) -> str | None:
+        cpus[1] = cpus[1]._replace(registers={**cpus[1].registers, "rip": entry, **registers})
+        seen = follow.stop(1, entry, expired=bool(follow.begun)).stage
+        return None if seen is None else seen.stage
+
+    seen = [stage_at(), stage_at(), stage_at(rsp=0x1000), stage_at(rsp=0x1000)]
+    assert seen == ["crash-entry", None, "crash-entry", None]

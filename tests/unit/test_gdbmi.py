@@ -15,7 +15,7 @@ import pytest
 
 from xen_symbols.absence import Undecidable
 from xencrash import gdbmi
-from xencrash.gdbmi import GdbDied, GdbSession, MiError, Timeout, open_session
+from xencrash.gdbmi import GdbDied, GdbSession, MiError, Stopped, Timeout, open_session
 from xencrash.gdbprogram import find_gdb, parse_version, plugin_script
 from xencrash.options import parse_live
 
@@ -218,6 +218,29 @@ def test_a_stub_that_is_not_qemus(tmp_path: Path) -> None:
         threading.Thread(target=_serve, args=(listener,), daemon=True).start()
         with pytest.raises(Undecidable, match="is not QEMU's gdbstub"):
             open_session(f"gdb:{path}")
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_an_interrupt_that_is_lost_is_sent_again(lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As QEMU loses one that comes between a step over a breakpoint and the machine's running on."""
+    sent: list[str] = []
+    monkeypatch.setattr(GdbSession, "mi", lambda self, command, timeout=0.0: sent.append(command))
+    stop = Stopped("signal-received", "SIGINT")
+    monkeypatch.setattr(GdbSession, "wait_stop", lambda self, timeout: stop if len(sent) > lost else None)
+    session = GdbSession.__new__(GdbSession)
+    session._running = True
+    session.interrupt()
+    assert sent == ["-exec-interrupt --all"] * (lost + 1)
+
+
+def test_a_machine_that_does_not_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GdbSession, "mi", lambda self, command, timeout=0.0: None)
+    monkeypatch.setattr(GdbSession, "wait_stop", lambda self, timeout: time.sleep(0.01))
+    monkeypatch.setattr(gdbmi, "COMMAND_SECONDS", 0.1)
+    session = GdbSession.__new__(GdbSession)
+    session._running, session.location = True, "gdb:localhost:1234"
+    with pytest.raises(Timeout, match="^gdb:localhost:1234 does not stop: QEMU hangs, or is very busy$"):
+        session.interrupt()
 
 
 def test_the_plugin_is_found_without_importing_it() -> None:

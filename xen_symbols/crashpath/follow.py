@@ -102,7 +102,7 @@ class Follower:
         self._seen: dict[int, Span] = {}
         self._entries: dict[int, int] = {}
         self._again: set[int] = set()
-        self._stopped: dict[int, dict[str, int] | None] = {}  # other CPUs' registers at their last stop
+        self._stopped: dict[int, dict[str, int] | None] = {}  # registers of CPUs at their last stop, if that can recur
         self._others = whereabouts(memory, self.generation)
         self._missed: set[str] = set()  # stages of other CPUs that had no breakpoint for a while
         self._unblocked = False
@@ -242,7 +242,8 @@ class Follower:
         if cpu is None:
             raise Undecidable(f"the machine's CPU {index} stopped on the crash path, but is not one of Xen's CPUs")
         stage = self._stage(cpu, pc)
-        if stage is None or (stage.role is Role.OTHER and self._has_not_moved(state.of(cpu).physical, cpu)):
+        again = stage is not None and (stage.role is Role.OTHER or stage.id == "crash-entry")
+        if stage is None or (again and self._has_not_moved(state.of(cpu).physical, cpu)):
             self.writes.look(state)
             return StopResult(None)
         if self._crashing is not None:

@@ -213,8 +213,7 @@ def _runs(read: Callable[[int, int], bytes], start: int, end: int) -> Iterator[t
 
 
 def readable(read: Callable[[int, int], bytes], address: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """What can be read of a range: without what is not mapped, which its page tables tell, else by halving it down to
-    pages."""
+    """What can be read of a range: without what is not mapped, which its page tables tell, else page by page."""
     end = address + size
     while address < end:
         try:
@@ -224,12 +223,22 @@ def readable(read: Callable[[int, int], bytes], address: int, size: int) -> Iter
             yield from readable(read, address, hole.start - address)
             address = max(address, hole.end)
         except Unreadable:
-            size = end - address
-            if size > PAGE_SIZE:
-                half = (size // 2 + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
-                yield from readable(read, address, half)
-                yield from readable(read, address + half, size - half)
+            if end - address > PAGE_SIZE:
+                yield from _readable_pages(read, address, end)
             return
+
+
+def _readable_pages(read: Callable[[int, int], bytes], start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    first, pages = start, list[bytes]()
+    for address in range(start, end, PAGE_SIZE):
+        try:
+            pages.append(read(address, min(PAGE_SIZE, end - address)))
+        except Unreadable:
+            if pages:
+                yield first, b"".join(pages)
+            first, pages = address + PAGE_SIZE, []
+    if pages:
+        yield first, b"".join(pages)
 
 
 def _symbol_table(

@@ -86,6 +86,7 @@ class KdumpMemory(Memory):
         self._notes_at = sub[7:9] if version >= 4 else (0, 0)
         self._pages: dict[int, bytes] = {}
         self._ranges: Ranges | None = None
+        self._last_place, self._last_page = (0, 0, 0), b""
         self._last, self._last_chunk, self._last_rank = -1, b"", [0]
         self._rank, self._known = self._count()
         self.incomplete = bool(status & _INCOMPLETE)
@@ -142,9 +143,9 @@ class KdumpMemory(Memory):
             raise Unreadable("the dump has no memory there")
         if frame >= self._known:
             raise Unreadable(f"it is not known whether the dump has it: {self.truncated}")
-        if not self._content.read(self._memory_at + frame // 8, 1)[0] >> frame % 8 & 1:
-            raise Unreadable("the dump has no memory there")
         if not self._is_dumped(frame):
+            if not self._content.read(self._memory_at + frame // 8, 1)[0] >> frame % 8 & 1:
+                raise Unreadable("the dump has no memory there")
             raise Unreadable("the page was left out when the dump was written")
         at = self._descriptors_at + self._dumped_before(frame) * _DESCRIPTOR.size
         offset, size, compression, _ = _DESCRIPTOR.unpack(self._content.read(at, _DESCRIPTOR.size))
@@ -152,6 +153,11 @@ class KdumpMemory(Memory):
             raise Unreadable("its writer never wrote this page")
         if not 0 < size <= PAGE_SIZE or (not compression and size != PAGE_SIZE):
             raise Unreadable(f"bad page descriptor at offset {at:#x}: {size} bytes, compression {compression:#x}")
+        if (offset, size, compression) != self._last_place:  # most pages of zeros have the same
+            self._last_page, self._last_place = self._unpacked(offset, size, compression), (offset, size, compression)
+        return self._last_page
+
+    def _unpacked(self, offset: int, size: int, compression: int) -> bytes:
         data = self._content.read(offset, size)
         if not compression:
             return data

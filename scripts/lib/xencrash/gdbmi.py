@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 ATTACH_SECONDS = 4.0  # QEMU's stub answers within milliseconds; one that serves another gdb never does
 FREE_SECONDS = 60.0  # where QMP says that it serves nobody: on a busy host it may be slow
 COMMAND_SECONDS = 120.0  # a busy host takes its time, a slow line for each of a thousand packets
+_INTERRUPT_AGAIN = 3.0
 _LEAVE_SECONDS = 3.0
 _SAID_EVERY = 5.0
 _POLL_SECONDS = 0.05
@@ -256,10 +257,16 @@ class GdbSession:
 
     def interrupt(self) -> None:
         """Stop the running machine."""
-        if self._running:
+        if not self._running:
+            return
+        deadline = time.monotonic() + COMMAND_SECONDS
+        while time.monotonic() < deadline:
+            # QEMU passes over an interrupt that comes while it is stopped, after a step over a breakpoint, and gdb then
+            # lets it run on. One too many is passed over, too: to ask again does no harm.
             self.mi("-exec-interrupt --all")
-            if self.wait_stop(COMMAND_SECONDS) is None:
-                raise Timeout(f"{self.location} does not stop: QEMU hangs, or is very busy")
+            if self.wait_stop(_INTERRUPT_AGAIN) is not None:
+                return
+        raise Timeout(f"{self.location} does not stop: QEMU hangs, or is very busy")
 
     def leave(self, running: bool | None = None) -> None:
         """Let go of the machine: running or stopped as asked, or as it was found."""
