@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.follow import Follower
 from xen_symbols.crashpath.gatechanges import Key
 from xen_symbols.crashpath.gatewatch import GateWatch
 from xen_symbols.crashpath.identification import Identification
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.blocks import Block, Cell
 from xen_symbols.report.blocks import show as shown
 from xen_symbols.symbols.table import SymbolTable

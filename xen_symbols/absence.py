@@ -1,7 +1,8 @@
 """Absence as a value with a reason: what could not be read is never a zero."""
 
 import enum
-from typing import NamedTuple
+
+from xen_symbols.records import NamedTuple
 
 
 class Kind(enum.Enum):

@@ -250,7 +250,7 @@ def test_importing_does_nothing() -> None:
 CHECK = """
 xencrash xencrash.cli xencrash.commands xencrash.commands.check xencrash.errors xencrash.judging xencrash.lazy
 xencrash.options xencrash.output xencrash.renderers xencrash.renderers.json xencrash.subcommands
-xen_symbols xen_symbols.absence xen_symbols.api xen_symbols.text xen_symbols.version
+xen_symbols xen_symbols.absence xen_symbols.api xen_symbols.records xen_symbols.text xen_symbols.version
 xen_symbols.x86 xen_symbols.x86.apic xen_symbols.x86.control xen_symbols.x86.gate xen_symbols.x86.paging
 xen_symbols.x86.tss
 xen_symbols.report xen_symbols.report.jsontext xen_symbols.report.model
@@ -310,6 +310,7 @@ COMPARING_MODULES = {"packaging", "distutils", "pkg_resources", "looseversion", 
 
 # Comparisons of versions that are not Xen's: of a file's layout, which the file itself states.
 OTHER_VERSIONS = {
+    ("xen_symbols/records.py", "sys.version_info >= (3, 14)"): "of Python, which evaluates annotations later since",
     ("xen_symbols/targets/qemu_state.py", "version > 64"): "no section header has such a one",
     ("xen_symbols/targets/qemu_state.py", "section.name not in _VERSIONS"): "which sections are read",
     ("xen_symbols/targets/qemu_state.py", "section.version != _VERSIONS[section.name]"): "of a section's layout",

@@ -1,9 +1,9 @@
 """The one check of a trace as a whole: that the crash path reached its end, and that every stage could be seen."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from xen_symbols.crashpath.checks.model import NO_DUMP
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.model import Evidence, Finding, Verdict
 
 _SHOOTDOWN = "xen/arch/x86/crash.c, nmi_shootdown_cpus"

@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.crashpath import timeline
 from xen_symbols.crashpath.generations import GENERATIONS, Generation, Hook
 from xen_symbols.crashpath.stages import ANYWHERE, NORMAL, CrashStep, OtherStep, Position, Span
 from xen_symbols.crashpath.timeline import Code, GateProperty, Object, Value, Whose, Window, Write
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import TEXT
 from xen_symbols.targets import Lapic, PhysicalCpu
 from xen_symbols.x86 import apic

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from xen_symbols.absence import Unreadable
 from xen_symbols.crashpath.generations import Generation, Hook
 from xen_symbols.crashpath.position import ONLY_CRASHING, STOPPING, function_of
 from xen_symbols.crashpath.stages import CRASHING, Position
+from xen_symbols.records import NamedTuple
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.apic import Mode
 from xen_symbols.xen.backtrace import Backtrace, Step, backtrace

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.crashpath.afterwards import Afterwards
@@ -40,6 +40,7 @@ from xen_symbols.crashpath.stages import (
 from xen_symbols.crashpath.unblocking import unblocking
 from xen_symbols.crashpath.whereabouts import whereabouts
 from xen_symbols.describe.changes import describe_traced_change
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.model import Finding, Report, StageSeen, Verdict
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.paging import CR0_PG

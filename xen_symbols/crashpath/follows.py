@@ -1,13 +1,13 @@
 """Which failures follow from others: everything that one cause affects fails as well."""
 
 from collections.abc import Container, Sequence
-from typing import NamedTuple
 
 from xen_symbols.crashpath import timeline
 from xen_symbols.crashpath.checks.model import Check, Outcome
 from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.stages import OtherStep, Span
 from xen_symbols.crashpath.timeline import ONLINE, SAVE_DONE, WAITING_MASK, Whose
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.model import Finding, Verdict
 
 

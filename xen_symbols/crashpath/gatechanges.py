@@ -8,13 +8,14 @@ who makes one: that is known only where a watchpoint saw it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from xen_symbols.absence import Absent
 from xen_symbols.crashpath import stages
 from xen_symbols.crashpath.generations import Generation
 from xen_symbols.crashpath.stages import Position
 from xen_symbols.crashpath.timeline import BESIDE, PATH, GateProperty, Whose, Write
+from xen_symbols.records import NamedTuple
 from xen_symbols.x86.gate import VECTOR_MC, VECTOR_NMI, Gate
 from xen_symbols.xen.reads import Read
 from xen_symbols.xen.state import State

@@ -6,9 +6,9 @@ A row is recognised by symbols and by Xen's own code in memory, never by a versi
 import enum
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 from xen_symbols.absence import Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import DATA, TEXT
 from xen_symbols.xen.memory import XenMemory
 

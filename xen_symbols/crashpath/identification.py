@@ -5,7 +5,6 @@ another's rules: what depends on no generation is judged all the same (checks/mo
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.crashpath import timeline
@@ -19,6 +18,7 @@ from xen_symbols.crashpath.generations import (
     has,
     lacks,
 )
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.functions import names_no_variables
 from xen_symbols.symbols.table import DATA, TEXT
 from xen_symbols.xen.memory import XenMemory

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from xen_symbols.absence import Unreadable
 from xen_symbols.crashpath import timeline
 from xen_symbols.crashpath.generations import GENERATIONS, Generation
 from xen_symbols.crashpath.position import anchor_address
 from xen_symbols.crashpath.stages import STAGES
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import DATA, TEXT, SymbolTable
 from xen_symbols.xen.idt import ENTRY_POINTS
 from xen_symbols.xen.state import SYSTEM

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Container
-from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
 from xen_symbols.crashpath.generations import Generation
@@ -21,6 +20,7 @@ from xen_symbols.crashpath.stages import (
     Span,
     Stage,
 )
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import TEXT, SymbolTable
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.xen.memory import IMAGE_REGION, image_region

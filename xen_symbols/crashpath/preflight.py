@@ -6,7 +6,7 @@ Besides every check of the crash path for a running Xen, what is not part of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from xen_symbols.absence import Absent, Kind, Undecidable, Unreadable
 from xen_symbols.crashpath.checks.model import NOT_IDENTIFIED, Outcome, expect, from_absence, one_of, unknown
@@ -17,6 +17,7 @@ from xen_symbols.crashpath.identification import Identification, identify
 from xen_symbols.crashpath.position import infer
 from xen_symbols.crashpath.stages import NORMAL
 from xen_symbols.crashpath.timeline import NMI_CALLBACK, Value
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.model import Evidence, Finding, Report, Verdict
 from xen_symbols.symbols.table import DATA
 from xen_symbols.xen.kexec import CrashArea, crash_area, crash_image_loaded, image_size

@@ -5,7 +5,8 @@ which the step of the CPU that reached it is exact; the others are within bounds
 """
 
 import enum
-from typing import NamedTuple
+
+from xen_symbols.records import NamedTuple
 
 
 class Role(enum.Enum):

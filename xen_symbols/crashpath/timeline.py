@@ -10,10 +10,11 @@ docs/reference.md.
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from xen_symbols.crashpath.generations import Bookkeeping, Generation, Hook
 from xen_symbols.crashpath.stages import CrashStep, OtherStep, Span
+from xen_symbols.records import NamedTuple
 from xen_symbols.x86.gate import VECTOR_MC, VECTOR_NAMES, VECTOR_NMI
 
 

@@ -7,10 +7,9 @@ executed it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.crashpath.generations import Generation, function_text
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import TEXT
 from xen_symbols.x86.iret import holds_iretq, returns_to_next
 from xen_symbols.xen.memory import XenMemory

@@ -9,12 +9,12 @@ judged once the wait is over.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import NamedTuple
 
 from xen_symbols.absence import Unreadable
 from xen_symbols.crashpath.generations import Generation, function_text
 from xen_symbols.crashpath.position import STOPPING, anchor_address, function_of
 from xen_symbols.crashpath.stages import BY_ID, OtherStep, Span, Stage
+from xen_symbols.records import NamedTuple
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import State
 

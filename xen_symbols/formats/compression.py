@@ -4,10 +4,11 @@ where it is not installed: zstd, lzo and snappy are not in the standard library.
 import zlib
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats.content import Content, Held
+from xen_symbols.records import NamedTuple
 
 _EXTRA = ("cramjam", "lzallright")  # what setup.cfg's extra `dumps` installs
 FILE_MAX = 128 << 20  # of a decompressed file; xen-syms with DWARF is 30 MB

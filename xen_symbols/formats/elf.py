@@ -3,9 +3,9 @@
 import struct
 from collections.abc import Iterator
 from itertools import starmap
-from typing import NamedTuple
 
 from xen_symbols.formats.content import Content, require
+from xen_symbols.records import NamedTuple
 
 MAGIC = b"\x7fELF"
 ET_REL, ET_EXEC, ET_DYN, ET_CORE = 1, 2, 3, 4

@@ -3,8 +3,8 @@
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
 
+from xen_symbols.records import NamedTuple
 from xen_symbols.text import escaped
 
 _HEADER = struct.Struct("<3I")  # namesz, descsz, type

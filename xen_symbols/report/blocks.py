@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.crashpath import crash_path, near_line
 from xen_symbols.report.model import Verdict, worst
 from xen_symbols.text import cpu_list, ranges

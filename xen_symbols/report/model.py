@@ -2,7 +2,9 @@
 
 import enum
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+from xen_symbols.records import NamedTuple
 
 if TYPE_CHECKING:
     from xen_symbols.report import contract

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.blocks import alike, show
 from xen_symbols.text import cpu_list
 from xen_symbols.x86 import apic

@@ -7,13 +7,13 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import compress
-from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats import elf
 from xen_symbols.formats.content import Content
 from xen_symbols.formats.elf import ELF32, ELF64, PT_LOAD, PT_NOTE, SHT_NOTE, SHT_SYMTAB, Layout, Program, Section
 from xen_symbols.formats.image import Image
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols import buildid, embedded
 from xen_symbols.symbols.table import Symbol, SymbolTable
 

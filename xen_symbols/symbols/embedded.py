@@ -11,10 +11,10 @@ and the tables are padded to their natural alignment since 4.22 (9f4d363241), be
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats.image import Image
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols import buildid
 from xen_symbols.symbols.listed import ListedRows, listed_table
 from xen_symbols.symbols.table import SymbolTable

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.formats.content import Content
 from xen_symbols.formats.image import Image
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols import buildid, embedded
 from xen_symbols.symbols.listed import ListedRows, listed_table
 from xen_symbols.symbols.table import SymbolTable

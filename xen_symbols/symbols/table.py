@@ -7,12 +7,12 @@ name that stands for several addresses is an error that lists them.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
 from functools import cached_property, lru_cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from xen_symbols.absence import Kind, Undecidable, Unreadable
 from xen_symbols.formats.image import Image
+from xen_symbols.records import NamedTuple
 
 TEXT = "tTwW"
 DATA = "dDbBrRvV"
@@ -125,9 +125,10 @@ class SymbolTable:
         for name, actual in aliases.items():
             if not self._named(actual):
                 raise Undecidable(f"--alias {name}={actual}: {self.path} has no {actual}")
-        table = copy(self)
+        table = SymbolTable(
+            self.path, self.source, self.rows, self.ranges, self.build_id, self.note_address, self.image, self.text_only
+        )
         table.aliases = dict(aliases)
-        table._remember()
         return table
 
     # -- by name ------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ own page tables in one place, `xen_symbols.xen.locate`, for every kind of target
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 from xen_symbols.absence import Absent, Kind, Unreadable
 from xen_symbols.formats.content import Content
 from xen_symbols.formats.elfnotes import Note
+from xen_symbols.records import NamedTuple
 
 _UNASKED = Absent("it is not in memory, and the target holds no device state", Kind.NOT_HELD)
 

@@ -7,10 +7,10 @@ QEMU's target/i386/arch_dump.c.
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.formats.elfnotes import BadNote, Note, pack_size, walk
+from xen_symbols.records import NamedTuple
 from xen_symbols.targets import PhysicalCpu
 
 NT_PRSTATUS = 1

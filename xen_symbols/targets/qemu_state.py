@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from xen_symbols.absence import Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.targets import Lapic, PhysicalCpu
 
 _NAME = re.compile(rb"[!-~]+")

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable
 from xen_symbols.formats.content import File
 from xen_symbols.formats.extents import Extents
+from xen_symbols.records import NamedTuple
 from xen_symbols.targets import PHYSICAL_END, Memory, Opened, stretches
 
 

@@ -2,7 +2,8 @@
 
 import struct
 from functools import lru_cache
-from typing import NamedTuple
+
+from xen_symbols.records import NamedTuple
 
 IDT_ENTRIES = 256
 SIZE = 16

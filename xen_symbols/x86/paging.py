@@ -1,9 +1,9 @@
 """4-level paging (Intel SDM vol. 3, 4.5; AMD APM vol. 2, 5.3) and its walks by a machine's own tables."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.records import NamedTuple
 
 PAGE_SIZE = 4096
 CR0_PG = 1 << 31

@@ -1,7 +1,8 @@
 """The task state segment in 64-bit mode (Intel SDM vol. 3, 8.7, figure 8-11): the stacks that the CPU switches to."""
 
 import struct
-from typing import NamedTuple
+
+from xen_symbols.records import NamedTuple
 
 SIZE = 104
 _LAYOUT = struct.Struct("<4x3Q8x7Q12x")

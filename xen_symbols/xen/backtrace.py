@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import DATA, TEXT
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86.call import LONGEST, follows_indirect_call, follows_relative_call

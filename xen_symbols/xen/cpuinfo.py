@@ -1,7 +1,6 @@
 """Where a CPU's stacks are, by its TSS, and struct cpu_info at their end (xen/include/asm-x86/current.h)."""
 
-from typing import NamedTuple
-
+from xen_symbols.records import NamedTuple
 from xen_symbols.x86.tss import Tss
 
 STACK_SIZE = 32 << 10  # STACK_ORDER 3, in every release

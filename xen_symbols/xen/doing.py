@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from xen_symbols.absence import Absent
+from xen_symbols.records import NamedTuple
 from xen_symbols.xen.backtrace import Backtrace, Step
 
 # What is run because of a crash, from its beginning to the end of a CPU.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
+from xen_symbols.records import NamedTuple
 from xen_symbols.x86.gate import VECTOR_NAMES
 from xen_symbols.x86.paging import is_canonical
 from xen_symbols.xen.memory import HYPERVISOR_CS, image_region

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
 
 from xen_symbols.absence import Undecidable
+from xen_symbols.records import NamedTuple
 
 
 class Given(NamedTuple):

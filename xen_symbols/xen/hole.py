@@ -8,9 +8,9 @@ map, and Xen allocates the tables that say it from the top of memory. Where the 
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from xen_symbols.absence import Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.targets import PHYSICAL_END, Target
 from xen_symbols.targets.raw import Map, RawMemory
 from xen_symbols.x86 import paging

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import DATA, SymbolTable
 from xen_symbols.x86 import gate
 from xen_symbols.xen.memory import XenMemory

@@ -4,9 +4,8 @@ xen/include/public/kexec.h and xen/common/kexec.c: bit 5 of kexec_flags selects 
 is live; bit 6 (KEXEC_IMAGE_NR + 2) is KEXEC_FLAG_IN_PROGRESS.
 """
 
-from typing import NamedTuple
-
 from xen_symbols.absence import Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import DATA
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.reads import Read, in_memory, unsigned

@@ -1,9 +1,10 @@
 """Values with where they were read, and batches of reads: declared first, made together, answered by handle."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from xen_symbols.absence import Absent, Kind
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.model import Evidence
 from xen_symbols.xen.memory import XenMemory
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from xen_symbols.records import NamedTuple
 from xen_symbols.xen.console import OF_XEN, without_prefix
 
 

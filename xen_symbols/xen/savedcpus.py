@@ -6,9 +6,9 @@ whose stacks its RSP lies; its place counts only where nothing is missing, and n
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Kind, Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.text import ranges
 from xen_symbols.x86 import tss

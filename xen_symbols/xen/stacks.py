@@ -5,9 +5,9 @@ pages at the top, and at the very end lies struct cpu_info, which begins with th
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from xen_symbols.absence import Absent
+from xen_symbols.records import NamedTuple
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86 import gate, tss
 from xen_symbols.x86.paging import PAGE_SIZE

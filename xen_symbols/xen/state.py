@@ -4,9 +4,10 @@ Nothing is judged here. What could not be read is Absent, with the reason.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from xen_symbols.absence import Absent, Kind, Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import DATA, SymbolTable
 from xen_symbols.targets import PhysicalCpu
 from xen_symbols.x86 import gate

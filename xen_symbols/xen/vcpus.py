@@ -7,9 +7,9 @@ differs (16, and 24 in 4.20). That is found by evidence: each idle vCPU leads to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import DATA
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.reads import unsigned

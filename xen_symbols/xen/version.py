@@ -6,9 +6,8 @@ not crashed and has no CRASH_INFO note yet.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import DATA, TEXT
 from xen_symbols.text import escaped
 from xen_symbols.xen.memory import XenMemory

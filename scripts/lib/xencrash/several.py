@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.model import Report, Verdict, exit_status
 from xencrash.errors import UsageError, complain
 from xencrash.judging import attempt, judge_dump, undecided

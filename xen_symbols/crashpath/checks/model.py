@@ -4,11 +4,12 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from xen_symbols.absence import Absent, Kind
 from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.timeline import Object
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.xen.reads import Read
 

@@ -1,13 +1,14 @@
 """Whether the registers that a CPU saved are its own: each by what it must be where this generation saves them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from xen_symbols.absence import Absent, Unreadable
 from xen_symbols.crashpath.checks.model import Outcome
 from xen_symbols.crashpath.context import Context
 from xen_symbols.crashpath.generations import references
 from xen_symbols.crashpath.stages import OtherStep
+from xen_symbols.records import NamedTuple
 from xen_symbols.report.model import Evidence, Verdict
 from xen_symbols.symbols.table import TEXT
 from xen_symbols.x86 import control, paging

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.load import load_symbols
 from xen_symbols.symbols.table import TEXT, SymbolTable
 from xen_symbols.targets.qmp import Qmp

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from xen_symbols.records import NamedTuple
 from xencrash.lab.errors import LabError
 from xencrash.lazy import load
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
 
 from xen_symbols.absence import Absent, Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.targets import PhysicalCpu, Target
 from xen_symbols.x86 import gate
 from xen_symbols.xen.memory import AddressSpace

@@ -14,9 +14,9 @@ import enum
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 from xen_symbols.absence import Unreadable
+from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import TEXT, SymbolTable
 from xencrash.lab.errors import LabError
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from xen_symbols.absence import Unreadable
+from xen_symbols.records import NamedTuple
 from xencrash.lab.errors import LabError
 from xencrash.lab.storm import decode
 from xencrash.lab.storm.experiment import Place

@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from xen_symbols.absence import Unreadable
+from xen_symbols.records import NamedTuple
 from xencrash.lab.errors import LabError
 
 PACKET = 2048  # bytes: the most that QEMU up to 10.0 returns for one read
