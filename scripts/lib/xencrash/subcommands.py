@@ -45,8 +45,8 @@ class _Parser(ArgumentParser):
         super().error(escaped(message))
 
 
-# Each option is tried in a formatter when it is added. One that has to ask for the width of the terminal imports shutil,
-# with its archives: a twentieth of judging a vmcore (docs/benchmarks.md).
+# Each option is tried in a formatter when it is added. One that has to ask for the width of the terminal imports
+# shutil, with its archives: a twentieth of judging a vmcore (docs/benchmarks.md).
 _UNSHOWN = partial(RawDescriptionHelpFormatter, width=80)
 
 
