@@ -55,6 +55,7 @@ else:
             defaults = {field: namespace.pop(field) for field in given}
             code = _constructor(len(fields)).replace(co_name="__new__", co_varnames=("_cls", *fields))
             new = FunctionType(code, {"_new": tuple.__new__}, "__new__", tuple(defaults.values()))
+            new.__qualname__ = f"{name}.__new__"
             getters = {field: _tuplegetter(number, "") for number, field in enumerate(fields)}
             shared = {"__slots__": (), "_fields": fields, "_field_defaults": defaults, "__match_args__": fields}
             return type(name, (_Record,), {**getters, **shared, **namespace, "__new__": new})

@@ -246,6 +246,11 @@ def test_importing_does_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_every_named_tuple_is_made_the_quick_way() -> None:
+    typings = [path for path in MODULES if re.search(r"^from typing import .*\bNamedTuple\b", path.read_text(), re.M)]
+    assert typings == []
+
+
 # What judging an ELF dump with a .map takes, and nothing else: one more module costs as much as a CPU or two.
 CHECK = """
 xencrash xencrash.cli xencrash.commands xencrash.commands.check xencrash.errors xencrash.judging xencrash.lazy
