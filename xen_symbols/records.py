@@ -1,4 +1,4 @@
-"""NamedTuple, made in a fifth of the time.
+"""NamedTuple, made in a sixth of the time.
 
 The one device by which the command starts quickly: it defines some sixty of them, for which typing's compiles a
 constructor and checks each annotation, and that was a seventh of judging a vmcore (docs/benchmarks.md). Here those

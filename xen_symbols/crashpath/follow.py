@@ -103,7 +103,7 @@ class Follower:
         self._seen: dict[int, Span] = {}
         self._entries: dict[int, int] = {}
         self._again: set[int] = set()
-        self._stopped: dict[int, dict[str, int] | None] = {}  # registers of CPUs at their last stop, if that can recur
+        self._stopped: dict[int, dict[str, int] | None] = {}  # each CPU's registers at its last stop
         self._others = whereabouts(memory, self.generation)
         self._missed: set[str] = set()  # stages of other CPUs that had no breakpoint for a while
         self._unblocked = False
@@ -243,8 +243,7 @@ class Follower:
         if cpu is None:
             raise Undecidable(f"the machine's CPU {index} stopped on the crash path, but is not one of Xen's CPUs")
         stage = self._stage(cpu, pc)
-        again = stage is not None and (stage.role is Role.OTHER or stage.id == "crash-entry")
-        if stage is None or (again and self._has_not_moved(state.of(cpu).physical, cpu)):
+        if stage is None or self._has_not_moved(state.of(cpu).physical, cpu):
             self.writes.look(state)
             return StopResult(None)
         if self._crashing is not None:
