@@ -41,10 +41,14 @@ class Trace:
         self.at_rest: PhysicalCpu = self.machine.example.physical_cpus[2]
 
     def unblock(self) -> StopResult:
-        return self.follower.stop(0, AFTER_IRET)
+        return self.come_to(AFTER_IRET)
 
     def hand_over(self) -> StopResult:
-        return self.follower.stop(0, self.machine.symbols.address("kexec_reloc"))
+        return self.come_to(self.machine.symbols.address("kexec_reloc"))
+
+    def come_to(self, address: int) -> StopResult:
+        self.registers(0, rip=address)
+        return self.follower.stop(0, address)
 
     def leave(self) -> None:
         self.registers(0, rip=KERNEL)
