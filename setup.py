@@ -1,4 +1,5 @@
 """What setup.cfg cannot say: the manual page and the completions are made when a wheel is built, from the parser."""
+from __future__ import annotations
 
 import sys
 from pathlib import Path

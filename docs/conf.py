@@ -1,4 +1,5 @@
 """The documentation as a site, of Markdown: sphinx-build -W docs OUT (extra `docs`). A link to nothing is an error."""
+from __future__ import annotations
 
 import sys
 from pathlib import Path

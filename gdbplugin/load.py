@@ -4,6 +4,8 @@ It finds the rest of the project beside itself, in a checkout or in site-package
 the checkout's virtual environment or in the one that $VIRTUAL_ENV names, which gdb's own Python does not look at.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import sys

@@ -1,4 +1,5 @@
 """The report's contract, to validate reports against."""
+from __future__ import annotations
 
 import json
 from pathlib import Path

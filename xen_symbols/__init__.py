@@ -1,5 +1,7 @@
 """What x86 Xen looks like in memory when it crashes. Never imports gdb."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
 __all__ = ["evaluate", "open_dump"]

@@ -1,5 +1,7 @@
 """Absence as a value with a reason: what could not be read is never a zero."""
 
+from __future__ import annotations
+
 import enum
 
 from xen_symbols.records import NamedTuple

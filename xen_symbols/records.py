@@ -2,13 +2,15 @@
 
 The one device by which the command starts quickly: it defines some sixty of them, for which typing's compiles a
 constructor and checks each annotation, and that was a seventh of judging a vmcore (docs/benchmarks.md). Here those
-of one length share one compiled constructor. What the classes do is the same (tests/unit/test_records.py).
+of one length share one compiled constructor. What the classes do is the same (tests/unit/test_records.py). A module
+that defines one has `from __future__ import annotations`, as all have: the names of its fields are known by then.
 """
 
-import sys
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING or sys.version_info >= (3, 14):  # which does not evaluate annotations: they are not known by then
+if TYPE_CHECKING:
     from typing import NamedTuple as NamedTuple
 else:
     from collections import _tuplegetter  # as namedtuple's own fields

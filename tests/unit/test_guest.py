@@ -1,4 +1,5 @@
 """The reference guest's tables agree with its sources and with the tool, and every generation builds."""
+from __future__ import annotations
 
 import re
 import subprocess

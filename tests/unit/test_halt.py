@@ -1,4 +1,5 @@
 """What a parked CPU goes on with when something wakes it, from the code behind its HLT."""
+from __future__ import annotations
 
 import subprocess
 from pathlib import Path

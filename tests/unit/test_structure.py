@@ -253,8 +253,8 @@ def test_every_named_tuple_is_made_the_quick_way() -> None:
 
 # What judging an ELF dump with a .map takes, and nothing else: one more module costs as much as a CPU or two.
 CHECK = """
-xencrash xencrash.cli xencrash.commands xencrash.commands.check xencrash.errors xencrash.judging xencrash.lazy
-xencrash.options xencrash.output xencrash.renderers xencrash.renderers.json xencrash.subcommands
+xencrash xencrash.cli xencrash.commands xencrash.commands.check xencrash.errors xencrash.garbage xencrash.judging
+xencrash.lazy xencrash.options xencrash.output xencrash.renderers xencrash.renderers.json xencrash.subcommands
 xen_symbols xen_symbols.absence xen_symbols.api xen_symbols.records xen_symbols.text xen_symbols.version
 xen_symbols.x86 xen_symbols.x86.apic xen_symbols.x86.control xen_symbols.x86.gate xen_symbols.x86.paging
 xen_symbols.x86.tss
@@ -315,7 +315,6 @@ COMPARING_MODULES = {"packaging", "distutils", "pkg_resources", "looseversion", 
 
 # Comparisons of versions that are not Xen's: of a file's layout, which the file itself states.
 OTHER_VERSIONS = {
-    ("xen_symbols/records.py", "sys.version_info >= (3, 14)"): "of Python, which evaluates annotations later since",
     ("xen_symbols/targets/qemu_state.py", "version > 64"): "no section header has such a one",
     ("xen_symbols/targets/qemu_state.py", "section.name not in _VERSIONS"): "which sections are read",
     ("xen_symbols/targets/qemu_state.py", "section.version != _VERSIONS[section.name]"): "of a section's layout",

@@ -1,5 +1,7 @@
 """The one check of a trace as a whole: that the crash path reached its end, and that every stage could be seen."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 from xen_symbols.crashpath.checks.model import NO_DUMP

@@ -1,5 +1,7 @@
 """One moment of one machine, with what the checks need to know about it."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -50,7 +52,7 @@ class Followed(NamedTuple):
     """
 
     nmi_entries: Mapping[int, int] | None = None
-    gates_before: "Mapping[Key, GateChange]" = MappingProxyType({})
+    gates_before: Mapping[Key, GateChange] = MappingProxyType({})
     unblocked: str | Absent = Absent("it was not looked for")
     looks: int | None = None
 
@@ -137,7 +139,7 @@ class Context:
                 of_function.append(rip)
         return most
 
-    def assuming(self, spans: Mapping[int, Span]) -> "Context":
+    def assuming(self, spans: Mapping[int, Span]) -> Context:
         """The same moment, with other positions of some other CPUs."""
         position = self.position._replace(others={**self.position.others, **spans})
         return Context(self.memory, self.state, position, self._generation, self.followed)
@@ -351,7 +353,7 @@ class Context:
         return Owned(self.memory, self.state, sorted(self.position.online))
 
     @cached_property
-    def deaths(self) -> "dict[int, Death]":
+    def deaths(self) -> dict[int, Death]:
         """What killed each CPU that died on the crash path."""
         if self.position.crashing_cpu is None or self.state.by_crash_kernel:
             return {}
@@ -369,7 +371,7 @@ class Context:
             return error.absent
 
     @cached_property
-    def halts(self) -> "Halts":
+    def halts(self) -> Halts:
         from xen_symbols.crashpath.halts import Halts  # of CPUs as they are now, which a dump by Xen does not have
 
         return Halts(self.memory)

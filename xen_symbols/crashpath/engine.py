@@ -1,5 +1,7 @@
 """The one engine: a target, its symbols and a position become findings and a report."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,7 @@ from xen_symbols.xen.state import CpuState, read_state
 if TYPE_CHECKING:
     from xen_symbols.report import contract
 
-TOOL: "contract.Tool" = {"name": "xencrash", "version": VERSION}
+TOOL: contract.Tool = {"name": "xencrash", "version": VERSION}
 
 
 def judge(context: Context, stop: int = 0, earlier: Sequence[Finding] = ()) -> list[Finding]:

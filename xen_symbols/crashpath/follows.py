@@ -1,5 +1,7 @@
 """Which failures follow from others: everything that one cause affects fails as well."""
 
+from __future__ import annotations
+
 from collections.abc import Container, Sequence
 
 from xen_symbols.crashpath import timeline

@@ -3,6 +3,8 @@
 A row is recognised by symbols and by Xen's own code in memory, never by a version number (identification.py).
 """
 
+from __future__ import annotations
+
 import enum
 import re
 from collections.abc import Callable

@@ -4,6 +4,8 @@ Every row's evidence is tried; exactly one row must hold. A path that none fits,
 another's rules: what depends on no generation is judged all the same (checks/model.py).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 from xen_symbols.absence import Undecidable, Unreadable

@@ -1,5 +1,7 @@
 """Where on its crash path a Xen is, inferred from its state alone: for a dump, or a machine that was not followed."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Container
 

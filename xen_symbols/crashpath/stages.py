@@ -4,6 +4,8 @@ The crashing CPU and the other CPUs go through different steps. A stage is a pla
 which the step of the CPU that reached it is exact; the others are within bounds.
 """
 
+from __future__ import annotations
+
 import enum
 
 from xen_symbols.records import NamedTuple

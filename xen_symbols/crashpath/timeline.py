@@ -7,6 +7,8 @@ change between two stops and who may have written it (gatechanges.py), which sym
 docs/reference.md.
 """
 
+from __future__ import annotations
+
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType

@@ -1,6 +1,8 @@
 """Compressions, of whole files and of single pages. A package that one needs is imported when it is met, and named
 where it is not installed: zstd, lzo and snappy are not in the standard library."""
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Callable, Iterable
 from importlib import import_module

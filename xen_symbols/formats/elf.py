@@ -1,5 +1,7 @@
 """ELF's layouts (gABI, chapters 4 and 5). Everything here is little-endian, as on x86."""
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Iterator
 from itertools import starmap

@@ -1,5 +1,7 @@
 """The one walk over ELF notes (gABI, chapter 5), with the 4-byte alignment that Xen, Linux, QEMU and ld use."""
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Iterator
 from functools import lru_cache

@@ -1,5 +1,7 @@
 """What a file is, by its content: one table, for dumps and for the files that people give in their place."""
 
+from __future__ import annotations
+
 from xen_symbols.absence import Unreadable
 from xen_symbols.formats.content import Content, start_of
 from xen_symbols.records import NamedTuple

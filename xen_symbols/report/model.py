@@ -1,5 +1,7 @@
 """Findings, and the report that they make up. Renderers read this; nothing here computes a check."""
 
+from __future__ import annotations
+
 import enum
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
@@ -21,14 +23,14 @@ class Verdict(enum.IntEnum):
     FAIL = 3
 
     @property
-    def word(self) -> "contract.VerdictWord":
+    def word(self) -> contract.VerdictWord:
         return _WORDS[self]
 
     def __str__(self) -> str:
         return _WORDS[self]
 
     @classmethod
-    def of(cls, word: str) -> "Verdict":
+    def of(cls, word: str) -> Verdict:
         """The verdict with this name in a report."""
         return cls[word.upper()]
 
@@ -71,7 +73,7 @@ class Evidence(NamedTuple):
     raw: bytes | None = None
     symbol: str | None = None
 
-    def to_json(self) -> "contract.Evidence":
+    def to_json(self) -> contract.Evidence:
         out: contract.Evidence = {"source": self.source}
         if self.address is not None:
             out["address"] = hex(self.address)
@@ -101,7 +103,7 @@ class Finding(NamedTuple):
     follows: str | None = None
     stop: int | None = None  # index into the report's stages
 
-    def to_json(self) -> "contract.Finding":
+    def to_json(self) -> contract.Finding:
         out: contract.Finding = {
             "check": self.check,
             "stage": self.stage,
@@ -129,7 +131,7 @@ class StageSeen(NamedTuple):
     symbol: str | None
     pc: int | None
 
-    def to_json(self) -> "contract.Stage":
+    def to_json(self) -> contract.Stage:
         at: contract.Place | None = None if self.pc is None else {"symbol": self.symbol, "pc": hex(self.pc)}
         return {"stage": self.stage, "cpu": self.cpu, "at": at}
 
@@ -139,9 +141,9 @@ class Report:
 
     def __init__(
         self,
-        tool: "contract.Tool",
-        target: "contract.Target",
-        symbols: "contract.Symbols",
+        tool: contract.Tool,
+        target: contract.Target,
+        symbols: contract.Symbols,
         findings: Iterable[Finding] = (),
         undecided: str | None = None,
     ) -> None:
@@ -166,7 +168,7 @@ class Report:
         """What the command would end with."""
         return exit_status(self.verdict)
 
-    def to_json(self) -> "contract.Report":
+    def to_json(self) -> contract.Report:
         """The JSON report, as report/schema.json has it."""
         made = {name: list(value) if isinstance(value, map) else value for name, value in self.members().items()}
         return cast("contract.Report", made)

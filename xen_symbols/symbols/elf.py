@@ -3,6 +3,8 @@
 Symbol columns are sliced out of the table as they are asked for; no object is built per symbol.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import cached_property

@@ -9,6 +9,8 @@ What changed: local symbols are `file#name` since 4.7 (d37d63d4b5), variables ar
 and the tables are padded to their natural alignment since 4.22 (9f4d363241), before to 4 bytes.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Callable, Iterator, Sequence
 

@@ -4,6 +4,8 @@ Since 4.15 Xen's own tools/symbols writes them, with all symbols and local ones 
 before, they are nm's output reduced to text symbols.
 """
 
+from __future__ import annotations
+
 from xen_symbols.formats.content import Content, WrongFile, start_of
 from xen_symbols.symbols.listed import ListedRows, listed_table
 from xen_symbols.symbols.table import SymbolTable

@@ -5,6 +5,8 @@ profiler and the variable in traps.c. `file#name` (Xen's own notation) says whic
 name that stands for several addresses is an error that lists them.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -115,7 +117,7 @@ class SymbolTable:
         # Every look at a live machine asks for the same names, and file#name may go through all of them.
         self._resolve = lru_cache(_NAMES)(self._find_row)
 
-    def with_aliases(self, aliases: Mapping[str, str]) -> "SymbolTable":
+    def with_aliases(self, aliases: Mapping[str, str]) -> SymbolTable:
         """The same symbols, in which some names stand for those that a build has in their place.
 
         What lies at such a symbol is called by the name that it stands for. Raises Undecidable for what is not there.

@@ -5,6 +5,8 @@ absence. Addresses are physical here; Xen's virtual addresses are translated by 
 own page tables in one place, `xen_symbols.xen.locate`, for every kind of target.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
@@ -74,7 +76,7 @@ class Target(Protocol):
     location: str  # how the user named it
     base: int | None = None  # of a raw image: the physical address of its first byte, which the user gave
     truncated: str | None = None  # of a dump: that its file lost its end, and where it ends
-    memory: "Memory | None" = None  # of a dump: how its format holds it
+    memory: Memory | None = None  # of a dump: how its format holds it
 
     @property
     def accelerator(self) -> Literal["kvm", "tcg"] | Absent:

@@ -5,6 +5,8 @@ kexec_crash_save_info); the same from 4.2 to today. QEMU's note: QEMUCPUState in
 QEMU's target/i386/arch_dump.c.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Iterator, Sequence
 

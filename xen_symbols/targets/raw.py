@@ -1,5 +1,7 @@
 """A raw image of physical memory: which stretch of the file is what the user says, or Xen's own memory shows."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -35,7 +37,7 @@ class RawMemory(Memory):
         self.maps, self.says = sorted(maps), says
         self._extents = Extents((one.physical, one.end, one.offset) for one in maps)
 
-    def arranged(self, maps: Sequence[Map]) -> "RawMemory":
+    def arranged(self, maps: Sequence[Map]) -> RawMemory:
         """The same file in other stretches."""
         return RawMemory(self.file, maps, given=self.given)
 

@@ -1,5 +1,7 @@
 """RFLAGS, CR0, CR3 and CR4 as they must be in 64-bit mode at privilege level 0 (Intel SDM vol. 3, 2.3 and 2.5)."""
 
+from __future__ import annotations
+
 RFLAGS_IF = 1 << 9
 
 _RFLAGS_FIXED = 1 << 1

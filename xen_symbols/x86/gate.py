@@ -1,5 +1,7 @@
 """IDT gate descriptors in 64-bit mode (Intel SDM vol. 3, 6.14.1, figure 6-8; AMD APM vol. 2, 4.8.4)."""
 
+from __future__ import annotations
+
 import struct
 from functools import lru_cache
 

@@ -1,5 +1,7 @@
 """An IRET that returns to the instruction after it: what unblocks NMIs and does nothing else (SDM vol. 3, 6.7.1)."""
 
+from __future__ import annotations
+
 _IRETQ = b"\x48\xcf"  # SDM vol. 2, IRET/IRETD/IRETQ
 _LEA_BYTES = 7  # REX.W 8D /r with a 32-bit displacement from RIP
 _LEA, _REX_W, _RIP_RELATIVE = 0x8D, (0x48, 0x4C), 0x05  # mod 0, r/m 5

@@ -1,5 +1,7 @@
 """4-level paging (Intel SDM vol. 3, 4.5; AMD APM vol. 2, 5.3) and its walks by a machine's own tables."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 from xen_symbols.absence import Absent, Unreadable

@@ -1,5 +1,7 @@
 """The task state segment in 64-bit mode (Intel SDM vol. 3, 8.7, figure 8-11): the stacks that the CPU switches to."""
 
+from __future__ import annotations
+
 import struct
 
 from xen_symbols.records import NamedTuple

@@ -1,5 +1,7 @@
 """Where a CPU's stacks are, by its TSS, and struct cpu_info at their end (xen/include/asm-x86/current.h)."""
 
+from __future__ import annotations
+
 from xen_symbols.records import NamedTuple
 from xen_symbols.x86.tss import Tss
 

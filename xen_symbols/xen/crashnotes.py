@@ -1,5 +1,7 @@
 """The crash notes that Xen keeps per CPU in its own memory (xen/common/kexec.c), the source of a dump's notes."""
 
+from __future__ import annotations
+
 from xen_symbols.absence import Absent, Kind, Undecidable
 from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import DATA, SymbolTable

@@ -1,5 +1,7 @@
 """What a user says of a Xen, where it cannot be found out or is not to be."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 

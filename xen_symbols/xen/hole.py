@@ -6,6 +6,8 @@ file. Xen's page tables are asked whether it is so: they map Xen's own root wher
 map, and Xen allocates the tables that say it from the top of memory. Where the map does not say it, they alone may.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Callable, Iterator
 

@@ -1,5 +1,7 @@
 """Each CPU's interrupt descriptor table, and the gates in it that the crash path is about."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import lru_cache
 

@@ -1,5 +1,7 @@
 """Which entry of the interrupt stack table (SDM vol. 3, 6.14.5) each exception of Xen's uses, by its gates."""
 
+from __future__ import annotations
+
 from xen_symbols.absence import Absent
 from xen_symbols.records import NamedTuple
 from xen_symbols.x86 import gate

@@ -4,6 +4,8 @@ xen/include/public/kexec.h and xen/common/kexec.c: bit 5 of kexec_flags selects 
 is live; bit 6 (KEXEC_IMAGE_NR + 2) is KEXEC_FLAG_IN_PROGRESS.
 """
 
+from __future__ import annotations
+
 from xen_symbols.absence import Unreadable
 from xen_symbols.records import NamedTuple
 from xen_symbols.symbols.table import DATA

@@ -1,5 +1,7 @@
 """Xen's CPU numbers and per-CPU areas: nr_cpu_ids and __per_cpu_offset[] (xen/include/xen/percpu.h)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 from xen_symbols.absence import Absent, Unreadable

@@ -1,5 +1,7 @@
 """Values with where they were read, and batches of reads: declared first, made together, answered by handle."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +59,7 @@ class Asked:
         self.address = address
         self.size = size
 
-    def part(self, offset: int, size: int) -> "Asked":
+    def part(self, offset: int, size: int) -> Asked:
         """Some of the bytes of what was read: an element of an array, a field."""
         part = Asked(self.address + offset, size)
         part.answer = self.answer if isinstance(self.answer, Absent) else self.answer[offset : offset + size]

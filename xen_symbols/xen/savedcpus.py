@@ -5,6 +5,8 @@ behind it would be taken for another CPU's. So a pair is the CPU's whose notes i
 whose stacks its RSP lies; its place counts only where nothing is missing, and nothing contradicts it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from xen_symbols.absence import Absent, Kind, Unreadable

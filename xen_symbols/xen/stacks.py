@@ -4,6 +4,8 @@ Xen gives each CPU 32 KiB, aligned to their size. The IST stacks are pages at th
 pages at the top, and at the very end lies struct cpu_info, which begins with the guest's registers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 from xen_symbols.absence import Absent

@@ -3,6 +3,8 @@
 Nothing is judged here. What could not be read is Absent, with the reason.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -6,11 +6,12 @@ import contextlib
 import io
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.report.model import ExitStatus
-from xencrash import commands
+from xencrash import commands, garbage
 from xencrash.errors import UsageError, complain, internal_error
 from xencrash.output import UNENCODABLE
 from xencrash.subcommands import find
@@ -58,6 +59,13 @@ def _open_streams() -> None:
 
 
 def _run(words: list[str]) -> int:
+    with garbage.none_in_cycles():
+        args = _parsed(words)
+    return int(args.run(args))
+
+
+def _parsed(words: list[str]) -> Namespace:
+    """What the words ask for, with the module of the sub-command that does it."""
     ours, theirs = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser, left = find(commands, "xencrash", ours)
     args = parser.parse_args(left)
@@ -65,7 +73,7 @@ def _run(words: list[str]) -> int:
         if "gdb_arguments" not in args:
             parser.error("only gdb takes arguments after --")
         args.gdb_arguments = theirs
-    return int(args.run(args))
+    return args
 
 
 def _drop_output() -> None:

@@ -3,6 +3,8 @@
 By argparse-manpage and shtab, of which this is the only importer, when it is asked: the command does not need them.
 """
 
+from __future__ import annotations
+
 from argparse import ArgumentParser, _SubParsersAction
 from collections.abc import Iterator
 

@@ -1,5 +1,7 @@
 """Options that several sub-commands share, and what they mean."""
 
+from __future__ import annotations
+
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from xen_symbols.absence import Undecidable

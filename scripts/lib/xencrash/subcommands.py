@@ -5,6 +5,8 @@ and returns the exit status. One that has sub-commands itself has their table, `
 have `around(run, args)`, by which each of them is run.
 """
 
+from __future__ import annotations
+
 from argparse import ArgumentParser, RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial

@@ -3,6 +3,8 @@
 A row's `judge` says which values are allowed, given how far each CPU has come, and what was observed.
 """
 
+from __future__ import annotations
+
 from xen_symbols.crashpath.checks import cpus, filenotes, gates, lapic, machine, notes, running, shootdown
 from xen_symbols.crashpath.checks.model import Check
 

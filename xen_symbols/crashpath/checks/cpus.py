@@ -1,5 +1,7 @@
 """Each CPU itself: whether all were found, and how those that answered are left."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any

@@ -1,5 +1,7 @@
 """The notes of a dump's file that are about the machine, CRASH_INFO and VMCOREINFO, held against Xen's memory."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any

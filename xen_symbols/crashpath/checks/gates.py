@@ -1,5 +1,7 @@
 """The NMI and #MC gate of each CPU: what each property is at a stop, and what changed since the last one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any
 

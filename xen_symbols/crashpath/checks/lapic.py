@@ -1,5 +1,7 @@
 """The local APIC of each CPU: its mode, what it may deliver, and the NMI that a parked CPU has sent to itself."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

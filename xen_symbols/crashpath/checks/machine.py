@@ -1,5 +1,7 @@
 """The machine as a whole: who crashed, what Xen says it is doing, and its report of the shootdown."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 

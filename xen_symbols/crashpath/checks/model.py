@@ -1,5 +1,7 @@
 """What a check is: one invariant of the crash path, as a row that names what it judges, and what it found."""
 
+from __future__ import annotations
+
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache

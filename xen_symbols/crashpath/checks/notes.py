@@ -1,5 +1,7 @@
 """The crash notes: what each CPU saved in Xen's memory, whether the dump's own notes agree, and CRASH_INFO."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 from xen_symbols.absence import Absent, Kind

@@ -1,5 +1,7 @@
 """Whether the registers that a CPU saved are its own: each by what it must be where this generation saves them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """How a CPU runs on the crash path: with interrupts off, on its own stack, and by its own task state segment."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 from xen_symbols.absence import Absent, Kind

@@ -1,5 +1,7 @@
 """The shootdown: whether the NMI leads to the path, who answered, and how far each CPU got by its own signs."""
 
+from __future__ import annotations
+
 from xen_symbols.absence import Absent, Kind
 from xen_symbols.crashpath.checks.model import (
     ByGeneration,

@@ -8,9 +8,9 @@ decided or opened.
 
 from __future__ import annotations
 
-import gc
 from argparse import ArgumentParser, Namespace
 
+from xencrash import garbage
 from xencrash.judging import attempt, judge
 from xencrash.lazy import load
 from xencrash.options import ANY_TARGET, JUDGED, add_given, add_output, add_target, requests
@@ -32,11 +32,5 @@ def run(args: Namespace) -> int:
     if len(asked) > 1:
         return int(load(_SEVERAL)(asked, args.format, args.output))
     begin(args.output, asked[0].target, asked[0].symbols)
-    # One report and the process ends: looking for cycles among its findings, now or when the interpreter ends, costs an
-    # eighth of the time of a vmcore and finds none.
-    gc.disable()
-    try:
+    with garbage.none_in_cycles():
         return finish(attempt(asked[0], judge), args.format, args.output)
-    finally:
-        gc.freeze()
-        gc.enable()
