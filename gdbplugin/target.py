@@ -21,12 +21,11 @@ import gdb
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
 from xen_symbols.formats.elfnotes import Note
-from xen_symbols.targets import Lapic, PhysicalCpu, Target, hmp
+from xen_symbols.targets import Lapic, Map, PhysicalCpu, Target, hmp
 from xen_symbols.targets.dump import Dump, open_dump
 from xen_symbols.targets.packets import merged, pieces
 from xen_symbols.targets.qemu_state import parse_cpus, unsavable
 from xen_symbols.targets.qmp import Qmp, QmpError
-from xen_symbols.targets.raw import Map
 from xen_symbols.x86 import gate
 
 _QMP_SECONDS = 30.0  # for each answer: a busy host's QEMU takes its time, and without it a trace is lost

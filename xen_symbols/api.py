@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from xen_symbols.crashpath.engine import evaluate
 from xen_symbols.symbols.load import load_symbols
-from xen_symbols.targets import dump
-from xen_symbols.targets.raw import Map
+from xen_symbols.targets import Map, dump
 from xen_symbols.xen.given import Given
-from xen_symbols.xen.images import carried_symbols
 from xen_symbols.xen.locate import locate
 from xen_symbols.xen.memory import XenMemory
 
@@ -37,5 +35,10 @@ def open_dump(
     A dump whose notes show no Xen is searched for it; `progress` is called with (bytes searched, bytes in all).
     """
     target = dump.open_dump(os.fspath(path), base=base, maps=[Map(*one) for one in maps])
-    table = carried_symbols(target, progress) if symbols is None else load_symbols(os.fspath(symbols))
+    if symbols is None:
+        from xen_symbols.xen.images import carried_symbols  # where none are given
+
+        table = carried_symbols(target, progress)
+    else:
+        table = load_symbols(os.fspath(symbols))
     return locate(target, table, Given(generation, aliases or {}, allow_mismatch))

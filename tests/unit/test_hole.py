@@ -16,8 +16,7 @@ from tests.machines.syntheticxen import PHYS_START, VIRT_START, SyntheticXen
 from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Undecidable
 from xen_symbols.report.model import Verdict
-from xen_symbols.targets import dump
-from xen_symbols.targets.raw import Map
+from xen_symbols.targets import Map, dump
 from xencrash.cli import main
 
 GB = 1 << 30

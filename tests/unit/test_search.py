@@ -14,6 +14,7 @@ from tests.machines.syntheticxen import HEAP, PHYS_START, TRAMPOLINE, VIRT_START
 from xen_symbols import evaluate, open_dump
 from xen_symbols.absence import Absent, Undecidable
 from xen_symbols.symbols import embedded
+from xen_symbols.symbols.table import CARRIED
 from xen_symbols.targets import PhysicalCpu, Target, dump
 from xen_symbols.x86 import paging
 from xen_symbols.xen import search
@@ -67,7 +68,7 @@ def test_xen_is_found_and_judged_as_with_symbols(base: int, tmp_path: Path, monk
     found, given = open_dump(path, base=base), open_dump(path, tmp_path / "map", base=base)
     assert (found.root, found.build_id) == (given.root, given.build_id) == (xen.root, syntheticxen.BUILD_ID)
     ours, theirs = evaluate(found).to_json(), evaluate(given).to_json()
-    assert (ours["symbols"]["source"], ours["symbols"]["match"]) == (embedded.SOURCE, True)
+    assert (ours["symbols"]["source"], ours["symbols"]["match"]) == (CARRIED, True)
     assert ours["verdict"] == theirs["verdict"] == "pass"
     assert ours["cpus"] == theirs["cpus"]
     assert [(f["check"], f["cpu"], f["verdict"]) for f in ours["findings"]] == [

@@ -261,15 +261,15 @@ xen_symbols.x86.tss
 xen_symbols.report xen_symbols.report.jsontext xen_symbols.report.model
 xen_symbols.formats xen_symbols.formats.content xen_symbols.formats.elf
 xen_symbols.formats.elfnotes xen_symbols.formats.extents xen_symbols.formats.image xen_symbols.formats.magics
-xen_symbols.symbols xen_symbols.symbols.buildid xen_symbols.symbols.embedded xen_symbols.symbols.functions
-xen_symbols.symbols.links xen_symbols.symbols.listed xen_symbols.symbols.load xen_symbols.symbols.mapfile
+xen_symbols.symbols xen_symbols.symbols.buildid xen_symbols.symbols.functions
+xen_symbols.symbols.listed xen_symbols.symbols.load xen_symbols.symbols.mapfile
 xen_symbols.symbols.table
 xen_symbols.targets xen_symbols.targets.dump xen_symbols.targets.elfcore xen_symbols.targets.notes
-xen_symbols.targets.raw xen_symbols.targets.stretches
+xen_symbols.targets.stretches
 xen_symbols.xen xen_symbols.xen.console xen_symbols.xen.crashnotes xen_symbols.xen.ist xen_symbols.xen.lapic
-xen_symbols.xen.kexec xen_symbols.xen.locate xen_symbols.xen.hole xen_symbols.xen.images xen_symbols.xen.cpuinfo
+xen_symbols.xen.kexec xen_symbols.xen.locate xen_symbols.xen.cpuinfo
 xen_symbols.xen.idt xen_symbols.xen.memory xen_symbols.xen.owned xen_symbols.xen.percpu xen_symbols.xen.reads
-xen_symbols.xen.savedcpus xen_symbols.xen.search xen_symbols.xen.stacks xen_symbols.xen.state xen_symbols.xen.given
+xen_symbols.xen.savedcpus xen_symbols.xen.shown xen_symbols.xen.stacks xen_symbols.xen.state xen_symbols.xen.given
 xen_symbols.describe xen_symbols.describe.machine
 xen_symbols.crashpath xen_symbols.crashpath.context xen_symbols.crashpath.engine xen_symbols.crashpath.follows
 xen_symbols.crashpath.generations xen_symbols.crashpath.identification xen_symbols.crashpath.position

@@ -16,7 +16,7 @@ from xen_symbols.formats.content import Content
 from xen_symbols.formats.elf import ELF32, ELF64, PT_LOAD, PT_NOTE, SHT_NOTE, SHT_SYMTAB, Layout, Program, Section
 from xen_symbols.formats.image import Image
 from xen_symbols.records import NamedTuple
-from xen_symbols.symbols import buildid, embedded
+from xen_symbols.symbols import buildid
 from xen_symbols.symbols.table import Symbol, SymbolTable
 
 SOURCE = "ELF symbol table"
@@ -229,6 +229,8 @@ def _note_of_efi(table: SymbolTable) -> None:
 
 
 def _load_embedded(path: str, content: Content, headers: _Headers) -> SymbolTable:
+    from xen_symbols.symbols import embedded  # xen-syms has its own table
+
     image = _image(content, headers)
     if sum(end - start for start, end in image.segments) > content.size:
         raise Undecidable("truncated or corrupt: its segments do not fit in the file")

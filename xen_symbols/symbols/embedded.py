@@ -19,10 +19,9 @@ from xen_symbols.formats.image import Image
 from xen_symbols.records import NamedTuple
 from xen_symbols.symbols import buildid
 from xen_symbols.symbols.listed import ListedRows, listed_table
-from xen_symbols.symbols.table import SymbolTable
+from xen_symbols.symbols.table import CARRIED, SymbolTable
 from xen_symbols.x86.paging import PAGE_SIZE, Untranslated
 
-SOURCE = "table embedded in Xen"
 REGION = 1 << 30  # Xen's image has the 1 GiB from XEN_VIRT_START to itself, in every release
 _GROUP = 256  # entries per marker
 # A character that occurs in any symbol is its own token, and every Xen has all ten digits.
@@ -247,7 +246,7 @@ def _symbol_table(
     path: str, base: int, found: Embedded, pieces: Sequence[tuple[int, bytes]], image: Image | None
 ) -> SymbolTable:
     rows = ListedRows([base + o for o in found.offsets], [t[:1] for t in found.texts], [t[1:] for t in found.texts])
-    table = listed_table(path, SOURCE, rows, image)
+    table = listed_table(path, CARRIED, rows, image)
     for start, memory in pieces:
         note = buildid.scan(memory)
         if note is not None:

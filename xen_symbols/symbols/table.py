@@ -18,6 +18,7 @@ from xen_symbols.records import NamedTuple
 
 TEXT = "tTwW"
 DATA = "dDbBrRvV"
+CARRIED = "table embedded in Xen"  # a source: what Xen's own image has
 # Linker-script symbols that mark an end: nothing lies between one of them and the next symbol.
 _END_MARKERS = frozenset({"_etext", "_einittext", "_erodata", "_end"})
 

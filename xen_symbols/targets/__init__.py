@@ -124,8 +124,23 @@ class Target(Protocol):
 # -- dumps ------------------------------------------------------------------------------------
 
 
+class Map(NamedTuple):
+    """A stretch of memory in a raw image: its physical address, where it is in the file, and its size in bytes."""
+
+    physical: int
+    offset: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.physical + self.size
+
+
 class Memory(Protocol):
     """Physical memory as one format of dumps holds it."""
+
+    given: bool = False  # the user says what is where in the file
+    says: str = ""  # what Xen's memory showed of that, for reports
 
     def read(self, address: int, size: int) -> bytes:
         """Exactly `size` bytes; raises Unreadable."""

@@ -9,9 +9,8 @@ from xen_symbols.absence import Undecidable, Unreadable
 from xen_symbols.formats.content import Content, File, WrongFile, start_of
 from xen_symbols.formats.elfnotes import Note
 from xen_symbols.formats.magics import Magic, recognised
-from xen_symbols.targets import Opened, PhysicalCpu, Reader, Target, Wrapped
+from xen_symbols.targets import Map, Opened, PhysicalCpu, Reader, Target, Wrapped
 from xen_symbols.targets.notes import cpus_of
-from xen_symbols.targets.raw import Map, RawMemory, read_raw
 
 
 class Dump(Target):
@@ -27,7 +26,7 @@ class Dump(Target):
 
     @property
     def format(self) -> str:  # type: ignore[override] # Xen's memory may show more of it
-        return self.opened.format + (self.memory.says if isinstance(self.memory, RawMemory) else "")
+        return self.opened.format + self.opened.memory.says
 
     def read_physical(self, address: int, size: int) -> bytes:
         return self.opened.memory.read(address, size)
@@ -69,7 +68,8 @@ def _open(file: File, base: int | None, maps: Sequence[Map]) -> Opened:
     kind = recognised(file)
     is_raw = base is not None or bool(maps)
     if kind is None or (kind.weak and is_raw):
-        return read_raw(file, base, maps)
+        raw: Opened = import_module(f"{__package__}.raw").read_raw(file, base, maps)
+        return raw
     if not kind.dump:
         raise Undecidable(f"{kind.what}; {kind.advice}")
     opened = _read(kind, file)

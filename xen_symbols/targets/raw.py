@@ -8,20 +8,7 @@ from itertools import pairwise
 from xen_symbols.absence import Undecidable
 from xen_symbols.formats.content import File
 from xen_symbols.formats.extents import Extents
-from xen_symbols.records import NamedTuple
-from xen_symbols.targets import PHYSICAL_END, Memory, Opened, stretches
-
-
-class Map(NamedTuple):
-    """A stretch of memory: its physical address, where it is in the file, and its size in bytes."""
-
-    physical: int
-    offset: int
-    size: int
-
-    @property
-    def end(self) -> int:
-        return self.physical + self.size
+from xen_symbols.targets import PHYSICAL_END, Map, Memory, Opened, stretches
 
 
 class RawMemory(Memory):

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 
 from xen_symbols.absence import Unreadable
 from xen_symbols.records import NamedTuple
-from xen_symbols.targets import PHYSICAL_END, Target
-from xen_symbols.targets.raw import Map, RawMemory
+from xen_symbols.targets import PHYSICAL_END, Map, Target
+from xen_symbols.targets.raw import RawMemory
 from xen_symbols.x86 import paging
 from xen_symbols.xen.memory import IMAGE_REGIONS, ROOT
 

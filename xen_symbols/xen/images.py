@@ -1,50 +1,48 @@
-"""Xen's images in a target: where its notes, its CPUs or its memory show one, and the symbols that one carries."""
+"""Xen's images in a target, looked for without Xen's symbols: where its notes, its CPUs or its memory show one, and the
+symbols that one carries.
+
+Not needed for a dump whose notes show where Xen is, and imported for what else there is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.formats.elfnotes import Note
-from xen_symbols.symbols import embedded
+from xen_symbols.symbols import buildid, embedded
 from xen_symbols.symbols.functions import BUILT_WITHOUT
+from xen_symbols.symbols.links import Link, link_of
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu, Target
-from xen_symbols.targets.notes import XEN_CRASH_INFO, parse_address, parse_crash_info, parse_vmcoreinfo
-from xen_symbols.targets.raw import RawMemory
 from xen_symbols.x86 import paging
+from xen_symbols.xen import hole
 from xen_symbols.xen.memory import (
     IMAGE_MAX,
     IMAGE_MIN_OFFSET,
     IMAGE_REGION,
     IMAGE_REGIONS,
+    RELOCATION_LIMIT,
+    RELOCATION_STEP,
     AddressSpace,
     XenMemory,
     image_region,
 )
 from xen_symbols.xen.search import Progress, booted_last, roots
+from xen_symbols.xen.shown import (
+    BY_INFO,
+    Unread,
+    and_base,
+    by_cr3,
+    note_offset,
+    pgd_l4,
+    xen_phys_start_of,
+)
 
 # A bound on hostile page tables. The tables of a CPU that runs Xen map all of its image, and come first; those of a PV
 # guest's CPU may map some (XPTI).
 _MOST_IMAGES = 8
-BY_INFO = "xen_phys_start in the crash info note"
 BY_TABLES = "its page tables in physical memory"
-
-
-class Unread:
-    """The first place in a dump that should have shown Xen, and could not be read: where none is found, that is why.
-
-    Of a live machine it says nothing: a CPU in a guest has page tables that lead nowhere.
-    """
-
-    def __init__(self, target: Target) -> None:
-        self.why: str | None = None
-        self._is_dump = target.kind == "dump"
-
-    def note(self, named_by: str, error: Unreadable) -> None:
-        """A page that is not mapped was read: its page tables were."""
-        if self._is_dump and self.why is None and (not isinstance(error, paging.Untranslated) or error.unread):
-            self.why = f"what {named_by} points to cannot be read ({error})"
 
 
 def carried_symbols(target: Target, progress: Progress | None = None) -> SymbolTable:
@@ -89,12 +87,6 @@ def is_in_place(memory: XenMemory) -> bool:
         return memory.variable("xen_phys_start") == memory.xen_phys_start
     except Unreadable:
         return True
-
-
-def and_base(target: Target) -> str:
-    if isinstance(target.memory, RawMemory) and target.memory.given:
-        return ", and is what is where in the file as --map says"
-    return "" if target.base is None else f", with physical {target.base:#x} as its first byte (--base)"
 
 
 def carried(memory: AddressSpace, region: int, unread: Unread) -> SymbolTable | None:
@@ -149,24 +141,6 @@ def _named(target: Target, cpus: Sequence[PhysicalCpu]) -> Iterator[tuple[int, S
             yield cpu.registers["cr3"] & ~0xFFF, regions, by_cr3(cpu), None
 
 
-def xen_phys_start_of(note: Note) -> int | None:
-    """Where the image begins in physical memory, if the note is Xen's crash info and says so."""
-    if (note.name, note.type) != ("Xen", XEN_CRASH_INFO):
-        return None
-    info = parse_crash_info(note.desc)
-    return None if isinstance(info, Absent) else info.xen_phys_start
-
-
-def pgd_l4(target: Target) -> int | None:
-    """The virtual address of ROOT by the note that Xen writes for makedumpfile."""
-    for note in target.notes():
-        if note.name == "VMCOREINFO_XEN":
-            address = parse_address(parse_vmcoreinfo(note.desc).get("SYMBOL(pgd_l4)", ""))
-            if address is not None and paging.is_canonical(address):
-                return address
-    return None
-
-
 def _maps_some(memory: AddressSpace, region: int, unread: Unread) -> bool:
     """Whether any page is mapped where an image in this region lies."""
     address = region + IMAGE_MIN_OFFSET
@@ -182,9 +156,78 @@ def _maps_some(memory: AddressSpace, region: int, unread: Unread) -> bool:
     return False
 
 
-def by_cr3(cpu: PhysicalCpu) -> str:
-    return f"CR3 of CPU {cpu.index} ({cpu.source})"
-
-
 def _in_xen(cpu: PhysicalCpu) -> bool:
     return any(region <= cpu.registers.get("rip", 0) < region + IMAGE_REGION for region in IMAGE_REGIONS)
+
+
+def roots_in_memory(target: Target, symbols: SymbolTable, table: int) -> Iterator[tuple[int, str]]:
+    offset = table - image_region(table)
+
+    def offset_of(name: str) -> int | None:
+        address = None if symbols.text_only else symbols.get(name)
+        return None if address is None else address - image_region(address)
+
+    if symbols.build_id and note_offset(symbols) is not None:
+        for base in _bases_by_build_id(target, symbols):
+            hole.place(target, base, offset_of)
+            yield base + offset, "the build-id in physical memory"
+    elif target.kind == "dump":
+        for base in _bases(target):
+            hole.place(target, base, offset_of)
+            yield base + offset, BY_TABLES
+
+
+def _bases(target: Target) -> range:
+    """Every value that xen_phys_start may have."""
+    return range(
+        0, min(RELOCATION_LIMIT, max((end for _, end in target.physical_ranges()), default=0)), RELOCATION_STEP
+    )
+
+
+def _bases_by_build_id(target: Target, symbols: SymbolTable) -> Iterator[int]:
+    """Values of xen_phys_start at which physical memory holds the build-id of these symbols."""
+    offset = note_offset(symbols)
+    if offset is None or not symbols.build_id:
+        return
+    bases = _bases(target)
+    notes = target.read_physical_many([(base + offset, buildid.NOTE_SIZE) for base in bases])
+    for base, raw in zip(bases, notes, strict=True):
+        if not isinstance(raw, Absent) and buildid.parse_note(raw) == symbols.build_id:
+            yield base
+
+
+def scan(memory: AddressSpace, region: int) -> tuple[bytes, Link] | None:
+    """The build-id in an image, and the link that has it in this form."""
+    step = 64 << 10
+    behind, previous = 0, b""
+    for chunk in range(region + IMAGE_MIN_OFFSET, region + IMAGE_MAX, step):
+        # The page behind .rodata is not mapped: a chunk need not be readable as a whole.
+        for address, data in embedded.readable(memory.read, chunk, step):
+            whole = previous + data if address == behind else data
+            found = buildid.scan(whole)
+            if found:
+                return found[1], Link.EFI if buildid.is_of_efi(whole[found[0] :][: buildid.NOTE_SIZE]) else Link.GZ
+            behind, previous = address + len(data), data[-buildid.NOTE_SIZE :]
+    return None
+
+
+def other_xen(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> tuple[bytes | None, Link | None]:
+    """(build-id, link) of whatever Xen is there, without any symbols."""
+    for memory, region in chain(images(target, cpus, unread), images_in_memory(target)):
+        found = scan(memory, region)
+        if found:
+            return found
+        table = carried(memory, region, unread)
+        if table is not None and (link := link_of(table)):
+            return None, link
+    return None, None
+
+
+def require_link(target: Target, symbols: SymbolTable, booted: Link | None) -> None:
+    """That the symbols are not of the build's other link than the one that the machine booted."""
+    mine = link_of(symbols)
+    if booted and mine is booted.other:
+        raise Undecidable(
+            f"{symbols.path} has the symbols of the other link, {mine.value}: the Xen in {target.location} was booted "
+            f"from {booted.value}, whose variables have other addresses; give {booted.symbols} with --symbols"
+        )

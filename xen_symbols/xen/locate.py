@@ -1,43 +1,22 @@
-"""Finding Xen in a target: where its page tables are, and whether the symbols are of this build."""
+"""Finding Xen in a target: where its page tables are, and whether the symbols are of this build.
+
+What looks for it where nothing shows it, `images` and `search`, is imported when it is needed: importing is most of
+what judging a dump costs (docs/benchmarks.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.symbols import buildid, embedded
+from xen_symbols.symbols import buildid
 from xen_symbols.symbols.functions import names_no_variables
-from xen_symbols.symbols.links import Link, link_of
 from xen_symbols.symbols.table import SymbolTable
 from xen_symbols.targets import PhysicalCpu, Target
 from xen_symbols.x86 import paging
-from xen_symbols.xen import hole
 from xen_symbols.xen.given import NOTHING_GIVEN, Given
-from xen_symbols.xen.images import (
-    BY_INFO,
-    BY_TABLES,
-    Unread,
-    and_base,
-    by_cr3,
-    carried,
-    images,
-    images_in_memory,
-    is_in_place,
-    pgd_l4,
-    xen_phys_start_of,
-)
-from xen_symbols.xen.memory import (
-    IMAGE_MAX,
-    IMAGE_MIN_OFFSET,
-    RELOCATION_LIMIT,
-    RELOCATION_STEP,
-    ROOT,
-    AddressSpace,
-    XenMemory,
-    image_region,
-)
-from xen_symbols.xen.search import booted_last
+from xen_symbols.xen.memory import IMAGE_MAX, ROOT, XenMemory, image_region
+from xen_symbols.xen.shown import BY_INFO, Unread, and_base, by_cr3, note_offset, pgd_l4, xen_phys_start_of
 
 
 def locate(target: Target, symbols: SymbolTable, given: Given = NOTHING_GIVEN) -> XenMemory:
@@ -54,8 +33,10 @@ def locate(target: Target, symbols: SymbolTable, given: Given = NOTHING_GIVEN) -
     if memory is None or (symbols.build_id and theirs and theirs != symbols.build_id):
         other = theirs
         if memory is None:
-            other, booted = _other_xen(target, cpus, unread)
-            _require_link(target, symbols, booted)
+            from xen_symbols.xen import images
+
+            other, booted = images.other_xen(target, cpus, unread)
+            images.require_link(target, symbols, booted)
         if other and symbols.build_id and other != symbols.build_id:
             if not given.allow_mismatch or memory is None:
                 even = " (its page tables cannot be found with them, so a mismatch cannot be allowed)"
@@ -119,13 +100,15 @@ def _by_evidence(target: Target, symbols: SymbolTable, cpus: Sequence[PhysicalCp
         memory = _rooted(target, symbols, table, root, found_by, unread)
         if memory is not None:
             return memory
-    places = _roots_in_memory(target, symbols, table)
+    from xen_symbols.xen import images, search
+
+    places = images.roots_in_memory(target, symbols, table)
     guess = Unread(target)  # wherever it may lie: that memory is not there says nothing
     found = [_rooted(target, symbols, table, root, found_by, guess) for root, found_by in places]
-    ran = [memory for memory in found if memory is not None and is_in_place(memory)]
+    ran = [memory for memory in found if memory is not None and images.is_in_place(memory)]
     if len(ran) < 2:
         return ran[0] if ran else None
-    return booted_last(ran)
+    return search.booted_last(ran)
 
 
 def _table_address(target: Target, symbols: SymbolTable) -> int:
@@ -168,7 +151,7 @@ def _shows_itself(memory: XenMemory) -> bool:
     base, symbols = memory.xen_phys_start, memory.symbols
     if memory.target.kind != "dump" or base <= 0:
         return False
-    offset = _note_offset(symbols)
+    offset = note_offset(symbols)
     variable = None if symbols.text_only else symbols.get("xen_phys_start")
     if symbols.build_id and offset is not None:
         (raw,) = memory.target.read_physical_many([(base + offset, buildid.NOTE_SIZE)])
@@ -191,47 +174,6 @@ def _roots(target: Target, cpus: Sequence[PhysicalCpu], table: int) -> Iterator[
             yield cpu.registers["cr3"] & ~0xFFF, by_cr3(cpu)
 
 
-def _roots_in_memory(target: Target, symbols: SymbolTable, table: int) -> Iterator[tuple[int, str]]:
-    offset = table - image_region(table)
-
-    def offset_of(name: str) -> int | None:
-        address = None if symbols.text_only else symbols.get(name)
-        return None if address is None else address - image_region(address)
-
-    if symbols.build_id and _note_offset(symbols) is not None:
-        for base in _bases_by_build_id(target, symbols):
-            hole.place(target, base, offset_of)
-            yield base + offset, "the build-id in physical memory"
-    elif target.kind == "dump":
-        for base in _bases(target):
-            hole.place(target, base, offset_of)
-            yield base + offset, BY_TABLES
-
-
-def _bases(target: Target) -> range:
-    """Every value that xen_phys_start may have."""
-    return range(
-        0, min(RELOCATION_LIMIT, max((end for _, end in target.physical_ranges()), default=0)), RELOCATION_STEP
-    )
-
-
-def _note_offset(symbols: SymbolTable) -> int | None:
-    address = symbols.note_address
-    return None if address is None else address - image_region(address)
-
-
-def _bases_by_build_id(target: Target, symbols: SymbolTable) -> Iterator[int]:
-    """Values of xen_phys_start at which physical memory holds the build-id of these symbols."""
-    offset = _note_offset(symbols)
-    if offset is None or not symbols.build_id:
-        return
-    bases = _bases(target)
-    notes = target.read_physical_many([(base + offset, buildid.NOTE_SIZE) for base in bases])
-    for base, raw in zip(bases, notes, strict=True):
-        if not isinstance(raw, Absent) and buildid.parse_note(raw) == symbols.build_id:
-            yield base
-
-
 def _build_id_in(memory: XenMemory, symbols: SymbolTable) -> bytes | None:
     """The build-id of the Xen in memory: where the symbols say, else wherever it is in the image."""
     if symbols.note_address is not None:
@@ -241,42 +183,7 @@ def _build_id_in(memory: XenMemory, symbols: SymbolTable) -> bytes | None:
             build_id = None
         if build_id:
             return build_id
-    found = _scan(memory, image_region(memory.table))
+    from xen_symbols.xen import images
+
+    found = images.scan(memory, image_region(memory.table))
     return found[0] if found else None
-
-
-def _scan(memory: AddressSpace, region: int) -> tuple[bytes, Link] | None:
-    """The build-id in an image, and the link that has it in this form."""
-    step = 64 << 10
-    behind, previous = 0, b""
-    for chunk in range(region + IMAGE_MIN_OFFSET, region + IMAGE_MAX, step):
-        # The page behind .rodata is not mapped: a chunk need not be readable as a whole.
-        for address, data in embedded.readable(memory.read, chunk, step):
-            whole = previous + data if address == behind else data
-            found = buildid.scan(whole)
-            if found:
-                return found[1], Link.EFI if buildid.is_of_efi(whole[found[0] :][: buildid.NOTE_SIZE]) else Link.GZ
-            behind, previous = address + len(data), data[-buildid.NOTE_SIZE :]
-    return None
-
-
-def _other_xen(target: Target, cpus: Sequence[PhysicalCpu], unread: Unread) -> tuple[bytes | None, Link | None]:
-    """(build-id, link) of whatever Xen is there, without any symbols."""
-    for memory, region in chain(images(target, cpus, unread), images_in_memory(target)):
-        found = _scan(memory, region)
-        if found:
-            return found
-        table = carried(memory, region, unread)
-        if table is not None and (link := link_of(table)):
-            return None, link
-    return None, None
-
-
-def _require_link(target: Target, symbols: SymbolTable, booted: Link | None) -> None:
-    """That the symbols are not of the build's other link than the one that the machine booted."""
-    mine = link_of(symbols)
-    if booted and mine is booted.other:
-        raise Undecidable(
-            f"{symbols.path} has the symbols of the other link, {mine.value}: the Xen in {target.location} was booted "
-            f"from {booted.value}, whose variables have other addresses; give {booted.symbols} with --symbols"
-        )

@@ -1,7 +1,7 @@
 """Work that leaves no garbage in cycles, done without looking for any.
 
 Importing the command and judging one dump make tens of thousands of objects, all of which stay until the process ends.
-Python would go through them several times meanwhile and once more at its end: a sixth of judging a vmcore
+Python would go through them several times meanwhile and once more at its end: a tenth of judging a vmcore
 (docs/benchmarks.md).
 """
 

@@ -7,8 +7,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from xen_symbols.absence import Undecidable
 from xen_symbols.crashpath.generations import BY_ID
 from xen_symbols.records import NamedTuple
-from xen_symbols.targets import PHYSICAL_END
-from xen_symbols.targets.raw import Map
+from xen_symbols.targets import PHYSICAL_END, Map
 from xen_symbols.xen.given import NOTHING_GIVEN, Given, parse_aliases
 from xencrash.errors import UsageError
 

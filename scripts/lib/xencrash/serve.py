@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from xen_symbols.absence import Absent, Undecidable, Unreadable
-from xen_symbols.targets.raw import Map
+from xen_symbols.targets import Map
 from xen_symbols.xen.memory import XenMemory
 from xen_symbols.xen.state import read_state
 
