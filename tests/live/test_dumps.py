@@ -31,8 +31,8 @@ from xen_symbols.crashpath.complete import COMPLETE
 from xen_symbols.describe.summary import summarise
 from xen_symbols.formats.content import File
 from xen_symbols.report.model import Verdict
-from xen_symbols.symbols.embedded import SOURCE
 from xen_symbols.symbols.load import load_symbols
+from xen_symbols.symbols.table import CARRIED
 from xen_symbols.targets import PhysicalCpu, hmp
 from xen_symbols.targets.dump import Dump, open_dump
 from xen_symbols.targets.kdump import KdumpMemory
@@ -261,7 +261,7 @@ def test_notes_of_a_vmcore_that_lost_a_cpu_fail(crash: Crash) -> None:
 def test_a_raw_image_has_the_live_machines_verdict_and_facts(crash: Crash, given: bool) -> None:
     """Without symbols Xen is found in it by the table that it carries."""
     report = evaluate(open_xen(crash.folder / "raw", crash.symbols if given else None, base=0)).to_json()
-    assert (report["symbols"]["source"] == SOURCE) != given
+    assert (report["symbols"]["source"] == CARRIED) != given
     assert report["symbols"]["match"] is True
     compare(crash.report, report, "nobody")
     assert (report["verdict"], report.get("undecided")) == ("pass", None)
