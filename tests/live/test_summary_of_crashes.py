@@ -71,7 +71,8 @@ def test_a_crash(
         crashed = summary["crashing_cpu"]
         assert (summary["why"]["id"], crashed["cpu"]) == (id, cpu)
         assert summary["why"]["says"].startswith(says)
-        assert crashed["doing"]["at"].startswith(at) and crashed["doing"]["event"] == event
+        assert (crashed["doing"]["at"] or "").startswith(at)  # an NMI may come to a guest, too
+        assert crashed["doing"]["event"] == event
         assert vcpu is None or crashed["vcpu"]["name"] == vcpu
         assert sorted(other for group in summary["others"] for other in group["cpus"]) == sorted({0, 1, 2, 3} - {cpu})
         assert {group["domain"] for group in summary["others"]} <= {"idle", 0}
