@@ -94,6 +94,26 @@ def test_a_path_without_one_of_its_functions() -> None:
     assert all(f.observed["rsp"] and f.observed["cr3"] for f in notes)
 
 
+@pytest.mark.parametrize(
+    ("line", "verdict"),
+    [
+        ("(XEN) Failed to shoot down CPUs {2}", Verdict.FAIL),
+        ("(XEN) [2026-11-30 06:40:01] Failed to shoot down CPUs {1-3}", Verdict.FAIL),
+        ("(XEN) Shot down all CPUs", Verdict.UNKNOWN),  # what else such a path should have done is not known
+        ("(d0) Failed to shoot down CPUs {2}", Verdict.UNKNOWN),
+    ],
+)
+def test_that_xen_itself_says_it_failed_is_enough(line: str, verdict: Verdict) -> None:
+    machine = Machine("4.17-crashed-vmcore", do_nmi_crash="")
+    text = f"\n{line}\n".encode()
+    ring, producer = machine.memory.variable("conring"), machine.memory.variable("conringp", 4)
+    machine.poke(ring + producer - len(text), text)
+    report = machine.report()
+    (found,) = [f for f in report.findings if f.check == "shootdown-report"]
+    assert (found.verdict, report.verdict) == (verdict, verdict)
+    assert found.observed == (line if verdict is Verdict.FAIL else None)
+
+
 def test_a_preflight_judges_the_gates() -> None:
     report = preflight(Machine("4.17-normal", **RENAMED).memory)
     gates = {f.verdict for f in report.findings if "-gate-" in f.check and f.check != "gate-change"}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from xen_symbols.absence import Absent, Kind
 from xen_symbols.crashpath import timeline
 from xen_symbols.crashpath.checks.model import (
+    NOT_IDENTIFIED,
     ByGeneration,
     Check,
     Need,
@@ -69,9 +70,7 @@ def _shootdown_report(context: Context, _cpu: int) -> Outcome:
     tail = context.console_tail
     if isinstance(tail, Absent):
         return from_absence(tail, "Shot down all CPUs")
-    # What a domain prints may be in the ring, too, as (d0) and so on.
-    ours = [line for line in tail.splitlines() if not _A_DOMAINS.match(line)]
-    lines = [line for line in ours if "hot down all CPUs" in line or "o shoot down CPUs" in line]
+    lines = [line for line in _not_of_domains(tail) if "hot down all CPUs" in line or _NOT_ALL in line]
     others = [cpu for cpu in sorted(context.position.online) if context.is_other(cpu)]
     missing = [cpu for cpu in others if context.other(cpu).before(OtherStep.SIGNED_OFF)]
     expected = f"Failed to shoot down CPUs {{{','.join(map(str, missing))}}}" if missing else "Shot down all CPUs"
@@ -81,7 +80,22 @@ def _shootdown_report(context: Context, _cpu: int) -> Outcome:
     return Outcome(verdict, expected, lines[-1].strip(), (Evidence("Xen's console ring"),))
 
 
+def _shootdown_failed(context: Context, _cpu: int) -> Outcome:
+    """Without a generation, what Xen itself said is all that is known, and that of a failure is enough."""
+    tail = context.console_tail
+    lines = [] if isinstance(tail, Absent) else [line for line in _not_of_domains(tail) if _NOT_ALL in line]
+    if not lines:
+        return unknown(NOT_IDENTIFIED)
+    return Outcome(Verdict.FAIL, "Shot down all CPUs", lines[-1].strip(), (Evidence("Xen's console ring"),))
+
+
+_NOT_ALL = "o shoot down CPUs"
 _A_DOMAINS = re.compile(r"\(d\d+\)")
+
+
+def _not_of_domains(console: str) -> list[str]:
+    """What a domain prints may be in the ring, too, as (d0) and so on."""
+    return [line for line in console.splitlines() if not _A_DOMAINS.match(line)]
 
 
 def _reports(line: str, missing: Sequence[int]) -> bool:
@@ -99,7 +113,7 @@ def _reports(line: str, missing: Sequence[int]) -> bool:
 SHOOTDOWN_REPORT = Check(
     "shootdown-report", Subject.MACHINE, "xen/arch/x86/crash.c, nmi_shootdown_cpus (f12c1f0b09)",
     "Xen itself said that it could not shoot down these CPUs: they were still waited for after a second",
-    _shootdown_report,
+    _shootdown_report, unidentified=_shootdown_failed,
 )  # fmt: skip
 
 _EXECUTED = "executed"

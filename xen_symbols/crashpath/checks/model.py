@@ -76,7 +76,8 @@ Judge = Callable[[Context, int], Outcome]
 class Check(NamedTuple):
     """One invariant. `source` says where to look, `consequence` what its failure would do to a real crash; where that
     depends on what should have been there, `instead_of` says it by the expected value, a handler's by its name.
-    `shows` says what a pass shows, `by_generation` when it needs to be known which generation the path is."""
+    `shows` says what a pass shows, `by_generation` when it needs to be known which generation the path is;
+    `unidentified` is the judge where it needs to be and is not: most can say no more than that."""
 
     id: str
     subject: Subject
@@ -87,13 +88,14 @@ class Check(NamedTuple):
     needs: Need = Need.MEMORY
     shows: Shows = Shows.KEPT
     by_generation: ByGeneration = ByGeneration.ALWAYS
+    unidentified: Judge | None = None
 
     def made_of(self, context: Context) -> Judge:
         """The judge; where the generation would decide and is not known, one that says so."""
         if context.identified or self.by_generation is ByGeneration.NEVER:
             return self.judge
         decides = context.on_unknown_path or self.by_generation is ByGeneration.ALWAYS
-        return _not_identified if decides else self.judge
+        return (self.unidentified or _not_identified) if decides else self.judge
 
     def explain(self, outcome: Outcome) -> str:
         """What a failure would do to a real crash."""
