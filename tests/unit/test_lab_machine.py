@@ -15,7 +15,8 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -617,3 +618,35 @@ def test_a_boot_that_comes_to_a_standstill_is_tried_once_more(
     if stalls:  # what the first one said can still be read
         kept = {path.name: path.read_text() for path in tmp_path.glob("*.stalled.log")}
         assert kept == dict.fromkeys(("serial.stalled.log", "line.stalled.log", "qemu.stalled.log"), "boot 0")
+
+
+LOCKED_UP = b"[   52.072231] watchdog: BUG: soft lockup - CPU#1 stuck for %ds! [swapper/0:1]\r\n"
+
+
+@pytest.mark.parametrize(
+    ("console", "seconds"),
+    [
+        (b"", 0),
+        (b"(XEN) Xen version 4.17.7\r\n[    3.1] watchdog: hard lockup\r\n", 0),
+        (LOCKED_UP % 22, 22),
+        (LOCKED_UP % 45 + b"[   52.1] RIP: e030:key_set_index_key+0x95\r\n" + LOCKED_UP % 131 + LOCKED_UP % 23, 131),
+    ],
+)
+def test_how_long_dom0_says_it_is_stuck(console: bytes, seconds: int) -> None:
+    assert boot.stuck_for(console) == seconds
+
+
+@pytest.mark.parametrize(("seconds", "stalls"), [(45, False), (71, True)])
+def test_a_boot_in_which_dom0_is_stuck_is_tried_again(seconds: int, stalls: bool, tmp_path: Path) -> None:
+    """It would never be silent: Linux says so again every half minute."""
+    log = tmp_path / "serial.log"
+    log.write_bytes(LOCKED_UP % seconds)
+    machine = SimpleNamespace(
+        accel_row=SimpleNamespace(slower=1.0), serial=SimpleNamespace(size=lambda: log.stat().st_size),
+        serial_log=log, read_log=lambda path: path.read_bytes(), until=lambda step, timeout, ready: ready(),
+    )  # fmt: skip
+    if stalls:
+        with pytest.raises(boot.Stalled, match=f"^booting dom0: a CPU of dom0 has been stuck for {seconds} s: see "):
+            boot._boots(cast(Any, machine), "booting dom0", log, b"@never")
+    else:
+        boot._boots(cast(Any, machine), "booting dom0", log, b"@never")

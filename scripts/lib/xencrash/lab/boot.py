@@ -32,6 +32,9 @@ CRASH_KERNEL_MIB = 192
 DOM0_MIB = 320
 BOOT_TIMEOUT = 600.0  # 32 vCPUs on two busy host cores boot within this
 _STALLED = 180.0  # seconds without console output: under TCG, a boot of dom0 very occasionally hangs
+# Seconds for which dom0 says itself that a CPU of it got nowhere; it goes on saying so. A busy host makes it some 20.
+_STUCK = 60
+_STUCK_FOR = re.compile(rb"watchdog: BUG: soft lockup - CPU#\d+ stuck for (\d+)s!")
 _WORDS = 3  # lines
 _DIED = rb"Panic on CPU \d+|Kernel panic - not syncing|Hardware Dom0 (?:halted|crashed)"
 
@@ -329,6 +332,11 @@ def last_words(console: bytes) -> str:
     return " | ".join([line for line in lines if line][:_WORDS])
 
 
+def stuck_for(console: bytes) -> int:
+    """Seconds for which a CPU of dom0 has been in one loop, by Linux's own watchdog; 0 where it says nothing of it."""
+    return max(map(int, _STUCK_FOR.findall(console)), default=0)
+
+
 def _boots(machine: Machine, step: str, log: Path, sign: bytes) -> None:
     size, heard, slower = 0, time.monotonic(), machine.accel_row.slower
 
@@ -339,6 +347,8 @@ def _boots(machine: Machine, step: str, log: Path, sign: bytes) -> None:
             raise LabError(f"{step}: Xen or dom0 died: {last_words(console[died.start() :])}; see {machine.serial_log}")
         if re.search(sign, machine.read_log(log), re.MULTILINE):
             return True
+        if (seconds := stuck_for(console)) >= _STUCK * slower:
+            raise Stalled(f"{step}: a CPU of dom0 has been stuck for {seconds} s: see {machine.serial_log}")
         if (now := machine.serial.size()) != size:
             size, heard = now, time.monotonic()
         elif time.monotonic() - heard > _STALLED * slower:
