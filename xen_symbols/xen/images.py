@@ -1,7 +1,7 @@
 """Xen's images in a target, looked for without Xen's symbols: where its notes, its CPUs or its memory show one, and the
 symbols that one carries.
 
-Not needed for a dump whose notes show where Xen is, and imported for what else there is.
+Imported where it is needed: not for a dump whose notes show where Xen is.
 """
 
 from __future__ import annotations
